@@ -1,0 +1,183 @@
+"""What every command shares on its command line: options, errors, exit codes, summary, progress.
+
+    @click.command(cls=Command)
+    @cli.options("input", "output", "model", "seed", "limit")
+    def main(...): ...
+
+Leaves out what any single command does, and all heavy imports.
+"""
+
+import json
+import os
+import sys
+import traceback
+
+import click
+
+from cai.errors import CaiError
+
+SOME_FAILED = 3
+
+# One spelling and one sentence each: a command names the options it takes.
+_OPTIONS = {
+    "input": click.option(
+        "--input",
+        "inputs",
+        multiple=True,
+        required=True,
+        metavar="FILE",
+        help="File of rows to read (JSONL, JSON, CSV, Parquet, text), or a dataset id. Repeatable.",
+    ),
+    "output": click.option("--output", required=True, metavar="PATH", help="Where the result goes."),
+    "model": click.option("--model", required=True, metavar="MODEL", help="A folder, a hub id, or `tiny` (bundled)."),
+    "constitution": click.option(
+        "--constitution",
+        default="harmlessness",
+        show_default=True,
+        metavar="NAME|FILE",
+        help="A YAML file, or the name of one in constitutions/.",
+    ),
+    "seed": click.option("--seed", default=0, show_default=True, help="Seed of every draw."),
+    "limit": click.option("--limit", type=click.IntRange(min=1), default=None, help="Read only the first N rows."),
+    "batch_size": click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        default=32,
+        show_default=True,
+        help="Rows in one forward pass.",
+    ),
+    "temperature": click.option(
+        "--temperature",
+        type=click.FloatRange(min=0),
+        default=0.7,
+        show_default=True,
+        help="Sampling temperature; 0 is greedy.",
+    ),
+    "top_p": click.option(
+        "--top-p",
+        type=click.FloatRange(min=0, max=1, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Nucleus sampling: the smallest set of tokens with this probability.",
+    ),
+    "max_new_tokens": click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        default=256,
+        show_default=True,
+        help="Longest answer, in tokens; the prompt is not counted.",
+    ),
+    "device": click.option("--device", default=None, help="cpu, cuda, cuda:1, mps; by default the best there is."),
+    "dtype": click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="auto: bfloat16 where the device has it, float32 on a CPU.",
+    ),
+    "json": click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."),
+    "dry_run": click.option("--dry-run", is_flag=True, help="Say what would be done; load no model, write nothing."),
+    "overwrite": click.option("--overwrite", is_flag=True, help="Start anew even if the output exists."),
+}
+
+
+def options(*names: str):
+    """Decorator that adds the named shared options (keys of `_OPTIONS`), in this order."""
+
+    def decorate(function):
+        for name in reversed(names):
+            function = _OPTIONS[name](function)
+        return function
+
+    return decorate
+
+
+class Command(click.Command):
+    """A click command that turns our errors into one line on stderr and the contract's exit codes.
+
+    Adds `--debug`, which shows the traceback as well.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.params.append(
+            click.Option(
+                ["--debug"],
+                is_flag=True,
+                expose_value=False,
+                is_eager=True,
+                callback=_set_debug,
+                help="Show the traceback of an error.",
+            )
+        )
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except CaiError as error:
+            if ctx.meta.get("debug"):
+                traceback.print_exc()
+            # A caller in the same process (run.py) takes the error itself, not a printed line.
+            if ctx.parent is not None or ctx.meta.get("embedded"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except BrokenPipeError:
+            # The reader went away (`| head`): not our failure, and nothing more can be said.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
+
+
+def _set_debug(ctx, _param, value):
+    ctx.meta["debug"] = value
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    click.echo(f"warning: {message}", err=True)
+
+
+def note(message: str) -> None:
+    """One line of progress on stderr."""
+    click.echo(message, err=True)
+
+
+def finish(summary: dict, *, as_json: bool, next_command: str | None = None) -> None:
+    """Print the summary and leave with 3 if `summary["failed"]` counts any record, else return.
+
+    Args:
+        summary: flat names to values, in the order to show them; nested values are shown as JSON.
+        next_command: the line to run next, shown to people only and under "next" in JSON.
+    """
+    if next_command:
+        summary = {**summary, "next": next_command}
+    if as_json:
+        click.echo(json.dumps(summary, ensure_ascii=False))
+    else:
+        width = max(len(name) for name in summary)
+        for name, value in summary.items():
+            if isinstance(value, float):
+                value = f"{value:.4g}"
+            elif isinstance(value, dict | list):
+                value = json.dumps(value, ensure_ascii=False)
+            click.echo(f"{name:<{width}}  {value}")
+    if summary.get("failed"):
+        click.get_current_context().exit(SOME_FAILED)
+
+
+def progress(total: int, label: str):
+    """A tqdm bar on stderr; when stderr is no terminal, a line at most every thirty seconds."""
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=label,
+        unit="row",
+        file=sys.stderr,
+        disable=None if terminal else False,
+        mininterval=0.1 if terminal else 30,
+        miniters=None if terminal else 1,
+        leave=terminal,
+        delay=0 if terminal else 30,
+    )

@@ -1,0 +1,47 @@
+"""The errors a user can cause or mend, each with the exit code its command ends with.
+
+Leaves out everything that is a bug of ours: that stays an ordinary exception with a traceback.
+"""
+
+
+class CaiError(Exception):
+    """Failed while running: what is done is kept, the same command continues (exit code 1)."""
+
+    exit_code = 1
+
+
+class InputError(CaiError):
+    """Bad usage or bad input: nothing was written (exit code 2).
+
+    Args:
+        found: what is wrong, with the value found.
+        where: the file (or option) it was found in.
+        line: 1-based line number in `where`, if it has lines.
+        expected: what would have been right.
+        remedy: what to do now.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self,
+        found: str,
+        *,
+        where: object = None,
+        line: int | None = None,
+        expected: str | None = None,
+        remedy: str | None = None,
+    ):
+        place = "" if where is None else f"{where}:{line}: " if line is not None else f"{where}: "
+        text = place + found
+        if expected:
+            text += f"; expected {expected}"
+        if remedy:
+            text += f". {remedy}"
+        super().__init__(text if text.endswith((".", "?", "!")) else text + ".")
+
+
+def shorten(value: object, width: int = 80) -> str:
+    """`value` on one line of at most `width` characters, for an error message."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= width else text[: width - 1] + "…"
