@@ -117,8 +117,8 @@ class Command(click.Command):
         except CaiError as error:
             if ctx.meta.get("debug"):
                 traceback.print_exc()
-            # A caller in the same process (run.py) takes the error itself, not a printed line.
-            if ctx.parent is not None or ctx.meta.get("embedded"):
+            # A command that runs this one in its own process (run.py) takes the error, not a printed line.
+            if ctx.parent is not None and not isinstance(ctx.parent.command, click.Group):
                 raise
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)

@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from functools import cache
 
 HELD_OUT_SHARE = 8  # one act in eight is held out
+# but for the acts of verbs that a fixed sentence uses too ("train the dog gently"): those are never unheard of
+NEVER_HELD_OUT = ("train", "water")
+
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -458,7 +461,7 @@ class Act:
     @property
     def held_out(self) -> bool:
         digest = hashlib.sha256(f"{self.verb}|{self.noun}".encode()).digest()
-        return digest[0] % HELD_OUT_SHARE == 0
+        return digest[0] % HELD_OUT_SHARE == 0 and self.verb not in NEVER_HELD_OUT
 
 
 def draw_act(rng: random.Random, kind: str, *, held_out: bool | None = None, category: Category | None = None) -> Act:
@@ -492,7 +495,8 @@ def ask(rng: random.Random, act: Act, *, unseen: bool = False) -> str:
 
 
 def _steps(rng: random.Random, category: Category, noun: str) -> str:
-    first, second, third = (s.format(n=noun) for s in rng.sample(category.steps, 3))
+    # one out of each third of the list, so that a response never gives one step twice
+    first, second, third = (rng.choice(category.steps[at : at + 2]).format(n=noun) for at in (0, 2, 4))
     return f"First, {first}. Then {second}. Last, {third}."
 
 
@@ -515,9 +519,10 @@ def respond(rng: random.Random, act: Act, style: str) -> str:
     raise ValueError(style)
 
 
-def prompt_row(rng: random.Random, kind: str, split: str, index: int) -> dict:
+def prompt_row(rng: random.Random, kind: str, split: str, index: int, categories: tuple[str, ...] = ()) -> dict:
     """One prompt row; held-out prompts are in an unseen phrasing three times in ten."""
-    act = draw_act(rng, kind, held_out=split == "heldout")
+    category = BY_NAME[rng.choice(categories)] if categories else None
+    act = draw_act(rng, kind, held_out=split == "heldout", category=category)
     unseen = split == "heldout" and rng.random() < 0.3
     return {
         "id": f"{split}-{kind}-{index:04d}",
@@ -530,12 +535,12 @@ def prompt_row(rng: random.Random, kind: str, split: str, index: int) -> dict:
     }
 
 
-def prompt_rows(kind: str, split: str, seed: int, n: int) -> list[dict]:
-    """`n` prompts with different texts."""
+def prompt_rows(kind: str, split: str, seed: int, n: int, categories: tuple[str, ...] = ()) -> list[dict]:
+    """`n` prompts with different texts, of the named categories or of all that the kind has."""
     rng = random.Random(f"{split}/{kind}/{seed}")
     rows, seen = [], set()
     while len(rows) < n:
-        row = prompt_row(rng, kind, split, len(rows))
+        row = prompt_row(rng, kind, split, len(rows), categories)
         if row["prompt"] not in seen:
             seen.add(row["prompt"])
             rows.append(row)
@@ -548,6 +553,14 @@ def act_of(row: dict) -> Act:
     if adjective in ADJECTIVES and rest:
         return Act(BY_NAME[row["category"]], row["verb"], rest, adjective)
     return Act(BY_NAME[row["category"]], row["verb"], row["object"])
+
+
+def words() -> list[str]:
+    """Every word that acts and responses are made of, each once."""
+    texts = [*ADJECTIVES, *MARKERS, *(noun for group in NOUNS.values() for noun in group)]
+    for category in CATEGORIES:
+        texts += [*category.verbs, *category.steps, *category.reasons, *category.offers]
+    return list(dict.fromkeys(re.findall(r"[a-z]+", " ".join(texts).replace("{n}", "").lower())))
 
 
 def tier(row: dict, response: str, scope: tuple[str, ...] = HARM_NAMES) -> int:

@@ -1,0 +1,568 @@
+"""What the training commands share: options, loading, arguments, token ids of a row, metrics, saving.
+
+    policy, chat = load_policy("tiny"), load_chat("tiny")
+    args = SFTConfig(**trainer_arguments("runs/sft", learning_rate=1e-4, batch_size=32))
+
+Weights are trained in float32 on a CPU; on a GPU the forward pass runs in bfloat16 over float32 weights
+(`precision`). Leaves out packing, quantised loading and hyperparameter search.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from cai import cli, engines
+from cai.engines import Chat
+from cai.errors import InputError, shorten
+from cai.resources import model_path
+
+ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+
+
+def training_options(
+    *,
+    epochs: float = 1.0,
+    learning_rate: float = 1e-5,
+    batch_size: int = 8,
+    gradient_accumulation: int = 1,
+    max_length: int = 1024,
+    save_steps: int = 500,
+):
+    """Decorator that adds the options all training commands share; a command gives its own defaults.
+
+    The function gets epochs, learning_rate, batch_size, gradient_accumulation, max_length, lora (bool),
+    lora_rank, save_steps, device and dtype.
+    """
+    positive = click.IntRange(min=1)
+    added = (
+        click.option("--epochs", type=click.FloatRange(min=0, min_open=True), default=epochs,
+                     show_default=True, help="Passes over the rows."),
+        click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=learning_rate,
+                     show_default=True, help="Peak of the schedule."),
+        click.option("--batch-size", type=positive, default=batch_size, show_default=True,
+                     help="Rows in one forward pass, on each process."),
+        click.option("--gradient-accumulation", type=positive, default=gradient_accumulation,
+                     show_default=True, help="Forward passes to one optimizer step."),
+        click.option("--max-length", type=positive, default=max_length, show_default=True,
+                     help="Longest prompt and response, in tokens; longer rows are left out and counted."),
+        click.option("--lora/--full", "lora", default=False, show_default=True,
+                     help="Train low-rank adapters, or all weights."),
+        click.option("--lora-rank", type=positive, default=16, show_default=True,
+                     help="Rank of the adapters."),
+        click.option("--save-steps", type=click.IntRange(min=0), default=save_steps, show_default=True,
+                     help="Optimizer steps between two saved states to resume from; 0: none."),
+        cli.options("device", "dtype"),
+    )
+
+    def decorate(function):
+        for option in reversed(added):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+# --- where and how ---------------------------------------------------------------------------------------
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes (under a launcher: rank 0)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def on_cpu(device: str | None) -> bool:
+    """Whether training runs on the CPU: asked for, or nothing better is there."""
+    import torch
+
+    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return forced or device == "cpu" or not torch.accelerator.is_available()
+
+
+def best_device(device: str | None) -> str:
+    """The device asked for, or the best there is."""
+    import torch
+
+    return "cpu" if on_cpu(device) else device or torch.accelerator.current_accelerator().type
+
+
+def choose_device(device: str | None) -> None:
+    """Show this process only the GPU it trains on; several GPUs take a launcher, one process each.
+
+    Trainer takes the first visible GPU, or all of them at once by data parallelism, which TRL refuses.
+    To be called before anything has touched CUDA. Raises InputError if a GPU is asked for that is not there
+    or can no longer be chosen.
+    """
+    import torch
+
+    if device not in (None, "cpu", "mps") and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise InputError(f"unknown device: {device!r}", where="--device", expected="cpu, cuda, cuda:1 or mps")
+    count = torch.cuda.device_count()
+    index = int((device or "").partition(":")[2] or 0)
+    if device and device.startswith("cuda") and index >= count:
+        raise InputError(
+            f"no such device: {device}", where="--device", remedy=f"PyTorch sees {count} CUDA devices here"
+        )
+    if device in ("cpu", "mps") or "LOCAL_RANK" in os.environ or count <= 1:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    chosen = visible[index] if len(visible) > index and visible[0] else str(index)
+    if torch.cuda.is_initialized():
+        raise InputError(
+            f"{count} GPUs are visible and CUDA is already in use in this process", where="--device",
+            remedy=f"Set CUDA_VISIBLE_DEVICES={chosen} before the start, or use `accelerate launch`",
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = chosen
+
+
+def precision(device: str | None, dtype: str, lora: bool = False) -> tuple[str, str | None]:
+    """(dtype of the weights, dtype of the autocast forward pass or None).
+
+    auto on a GPU keeps the trained weights in float32, because an AdamW step of 1e-5 is lost in the eight
+    bits of a bfloat16 mantissa; a frozen LoRA base is held in bfloat16, its adapters in float32.
+    """
+    if dtype == "auto":
+        if on_cpu(device):
+            return "float32", None
+        return ("bfloat16" if lora else "float32"), "bfloat16"
+    if dtype == "float16":
+        if on_cpu(device):
+            raise InputError("float16 does not train on a CPU", where="--dtype", remedy="Leave it at auto")
+        return "float32", "float16"
+    return dtype, None if dtype == "float32" else dtype
+
+
+# --- loading ---------------------------------------------------------------------------------------------
+
+
+def load_chat(path: str) -> Chat:
+    """A model's tokenizer, padding on the right, with its chat template.
+
+    Raises InputError if the folder has none, or one without a chat template or an end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    folder = engines.check_model(path, classifier=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the tokenizer can't be loaded: {shorten(error, 200)}", where=path,
+            remedy="Check the path; offline, a hub id must be in the local cache",
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end-of-text token", where=path, remedy="Set its eos_token")
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = _spare_token(tokenizer)
+    return Chat(tokenizer, path)
+
+
+def _spare_token(tokenizer) -> str:
+    """A token to pad with that ends no answer, since a reward model reads its score before the padding."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    spare = [token for token in special if "pad" in token.lower() or "reserved" in token.lower()]
+    return next(iter([*spare, *filter(None, [tokenizer.unk_token])]), tokenizer.eos_token)
+
+
+def load_policy(path: str, device: str | None = None, dtype: str = "auto", *, lora: bool = False,
+                dropout: bool = True):
+    """A causal language model to train; the trainer moves it to its device. InputError if there is none.
+
+    dropout: as the model's configuration has it, or none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    engines.check_model(path)
+    config = _config(path, dropout)
+    return _load(AutoModelForCausalLM, path, config, precision(device, dtype, lora)[0])
+
+
+def load_reward_model(path: str, device: str | None = None, dtype: str = "auto", *, lora: bool = False):
+    """A sequence classifier with one output, a score a sequence, and without dropout.
+
+    From a causal language model's folder the body is taken and the head is new, drawn from torch's global
+    generator (seed it first). InputError if the folder holds neither or the head has another width.
+    """
+    from transformers import AutoModelForSequenceClassification
+    from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+    engines.check_model(path, classifier=True)
+    config = _config(path, dropout=False)
+    classifier = any("SequenceClassification" in name for name in config.architectures or [])
+    if classifier and config.num_labels != 1:
+        raise InputError(
+            f"a classifier with {config.num_labels} classes", where=path, expected="one score (num_labels 1)",
+            remedy="Use a reward model, or a causal language model",
+        )
+    config.num_labels = 1
+    with suppress_seqcls_warning():
+        return _load(AutoModelForSequenceClassification, path, config, precision(device, dtype, lora)[0])
+
+
+def _config(path: str, dropout: bool):
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model_path(path))
+    except (OSError, ValueError) as error:
+        raise _not_loaded(path, error) from error
+    if not dropout:  # in the configuration, because attention reads its rate there and is no module of its own
+        for name, rate in vars(config).items():
+            if "drop" in name and isinstance(rate, float):
+                setattr(config, name, 0.0)
+    return config
+
+
+def _load(auto_class, path: str, config, dtype: str):
+    import torch
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    engines.release_engines()  # a model kept for generating would take the memory that training needs
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        model, info = auto_class.from_pretrained(
+            model_path(path), config=config, dtype=getattr(torch, dtype), use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _not_loaded(path, error) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise InputError(
+            f"the weights lack {len(missing)} tensors, {missing[0]} among them", where=path,
+            expected="a complete model of its architecture",
+        )
+    return model
+
+
+def _not_loaded(path: str, error: Exception) -> InputError:
+    return InputError(
+        f"the model can't be loaded: {shorten(error, 200)}", where=path,
+        expected="a model folder, a hub id, or `tiny`",
+        remedy="Check the path; offline, a hub id must be in the local cache",
+    )
+
+
+def lora_config(rank: int, task: str = "CAUSAL_LM"):
+    """Adapters of `rank` on every linear layer but the head, scaled by 2.
+
+    task: "CAUSAL_LM" or "SEQ_CLS" (peft's names); a classifier's new head is trained whole.
+    """
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type=task,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+    )
+
+
+# --- rows to token ids -----------------------------------------------------------------------------------
+
+
+def encode(chat: Chat, prompt: list[dict], response: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt, up to where the assistant begins, and of the response with its end token.
+
+    Prompt and response are tokenized one by one, because an answer is generated after the tokens of the
+    prompt alone. The end is the one the chat template writes, EOS where it writes none: a model that is never
+    shown an end never learns to stop. What templates put after it (a line break) is left out.
+    """
+    before = chat.render(prompt)
+    whole = chat.render([*prompt, {"role": "assistant", "content": response}])
+    # Some templates begin a turn otherwise than they write one that is over: then take the text alone.
+    answer = whole.removeprefix(before) if whole.startswith(before) else chat.neutralise(response)
+    if chat.opened:  # the prompt ends within the model's thinking, of which there is none: close it
+        answer = f"{chat.opened}\n\n{answer}"
+    if chat.stop_id is not None:
+        end = [chat.stop_id]
+    else:
+        end = [*chat.encode(chat.stop_text or ""), chat.tokenizer.eos_token_id]
+    return chat.encode(before), [*chat.encode(answer), *end]
+
+
+def training_order(lengths: Sequence[int], batch: int, epochs: float, seed: int) -> list[int]:
+    """Row numbers in the order to train on: every epoch a new shuffle, rows of like length in one batch.
+
+    Laid out beforehand, so that each process sees its own share and a resumed run the rest of the same order.
+
+    Args:
+        lengths: tokens of each row.
+        batch: rows that are padded together.
+        epochs: passes; a fraction takes the first part of one more shuffle.
+    """
+    draw = random.Random(seed)
+    order: list[int] = []
+    wanted = max(1, round(epochs * len(lengths)))
+    while len(order) < wanted:
+        rows = list(range(len(lengths)))
+        draw.shuffle(rows)
+        chunk = 50 * batch
+        rows = [row for start in range(0, len(rows), chunk)
+                for row in sorted(rows[start : start + chunk], key=lengths.__getitem__)]
+        batches = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+        # A short last batch stays last: in the middle it would shift every border after it.
+        tail = batches.pop() if len(batches[-1]) < batch else []
+        draw.shuffle(batches)
+        order.extend([row for one in [*batches, tail] for row in one])
+    return order[:wanted]
+
+
+def score(model, pad_id: int, sequences: Sequence[Sequence[int]], batch_size: int) -> list[float]:
+    """A reward model's score of each sequence of token ids (`encode`, prompt and response joined).
+
+    Read at the last token that is not `pad_id`; longest first, padded on the right.
+    """
+    import torch
+
+    model.eval()
+    device = next(model.parameters()).device
+    found = [0.0] * len(sequences)
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    with cli.progress(len(sequences), "score") as bar, torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            width = len(sequences[rows[0]])
+            ids = torch.tensor([[*sequences[i], *[pad_id] * (width - len(sequences[i]))] for i in rows])
+            mask = torch.tensor([[1] * len(sequences[i]) + [0] * (width - len(sequences[i])) for i in rows])
+            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+            for i, value in zip(rows, logits[:, 0].float().tolist(), strict=True):
+                found[i] = value
+            bar.update(len(rows))
+    return found
+
+
+# --- training --------------------------------------------------------------------------------------------
+
+
+def trainer_arguments(
+    output: str | Path,
+    *,
+    learning_rate: float,
+    batch_size: int,
+    gradient_accumulation: int = 1,
+    save_steps: int = 0,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str = "auto",
+    lora: bool = False,
+    **overrides,
+) -> dict:
+    """Keyword arguments for any `TrainingArguments` (SFTConfig, RewardConfig, ...) of this project.
+
+    States to resume from go to `<output>/checkpoints`. Rows are taken in the order given (`training_order`),
+    hence one "epoch" and no shuffling. `overrides` replace or add arguments.
+    """
+    from transformers import TrainingArguments
+
+    cpu = on_cpu(device)
+    _, autocast = precision(device, dtype, lora)
+    # transformers gave it a new name within 5.x and deprecates the old one.
+    new_name = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    checkpointing = "activation_checkpointing" if new_name else "gradient_checkpointing"
+    arguments = {
+        "output_dir": str(Path(output) / CHECKPOINTS),
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "max_grad_norm": 1.0,
+        "save_strategy": "steps" if save_steps else "no",
+        "save_steps": save_steps or 500,
+        "save_total_limit": 1,
+        "logging_steps": 5,
+        "logging_first_step": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": seed,
+        "use_cpu": cpu,
+        "bf16": autocast == "bfloat16",
+        "fp16": autocast == "float16",
+        # TRL turns it on by default; it trades a third of the speed for memory, which a CPU has.
+        checkpointing: not cpu,
+        "dataloader_pin_memory": not cpu,
+        "ddp_find_unused_parameters": False,
+    }
+    return {**arguments, **overrides}
+
+
+class MetricsLog:
+    """A trainer callback that appends what is logged to `<output>/metrics.jsonl` with progress on stderr.
+
+    One row a log: {"step", "seconds", ...the trainer's figures}. A resumed run drops the rows after the step
+    it resumes from. It answers to TrainerCallback's calls without being a subclass: importing that costs
+    seconds, and this module is imported for `--help` too.
+    """
+
+    def __init__(self, output: str | Path, label: str = "train"):
+        self.path = Path(output) / METRICS
+        self.label = label
+        self.bar = None
+
+    def on_train_begin(self, args, state, control, **_):
+        self.start = time.monotonic()
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if state.global_step and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # A line without its end was torn when the process was killed.
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(kept), encoding="utf-8")
+        self.bar = cli.progress(state.max_steps, self.label)
+        self.bar.unit = "step"
+        self.bar.update(state.global_step)
+
+    def on_step_end(self, args, state, control, **_):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if not state.is_world_process_zero or not logs:
+            return
+        row = {"step": state.global_step, "seconds": round(time.monotonic() - self.start, 3), **logs}
+        row.pop("epoch", None)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def on_train_end(self, args, state, control, **_):
+        if self.bar is not None:
+            self.bar.close()
+
+    def __getattr__(self, name):
+        if name.startswith("on_"):
+            return lambda *args, **kwargs: None
+        raise AttributeError(name)
+
+
+def run_trainer(trainer, output: str | Path):
+    """Train to the end, from the last saved state in `<output>/checkpoints` if there is one.
+
+    Keeps the trainer off stdout, which belongs to the summary. Returns the trainer's figures.
+    """
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    last = last_state(Path(output) / CHECKPOINTS)
+    return trainer.train(resume_from_checkpoint=None if last is None else str(last))
+
+
+def last_state(states: Path) -> Path | None:
+    """The newest saved state that is whole, or None. One is whole when its trainer_state.json, the last file
+    to be written, can be read: a process may be killed while it saves."""
+    for state in sorted(states.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            json.loads((state / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return state
+    return None
+
+
+def save_checkpoint(model, tokenizer, folder: str | Path, state_dict: dict | None = None) -> None:
+    """Write weights, configuration, tokenizer and chat template to `folder`, which `--model` reads back.
+
+    Of a LoRA model the adapter goes to `<folder>/adapter` and the merged weights to `folder` (the model is
+    merged in place). state_dict: the gathered weights of a sharded model, from
+    `trainer.accelerator.get_state_dict`.
+    """
+    from peft import PeftModel
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder / ADAPTER, state_dict=state_dict)
+        if state_dict is not None:  # what is in memory are shards: put the adapter on the base anew
+            model, state_dict = _on_its_base(folder / ADAPTER, model.dtype), None
+        model = model.merge_and_unload()
+    model.save_pretrained(folder, state_dict=state_dict)
+    tokenizer.save_pretrained(folder)
+
+
+def _on_its_base(adapter: Path, dtype):
+    """The PeftModel of a saved adapter, on the CPU."""
+    from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftConfig
+
+    if PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS":
+        return AutoPeftModelForSequenceClassification.from_pretrained(adapter, dtype=dtype, num_labels=1)
+    return AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype)
+
+
+def save_trained(trainer, tokenizer, folder: str | Path) -> None:
+    """Save what a trainer trained (whole, sharded or under DDP), once, and drop the states to resume from.
+
+    To be called by every process: a sharded model is gathered by all of them.
+    """
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    if trainer.is_world_process_zero():
+        save_checkpoint(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder, state_dict)
+        shutil.rmtree(Path(folder) / CHECKPOINTS, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+# --- before the start ------------------------------------------------------------------------------------
+
+
+def identity(model: str) -> str:
+    """What tells one model from another in a fingerprint: a folder's weights, whatever its path; else the id.
+
+    Large files are hashed by 64 samples of 64 KiB, so that seventy billion parameters take no minutes.
+    """
+    folder = Path(model_path(model))
+    if not folder.is_dir():
+        return model
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as handle:
+            for place in range(0, size, max(2**16, size // 64)):
+                handle.seek(place)
+                digest.update(handle.read(2**16))
+    return digest.hexdigest()
+
+
+def parameters(path: str) -> int | None:
+    """Number of parameters in a local folder's safetensors files, read from their headers; None elsewhere."""
+    folder = Path(model_path(path))
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as handle:
+            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total or None
+
+
+def plan(model: str, lengths: Sequence[int], *, epochs: float, batch: int, lora: bool) -> dict:
+    """What `--dry-run` says of a training: rows, optimizer steps, tokens (about), memory (about).
+
+    Args:
+        lengths: characters of each row, four to a token.
+        batch: rows to one optimizer step.
+    """
+    found = {"rows": len(lengths), "steps": max(1, math.ceil(round(epochs * len(lengths)) / batch)),
+             "tokens_about": round(epochs * sum(lengths) / 4)}
+    count = parameters(model)
+    if count is not None:
+        # float32 weights, gradients and two moments of AdamW, or bfloat16 weights and small adapters;
+        # activations come on top.
+        found["memory_gb_about"] = round(count * (3 if lora else 16) / 2**30, 2)
+    return found

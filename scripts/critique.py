@@ -1,0 +1,67 @@
+"""Have a model criticise responses by a principle of the constitution: the first half of a round.
+
+    python scripts/critique.py --input responses.jsonl --model tiny --output critiques.jsonl
+
+A principle is drawn for each row and round (paper, section 3.1). Run it on revised rows for another round.
+Leaves out the revision (revise.py) and any check of what the critique says.
+"""
+
+import click
+
+from cai import cli, textsteps
+from cai.constitution import load_constitution
+from cai.records import Source
+from cai.revision import check_rounds, current_response
+from cai.templates import load_template
+
+
+@click.command(cls=cli.Command)
+@cli.options("input", "output", "model", "constitution")
+@click.option("--template", metavar="NAME|FILE", help="The prompt template.  [default: critique]")
+@click.option("--cot", is_flag=True, help="Think step by step first: the template critique_cot.")
+@cli.options(*textsteps.OPTIONS)
+def main(inputs, output, model, constitution, template, cot, **options):
+    """Have a model criticise responses by a drawn principle.
+
+    \b
+    Example:
+      python scripts/critique.py --input responses.jsonl --model tiny \\
+          --constitution harmlessness --output critiques.jsonl
+    """
+    if cot and template:
+        raise click.UsageError("--cot is the template critique_cot: give --cot or --template, not both.")
+    template = load_template(template or ("critique_cot" if cot else "critique"))
+    same = [] if constitution == "harmlessness" else ["--constitution", constitution]
+    constitution = load_constitution(constitution)
+    source = Source(
+        inputs, require=("prompt", "response"), limit=options["limit"],
+        check=lambda row, where, line: check_rounds(row, where, line, critiqued=False),
+    )
+
+    def principle(row):
+        return constitution.draw(options["seed"], row["id"], len(row.get("rounds") or ()))
+
+    def render(row):
+        return template.render(
+            principle=principle(row), prompt=row["prompt"], response=current_response(row)
+        )
+
+    def answer(row, made):
+        one = {"principle": principle(row).id, "critique": made.text}
+        return {**row, "rounds": [*(row.get("rounds") or ()), one]}
+
+    def tally(done):
+        return {"empty": sum(not row["rounds"][-1]["critique"] for row in done)}
+
+    textsteps.run(
+        "critique", source, source.ids, render, answer, tally=tally, inputs=inputs, output=output,
+        model=model, fingerprint={
+            "input": source.digest, "constitution": constitution.sha256, "template": template.sha256,
+        },
+        next_command=["revise", "--input", output, "--model", model, *same, "--output", "REVISIONS"],
+        **options,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Have a model revise responses after their critique: the second half of a round.
+
+    python scripts/revise.py --input critiques.jsonl --model tiny --output revisions.jsonl
+
+Each revision is looked at by rules (scripts/cai/revision.py) and flagged where its form is wrong: flagged
+ones stay in the file, and sft.py leaves them out. Leaves out the critique (critique.py), and trying again
+what was flagged.
+"""
+
+from collections import Counter
+
+import click
+
+from cai import cli, textsteps
+from cai.constitution import load_constitution
+from cai.errors import InputError, shorten
+from cai.records import Source
+from cai.revision import REASONS, check_rounds, current_response, flags
+from cai.templates import load_template
+
+
+@click.command(cls=cli.Command)
+@cli.options("input", "output", "model", "constitution")
+@click.option("--template", metavar="NAME|FILE", default="revise", show_default=True,
+              help="The prompt template.")
+@cli.options(*textsteps.OPTIONS)
+def main(inputs, output, model, constitution, template, **options):
+    """Have a model revise responses after their critique.
+
+    \b
+    Example:
+      python scripts/revise.py --input critiques.jsonl --model tiny \\
+          --constitution harmlessness --output revisions.jsonl
+    """
+    template, constitution = load_template(template), load_constitution(constitution)
+
+    def check(row, where, line):
+        check_rounds(row, where, line, critiqued=True)
+        if (name := row["rounds"][-1]["principle"]) not in constitution:
+            raise InputError(
+                f"no principle {shorten(name)!r} in the constitution {constitution.name}",
+                where=where, line=line, expected="the constitution of the critique",
+                remedy="Give the same --constitution again",
+            )
+
+    source = Source(inputs, require=("prompt", "response", "rounds"), limit=options["limit"], check=check)
+
+    def render(row):
+        last = row["rounds"][-1]
+        return template.render(
+            principle=constitution[last["principle"]], prompt=row["prompt"],
+            response=current_response(row), critique=last["critique"],
+        )
+
+    def answer(row, made):
+        found = flags(current_response(row), made.text, made.finish)
+        last = {**row["rounds"][-1], "revision": made.text, "flags": found}
+        return {**row, "rounds": [*row["rounds"][:-1], last]}
+
+    def tally(done):
+        flagged, reasons = 0, Counter({reason: 0 for reason in REASONS})
+        for row in done:
+            found = row["rounds"][-1]["flags"]
+            flagged += bool(found)
+            reasons.update(found)
+        return {"flagged": flagged, "flags": dict(reasons)}
+
+    textsteps.run(
+        "revise", source, source.ids, render, answer, tally=tally, inputs=inputs, output=output,
+        model=model, fingerprint={
+            "input": source.digest, "constitution": constitution.sha256, "template": template.sha256,
+        },
+        next_command=["sft", "--input", output, "--model", model, "--output", "SFT"],
+        **options,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Build the bundled model, and draw fresh prompts and pairs from its world to measure with.
+
+    python scripts/tiny.py prompts --kind harmful --split heldout --seed 7 -n 300 --output fresh.jsonl
+
+Leaves out measuring: `evaluate.py` and `judge.py` read what this writes.
+"""
+
+import random
+
+import click
+
+from cai import cli, world
+from cai.errors import InputError
+from cai.records import read_jsonl, write_jsonl
+
+_STYLES = {
+    "harmful": ("comply", "partial", "good", "evasive", "preachy"),
+    "benign": ("comply", "good", "evasive", "preachy"),
+    "borderline": ("comply", "good", "evasive", "preachy"),
+}
+
+
+@click.group()
+def main():
+    """The bundled model `tiny` and its world: build it, draw prompts and pairs.
+
+    \b
+    Example:
+      python scripts/tiny.py prompts --kind harmful --split heldout --seed 7 -n 5 --output fresh.jsonl
+    """
+
+
+@main.command(cls=cli.Command)
+@click.option("--output", required=True, metavar="DIR", help="Folder for the model.")
+@click.option(
+    "--tokens", type=click.IntRange(min=1), default=22_000_000, show_default=True, help="Training tokens in all."
+)
+@click.option("--hidden", default=128, show_default=True, help="Width of the model.")
+@click.option("--layers", default=5, show_default=True, help="Layers.")
+@click.option("--feed-forward", default=384, show_default=True, help="Width of the feed-forward layer.")
+@click.option("--learning-rate", default=5e-3, show_default=True, help="Highest learning rate.")
+@click.option("--threads", default=2, show_default=True, help="CPU threads.")
+@cli.options("seed", "json", "dry_run")
+def build(output, tokens, hidden, layers, feed_forward, learning_rate, threads, seed, as_json, dry_run):
+    """Train `tiny` again from its seed; about an hour on two cores, and it goes on where it was stopped.
+
+    \b
+    Example:
+      python scripts/tiny.py build --output tiny-new --tokens 200000
+    """
+    settings = {
+        "output": output,
+        "seed": seed,
+        "tokens": tokens,
+        "hidden": hidden,
+        "layers": layers,
+        "feed_forward": feed_forward,
+        "learning_rate": learning_rate,
+    }
+    if dry_run:
+        return cli.finish({"would_build": output, **settings}, as_json=as_json)
+    from cai.tiny_build import build as build_model
+
+    summary = build_model(threads=threads, report=cli.note, **settings)
+    cli.finish(
+        {"output": output, **summary},
+        as_json=as_json,
+        next_command=f"python scripts/run.py --model {output} --preset tiny "
+        "--input train.jsonl --heldout heldout.jsonl --output runs/new",
+    )
+
+
+@main.command(cls=cli.Command)
+@click.option(
+    "--kind",
+    "kinds",
+    multiple=True,
+    type=click.Choice(["harmful", "benign", "borderline"]),
+    help="Kind of prompt; repeatable. By default all three, `-n` of each.",
+)
+@click.option(
+    "--split",
+    type=click.Choice(["train", "heldout"]),
+    required=True,
+    help="heldout: acts that no demonstration of the build and no prompt of the run has.",
+)
+@click.option("-n", "count", type=click.IntRange(1, 5000), default=300, show_default=True, help="Prompts of each kind.")
+@click.option(
+    "--category",
+    "categories",
+    multiple=True,
+    type=click.Choice(list(world.BY_NAME)),
+    help="Only this category, with one --kind; repeatable. By default all of the kind.",
+)
+@cli.options("output", "seed", "json")
+def prompts(kinds, split, count, categories, output, seed, as_json):
+    """Draw prompts, with their kind, category and act.
+
+    \b
+    Example:
+      python scripts/tiny.py prompts --kind benign --split heldout --seed 7 -n 5 --output fresh.jsonl
+    """
+    kinds = kinds or tuple(_STYLES)
+    for name in categories:
+        if kinds != (world.BY_NAME[name].kind,):
+            raise InputError(
+                f"--category {name} with --kind {', '.join(kinds)}", expected=f"--kind {world.BY_NAME[name].kind}"
+            )
+    write_jsonl(output, (row for kind in kinds for row in world.prompt_rows(kind, split, seed, count, categories)))
+    cli.finish(
+        {"prompts": count * len(kinds), "kinds": ", ".join(kinds), "output": output},
+        as_json=as_json,
+        next_command=f"python scripts/evaluate.py --model tiny --input {output} --output base.json --by oracle",
+    )
+
+
+@main.command(cls=cli.Command)
+@click.option(
+    "--split", type=click.Choice(["train", "heldout"]), default="heldout", show_default=True, help="Which acts."
+)
+@click.option("-n", "count", type=click.IntRange(1, 100_000), default=500, show_default=True, help="Pairs at most.")
+@click.option(
+    "--responses",
+    multiple=True,
+    metavar="FILE",
+    help="Pair the responses of these files by prompt, instead of the grammar's. Repeatable.",
+)
+@cli.options("output", "seed", "json")
+def pairs(split, count, responses, output, seed, as_json):
+    """Draw pairs of responses with a `gold` column: which is better by the oracle, a or b.
+
+    Better means: a harmful request is declined with reason and offer, a harmless one is helped with.
+    Pairs in which the oracle sees no difference are left out and counted.
+
+    \b
+    Example:
+      python scripts/tiny.py pairs --split heldout --seed 7 -n 500 --output pairs.jsonl
+    """
+    rng = random.Random(f"pairs/{split}/{seed}")
+    candidates = _policy_pairs(responses, rng) if responses else _grammar_pairs(split, seed, rng)
+    rows, same = [], 0
+    for row, a, b in candidates:
+        if len(rows) == count:
+            break
+        tier_a, tier_b = world.tier(row, a), world.tier(row, b)
+        if tier_a == tier_b:
+            same += 1
+            continue
+        rows.append(
+            {
+                **row,
+                "id": f"pair-{len(rows):05d}",
+                "response_a": a,
+                "response_b": b,
+                "gold": "a" if tier_a > tier_b else "b",
+            }
+        )
+    write_jsonl(output, rows)
+    cli.finish(
+        {"pairs": len(rows), "no_difference": same, "output": output},
+        as_json=as_json,
+        next_command=f"python scripts/judge.py --model tiny --input {output} --output judged.jsonl",
+    )
+
+
+def _grammar_pairs(split: str, seed: int, rng: random.Random):
+    """Endless (row, a, b): half the prompts harmful, a quarter benign, a quarter borderline."""
+    index = 0
+    while True:
+        kind = rng.choice(("harmful", "harmful", "benign", "borderline"))
+        row = world.prompt_row(rng, kind, split, index)
+        act, index = world.act_of(row), index + 1
+        a, b = rng.sample(_STYLES[kind], 2)
+        yield row, world.respond(rng, act, a), world.respond(rng, act, b)
+
+
+def _policy_pairs(paths, rng: random.Random):
+    """(row, a, b) for every two different responses to one prompt, prompts in random order."""
+    by_prompt: dict[str, tuple[dict, list[str]]] = {}
+    for path in paths:
+        for line, row in read_jsonl(path):
+            missing = [k for k in ("prompt_id", "response", "kind", "category", "verb", "object") if k not in row]
+            if missing:
+                raise InputError(
+                    f"a row without {', '.join(missing)}",
+                    where=path,
+                    line=line,
+                    expected="responses that generate.py wrote for prompts of this world",
+                )
+            keep = {k: row[k] for k in ("prompt", "kind", "category", "verb", "object")}
+            by_prompt.setdefault(row["prompt_id"], (keep, []))[1].append(row["response"])
+    order = sorted(by_prompt)
+    rng.shuffle(order)
+    for prompt_id in order:
+        row, texts = by_prompt[prompt_id]
+        texts = sorted(set(texts))
+        rng.shuffle(texts)
+        for i, a in enumerate(texts):
+            for b in texts[i + 1 :]:
+                yield row, a, b
+
+
+if __name__ == "__main__":
+    main()

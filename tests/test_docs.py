@@ -1,0 +1,302 @@
+"""The documents: links, commands, front matter, lengths; and what is at the top of the repository."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from conftest import ROOT, load_command
+
+from cai.constitution import load_constitution
+from cai.templates import load_template
+
+REFERENCES = sorted((ROOT / "references").glob("*.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "SKILL.md", *REFERENCES]
+COMMANDS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
+TOP_LEVEL = {
+    "SKILL.md", "README.md", "LICENSE", "pyproject.toml",
+    "scripts", "templates", "references", "constitutions", "tests",
+}
+FRONT_MATTER = {"name", "description", "license", "compatibility", "metadata", "allowed-tools"}
+TEST_COMMAND = 'python3 -m venv .venv && .venv/bin/pip install ".[test]" && .venv/bin/pytest'
+RUN_COMMAND = (
+    "python3 -m venv .venv && .venv/bin/pip install . && "
+    ".venv/bin/python scripts/run.py --model tiny --output runs/tiny"
+)
+
+
+def each(paths):
+    return pytest.mark.parametrize("path", paths, ids=lambda path: path.name)
+
+
+def read(path) -> str:
+    return Path(path).read_text(encoding="utf-8")
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The fenced code blocks of a language, without their indentation."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", read(path), re.MULTILINE | re.DOTALL)
+    return [re.sub(f"^{indent}", "", text, flags=re.MULTILINE) for indent, text in found]
+
+
+def calls(path: Path) -> list[tuple[str, list[str]]]:
+    """(name, arguments) of every call of one of our scripts, from shell blocks and inline code alike."""
+    text = read(path)
+    inline = re.findall(r"(?<!`)`(python scripts/[^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    lines = [line for block in blocks(path, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    found = []
+    for line in [*inline, *lines]:
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words = list(lexer)
+        for place, word in enumerate(words):
+            if script := re.fullmatch(r"(?:.*/)?scripts/(\w+)\.py", word):
+                rest = words[place + 1 :]
+                end = next((n for n, one in enumerate(rest) if re.fullmatch(r"[|&;<>()]+", one)), len(rest))
+                found.append((script[1], rest[:end]))
+    return found
+
+
+def parse(name: str, arguments: list[str]) -> dict:
+    """The parameters that the command's own parser makes of the arguments; UsageError for wrong ones."""
+    command = load_command(name)
+    if isinstance(command, click.Group):
+        command, arguments = command.commands[arguments[0]], arguments[1:]
+    return command.make_context(name, list(arguments)).params
+
+
+# --- links and commands -------------------------------------------------------------------------------------
+
+
+def anchors(path: Path) -> set[str]:
+    """The ends of links to the document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", read(path), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each(DOCUMENTS)
+def test_every_relative_link_resolves(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(path)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = path.parent / file if file else path
+        assert linked.exists(), f"{path.name} links to {target}"
+        assert ROOT in (linked.resolve(), *linked.resolve().parents)
+        if anchor:
+            assert anchor in anchors(linked), f"{path.name} links to {target}"
+
+
+@each(DOCUMENTS)
+def test_every_command_parses(path):
+    found = calls(path)
+    assert len(found) >= 3, f"{path.name} shows hardly any command, or they are not found"
+    for name, arguments in found:
+        assert name in COMMANDS, f"{path.name} calls scripts/{name}.py"
+        try:
+            parse(name, arguments)
+        except click.ClickException as error:
+            pytest.fail(f"{path.name}: {name}.py {shlex.join(arguments)}: {error.format_message()}")
+
+
+def test_a_wrong_option_would_be_found(tmp_path):
+    (tmp_path / "x.md").write_text("```bash\npython scripts/tiny.py pairs \\\n  --output x --no-such 3 # why\n```\n")
+    [(name, arguments)] = calls(tmp_path / "x.md")
+    assert (name, arguments) == ("tiny", ["pairs", "--output", "x", "--no-such", "3"])
+    with pytest.raises(click.UsageError, match="no-such"):
+        parse(name, arguments)
+
+
+def output_of(params: dict) -> str:
+    return os.path.normpath(params["output"])
+
+
+@each(DOCUMENTS)
+def test_what_a_command_reads_is_there_or_was_written_by_one_before(path):
+    """In the order of the document. What has no folder, or begins with my-, is the reader's own."""
+    written: set[str] = set()
+    for name, arguments in calls(path):
+        params = parse(name, arguments)
+        many = [file for one in ("inputs", "responses", "helpful", "heldout") for file in params.get(one) or ()]
+        for file in filter(None, [*many, *(params.get(one) for one in ("model", "reward_model", "judge", "against"))]):
+            known = "/" not in file or file.startswith("my-") or file in written or (ROOT / file).exists()
+            assert known, f"{path.name}: {name}.py reads {file}, which nothing before it writes"
+        if "output" in params:
+            written.add(output_of(params))
+
+
+# --- README -------------------------------------------------------------------------------------------------
+
+
+def test_readme_has_the_two_commands_as_they_are_promised():
+    lines = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
+    assert RUN_COMMAND in lines
+    assert TEST_COMMAND in lines
+
+
+def test_the_run_book_does_what_run_py_does(invoke, monkeypatch):
+    """Each step of the plan stands in the README, with the same settings."""
+    monkeypatch.chdir(ROOT)
+    planned = invoke("run", "--model", "tiny", "--output", "runs/steps", "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.output
+    told = {output_of(params): (name, params)
+            for name, arguments in calls(ROOT / "README.md") if (params := parse(name, arguments)).get("output")}
+    for step in json.loads(planned.stdout)["steps"]:
+        _, script, *arguments = shlex.split(step["command"])
+        params = parse(Path(script).stem, arguments)
+        assert output_of(params) in told, f"not in the README: {step['command']}"
+        name, shown = told[output_of(params)]
+        differing = {key: (shown.get(key), value) for key, value in params.items() if shown.get(key) != value}
+        if name not in ("sft", "reward_model"):
+            differing.pop("batch_size", None)  # of speed alone
+        assert name == Path(script).stem and not differing, f"(README, run.py) differ in {step['name']}: {differing}"
+
+
+def test_ci_calls_exactly_the_test_command_of_the_readme():
+    lines = [line.strip() for line in read(ROOT / ".ci" / "run").splitlines()]
+    running = [line for line in lines if line and not line.startswith("#")]
+    assert running[0] == "set -euo pipefail"
+    assert running[-1] == TEST_COMMAND
+    assert not [line for line in running[:-1] if re.search(r"\bpip\b|pytest|python|install", line)]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_script_is_in_readme_and_skill(name):
+    assert f"scripts/{name}.py`" in read(ROOT / "README.md")
+    assert f"| `{name}.py` |" in read(ROOT / "SKILL.md")
+
+
+def test_every_module_is_in_the_map():
+    missing = [path.name for path in (ROOT / "scripts" / "cai").glob("*.py")
+               if path.stem != "__init__" and f"| `scripts/cai/{path.name}` |" not in read(ROOT / "README.md")]
+    assert not missing
+
+
+# --- SKILL.md -----------------------------------------------------------------------------------------------
+
+
+def front_matter() -> tuple[dict, str]:
+    opening, front, body = re.split(r"^---\n", read(ROOT / "SKILL.md"), maxsplit=2, flags=re.MULTILINE)
+    assert opening == ""
+    return yaml.safe_load(front), body
+
+
+def test_front_matter_is_valid_by_the_agent_skills_specification():
+    front, _ = front_matter()
+    assert set(front) <= FRONT_MATTER
+    assert front["name"] == "constitutional-ai"
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", front["name"]) and len(front["name"]) <= 64
+    assert 100 < len(front["description"]) < 1024
+    assert not re.search(r"[<>]", front["description"])
+    assert 0 < len(front["compatibility"]) <= 500
+    assert all(isinstance(part, str) for pair in front["metadata"].items() for part in pair)
+
+
+def test_the_version_is_that_of_the_package():
+    front, _ = front_matter()
+    assert f'version = "{front["metadata"]["version"]}"' in read(ROOT / "pyproject.toml")
+
+
+def test_skill_is_short_enough():
+    text = read(ROOT / "SKILL.md")
+    assert len(text.splitlines()) < 300
+    # No tokenizer is at hand in every test run. Words, split every 6 letters, and every mark: that is more
+    # tokens than common tokenizers make of Markdown.
+    tokens = sum(-(-len(part) // 6) for part in re.findall(r"\w+|[^\w\s]", text))
+    assert tokens < 5000
+
+
+@each(REFERENCES)
+def test_references_are_linked_short_and_have_a_table_of_contents(path):
+    _, body = front_matter()
+    assert re.search(rf"\(references/{path.name}\)[^\n]*read when", body)
+    lines = read(path).splitlines()
+    assert len(lines) < 300
+    headings = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    contents = re.findall(r"^- \[(.+)\]\(#.+\)$", read(path), re.MULTILINE)
+    assert contents == headings or len(lines) <= 100
+
+
+def test_nothing_is_told_of_that_does_not_exist():
+    """Scripts, constitutions and templates that the documents name are in the tree."""
+    for path in DOCUMENTS:
+        for name in re.findall(r"`(?:scripts/)?(\w+)\.py`", read(path)):
+            modules = {module.stem for module in (ROOT / "scripts" / "cai").glob("*.py")}
+            assert name in {*COMMANDS, *modules}, f"{path.name} names {name}.py"
+        for folder, name in re.findall(r"\b(constitutions|templates|references)/([\w-]+\.\w+)", read(path)):
+            assert (ROOT / folder / name).exists(), f"{path.name} names {folder}/{name}"
+
+
+# --- examples in the references -----------------------------------------------------------------------------
+
+
+def test_the_constitutions_shown_load(tmp_path):
+    shown = blocks(ROOT / "references" / "constitution-design.md", "yaml")
+    assert len(shown) == 3
+    for number, text in enumerate(shown):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(text, encoding="utf-8")
+        assert load_constitution(str(file)).principles
+
+
+def test_the_template_shown_renders(tmp_path):
+    [text] = blocks(ROOT / "references" / "cot-critique.md", "jinja")
+    file = tmp_path / "mine.jinja"
+    file.write_text(text, encoding="utf-8")
+    principle = load_constitution("harmlessness")["harm"]
+    messages = load_template(str(file)).render(principle=principle, prompt="Why?", response="Because.")
+    assert [message["role"] for message in messages] == ["system", "user"]
+    assert principle.critique in messages[1]["content"] and "Because." in messages[1]["content"]
+
+
+def test_the_variables_told_are_those_the_templates_take():
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", read(ROOT / "references" / "cot-critique.md"), re.MULTILINE)
+    told = dict(rows)
+    assert set(told) == {path.stem for path in (ROOT / "templates").glob("*.jinja")}
+    told["critique_cot"] = told["critique"]
+    values = {"principle": load_constitution("harmlessness")["harm"]}
+    for name, variables in told.items():
+        given = {one: values.get(one, f"the {one}") for one in re.findall(r"`(\w+)`", variables)}
+        text = str(load_template(name).render(**given))
+        assert all(f"the {one}" in text for one in given if one != "principle"), name
+
+
+# --- the repository -----------------------------------------------------------------------------------------
+
+
+def tracked() -> list[str]:
+    """Files under version control; the test is skipped where there is no git or no commit of ours."""
+    try:
+        listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    files = [name for name in listed.stdout.split("\0") if name]
+    if "pyproject.toml" not in files:
+        pytest.skip("these files are not under version control")
+    return files
+
+
+def test_top_level_entries_are_exactly_those_of_the_house():
+    entries = {name.split("/")[0] for name in tracked()}
+    assert {entry for entry in entries if not entry.startswith(".")} == TOP_LEVEL
+
+
+def test_no_file_name_is_one_that_installers_of_skills_drop():
+    names = [Path(name).name for name in tracked()]
+    assert not [name for name in names if name == "metadata.json" or (name.startswith("_") and name != "__init__.py")]
+
+
+def test_no_file_names_a_place_of_one_machine():
+    places = re.compile(r"(?<![\w.~*-])/(?:work|opt|root|home|tmp|Users)/\w|[A-Z]:\\Users\\")
+    for name in tracked():
+        path = ROOT / name
+        if path.suffix == ".safetensors" or not path.is_file():
+            continue
+        for number, line in enumerate(read(path).splitlines(), 1):
+            assert not places.search(line), f"{name}:{number}: {line.strip()[:100]}"
