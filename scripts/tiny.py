@@ -106,7 +106,9 @@ def prompts(kinds, split, count, categories, output, seed, as_json):
             raise InputError(
                 f"--category {name} with --kind {', '.join(kinds)}", expected=f"--kind {world.BY_NAME[name].kind}"
             )
-    write_jsonl(output, (row for kind in kinds for row in world.prompt_rows(kind, split, seed, count, categories)))
+    rows = [row for kind in kinds for row in world.prompt_rows(kind, split, seed, count, categories)]
+    random.Random(seed).shuffle(rows)  # so that the first few are of every kind
+    write_jsonl(output, rows)
     cli.finish(
         {"prompts": count * len(kinds), "kinds": ", ".join(kinds), "output": output},
         as_json=as_json,

@@ -20,8 +20,9 @@ def test_the_bundled_prompts_are_those_of_seed_0():
     for split in ("train", "heldout"):
         bundled = rows(TINY / "prompts" / f"{split}.jsonl")
         for kind in ("harmful", "benign", "borderline"):
-            mine = [row for row in bundled if row["kind"] == kind]
+            mine = sorted((row for row in bundled if row["kind"] == kind), key=lambda row: row["id"])
             assert mine == world.prompt_rows(kind, split, 0, len(mine))
+        assert len({row["kind"] for row in bundled[:12]}) == 3  # mixed: a --limit takes of every kind
 
 
 def test_held_out_acts_are_in_no_demonstration():
@@ -81,7 +82,7 @@ def test_prompts(invoke, tmp_path, kind):
     )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["prompts"] == 7
-    assert rows(out) == world.prompt_rows(kind, "heldout", 4, 7)
+    assert sorted(rows(out), key=lambda row: row["id"]) == world.prompt_rows(kind, "heldout", 4, 7)
 
 
 def test_prompts_of_some_categories(invoke, tmp_path):
