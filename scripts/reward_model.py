@@ -156,7 +156,7 @@ def main(inputs, output, model, labels, holdout, center, epochs, learning_rate, 
     if not train:
         raise InputError(f"all {len(pairs)} pairs are held out", where="--holdout", remedy="Lower it")
     settings = {
-        "model": training.identity(model), "input": digest, "labels": labels, "holdout": holdout,
+        "model": records.identity(model), "input": digest, "labels": labels, "holdout": holdout,
         "center": center, "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size,
         "gradient_accumulation": gradient_accumulation, "max_length": max_length,
         "lora_rank": lora_rank if lora else None, "dtype": dtype, "seed": seed,

@@ -117,7 +117,7 @@ def main(inputs, helpful, output, model, rounds, keep, epochs, learning_rate, ba
     engines.check_model(model)
     rows, counts, digests = read_rows(inputs, helpful, rounds, frozenset(keep), limit)
     settings = {
-        "model": training.identity(model), **digests, "rounds": rounds, "keep": sorted(keep),
+        "model": records.identity(model), **digests, "rounds": rounds, "keep": sorted(keep),
         "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size,
         "gradient_accumulation": gradient_accumulation, "max_length": max_length,
         "lora_rank": lora_rank if lora else None, "dtype": dtype, "seed": seed,

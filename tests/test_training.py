@@ -275,19 +275,6 @@ def test_a_score_depends_on_its_sequence_alone():
 # --- before the start ------------------------------------------------------------------------------------
 
 
-def test_identity_is_the_weights_and_not_the_path(tmp_path):
-    import torch
-
-    copied = models.copy("qwen", tmp_path / "copied")
-    assert training.identity(str(copied)) == training.identity(str(models.folder("qwen")))
-    policy = training.load_policy(str(copied))
-    with torch.no_grad():
-        policy.model.norm.weight.add_(0.01)
-    policy.save_pretrained(copied)
-    assert training.identity(str(copied)) != training.identity(str(models.folder("qwen")))
-    assert training.identity("owner/name") == "owner/name"
-
-
 def test_the_plan_of_a_dry_run(tmp_path):
     source = str(models.folder("gemma2"))
     assert training.parameters(source) == training.load_policy(source).num_parameters()

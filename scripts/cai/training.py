@@ -7,7 +7,6 @@ Weights are trained in float32 on a CPU; on a GPU the forward pass runs in bfloa
 (`precision`). Leaves out packing, quantised loading and hyperparameter search.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -519,25 +518,6 @@ def save_trained(trainer, tokenizer, folder: str | Path) -> None:
 
 
 # --- before the start ------------------------------------------------------------------------------------
-
-
-def identity(model: str) -> str:
-    """What tells one model from another in a fingerprint: a folder's weights, whatever its path; else the id.
-
-    Large files are hashed by 64 samples of 64 KiB, so that seventy billion parameters take no minutes.
-    """
-    folder = Path(model_path(model))
-    if not folder.is_dir():
-        return model
-    digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as handle:
-            for place in range(0, size, max(2**16, size // 64)):
-                handle.seek(place)
-                digest.update(handle.read(2**16))
-    return digest.hexdigest()
 
 
 def parameters(path: str) -> int | None:
