@@ -225,7 +225,7 @@ def test_bad_rows_are_refused_with_line_value_and_remedy(tmp_path, text, expecte
     ("in.json", '[{"prompt": "x"}', "not JSON"),
     ("in.txt", b"x\n\xff\n", ":2: not UTF-8"),
     ("in.parquet", "no", "not Parquet"),
-    ("in.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 99)[:-20], "damaged gzip data"),
+    ("in.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 99, mtime=0)[:-20], "damaged gzip data"),
     ("in.jsonl.gz", "no", "damaged gzip data"),
     ("in.xlsx", "x", "unknown kind of file: '.xlsx'; expected one of .jsonl"),
 ])
