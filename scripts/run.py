@@ -34,7 +34,7 @@ STAGES = {"base": "base", "sft": "after SFT", "ppo": "after RL"}
 # The settings of each step. A critique that found no fault leaves the response as it was: from such copies
 # SFT learns to stay helpful, hence `--keep copy`. Pairs are sampled hotter than answers are, because two that
 # are alike teach a reward model nothing. `batch_size` is that of the steps that write or judge text;
-# `ppo_size`: updates, and prompts in each.
+# `ppo_size`: updates, prompts in each, and minibatches.
 PRESETS = {
     "tiny": {
         "batch_size": 64,
@@ -45,8 +45,8 @@ PRESETS = {
         "samples": "--samples 2 --temperature 1.0 --max-new-tokens 96",
         "judge": "",
         "reward_model": "--epochs 1 --learning-rate 3e-4 --batch-size 32 --max-length 512",
-        "ppo_size": (20, 64),
-        "ppo": "--epochs 1 --minibatches 4 --batch-size 32 --learning-rate 1.2e-4 --max-new-tokens 96",
+        "ppo_size": (20, 64, 4),
+        "ppo": "--epochs 1 --batch-size 32 --learning-rate 1.2e-4 --max-new-tokens 96",
         "evaluate": "--by oracle --temperature 0.7 --max-new-tokens 96",
     },
     "default": {
@@ -58,7 +58,7 @@ PRESETS = {
         "samples": "--samples 2 --temperature 1.0 --max-new-tokens 512",
         "judge": "",
         "reward_model": "--lora --epochs 1 --learning-rate 1e-4",
-        "ppo_size": (100, 128),
+        "ppo_size": (100, 128, 1),
         "ppo": "--lora --learning-rate 1e-5 --max-new-tokens 512",
         "evaluate": "--by judge --temperature 0.7 --max-new-tokens 512",
     },
@@ -193,10 +193,12 @@ def plan(model, output, preset, *, constitution, inputs, heldout, helpful, round
     # The base model's first responses make a third one a prompt: two of a well-behaved policy hardly differ.
     preferences = rows("preferences", "judge", [*_each("--input", (samples, responses)), *base])
     reward = add("reward-model", "reward_model", ["--input", preferences, "--model", sft], "reward-model")
-    updates, most = preset["ppo_size"]
-    if limit:  # a trial run: the few prompts once
+    updates, most, parts = preset["ppo_size"]
+    if limit:  # a trial run: the few prompts once, in minibatches of equal size
         updates, most = min(updates, -(-limit // most)), min(most, limit)
-    amount = ["--updates", str(updates), "--prompts-per-update", str(most)]
+        parts = min(parts, most)
+        most -= most % parts
+    amount = ["--updates", str(updates), "--prompts-per-update", str(most), "--minibatches", str(parts)]
     ppo = add("ppo", "ppo", [*prompts, "--model", sft, "--reward-model", reward, *amount], "ppo")
     evaluate("ppo", ppo)
     return steps
