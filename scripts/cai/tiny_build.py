@@ -519,7 +519,7 @@ def build(
     per_batch, per_step = 4096, 2  # a step mixes two batches of different lengths
     done = step = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=False)
+        state = torch.load(checkpoint, weights_only=True)
         if state["settings"] != settings:
             raise InputError(
                 f"a checkpoint with other settings: {state['settings']}",
