@@ -1,6 +1,7 @@
 """Rates and intervals against numbers worked by hand."""
 
 import math
+import random
 
 import pytest
 
@@ -91,3 +92,105 @@ def test_table_aligns_columns():
         "a        5",
         "longer  10",
     ]
+
+
+# --- clusters --------------------------------------------------------------------------------------------
+
+
+def test_clusters_of_one_row_are_independent_rows():
+    # Cluster variance 0.3·0.7/10 · 10/9: wider than the independent one, by the nine for ten.
+    found = metrics.clustered_rate([True] * 3 + [False] * 7, range(10))
+    assert found["value"] == 0.3 and (found["n"], found["clusters"]) == (10, 10)
+    assert found["low"] == pytest.approx(metrics._wilson(0.3, 9)["low"])
+    assert found["high"] == pytest.approx(metrics._wilson(0.3, 9)["high"])
+
+
+def test_rows_that_repeat_their_cluster_count_once():
+    # Ten times the same row: sums ±10·d, so a hundredfold variance on a tenfold n: 4 clusters count as 3 rows.
+    found = metrics.clustered_rate([True] * 20 + [False] * 20, [row // 10 for row in range(40)])
+    assert found["low"] == pytest.approx(metrics._wilson(0.5, 3)["low"])
+    assert (found["n"], found["clusters"]) == (40, 4)
+
+
+def test_clusters_worked_by_hand():
+    # Shares 1, 1/2, 0 in clusters of 2, 2, 4: mean 3/8, sums of (y − 3/8): 5/4, 1/4, −3/2.
+    # Variance (25/16 + 1/16 + 36/16) / 64 · 3/2 = 62/16 · 3/128 = 0.0908203; (15/64) / 0.0908203 = 2.5806452 rows.
+    found = metrics.clustered_rate([1, 1, 1, 0, 0, 0, 0, 0], list("aabbcccc"))
+    assert found["low"] == pytest.approx(metrics._wilson(3 / 8, 2.5806452)["low"])
+
+
+def test_all_alike_each_cluster_is_a_row():
+    found = metrics.clustered_rate([1.0] * 12, list("aaaabbbbcccc"))
+    assert found["low"] == pytest.approx(metrics.rate(3, 3)["low"]) and found["high"] == 1
+    assert metrics.clustered_rate([], [])["value"] is None
+    one = metrics.clustered_rate([True, False, True, False], ["a"] * 4)  # one cluster tells nothing of others
+    assert one["low"] == pytest.approx(metrics._wilson(0.5, 1)["low"])
+
+
+def test_balanced_clusters_do_not_pass_for_more_rows_than_there_are():
+    # In each cluster one right and one wrong: no variance between them, and still no more than 6 rows.
+    found = metrics.clustered_rate([1, 0, 1, 0, 1, 0], list("aabbcc"))
+    assert found["high"] - found["low"] >= metrics.rate(3, 6)["high"] - metrics.rate(3, 6)["low"]
+
+
+# --- correlation -----------------------------------------------------------------------------------------
+
+
+def test_correlation_by_hand():
+    # x − 3 = −2 −1 0 1 2; y − 2 = −1 0 −1 2 0: products 2 + 0 + 0 + 2 + 0 = 4; squares 10 and 6: r = 4/√60.
+    found = metrics.correlation([1, 2, 3, 4, 5], [1, 2, 1, 4, 2])
+    r = 4 / math.sqrt(60)
+    half = 1.959964 / math.sqrt(2)
+    assert found["value"] == pytest.approx(r) and found["n"] == 5
+    assert found["low"] == pytest.approx(math.tanh(math.atanh(r) - half), abs=1e-6)
+    assert found["high"] == pytest.approx(math.tanh(math.atanh(r) + half), abs=1e-6)
+
+
+def test_correlation_of_what_never_varies():
+    assert metrics.correlation([1, 2, 3, 4], [5, 5, 5, 5])["value"] is None
+    assert metrics.correlation([1, 2, 3], [1, 2, 3])["value"] is None
+    assert metrics.correlation([1, 2, 3, 4], [-1, -2, -3, -4]) == {"value": -1, "low": -1, "high": -1, "n": 4}
+
+
+# --- calibration -----------------------------------------------------------------------------------------
+
+
+def test_ece_by_hand():
+    # Bin 0.6–0.7: three rows, mean 0.65, two right: gap |0.65 − 2/3| = 1/60. Bin 0.9–1: two rows, mean 0.95, one
+    # right: 0.45. ECE = (3 · 1/60 + 2 · 0.45) / 5 = 0.19.
+    found = metrics.calibration([0.61, 0.65, 0.69, 0.9, 1.0], [True, False, True, True, False])
+    assert found["ece"]["value"] == pytest.approx(0.19) and found["ece"]["n"] == 5
+    assert found["ece"]["low"] <= 0.19 <= found["ece"]["high"]
+    assert [one["outcome"]["n"] for one in found["bins"]] == [0, 0, 0, 0, 0, 0, 3, 0, 0, 2]
+    last = found["bins"][9]
+    assert (last["low"], last["high"], last["probability"]) == (0.9, 1.0, pytest.approx(0.95))
+    assert last["outcome"] == metrics.rate(1, 2)
+    assert found["bins"][0]["probability"] is None and found["bins"][0]["outcome"]["value"] is None
+
+
+def test_soft_outcomes_that_are_the_probabilities_are_calibrated():
+    values = [0.05 * n for n in range(21)]
+    ece = metrics.calibration(values, values)["ece"]
+    assert ece["value"] == pytest.approx(0, abs=1e-12) and ece["low"] == 0
+
+
+def test_the_interval_tells_a_calibrated_model_from_another():
+    draw = random.Random(0)
+    said = [draw.random() for _ in range(1500)]
+    honest = metrics.calibration(said, [draw.random() < p for p in said])
+    assert honest["ece"]["low"] == 0 and honest["ece"]["high"] < 0.06
+    assert honest["ece"]["value"] == pytest.approx(honest["ece_by_chance"], abs=0.02)
+    boastful = metrics.calibration(said, [draw.random() < 0.5 for _ in said])  # true ECE: mean |p − 0.5| = 0.25
+    assert 0.2 < boastful["ece"]["low"] < 0.25 < boastful["ece"]["high"] < 0.3
+    assert metrics.calibration(said, [p > 0.5 for p in said]) == metrics.calibration(said, [p > 0.5 for p in said])
+
+
+@pytest.mark.parametrize(("p", "y"), [([0.5], []), ([1.1], [True]), ([0.5], [2]), ([float("nan")], [True])])
+def test_what_is_no_probability_is_refused(p, y):
+    with pytest.raises(ValueError):
+        metrics.calibration(p, y)
+
+
+def test_calibration_of_nothing():
+    found = metrics.calibration([], [])
+    assert found["ece"]["value"] is None and len(found["bins"]) == 10
