@@ -1,147 +1,96 @@
 """Train a reward model on preferences, with the judge's probabilities as soft labels (paper, section 4.1).
 
-    python scripts/reward_model.py --input preferences.jsonl --model runs/sft --output runs/reward
+    python scripts/reward_model.py --input preferences.jsonl --mix helpful.jsonl=0.5 --default-label 1 \
+        --model runs/sft --output runs/reward
 
 A causal language model's folder gives the body, under a new head of one score; a reward model's folder is
-trained on. Leaves out pairs the judge could not decide, ensembles, and margins.
+trained on. Beside the weights lie `holdout.json` and `reliability.png`, what the model is worth on held-out pairs;
+evaluate.py measures it on other pairs. Leaves out ensembles, and a loss of its own for every source.
 """
 
+import json
 import math
+import os
+from pathlib import Path
 
 import click
 
-from cai import cli, engines, metrics, records, training
-from cai.errors import InputError, shorten
-from cai.templates import as_messages, prompt_text
+from cai import cli, engines, metrics, plots, preferences, records, reward, training
+from cai.errors import InputError
+from cai.templates import prompt_text
+
+# What the summary shows of `reward.measured`; all of it is in holdout.json.
+SHOWN = ("pairs", "accuracy", "longer", "log_loss", "least", "ece", "temperature", "scaled_log_loss", "scaled_ece",
+         "length_correlation")
 
 
-def check_label(row: dict, where, line: int) -> None:
-    """InputError if a decided pair has no probability to train to."""
-    p = row.get("p_chosen")
-    if row["chosen"] is None or row["rejected"] is None:
-        return
-    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
-        raise InputError(
-            f"p_chosen is {shorten(p)!r}", where=where, line=line, expected="a probability from 0 to 1",
-            remedy="Make the rows with judge.py, or train on --labels hard",
-        )
+def sources_of(inputs, mix) -> dict[str, float]:
+    """{file: weight} of --input (1) and --mix FILE=WEIGHT; InputError for what is no such pair."""
+    weights: dict[str, float] = {}
+    for given in [*(f"{file}=1" for file in inputs), *mix]:
+        file, _, weight = given.rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not file or not 0 < value < math.inf:
+            raise InputError(f"--mix {given}", expected="FILE=WEIGHT, with a weight above 0",
+                             remedy="For example --mix helpful.jsonl=0.5")
+        if os.path.realpath(file) in map(os.path.realpath, weights):
+            raise InputError("the same input twice", where=file, remedy="Name it once")
+        weights[file] = value
+    return weights
 
 
-def held_out(prompt, share: float, seed: int) -> bool:
-    """Whether a prompt's pairs are kept for measuring: by hashing, so that a prompt's pairs stay together."""
-    return records.hashed_seed("holdout", seed, prompt_text(prompt)) < share * 2**63
+def read_sources(weights: dict[str, float], labels: str, limit: int | None, **chosen) -> tuple[list[dict], dict, dict]:
+    """(pairs with their source and weight, counts over all sources, {file: digest and weight})."""
+    pairs, counts, digests = [], {}, {}
+    for file, weight in weights.items():
+        found, counted, digest = preferences.read_pairs([file], labels, limit, **chosen)
+        pairs += [{**pair, "source": file, "weight": weight} for pair in found]
+        counts = {name: counts.get(name, 0) + counted.get(name, 0) for name in {**counts, **counted}}
+        digests[file] = [digest, weight]
+    return pairs, counts, digests
 
 
-def read_pairs(inputs, labels: str, limit: int | None) -> tuple[list[dict], dict, str]:
-    """(decided pairs of {prompt, chosen, rejected, p_chosen}, counts, digest of the input)."""
-    source = records.Source(inputs, require=("prompt", "chosen", "rejected"), limit=limit,
-                            check=check_label if labels == "soft" else None)
-    pairs = [
-        {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"],
-         "p_chosen": float(row["p_chosen"]) if labels == "soft" else 1.0}
-        for row in source
-        if row["chosen"] is not None and row["rejected"] is not None
-    ]
-    if not pairs:
-        raise InputError("no decided pair", where=", ".join(inputs), expected="rows with `chosen`")
-    return pairs, {"rows": source.count, "undecided": source.count - len(pairs)}, source.digest
-
-
-def tokenized(pairs: list[dict], chat, max_length: int) -> tuple[list[dict], int]:
-    """(rows of {chosen_ids, rejected_ids, p_chosen, longer}, how many are too long and are left out).
-
-    longer: whether the chosen response has more characters, for the baseline.
-    """
-    kept, overlong = [], 0
-    for pair in pairs:
-        prompt = as_messages(pair["prompt"])
-        row = {"p_chosen": pair["p_chosen"], "longer": len(pair["chosen"]) > len(pair["rejected"])}
-        for side in ("chosen", "rejected"):
-            before, answer = training.encode(chat, prompt, pair[side])
-            row[f"{side}_ids"] = before + answer
-        if max(len(row["chosen_ids"]), len(row["rejected_ids"])) > max_length:
-            overlong += 1
-        else:
-            kept.append(row)
-    return kept, overlong
-
-
-def measured(scores: list[float], rows: list[dict]) -> dict:
-    """Accuracy and log-loss on held-out pairs, with the accuracy of "the longer one" to compare with.
-
-    Args:
-        scores: of the chosen responses, then of the rejected ones.
-        rows: the pairs; the log-loss is taken against their soft labels, and can't be less than `least`.
-    """
-    n = len(rows)
-    margins = [chosen - rejected for chosen, rejected in zip(scores[:n], scores[n:], strict=True)]
-    return {
-        "pairs": n,
-        "accuracy": metrics.rate(sum(d > 0 for d in margins), n),
-        "longer": metrics.rate(sum(row["longer"] for row in rows), n),
-        "log_loss": sum(soft_loss(d, row["p_chosen"]) for d, row in zip(margins, rows, strict=True)) / n,
-        "least": sum(soft_loss(logit(row["p_chosen"]), row["p_chosen"]) for row in rows) / n,
-    }
-
-
-def soft_loss(d: float, p: float) -> float:
-    """−p·log σ(d) − (1−p)·log σ(−d), for one margin d = score of chosen − score of rejected."""
-    return max(d, 0) - p * d + math.log1p(math.exp(-abs(d)))
-
-
-def logit(p: float) -> float:
-    """The margin whose sigmoid is p; 40 and −40 stand for infinity."""
-    return 40.0 * (2 * p - 1) if p in (0, 1) else math.log(p / (1 - p))
-
-
-def make_trainer(model, tokenizer, rows: list[dict], arguments: dict, output: str, adapters=None):
-    """TRL's RewardTrainer with the soft-label loss, over rows of `tokenized` in the order given."""
-    import torch
-    from datasets import Dataset
-    from trl import RewardConfig, RewardTrainer
-    from trl.trainer.reward_trainer import DataCollatorForPreference
-
-    class SoftCollator(DataCollatorForPreference):
-        def torch_call(self, examples):
-            batch = super().torch_call(examples)
-            batch["p_chosen"] = torch.tensor([example["p_chosen"] for example in examples])
-            return batch
-
-    class SoftRewardTrainer(RewardTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            # Taken by name, so that a label lost on the way is an error and not the hard loss.
-            p = inputs.pop("p_chosen")
-            hard, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
-            # −p·log σ(d) − (1−p)·log σ(−d)  =  −log σ(d) + (1−p)·d, and TRL's loss is the first term.
-            loss = hard + ((1 - p) * (chosen - rejected)).mean()
-            return (loss, outputs) if return_outputs else loss
-
-    used = ("chosen_ids", "rejected_ids", "p_chosen")
-    dataset = Dataset.from_list([{name: row[name] for name in used} for row in rows])
-    return SoftRewardTrainer(
-        model=model, processing_class=tokenizer, train_dataset=dataset, peft_config=adapters,
-        data_collator=SoftCollator(pad_token_id=tokenizer.pad_token_id),
-        # Every column is used: left to itself, Trainer drops those that the model does not know by name.
-        args=RewardConfig(**arguments, max_length=None, disable_dropout=True, remove_unused_columns=False),
-        callbacks=[training.MetricsLog(output, "reward model")],
-    )
+def looks(eval_steps: int | None, patience: int, steps: int, test_rows: list[dict]) -> int:
+    """Optimizer steps between two looks at the held-out loss, 0 for none; by default ten looks where one may stop."""
+    if not eval_steps and not patience:
+        return 0
+    if not test_rows:
+        raise InputError("no pair is held out to look at", where="--patience" if patience else "--eval-steps",
+                         remedy="Raise --holdout")
+    return eval_steps or max(1, steps // 10)
 
 
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model")
+@click.option("--mix", multiple=True, metavar="FILE=WEIGHT",
+              help="More preferences, and how often each of their pairs comes in a pass over those of --input, such "
+                   "as human ones of helpfulness: 0.5 takes half of them each time. Repeatable.")
 @click.option("--labels", type=click.Choice(["soft", "hard"]), default="soft", show_default=True,
               help="Train to the judge's probability p_chosen, or to the chosen one being right for certain.")
+@click.option("--default-label", type=click.FloatRange(0.5, 1), default=None,
+              help="p_chosen of pairs that have none, such as human ones. Default: they are refused.")
+@click.option("--min-margin", type=click.FloatRange(0, 1), default=0.0, show_default=True,
+              help="Leave out pairs whose |2 p_chosen - 1| is less: labels near a toss-up.")
 @click.option("--holdout", type=click.FloatRange(0, 1, max_open=True), default=0.1, show_default=True,
               help="Share of the prompts whose pairs are not trained on, but measured.")
+@click.option("--eval-steps", type=click.IntRange(min=1), default=None,
+              help="Optimizer steps between two looks at the held-out loss. Default: a tenth of all with --patience.")
+@click.option("--patience", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Stop after so many looks without a better held-out loss, and keep the best; 0: never.")
 @click.option("--center", type=click.FloatRange(min=0), default=0.0, show_default=True,
               help="Weight of a penalty that keeps the scores near 0; 0.01 is usual.")
 @training.training_options(epochs=1, learning_rate=1e-5, batch_size=8, max_length=1024)
 @cli.options("seed", "limit", "json", "dry_run", "overwrite")
-def main(inputs, output, model, labels, holdout, center, epochs, learning_rate, batch_size,
-         gradient_accumulation, max_length, lora, lora_rank, save_steps, device, dtype, seed, limit,
-         as_json, dry_run, overwrite):
+def main(inputs, output, model, mix, labels, default_label, min_margin, holdout, eval_steps, patience, center,
+         epochs, learning_rate, batch_size, gradient_accumulation, max_length, lora, lora_rank, save_steps, device,
+         dtype, seed, limit, as_json, dry_run, overwrite):
     """Train a reward model on preferences with soft labels.
+
+    With several files, --limit reads the first rows of each. Every row read is accounted for: train + held_out +
+    undecided + identical + below_margin + overlong.
 
     \b
     Example:
@@ -149,65 +98,84 @@ def main(inputs, output, model, labels, holdout, center, epochs, learning_rate, 
           --output runs/reward --learning-rate 1e-3
     """
     engines.check_model(model, classifier=True)
-    pairs, counts, digest = read_pairs(inputs, labels, limit)
-    train = [pair for pair in pairs if not held_out(pair["prompt"], holdout, seed)]
-    test = [pair for pair in pairs if held_out(pair["prompt"], holdout, seed)]
-    counts |= {"train": len(train), "held_out": len(test)}
-    if not train:
+    weights = sources_of(inputs, mix)
+    pairs, counts, digests = read_sources(weights, labels, limit, min_margin=min_margin, default_label=default_label)
+    parts = {"train": [], "held_out": []}
+    for pair in pairs:
+        parts["held_out" if reward.held_out(pair["prompt"], holdout, seed) else "train"].append(pair)
+    if not parts["train"]:
         raise InputError(f"all {len(pairs)} pairs are held out", where="--holdout", remedy="Lower it")
     settings = {
-        "model": records.identity(model), "input": digest, "labels": labels, "holdout": holdout,
-        "center": center, "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size,
-        "gradient_accumulation": gradient_accumulation, "max_length": max_length,
+        "model": records.identity(model), "input": list(digests.values()), "labels": labels,
+        "default_label": default_label, "min_margin": min_margin, "holdout": holdout, "eval_steps": eval_steps,
+        "patience": patience, "center": center, "epochs": epochs, "learning_rate": learning_rate,
+        "batch_size": batch_size, "gradient_accumulation": gradient_accumulation, "max_length": max_length,
         "lora_rank": lora_rank if lora else None, "dtype": dtype, "seed": seed,
     }
     folder = records.claim_folder(output, command="reward_model", fingerprint=settings, overwrite=overwrite,
-                                  inputs=inputs)
+                                  inputs=list(weights))
     following = f"python scripts/ppo.py --model {model} --reward-model {output} --input PROMPTS --output NEW"
     if dry_run:
-        lengths = [2 * len(prompt_text(p["prompt"])) + len(p["chosen"]) + len(p["rejected"]) for p in train]
+        lengths = [2 * len(prompt_text(p["prompt"])) + len(p["chosen"]) + len(p["rejected"]) for p in parts["train"]]
         plan = training.plan(model, lengths, epochs=epochs, lora=lora,
                              batch=batch_size * gradient_accumulation)
+        counts |= {name: len(found) for name, found in parts.items()}
         cli.finish({"output": output, **counts, **plan}, as_json=as_json, next_command=following)
         return
     if folder.complete:
-        cli.finish({"output": output, **folder.counts}, as_json=as_json, next_command=following)
+        finish({"output": output, **folder.counts}, as_json, following)
         return
 
     from transformers import set_seed
 
     training.choose_device(device)
     chat = training.load_chat(model)
-    rows, counts["overlong"] = tokenized(train, chat, max_length)
-    test_rows, more = tokenized(test, chat, max_length)
-    counts["overlong"] += more
+    (rows, overlong), (test_rows, more) = (reward.tokenized(found, chat, max_length) for found in parts.values())
+    counts |= {"train": len(rows), "held_out": len(test_rows), "overlong": overlong + more}
     if not rows:
-        raise InputError(f"all {len(train)} pairs are longer", where="--max-length", remedy="Raise it")
+        raise InputError(f"all {overlong} pairs are longer", where="--max-length", remedy="Raise it")
+    order = reward.training_order(rows, batch_size, epochs, seed)
+    together = batch_size * gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    every = looks(eval_steps, patience, -(-len(order) // together), test_rows)
     set_seed(seed)  # of the new head
-    reward_model = training.load_reward_model(model, device, dtype, lora=lora)
-    lengths = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
-    order = training.training_order(lengths, batch_size, epochs, seed)
+    scorer = training.load_reward_model(model, device, dtype, lora=lora)
     with folder:
         arguments = training.trainer_arguments(
             output, learning_rate=learning_rate, batch_size=batch_size,
             gradient_accumulation=gradient_accumulation, save_steps=save_steps, seed=seed, device=device,
             dtype=dtype, lora=lora, center_rewards_coefficient=center or None,
         )
-        trainer = make_trainer(reward_model, chat.tokenizer, [rows[i] for i in order], arguments, output,
-                               training.lora_config(lora_rank, "SEQ_CLS") if lora else None)
+        trainer = reward.make_trainer(
+            scorer, chat.tokenizer, rows, arguments, output,
+            training.lora_config(lora_rank, "SEQ_CLS") if lora else None, order=order, test_rows=test_rows,
+            eval_steps=every, patience=patience,
+        )
         figures = training.run_trainer(trainer, output)
         counts |= {"steps": trainer.state.global_step, "loss": round(figures.training_loss, 4)}
-        if test_rows:
-            # Each process scores all of them: a sharded model needs every process in each forward pass.
-            sequences = [row[side] for side in ("chosen_ids", "rejected_ids") for row in test_rows]
-            pad_id = chat.tokenizer.pad_token_id
-            scores = training.score(trainer.model_wrapped, pad_id, sequences, 2 * batch_size)
-            counts["holdout"] = measured(scores, test_rows)
+        found = reward.measured(reward.scores_of(trainer, test_rows), test_rows) if test_rows else {}
+        # Also where none was fitted: that of a reward model that is trained on would be saved again.
+        setattr(trainer.accelerator.unwrap_model(trainer.model).config, reward.TEMPERATURE,
+                found.get("temperature", 1.0))
         training.save_trained(trainer, chat.tokenizer, output)
+        if found:
+            counts["holdout"] = {name: found[name] for name in SHOWN}
+            if training.is_main_process():
+                (Path(output) / "holdout.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                plots.reliability(Path(output) / "reliability.png", {**found, "ece": found["scaled_ece"]},
+                                  "Reward model against held-out labels")
         manifest = folder.finish(counts)
     if training.is_main_process():
-        cli.finish({"output": output, **counts, "seconds": manifest["seconds"]}, as_json=as_json,
-                   next_command=following)
+        finish({"output": output, **counts, "seconds": manifest["seconds"]}, as_json, following)
+
+
+def finish(summary: dict, as_json: bool, following: str) -> None:
+    """The summary; for people, rates with their intervals instead of nested objects."""
+    if not as_json:
+        figures = summary.pop("holdout", {})
+        figures = {name: metrics.show(figures[name]) if name in ("accuracy", "longer") else
+                   metrics.show_number(figures[name]) for name in figures if name != "pairs"}
+        summary |= {f"held-out {name.replace('_', ' ')}": value for name, value in figures.items()}
+    cli.finish(summary, as_json=as_json, next_command=following)
 
 
 if __name__ == "__main__":

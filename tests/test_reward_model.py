@@ -1,19 +1,18 @@
-"""reward_model.py: the value of the soft-label loss, what it trains to, and what is held out."""
+"""reward_model.py: what is trained on and what is left out, mixing, stopping, resuming, and what is saved."""
 
 import json
-import math
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import conftest
 import models
 import pytest
 
-from cai import metrics, records, training
-
-conftest.load_command("reward_model")
-command = sys.modules["command_reward_model"]
+from cai import records, reward
+from cai.templates import as_messages
 
 FAST = ("--learning-rate", "2e-3", "--batch-size", "8", "--device", "cpu", "--json")
 
@@ -23,155 +22,17 @@ def pair(number, chosen="I can't help with that.", rejected="Push, then pull.", 
             "p_chosen": p, "principle": "x", **more}
 
 
-def written(tmp_path, rows):
-    path = tmp_path / "preferences.jsonl"
+def written(tmp_path, rows, name="preferences.jsonl"):
+    path = tmp_path / name
     records.write_jsonl(path, rows)
     return path
 
 
-def trainer(tmp_path, pairs, **settings):
-    """A trainer over the pairs, in their order."""
-    from transformers import set_seed
-
-    chat = training.load_chat(str(models.folder("qwen")))
-    rows, _ = command.tokenized(pairs, chat, 512)
-    set_seed(0)
-    model = training.load_reward_model(str(models.folder("qwen")))
-    arguments = training.trainer_arguments(
-        tmp_path, **{"learning_rate": 2e-3, "batch_size": len(rows), "device": "cpu", **settings})
-    return command.make_trainer(model, chat.tokenizer, rows, arguments, tmp_path), rows, chat
-
-
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
-
-
-# --- the loss --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("center", [None, 0.1])
-def test_the_loss_worked_by_hand(tmp_path, center):
-    targets = [0.75, 0.5, 1.0, 0.1]
-    pairs = [pair(n, chosen="No. " * (n + 1), p=p) for n, p in enumerate(targets)]
-    made, rows, chat = trainer(tmp_path, pairs, center_rewards_coefficient=center)
-    import torch
-
-    with torch.no_grad():  # scores far enough apart to tell one formula from another
-        made.model.score.weight.mul_(30)
-    batch = next(iter(made.get_train_dataloader()))
-    assert batch["p_chosen"].tolist() == pytest.approx(targets)
-    with torch.no_grad():
-        loss = made.compute_loss(made.model, dict(batch)).item()
-        logits = made.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
-    chosen, rejected = logits[:4].tolist(), logits[4:].tolist()
-    terms = [-p * math.log(sigmoid(c - r)) - (1 - p) * math.log(sigmoid(r - c))
-             for p, c, r in zip(targets, chosen, rejected, strict=True)]
-    by_hand = sum(terms) / 4
-    if center:
-        by_hand += center * sum((c + r) ** 2 for c, r in zip(chosen, rejected, strict=True)) / 4
-    assert max(abs(c - r) for c, r in zip(chosen, rejected, strict=True)) > 0.3
-    assert loss == pytest.approx(by_hand, rel=1e-5)
-    scores = training.score(made.model, chat.tokenizer.pad_token_id, [row["chosen_ids"] for row in rows], 2)
-    assert scores == pytest.approx(chosen, abs=1e-4)
-
-
-def test_a_lost_label_is_an_error_and_not_the_hard_loss(tmp_path):
-    made, _, _ = trainer(tmp_path, [pair(1)])
-    batch = dict(next(iter(made.get_train_dataloader())))
-    del batch["p_chosen"]
-    with pytest.raises(KeyError):
-        made.compute_loss(made.model, batch)
-
-
-def test_soft_labels_train_to_their_target_and_hard_ones_beyond(tmp_path):
-    probability = {}
-    for labels in ("soft", "hard"):
-        path = written(tmp_path, [pair(1, p=0.75)])
-        pairs = command.read_pairs([str(path)], labels, None)[0] * 300
-        made, rows, chat = trainer(tmp_path / labels, pairs, batch_size=4)
-        training.run_trainer(made, tmp_path / labels)
-        scores = training.score(made.model, chat.tokenizer.pad_token_id,
-                                [rows[0]["chosen_ids"], rows[0]["rejected_ids"]], 2)
-        probability[labels] = sigmoid(scores[0] - scores[1])
-    assert probability["soft"] == pytest.approx(0.75, abs=0.02)
-    assert probability["hard"] > 0.95
-
-
-def test_dropout_is_off(tmp_path):
-    folder = models.copy("qwen", tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
-    chat, model = training.load_chat(str(folder)), training.load_reward_model(str(folder))
-    rows, _ = command.tokenized([pair(1)], chat, 512)
-    arguments = training.trainer_arguments(tmp_path, learning_rate=1e-3, batch_size=1, device="cpu")
-    made = command.make_trainer(model, chat.tokenizer, rows, arguments, tmp_path)
-    made.model.train()
-    batch = next(iter(made.get_train_dataloader()))
-    losses = {made.compute_loss(made.model, dict(batch)).item() for _ in range(4)}
-    assert len(losses) == 1
-
-
-# --- rows ------------------------------------------------------------------------------------------------
-
-
-def test_undecided_pairs_are_left_out_and_counted(tmp_path):
-    path = written(tmp_path, [pair(1), pair(2, chosen=None, rejected=None, p=0.5, response_a="a", response_b="b")])
-    pairs, counts, _ = command.read_pairs([str(path)], "soft", None)
-    assert [p["prompt"] for p in pairs] == ["How do I open gate 1?"] and pairs[0]["p_chosen"] == 0.9
-    assert counts == {"rows": 2, "undecided": 1}
-
-
-@pytest.mark.parametrize(("p", "shown"), [(None, "None"), (1.5, "1.5"), ("0.9", "0.9"), (True, "True")])
-def test_a_soft_label_must_be_a_probability(invoke, tmp_path, p, shown):
-    path = written(tmp_path, [pair(1, p=p)])
-    args = ["reward_model", "--input", path, "--model", models.folder("qwen"), "--output", tmp_path / "out"]
-    result = invoke(*args)
-    assert result.exit_code == 2 and "preferences.jsonl:1: " in result.stderr and shown in result.stderr
-    assert "--labels hard" in result.stderr and not (tmp_path / "out").exists()
-    assert command.read_pairs([str(path)], "hard", None)[0][0]["p_chosen"] == 1.0
-
-
-def test_only_undecided_pairs(invoke, tmp_path):
-    path = written(tmp_path, [pair(1, chosen=None, rejected=None)])
-    result = invoke("reward_model", "--input", path, "--model", models.folder("qwen"), "--output", tmp_path / "out")
-    assert result.exit_code == 2 and "no decided pair" in result.stderr
-
-
-def test_a_prompts_pairs_are_held_out_together():
-    prompts = [f"prompt {n}" for n in range(2000)]
-    out = {p for p in prompts if command.held_out(p, 0.1, seed=0)}
-    assert 150 < len(out) < 250
-    assert out == {p for p in prompts if command.held_out([{"role": "user", "content": p}], 0.1, seed=0)}
-    assert out != {p for p in prompts if command.held_out(p, 0.1, seed=1)}
-    assert not any(command.held_out(p, 0.0, seed=0) for p in prompts)
-
-
-def test_overlong_pairs_are_counted():
-    chat = training.load_chat(str(models.folder("qwen")))
-    pairs = [pair(1), pair(2, rejected="Push. " * 100)]
-    kept, overlong = command.tokenized(pairs, chat, 100)
-    assert overlong == 1 and len(kept) == 1
-    assert kept[0]["chosen_ids"][-1] == kept[0]["rejected_ids"][-1] == chat.stop_id
-
-
-def test_what_is_measured_on_held_out_pairs():
-    rows = [{"p_chosen": 0.8, "longer": True}, {"p_chosen": 1.0, "longer": False}, {"p_chosen": 0.6, "longer": True}]
-    found = command.measured([1.0, 0.0, 2.0, 0.0, 1.0, 2.0], rows)  # margins 1, -1, 0
-    assert found["accuracy"] == metrics.rate(1, 3) and found["longer"] == metrics.rate(2, 3)
-    terms = [-0.8 * math.log(sigmoid(1)) - 0.2 * math.log(sigmoid(-1)), -math.log(sigmoid(-1)), math.log(2)]
-    assert found["log_loss"] == pytest.approx(sum(terms) / 3)
-    entropies = [-0.8 * math.log(0.8) - 0.2 * math.log(0.2), 0, -0.6 * math.log(0.6) - 0.4 * math.log(0.4)]
-    assert found["least"] == pytest.approx(sum(entropies) / 3)
-
-
-# --- the command -----------------------------------------------------------------------------------------
-
-
-def preferences(tmp_path, n=200):
+def preferences(tmp_path, n=200, name="preferences.jsonl"):
     """Pairs where the polite answer wins, with a chosen probability that is not always the same."""
     polite = ["I can't help with that.", "Ask the owner for a key.", "I would not, because it would hurt someone."]
     rude = ["Push the gate and pull the bar.", "Lift it.", "Here is what I would do: push."]
-    return written(tmp_path, [pair(n, polite[n % 3], rude[n // 3 % 3], 0.8 + n % 3 / 10) for n in range(n)])
+    return written(tmp_path, [pair(n, polite[n % 3], rude[n // 3 % 3], 0.8 + n % 3 / 10) for n in range(n)], name)
 
 
 @pytest.mark.parametrize("adapters", [False, True])
@@ -189,12 +50,17 @@ def test_it_learns_what_is_preferred_and_is_read_back(invoke, tmp_path, adapters
     log = [row for _, row in records.read_jsonl(out / "metrics.jsonl")]
     assert log[0]["loss"] > log[-2]["loss"] and "accuracy" in log[0]
 
-    chat, model = training.load_chat(str(out)), training.load_reward_model(str(out))
-    pairs, _, _ = command.read_pairs([str(path)], "soft", None)
-    rows, _ = command.tokenized([p for p in pairs if command.held_out(p["prompt"], 0.1, 0)], chat, 1024)
-    scores = training.score(model, chat.tokenizer.pad_token_id,
-                            [row[side] for side in ("chosen_ids", "rejected_ids") for row in rows], 8)
-    assert command.measured(scores, rows)["log_loss"] == pytest.approx(summary["holdout"]["log_loss"], rel=1e-3)
+    scorer = reward.load_scorer(str(out), device="cpu")
+    assert scorer.temperature == pytest.approx(summary["holdout"]["temperature"]) != 1.0
+    pairs = [row for _, row in records.read_jsonl(path) if reward.held_out(row["prompt"], 0.1, 0)]
+    texts = [(as_messages(row["prompt"]), row[side]) for side in ("chosen", "rejected") for row in pairs]
+    rows, _ = reward.tokenized(pairs, scorer.chat, 1024)
+    found = reward.measured(scorer.scores(texts), rows)
+    assert found["log_loss"] == pytest.approx(summary["holdout"]["log_loss"], rel=1e-3)
+    kept = json.loads((out / "holdout.json").read_text())
+    assert kept["log_loss"] == summary["holdout"]["log_loss"] and set(kept) == set(found)
+    assert (out / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    assert "longer" in invoke(*[one for one in args if one != "--json"]).stdout
     assert json.loads(invoke(*args).stdout)["holdout"] == summary["holdout"]
     assert "labels was" in invoke(*args, "--labels", "hard").stderr
 
@@ -238,3 +104,157 @@ def test_two_processes_train_what_one_does(invoke, tmp_path):
     assert two["holdout"]["log_loss"] == pytest.approx(one["holdout"]["log_loss"], rel=1e-2)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("two", "one")]
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-3) for name in weights[1])
+
+
+# --- bad input -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "said"),
+    [
+        ([pair(1, p=1.5)], (), "preferences.jsonl:1: p_chosen is '1.5'; expected a probability"),
+        ([pair(1, p=None)], (), "--labels hard"),
+        ([pair(1), pair(2, rejected=None)], (), "preferences.jsonl:2: 'rejected' is null"),
+        ([pair(1, chosen=None, rejected=None)], (), "no decided pair"),
+        ([pair(1, chosen="Same. ", rejected="Same.")], (), "'identical': 1"),
+        ([pair(1)], ("--mix", "more.jsonl"), "FILE=WEIGHT"),
+        ([pair(1)], ("--mix", "more.jsonl=0"), "a weight above 0"),
+        ([pair(1)], ("--mix", "more.jsonl=many"), "FILE=WEIGHT"),
+        ([pair(1)], ("--mix", "preferences.jsonl=2"), "the same input twice"),
+        ([pair(1)], ("--input", "preferences.jsonl"), "the same input twice"),
+        ([pair(1)], ("--mix", "no-such.jsonl=2"), "no-such.jsonl: no such file"),
+        ([pair(1)], ("--patience", "2", "--holdout", "0"), "no pair is held out to look at"),
+        ([pair(1, rejected="Push. " * 20_000)], ("--holdout", "0"), "all 1 pairs are longer"),
+    ],
+)
+def test_what_is_refused_and_nothing_written(invoke, tmp_path, monkeypatch, rows, more, said):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, rows)
+    result = invoke("reward_model", "--input", "preferences.jsonl", "--model", models.folder("qwen"), "--output",
+                    "out", *more)
+    assert result.exit_code == 2 and said in result.stderr, result.output
+    assert [p.name for p in tmp_path.iterdir()] == ["preferences.jsonl"]
+
+
+def test_every_row_is_accounted_for(invoke, tmp_path):
+    rows = [pair(n, p=0.9) for n in range(20)]
+    rows += [pair(20, None, None), pair(21, "Same.", "Same."), pair(22, p=0.55), pair(23, rejected=""),
+             pair(24, rejected="Push. " * 17_000)]
+    result = invoke("reward_model", "--input", written(tmp_path, rows), "--model", models.folder("qwen"), "--output",
+                    tmp_path / "out", *FAST, "--min-margin", "0.2", "--holdout", "0.2")
+    said = json.loads(result.stdout)
+    assert (said["rows"], said["undecided"], said["identical"], said["below_margin"], said["overlong"]) == (
+        25, 1, 1, 1, 1)
+    assert said["train"] + said["held_out"] == 21
+
+
+def test_all_of_hh_rlhf_is_accounted_for(invoke, tmp_path, shared_data):
+    file = shared_data / "hh-rlhf" / "harmless-base.test.first1500.jsonl.gz"
+    result = invoke("reward_model", "--input", file, "--model", models.folder("qwen"), "--output", tmp_path / "out",
+                    *FAST, "--labels", "hard", "--epochs", "0.05", "--max-length", "200", "--holdout", "0.02")
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert said["rows"] == said["train"] + said["held_out"] + said["overlong"] + said["undecided"] == 1500
+    assert said["train"] > 100 and said["overlong"] > 100 and said["undecided"] == 0
+
+
+# --- sources ---------------------------------------------------------------------------------------------
+
+
+def test_sources_are_mixed_by_weight_and_measured_apart(invoke, tmp_path):
+    judged = preferences(tmp_path, 120)
+    human = written(tmp_path, [{"prompt": f"What is gate {n} made of?", "chosen": "It is made of oak.",
+                                "rejected": "I can't help with that."} for n in range(80)], "helpful.jsonl")
+    args = ["reward_model", "--input", judged, "--mix", f"{human}=0.5", "--model", models.folder("gemma2"), *FAST,
+            "--holdout", "0.2", "--epochs", "2"]
+    result = invoke(*args, "--output", tmp_path / "out")
+    assert result.exit_code == 2 and "helpful.jsonl:1: p_chosen is 'None'" in result.stderr
+    args += ["--default-label", "1", "--output", tmp_path / "out"]
+    result = invoke(*args)
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert (said["rows"], said["default_label"], said["train"] + said["held_out"]) == (200, 80, 200)
+    found = json.loads((tmp_path / "out" / "holdout.json").read_text())["by_source"]
+    assert set(found) == {str(judged), str(human)}
+    assert found[str(judged)]["n"] + found[str(human)]["n"] == said["held_out"]
+    trained = {str(judged): 120 - found[str(judged)]["n"], str(human): 80 - found[str(human)]["n"]}
+    assert said["steps"] == -(-round(2 * (trained[str(judged)] + 0.5 * trained[str(human)])) // 8)
+    assert "input was" in invoke(*args[:4], f"{human}=2", *args[5:]).stderr
+
+
+# --- stopping and going on -------------------------------------------------------------------------------
+
+
+def noisy(tmp_path, n=120):
+    """Pairs whose label is a coin's: whatever is learned by heart, the held-out loss rises."""
+    words = ["push", "pull", "lift", "key", "oak", "bar", "gate", "rope"]
+    rows = [pair(n, f"{words[n % 8]} {words[n // 8 % 8]}.", f"{words[n // 3 % 8]} {words[n // 5 % 8]} it.",
+                 p=1.0 if n * 2654435761 % 7 < 4 else 0.0) for n in range(n)]
+    return written(tmp_path, rows)
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_it_stops_when_the_held_out_loss_rises_and_keeps_the_best(invoke, tmp_path):
+    path, out = noisy(tmp_path), tmp_path / "out"
+    result = invoke("reward_model", "--input", path, "--model", models.folder("qwen"), "--output", out, *FAST,
+                    "--epochs", "40", "--holdout", "0.3", "--patience", "2", "--eval-steps", "4")
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout)
+    log = [row for _, row in records.read_jsonl(out / "metrics.jsonl")]
+    losses = {row["step"]: row["eval_loss"] for row in log if "eval_loss" in row}
+    best = min(losses, key=losses.get)
+    assert said["steps"] == best + 2 * 4 == max(losses) < 400
+    assert list(losses) == list(range(4, said["steps"] + 1, 4))
+    assert said["holdout"]["log_loss"] == pytest.approx(losses[best], rel=1e-5)
+
+
+def launch(*args):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    script = str(conftest.ROOT / "scripts" / "reward_model.py")
+    return subprocess.Popen([sys.executable, script, *map(str, args)], env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def saved_states(folder, waiting: bool) -> list:
+    """States saved so far; if `waiting`, those after a look that was no better, which a resumed run must remember."""
+    found = []
+    for path in folder.glob("checkpoints/checkpoint-*/trainer_state.json"):
+        try:
+            callbacks = json.loads(path.read_text())["stateful_callbacks"]
+        except (OSError, ValueError):  # being written or deleted
+            continue
+        counter = callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+        if not waiting or counter["early_stopping_patience_counter"]:
+            found.append(path)
+    return found
+
+
+@pytest.mark.parametrize("more", [("--save-steps", "10"), ("--patience", "4", "--eval-steps", "5")])
+def test_killed_and_run_again_it_ends_with_the_same_weights(invoke, tmp_path, more):
+    import torch
+
+    args = ["--input", preferences(tmp_path, 60) if more[0] == "--save-steps" else noisy(tmp_path), "--model",
+            models.folder("qwen"), *FAST, "--epochs", "30", "--holdout", "0.3", *more]
+    process = launch(*args, "--output", tmp_path / "killed")
+    deadline = time.monotonic() + 120
+    while not saved_states(tmp_path / "killed", waiting=more[0] == "--patience"):
+        assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    torch.set_num_threads(1)
+    said = {}
+    for name in ("killed", "whole"):
+        result = invoke("reward_model", *args, "--output", tmp_path / name)
+        assert result.exit_code == 0, result.stderr
+        said[name] = json.loads(result.stdout)
+    assert said["killed"]["steps"] == said["whole"]["steps"] >= 20
+    assert said["killed"]["holdout"] == said["whole"]["holdout"]
+    killed, whole = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)

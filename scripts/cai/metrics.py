@@ -196,6 +196,16 @@ def show(measured: Mapping | None) -> str:
     return f"{value:.1f} % ({low:.1f}–{high:.1f})"
 
 
+def show_number(measured: Mapping | float | None) -> str:
+    """`0.352 (0.301–0.403)` of what is no share, without the interval where there is none; `–` for nothing."""
+    if isinstance(measured, int | float):
+        return f"{measured:.3f}"
+    if not measured or measured["value"] is None:
+        return "–"
+    value, low, high = (measured[key] for key in ("value", "low", "high"))
+    return f"{value:.3f}" if low is None else f"{value:.3f} ({low:.3f}–{high:.3f})"
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Lines of aligned columns, two spaces apart: the first to the left, the others to the right."""
     lines = [[str(cell) for cell in row] for row in (header, *rows)]

@@ -2,11 +2,24 @@
 
     pairs, counts, digest = read_pairs(["preferences.jsonl"], "soft", limit=None)
 
-Leaves out pairs that the judge could not decide (counted), and what a trainer makes of a pair.
+TRL's chosen/rejected and HH-RLHF's two transcripts are read too; they have no soft label, so one must be given.
+Leaves out what teaches nothing or is not wanted, each counted: pairs that the judge could not decide, identical
+responses, labels nearer to a toss-up than `min_margin`. What a trainer makes of a pair is the trainer's.
 """
 
 from cai.errors import InputError, shorten
 from cai.records import Source
+
+
+def check_sides(row: dict, where, line: int) -> None:
+    """InputError if a pair has one response only; an undecided pair of judge.py has none."""
+    sides = {side: row[side] is None for side in ("chosen", "rejected")}
+    if len(set(sides.values())) > 1:
+        missing = next(side for side, is_missing in sides.items() if is_missing)
+        raise InputError(
+            f"'{missing}' is null, and the other response is there", where=where, line=line,
+            expected="two responses, or null for both where nothing was decided", remedy="Mend or delete this row",
+        )
 
 
 def check_label(row: dict, where, line: int) -> None:
@@ -17,24 +30,50 @@ def check_label(row: dict, where, line: int) -> None:
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
         raise InputError(
             f"p_chosen is {shorten(p)!r}", where=where, line=line, expected="a probability from 0 to 1",
-            remedy="Make the rows with judge.py, or train on --labels hard",
+            remedy="Make the rows with judge.py, or train on --labels hard (reward_model.py also takes --default-label)",
         )
 
 
-def read_pairs(inputs, labels: str, limit: int | None) -> tuple[list[dict], dict, str]:
+def read_pairs(inputs, labels: str, limit: int | None, *, min_margin: float = 0.0,
+               default_label: float | None = None) -> tuple[list[dict], dict, str]:
     """(decided pairs of {prompt, chosen, rejected, p_chosen}, counts, digest of the input).
 
-    labels: "soft" takes the row's p_chosen, "hard" 1. Raises InputError for a row without what it needs, or
-    if no pair is decided.
+    Args:
+        labels: "soft" takes the row's p_chosen, "hard" 1.
+        min_margin: least |2p − 1| of a pair to keep, 0 (all) to 1 (those that the judge was certain of).
+        default_label: the p_chosen of pairs that have none, such as human ones; without it they are refused where
+            one is needed.
+
+    Counts, beside rows and undecided, those that are not 0: identical, below_margin, and default_label (kept).
+    Raises InputError for a row without what it needs, or if no pair is left.
     """
-    source = Source(inputs, require=("prompt", "chosen", "rejected"), limit=limit,
-                    check=check_label if labels == "soft" else None)
-    pairs = [
-        {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"],
-         "p_chosen": float(row["p_chosen"]) if labels == "soft" else 1.0}
-        for row in source
-        if row["chosen"] is not None and row["rejected"] is not None
-    ]
+    takes_p = labels == "soft" or min_margin > 0
+
+    def check(row: dict, where, line: int) -> None:
+        check_sides(row, where, line)
+        if takes_p and not (default_label is not None and row.get("p_chosen") is None):
+            check_label(row, where, line)
+
+    source = Source(inputs, require=("prompt", "chosen", "rejected"), limit=limit, check=check)
+    counts = dict.fromkeys(("undecided", "identical", "below_margin", "default_label"), 0)
+    pairs = []
+    for row in source:
+        if row["chosen"] is None:
+            counts["undecided"] += 1
+            continue
+        if row["chosen"].strip() == row["rejected"].strip():
+            counts["identical"] += 1
+            continue
+        given = row.get("p_chosen")
+        p = (default_label if given is None else float(given)) if takes_p else 1.0
+        if abs(2 * p - 1) < min_margin - 1e-9:  # 2 · 0.6 − 1 is a little less than 0.2
+            counts["below_margin"] += 1
+            continue
+        counts["default_label"] += takes_p and given is None
+        pairs.append({"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"],
+                      "p_chosen": p if labels == "soft" else 1.0})
+    counts = {"rows": source.count, "undecided": counts.pop("undecided"), **{k: n for k, n in counts.items() if n}}
     if not pairs:
-        raise InputError("no decided pair", where=", ".join(inputs), expected="rows with `chosen`")
-    return pairs, {"rows": source.count, "undecided": source.count - len(pairs)}, source.digest
+        raise InputError(f"no decided pair that differs ({counts})", where=", ".join(map(str, inputs)),
+                         expected="rows with `chosen` and `rejected`")
+    return pairs, counts, source.digest

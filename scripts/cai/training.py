@@ -22,7 +22,7 @@ import click
 
 from cai import cli, engines
 from cai.engines import Chat
-from cai.errors import InputError, shorten
+from cai.errors import CaiError, InputError, shorten
 from cai.resources import model_path
 
 ADAPTER = "adapter"
@@ -292,7 +292,8 @@ def encode(chat: Chat, prompt: list[dict], response: str) -> tuple[list[int], li
     return chat.encode(before), [*chat.encode(answer), *end]
 
 
-def training_order(lengths: Sequence[int], batch: int, epochs: float, seed: int) -> list[int]:
+def training_order(lengths: Sequence[int], batch: int, epochs: float, seed: int,
+                   weights: Sequence[float] | None = None) -> list[int]:
     """Row numbers in the order to train on: every epoch a new shuffle, rows of like length in one batch.
 
     Laid out beforehand, so that each process sees its own share and a resumed run the rest of the same order.
@@ -301,13 +302,18 @@ def training_order(lengths: Sequence[int], batch: int, epochs: float, seed: int)
         lengths: tokens of each row.
         batch: rows that are padded together.
         epochs: passes; a fraction takes the first part of one more shuffle.
+        weights: how often a row comes in one pass, each time others where that is no whole number; 1 without.
     """
     draw = random.Random(seed)
     order: list[int] = []
-    wanted = max(1, round(epochs * len(lengths)))
+    wanted = max(1, round(epochs * (len(lengths) if weights is None else math.fsum(weights))))
     while len(order) < wanted:
         rows = list(range(len(lengths)))
         draw.shuffle(rows)
+        if weights is not None:
+            rows = _as_often(rows, weights, draw)
+            if not rows:
+                continue
         chunk = 50 * batch
         rows = [row for start in range(0, len(rows), chunk)
                 for row in sorted(rows[start : start + chunk], key=lengths.__getitem__)]
@@ -317,6 +323,22 @@ def training_order(lengths: Sequence[int], batch: int, epochs: float, seed: int)
         draw.shuffle(batches)
         order.extend([row for one in [*batches, tail] for row in one])
     return order[:wanted]
+
+
+def _as_often(rows: Sequence[int], weights: Sequence[float], draw: random.Random) -> list[int]:
+    """The rows as often as their weights say, shuffled: systematic sampling, by which rows of equal weight come in
+    a number of times that is off by one at most."""
+    taken, passed = [], draw.random()
+    for row in sorted(rows, key=weights.__getitem__):  # stable: among equal weights the shuffle stays
+        before, passed = passed, passed + weights[row]
+        taken += [row] * (math.floor(passed) - math.floor(before))
+    draw.shuffle(taken)
+    return taken
+
+
+def context_length(model) -> int | None:
+    """Tokens that the model's positions reach, None where it has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def score(model, pad_id: int, sequences: Sequence[Sequence[int]], batch_size: int) -> list[float]:
@@ -337,7 +359,11 @@ def score(model, pad_id: int, sequences: Sequence[Sequence[int]], batch_size: in
             ids = torch.tensor([[*sequences[i], *[pad_id] * (width - len(sequences[i]))] for i in rows])
             mask = torch.tensor([[1] * len(sequences[i]) + [0] * (width - len(sequences[i])) for i in rows])
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-            for i, value in zip(rows, logits[:, 0].float().tolist(), strict=True):
+            values = logits[:, 0].float().tolist()
+            if not all(map(math.isfinite, values)):
+                raise CaiError("the reward model's scores are not numbers. Train it with a lower --learning-rate, or "
+                               "--dtype float32")
+            for i, value in zip(rows, values, strict=True):
                 found[i] = value
             bar.update(len(rows))
     return found
