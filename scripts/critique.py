@@ -19,7 +19,7 @@ from cai.templates import load_template
 @cli.options("input", "output", "model", "constitution")
 @click.option("--template", metavar="NAME|FILE", help="The prompt template.  [default: critique]")
 @click.option("--cot", is_flag=True, help="Think step by step first: the template critique_cot.")
-@cli.options(*textsteps.OPTIONS)
+@textsteps.options
 def main(inputs, output, model, constitution, template, cot, **options):
     """Have a model criticise responses by a drawn principle.
 

@@ -34,7 +34,7 @@ class Samples:
 @click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True,
               help="Responses for each prompt.")
 @click.option("--system", metavar="TEXT", help="A system message in front of every prompt.")
-@cli.options(*textsteps.OPTIONS)
+@textsteps.options
 def main(inputs, output, model, samples, system, **options):
     """Answer prompts with a model.
 

@@ -23,7 +23,7 @@ from cai.templates import load_template
 @cli.options("input", "output", "model", "constitution")
 @click.option("--template", metavar="NAME|FILE", default="revise", show_default=True,
               help="The prompt template.")
-@cli.options(*textsteps.OPTIONS)
+@textsteps.options
 def main(inputs, output, model, constitution, template, **options):
     """Have a model revise responses after their critique.
 

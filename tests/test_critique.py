@@ -56,7 +56,7 @@ def test_what_the_model_is_asked(critique, monkeypatch):
     generate = LocalEngine.generate
 
     def listening(self, conversations, *others):
-        asked.extend(conversations)
+        asked.extend(conversations := list(conversations))
         return generate(self, conversations, *others)
 
     monkeypatch.setattr(LocalEngine, "generate", listening)

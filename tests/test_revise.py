@@ -53,7 +53,7 @@ def test_what_the_model_is_asked(revise, monkeypatch):
     generate = LocalEngine.generate
 
     def listening(self, conversations, *others):
-        asked.extend(conversations)
+        asked.extend(conversations := list(conversations))
         return generate(self, conversations, *others)
 
     monkeypatch.setattr(LocalEngine, "generate", listening)

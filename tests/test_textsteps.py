@@ -12,7 +12,6 @@ import models
 import pytest
 from conftest import ROOT
 
-from cai import textsteps
 from cai.records import read_jsonl, read_manifest
 
 STEPS = ["generate", "critique", "revise"]
@@ -195,22 +194,29 @@ def test_help_and_dry_run_do_not_load_torch(step, tmp_path, arguments):
     assert "Example:" in result.stdout and "model_calls" in result.stdout
 
 
-def test_rows_are_asked_a_window_at_a_time(invoke, tmp_path, arguments, monkeypatch):
-    monkeypatch.setattr(textsteps, "WINDOW", 2)
-    seen = []
-    from cai.engines import LocalEngine
+def test_rows_are_read_a_window_ahead_of_the_model(invoke, tmp_path, arguments, monkeypatch):
+    """So that memory does not grow with them, and reading does not hold up the model."""
+    from cai import engines
 
-    generate = LocalEngine.generate
+    monkeypatch.setattr(engines, "WINDOW", 2)
+    read, ahead = [], []
+    render, forward = engines.Chat.render, engines.LocalEngine._generate
 
-    def counting(self, conversations, *others):
-        seen.append(len(conversations))
-        return generate(self, conversations, *others)
+    def reading(self, talk):
+        read.append(talk)
+        return render(self, talk)
 
-    monkeypatch.setattr(LocalEngine, "generate", counting)
-    source = write_input("critique", tmp_path / "in.jsonl", 10)
+    def watching(self, batch, *others):
+        ahead.append(len(read))
+        return forward(self, batch, *others)
+
+    monkeypatch.setattr(engines.Chat, "render", reading)
+    monkeypatch.setattr(engines.LocalEngine, "_generate", watching)
+    source = write_input("critique", tmp_path / "in.jsonl", 20)
     result = invoke("critique", *arguments("critique", source, tmp_path / "a.jsonl", "--batch-size", 2))
-    assert result.exit_code == 0 and seen == [4, 4, 2]
-    assert [row["id"] for _, row in read_jsonl(tmp_path / "a.jsonl")] == [f"r{n}" for n in range(10)]
+    assert result.exit_code == 0 and len(read) == 20 and len(ahead) == 10
+    assert all(seen <= 4 * (batch // 2 + 2) for batch, seen in enumerate(ahead))
+    assert [row["id"] for _, row in read_jsonl(tmp_path / "a.jsonl")] == [f"r{n}" for n in range(20)]
 
 
 def test_a_resumed_run_makes_the_same_batches(invoke, tmp_path, arguments, monkeypatch):
@@ -221,11 +227,11 @@ def test_a_resumed_run_makes_the_same_batches(invoke, tmp_path, arguments, monke
     batches, stop = [], []
     forward = LocalEngine._generate
 
-    def watching(self, batch, sampling):
+    def watching(self, batch, *others):
         if len(batches) in stop:
             raise KeyboardInterrupt
         batches.append([index for index, *_ in batch])
-        return forward(self, batch, sampling)
+        return forward(self, batch, *others)
 
     monkeypatch.setattr(LocalEngine, "_generate", watching)
     line = arguments("critique", source, output, "--batch-size", 4)
@@ -266,3 +272,43 @@ def test_the_same_name_with_other_weights_is_another_run(invoke, tmp_path, argum
     result = invoke("generate", *line)
     assert result.exit_code == 2 and "weights was" in result.stderr and "--overwrite" in result.stderr
     assert invoke("generate", *line, "--overwrite").exit_code == 0
+
+
+def launch(script, *line, processes=2, **options):
+    """Run a step under `accelerate launch` on the CPU, one thread a process."""
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
+             "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return subprocess.run([*start, str(ROOT / "scripts" / f"{script}.py"), *map(str, line)], text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+def test_two_processes_write_what_one_does(invoke, tmp_path, arguments):
+    source = write_input("critique", tmp_path / "in.jsonl", 15)
+    rows = [row for _, row in read_jsonl(source)]
+    rows[5]["prompt"] = "very long " * 2000  # one that fails, in the second process' share
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    assert invoke("critique", *arguments("critique", source, one, "--device", "cpu")).exit_code == 3
+    # What a run of three processes left behind when it was killed: two rows, and a torn one.
+    lines = one.read_bytes().splitlines(keepends=True)
+    (tmp_path / "two.jsonl.partial.2").write_bytes(lines[3] + lines[9] + lines[10][:20])
+    running = {**read_manifest(one), "status": "running"}
+    (tmp_path / "two.jsonl.run.json").write_text(json.dumps(running))
+    done = launch("critique", *arguments("critique", source, two, "--device", "cpu", "--json"))
+    assert two.read_bytes() == one.read_bytes(), done.stderr
+    [summary] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert (summary["rows"], summary["failed"]) == (14, 1)
+    manifest = read_manifest(two)
+    assert manifest["counts"] == read_manifest(one)["counts"] and list(manifest["failed_rows"]) == ["r5"]
+    assert manifest["tokens"]["rows"] == 12
+    assert {path.name for path in tmp_path.glob("two.*")} == {"two.jsonl", "two.jsonl.run.json"}
+    again = launch("critique", *arguments("critique", source, two, "--device", "cpu"))
+    assert "is done already" in again.stderr and two.read_bytes() == one.read_bytes()
+
+
+def test_what_another_run_left_beside_the_output_is_not_taken_in(invoke, tmp_path, arguments):
+    source, output = write_input("critique", tmp_path / "in.jsonl", 3), tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.partial.1").write_text('{"id": "r1", "stale": true}\n')
+    assert invoke("critique", *arguments("critique", source, output)).exit_code == 0
+    assert len(list(read_jsonl(output))) == 3 and "stale" not in output.read_text()
+    assert {path.name for path in tmp_path.glob("out.*")} == {"out.jsonl", "out.jsonl.run.json"}

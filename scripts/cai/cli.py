@@ -30,6 +30,13 @@ _OPTIONS = {
     ),
     "output": click.option("--output", required=True, metavar="PATH", help="Where the result goes."),
     "model": click.option("--model", required=True, metavar="MODEL", help="A folder, a hub id, or `tiny` (bundled)."),
+    "endpoint": click.option(
+        "--endpoint",
+        "endpoints",
+        multiple=True,
+        metavar="URL",
+        help="Server of --model openai:NAME, such as http://localhost:8000/v1. Repeatable: replicas.",
+    ),
     "constitution": click.option(
         "--constitution",
         default="harmlessness",

@@ -7,27 +7,51 @@
 (lists of `{"role", "content"}`); one that ends with the assistant is continued, which is how a template
 begins the answer.
 
-Leaves out: servers (`openai:`), models split over several GPUs, beam search, images, tools. Remote code is
-never run and only safetensors are read.
+A batch holds so many tokens (`--batch-tokens`) as memory allows, and is halved where it does not after all;
+the loop itself is in cai/decoding.py. Leaves out: what a server does (`openai:NAME`, cai/servers.py), models
+split over several GPUs, beam search, images, tools. Remote code is never run and only safetensors are read.
 """
 
-import copy
+import ctypes
 import json
+import os
+import platform
 import re
 import sys
 from collections.abc import Container, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
 from cai import cli, resources
+from cai.decoding import (
+    Prefixes,
+    RowSampler,
+    Sampling,
+    can_decode,
+    chunks,
+    common_prefix,
+    decode,
+    draw,
+    not_a_number,
+    prefill,
+)
 from cai.errors import CaiError, InputError, shorten
 
-# Batches that are sorted by length together: more sort better, fewer answer sooner and use less memory.
+__all__ = ["Chat", "Generation", "LocalEngine", "RowSampler", "Sampling", "draw", "load_engine"]
+
+# Batches of the most rows that are sorted by length together, and rows of them at most: more sort better,
+# fewer answer sooner and use less memory.
 WINDOW = 32
+MOST_ROWS = 4096
+
+# Most rows in one forward pass where nobody says.
+BATCH_SIZE = 128
+
+# Tokens of prompts in one forward pass. On a CPU more of them leave its cache, and are read more slowly.
+CHUNK_TOKENS = {"cpu": 4096}
+OTHER_CHUNK_TOKENS = 16384
 
 # How models mark their reasoning: what opens it and what closes it.
 THINKING = (
@@ -41,16 +65,6 @@ THINKING = (
 
 # Stands for a text while a template is tried out. `trim` leaves it alone.
 _MARK = "Zx9MARKx9Z"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample: `temperature` 0 is greedy; `max_new_tokens` never counts the prompt."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.7
-    top_p: float = 1.0
-    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,6 +155,10 @@ class Chat:
         """Token ids of a rendered text. The template has written the BOS, if any: none is added."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each of many texts, in one call, which takes a fraction of the time."""
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
     def neutralise(self, text: str) -> str:
         """`text` with every control token broken up by a space."""
         while self._control and self._control.search(text):
@@ -200,17 +218,21 @@ def strip_thinking(text: str, opened: str | None = None) -> str:
 class LocalEngine:
     """A transformers causal LM and its chat. Make one with `load_engine`.
 
-    Attributes: name, model, tokenizer, chat, batch_size, context (tokens the model can hold, or None).
+    Attributes:
+        name, model, tokenizer, chat.
+        context: tokens the model can hold, or None.
+        batch_size: most rows in one forward pass.
+        batch_tokens: most tokens in one batch, prompts with padding and new ones together.
     """
 
-    def __init__(self, name: str, model, tokenizer, batch_size: int):
+    def __init__(self, name: str, model, tokenizer, batch_size: int | None = None, batch_tokens: int | None = None):
         from transformers import GenerationConfig
 
-        self.name, self.model, self.tokenizer, self.batch_size = name, model, tokenizer, batch_size
+        self.name, self.model, self.tokenizer = name, model, tokenizer
         self.chat = Chat(tokenizer, name)
         config = model.config.get_text_config()
         self.context = getattr(config, "max_position_embeddings", None)
-        self._shares_prefix = _shares_prefix(model, config)
+        self._decodes = can_decode(model)
         found = model.generation_config.eos_token_id
         ends = [*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id, self.chat.stop_id]
         self.stop_ids = sorted({int(i) for i in ends if i is not None and i < config.vocab_size})
@@ -218,10 +240,16 @@ class LocalEngine:
         if pad is None or pad >= config.vocab_size:
             pad = self.stop_ids[0] if self.stop_ids else 0
         self.pad_id = pad
-        # A fresh one: a checkpoint's own sampling settings would act beside ours, unseen.
+        # A fresh one: a checkpoint's own sampling settings would act beside ours.
         model.generation_config = GenerationConfig(
             do_sample=False, pad_token_id=pad, eos_token_id=self.stop_ids or None
         )
+        self.set_batches(batch_size, batch_tokens)
+
+    def set_batches(self, batch_size: int | None, batch_tokens: int | None) -> None:
+        """Bound the batches; None: `BATCH_SIZE` rows, and as many tokens as memory holds."""
+        self.batch_size = batch_size or BATCH_SIZE
+        self.batch_tokens = batch_tokens or tokens_that_fit(self.model)
 
     def generate(
         self, conversations: Iterable[Sequence[dict]], sampling: Sampling, seeds: Iterable[int],
@@ -233,21 +261,33 @@ class LocalEngine:
         bfloat16 the logits themselves do).
 
         Args:
-            conversations: read lazily, a window at a time.
+            conversations: read lazily, a window ahead of the model, and in another thread.
             seeds: one a conversation.
             done: indices whose answers the caller has. A batch of nothing else is skipped; any other is as it
                 would be without `done`, so that a resumed run rounds as one that never stopped.
         """
-        numbered = enumerate(zip(conversations, seeds, strict=True))
-        while window := list(islice(numbered, WINDOW * self.batch_size)):
-            rows = []
+
+        def read(window):
+            texts, rows = [], []
             for index, (conversation, seed) in window:
-                ids = self.chat.encode(self.chat.render(conversation))
-                if self.context and len(ids) + sampling.max_new_tokens > self.context:
-                    yield index, Generation("", "too_long", len(ids), 0)
+                texts.append(self.chat.render(conversation))
+                rows.append((index, seed, conversation[-1]["role"] == "assistant"))
+            return [(index, ids, seed, continued) for (index, seed, continued), ids
+                    in zip(rows, self.chat.encode_all(texts), strict=True)]
+
+        for window in self._windows(enumerate(zip(conversations, seeds, strict=True)), read, done):
+            rows = []
+            for row in window:
+                if self.context and len(row[1]) + sampling.max_new_tokens > self.context:
+                    yield row[0], Generation("", "too_long", len(row[1]), 0)
                 else:
-                    rows.append((index, ids, seed, conversation[-1]["role"] == "assistant"))
-            yield from self._in_batches(rows, partial(self._generate, sampling=sampling), done)
+                    rows.append(row)
+            prefixes = Prefixes(self.model, [row[1] for row in rows], self.pad_id, self._decodes and len(rows) > 1)
+            one = self._generate if self._decodes else self._generate_otherwise
+            yield from self._in_batches(
+                rows, lambda batch, prefixes=prefixes, one=one: one(batch, sampling, prefixes),
+                sampling.max_new_tokens, done,
+            )
 
     def score(
         self, conversations: Iterable[Sequence[dict]], labels: Sequence[str]
@@ -255,56 +295,102 @@ class LocalEngine:
         """Log-probabilities of each label as the next token, as (index, one a label), not in order.
 
         They are of the softmax over the whole vocabulary: what they lack to 1 went to other tokens. None
-        stands for a conversation longer than the model's context. What all conversations of a window begin
-        with is computed once, so it pays to call this with conversations that begin alike.
+        stands for a conversation longer than the model's context. What conversations of a window begin with
+        in common is computed once, so it pays to call this with conversations that begin alike.
 
         Raises InputError if the labels are not single, different tokens where the conversation ends.
         """
-        numbered = enumerate(conversations)
         known: dict[str, list[int]] = {}
-        while window := list(islice(numbered, WINDOW * self.batch_size)):
+        for window in self._windows(enumerate(conversations), lambda w: self._before_label(w, labels, known)):
             rows = []
-            for index, conversation in window:
-                ids, label_ids = self._before_label(conversation, labels, known)
-                if self.context and len(ids) > self.context:
-                    yield index, None
+            for row in window:
+                if self.context and len(row[1]) > self.context:
+                    yield row[0], None
                 else:
-                    rows.append((index, ids, label_ids))
-            if not rows:
-                continue
-            shared = _common_prefix([ids[:-1] for _, ids, _ in rows]) if self._shares_prefix else []
-            cache = self._prefix_cache(shared) if shared and len(rows) > 1 else None
-            yield from self._in_batches(rows, partial(self._score, cache=cache, shared=len(shared)))
+                    rows.append(row)
+            prefixes = Prefixes(self.model, [row[1] for row in rows], self.pad_id, self._decodes and len(rows) > 1)
+            yield from self._in_batches(rows, lambda batch, prefixes=prefixes: self._score(batch, prefixes), 0)
 
-    def _in_batches(self, rows: list[tuple], forward, done: Container[int] = ()) -> Iterator[tuple]:
-        """`forward` over batches of like length, longest first; the batch is halved where memory runs out."""
+    def _windows(self, numbered: Iterator[tuple], read, done: Container[int] = ()) -> Iterator[list]:
+        """`read` of as many rows as are sorted together, the next of them while the model works on these.
+
+        What is all `done` is passed over.
+        """
+        size = min(WINDOW * self.batch_size, MOST_ROWS)
+
+        def following():
+            while window := list(islice(numbered, size)):
+                if not all(index in done for index, _ in window):
+                    return read(window)
+            return None
+
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(following)
+            while (window := coming.result()) is not None:
+                coming = thread.submit(following)
+                yield window
+
+    def _in_batches(self, rows: list[tuple], one, new: int, done: Container[int] = ()) -> Iterator[tuple]:
+        """What `one` makes of batches of like length, longest first, as it is made.
+
+        Where memory runs out the batch is halved, and its rows that are not answered yet are asked again.
+
+        Args:
+            rows: (index, token ids, ...).
+            one: a batch to its (index, result).
+            new: tokens that each row may grow by.
+        """
         import torch
 
         rows = sorted(rows, key=lambda row: -len(row[1]))
         at = 0
         while at < len(rows):
-            batch = rows[at : at + self.batch_size]
-            if all(index in done for index, *_ in batch):
-                at += len(batch)
-                continue
-            try:
-                with torch.inference_mode():
-                    results = forward(batch)
-            except torch.OutOfMemoryError as error:
-                if len(batch) == 1:
-                    tokens = len(batch[0][1])
-                    raise CaiError(f"one row of {tokens} tokens does not fit the GPU's memory") from error
-                results = None
-            if results is None:  # out here the failed batch's tensors are gone
-                torch.cuda.empty_cache()
-                self.batch_size = len(batch) // 2
-                cli.warn(f"the GPU's memory is full: going on with --batch-size {self.batch_size}")
-                continue
+            fits = max(1, min(self.batch_size, self.batch_tokens // (len(rows[at][1]) + new)))
+            batch = rows[at : at + fits]
             at += len(batch)
-            yield from results
+            if all(index in done for index, *_ in batch):
+                continue
+            answered = set()
+            full = False
+            results = one(batch)
+            while True:
+                try:
+                    with torch.inference_mode():  # not over the yield: the mode would be the caller's too
+                        index, made = next(results)
+                except StopIteration:
+                    break
+                except torch.OutOfMemoryError as error:
+                    if len(batch) == 1:
+                        tokens = len(batch[0][1])
+                        raise CaiError(f"one row of {tokens} tokens does not fit the GPU's memory") from error
+                    full = True
+                    break
+                answered.add(index)
+                yield index, made
+            if full:  # out here the failed batch's tensors are gone
+                del results
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                left = [row for row in batch if row[0] not in answered]
+                self.batch_tokens = max(1, len(batch) // 2) * (len(batch[0][1]) + new)
+                cli.warn(f"the memory is full: going on with --batch-tokens {self.batch_tokens}")
+                rows, at = left + rows[at:], 0
 
-    def _generate(self, batch: list[tuple], sampling: Sampling) -> list[tuple[int, Generation]]:
-        """One batch of (index, ids, seed, continued)."""
+    def _generate(self, batch: list[tuple], sampling: Sampling, prefixes: Prefixes) -> Iterator[tuple]:
+        """One batch of (index, ids, seed, continued), row by row as they end."""
+        sampler = RowSampler(sampling, [seed for _, _, seed, _ in batch])
+        stops = self.chat.stops(sampling.stop)
+        rows = decode(
+            self.model, [ids for _, ids, _, _ in batch], prefixes, sampler, pad_id=self.pad_id,
+            max_new_tokens=sampling.max_new_tokens, stop_ids=set(self.stop_ids), chunk_tokens=self._chunk_tokens,
+            stopped=_StopStrings(self.tokenizer, stops).found if stops else None,
+        )
+        for row, tokens in rows:
+            sampler.check(self.name)
+            yield self._answered(batch[row], tokens, sampling)
+
+    def _generate_otherwise(self, batch: list[tuple], sampling: Sampling, _prefixes) -> Iterator[tuple]:
+        """The same by transformers' own loop, for models whose memory is not a cache of rows."""
         import torch
 
         width = len(batch[0][1])
@@ -323,169 +409,158 @@ class LocalEngine:
             stopping_criteria=[_StopStrings(self.tokenizer, stops, width)] if stops else None,
         )[:, width:].tolist()
         sampler.check(self.name)
-        results = []
-        for (index, prompt, _, continued), tokens in zip(batch, new, strict=True):
-            length = next((n for n, token in enumerate(tokens) if token in self.stop_ids), None)
-            text, stopped = self.chat.answer(tokens[:length], continued=continued, stop=sampling.stop)
-            finish = "length" if length is None and not stopped else "stop"
-            count = len(tokens) if length is None else length + 1
-            results.append((index, Generation(text, finish, len(prompt), count)))
-        return results
+        for row, tokens in zip(batch, new, strict=True):
+            length = next((n + 1 for n, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
+            yield self._answered(row, tokens[:length], sampling)
 
-    def _before_label(self, conversation, labels: Sequence[str], known: dict) -> tuple[list[int], list[int]]:
-        """Tokens before the choice, and the labels' ids there.
+    def _answered(self, row: tuple, tokens: list[int], sampling: Sampling) -> tuple[int, Generation]:
+        """(index, Generation) of a row (index, ids, seed, continued) and its new tokens, the end included."""
+        index, prompt, _, continued = row
+        ended = bool(tokens) and tokens[-1] in self.stop_ids
+        text, stopped = self.chat.answer(tokens[:-1] if ended else tokens, continued=continued, stop=sampling.stop)
+        return index, Generation(text, "stop" if ended or stopped else "length", len(prompt), len(tokens))
+
+    @property
+    def _chunk_tokens(self) -> int:
+        return CHUNK_TOKENS.get(self.model.device.type, OTHER_CHUNK_TOKENS)
+
+    def _before_label(self, window: list[tuple], labels: Sequence[str], known: dict) -> list[tuple]:
+        """(index, tokens before the choice, the labels' ids there) of each (index, conversation).
 
         The label is encoded together with what precedes it, as the model has seen it in training: "(" and "A"
         may be one token, and then it is that token which is asked for.
         """
-        text = self.chat.render(conversation)
-        ending = conversation[-1]["content"] if conversation[-1]["role"] == "assistant" else ""
-        if ending not in known:
-            encoded = [self.chat.encode(text + label) for label in labels]
-            before = _common_prefix([ids[:-1] for ids in encoded])
-            label_ids = [ids[-1] for ids in encoded]
-            if len(set(label_ids)) < len(labels) or any(len(ids) != len(before) + 1 for ids in encoded):
-                pieces = {label: self.tokenizer.convert_ids_to_tokens(ids[len(before) :][:4])
-                          for label, ids in zip(labels, encoded, strict=True)}
-                raise InputError(
-                    f"the labels are not single, different tokens after {ending[-20:]!r}: {pieces}",
-                    where=self.name, remedy="End the prefill so that they are, or use other labels",
-                )
-            known[ending] = label_ids
-        ids = self.chat.encode(text + labels[0])
-        if ids[-1] != known[ending][0]:
-            raise InputError(f"{labels[0]!r} is not one token after {text[-20:]!r}", where=self.name)
-        return ids[:-1], known[ending]
+        texts, endings = [], []
+        for _, conversation in window:
+            texts.append(self.chat.render(conversation))
+            endings.append(conversation[-1]["content"] if conversation[-1]["role"] == "assistant" else "")
+            if endings[-1] not in known:
+                known[endings[-1]] = self._label_ids(texts[-1], endings[-1], labels)
+        rows = []
+        encoded = self.chat.encode_all([text + labels[0] for text in texts])
+        for (index, _), text, ending, ids in zip(window, texts, endings, encoded, strict=True):
+            if ids[-1] != known[ending][0]:
+                raise InputError(f"{labels[0]!r} is not one token after {text[-20:]!r}", where=self.name)
+            rows.append((index, ids[:-1], known[ending]))
+        return rows
 
-    def _prefix_cache(self, prefix: list[int]):
-        """Keys and values of the tokens that all rows of a window begin with, as a cache of one row."""
-        import torch
+    def _label_ids(self, text: str, ending: str, labels: Sequence[str]) -> list[int]:
+        """The token of each label after `text`; InputError if they are not single and different."""
+        encoded = [self.chat.encode(text + label) for label in labels]
+        before = common_prefix([ids[:-1] for ids in encoded])
+        label_ids = [ids[-1] for ids in encoded]
+        if len(set(label_ids)) < len(labels) or any(len(ids) != len(before) + 1 for ids in encoded):
+            pieces = {label: self.tokenizer.convert_ids_to_tokens(ids[len(before) :][:4])
+                      for label, ids in zip(labels, encoded, strict=True)}
+            raise InputError(
+                f"the labels are not single, different tokens after {ending[-20:]!r}: {pieces}",
+                where=self.name, remedy="End the prefill so that they are, or use other labels",
+            )
+        return label_ids
 
-        with torch.inference_mode():
-            ids = torch.tensor([prefix], device=self.model.device)
-            return self._forward(ids, torch.tensor([len(prefix) - 1]), use_cache=True).past_key_values
-
-    def _score(self, batch: list[tuple], cache, shared: int) -> list[tuple[int, list[float]]]:
-        """One batch of (index, ids, label ids), its first `shared` tokens taken from `cache`.
-
-        Padded on the right: what comes after the last token can't be seen from it, and distances stay true
-        between prefix and rest, which a sliding window counts.
-        """
-        import torch
-
-        if cache is None:
-            shared = 0
-        else:
-            cache = copy.deepcopy(cache)
-            cache.batch_repeat_interleave(len(batch))
-        rests = [ids[shared:] for _, ids, _ in batch]
-        width = max(map(len, rests))
-        padded = [rest + [self.pad_id] * (width - len(rest)) for rest in rests]
-        ids = torch.tensor(padded, device=self.model.device)
-        last = torch.tensor([len(rest) - 1 for rest in rests])
-        logits = self._forward(ids, last, past_key_values=cache, use_cache=cache is not None).logits[:, 0]
-        logprobs = logits.float().log_softmax(-1).cpu()
-        if logprobs.isnan().any():
-            raise _not_a_number(self.name)
-        return [(index, logprobs[row, labels].tolist()) for row, (index, _, labels) in enumerate(batch)]
-
-    def _forward(self, ids, last, **kwargs):
-        """A forward pass whose logits are of column `last` of each row alone: (rows, 1, vocabulary)."""
-        rows = range(len(last))
-        # In front of the head, so that a large vocabulary's logits are never made for the other positions,
-        # and whatever the model does after the head (capping, scaling) is still done.
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(
-            lambda _module, args: (args[0][rows, last.to(args[0].device)].unsqueeze(1),)
-        )
-        try:
-            return self.model(input_ids=ids, **kwargs)
-        finally:
-            hook.remove()
-
-
-class RowSampler:
-    """A logits processor that does the sampling: one uniform number a row and step, from the row's seed.
-
-    Args:
-        seeds: one a row.
-        width: columns of the prompt, so that the step is known.
-    """
-
-    def __init__(self, sampling: Sampling, seeds: Sequence[int], width: int):
-        import torch
-
-        self.sampling, self.width, self.failed = sampling, width, None
-        draws = [np.random.Generator(np.random.Philox(key=s)).random(sampling.max_new_tokens) for s in seeds]
-        self.draws = torch.tensor(np.array(draws), dtype=torch.float32)
-
-    def __call__(self, input_ids, logits):
-        """Logits (rows, vocabulary) to all -inf but the token drawn."""
-        import torch
-
-        step = input_ids.shape[1] - self.width
-        failed = logits.isnan().any()
-        self.failed = failed if self.failed is None else self.failed | failed
-        if self.sampling.temperature == 0:
-            return logits
-        if self.draws.device != logits.device:
-            self.draws = self.draws.to(logits.device)
-        picked = draw(logits, self.draws[:, step : step + 1], self.sampling.temperature, self.sampling.top_p)
-        return torch.full_like(logits, -torch.inf).scatter_(1, picked, 0.0)
-
-    def check(self, name: str) -> None:
-        """Raise CaiError if any logit was not a number."""
-        if bool(self.failed):
-            raise _not_a_number(name)
-
-
-def draw(logits, uniform, temperature: float, top_p: float):
-    """Token ids (rows, 1) where each row's cumulative probability passes its number in `uniform` (rows, 1).
-
-    In order of token id, not of probability: rounding then can't change which token a number stands for.
-    """
-    import torch
-
-    probs = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:
-        ranked = probs.sort(-1, descending=True).values
-        count = (ranked.cumsum(-1) - ranked < top_p).sum(-1, keepdim=True)
-        probs = probs.where(probs >= ranked.gather(-1, count - 1), 0)
-    cumulative = probs.cumsum(-1)
-    total = cumulative[:, -1:]
-    point = uniform.clamp(max=1 - 1e-6) * total  # so that rounding never reaches the end
-    # Clamped for rows that are no numbers: they are reported later, and must not crash a GPU before.
-    return torch.searchsorted(cumulative, point, right=True).clamp(max=logits.shape[-1] - 1)
+    def _score(self, batch: list[tuple], prefixes: Prefixes) -> Iterator[tuple[int, list[float]]]:
+        """One batch of (index, ids, label ids)."""
+        for part in chunks([len(ids) - prefixes.shared(ids) for _, ids, _ in batch], self._chunk_tokens):
+            rows = [batch[i] for i in part]
+            logits = prefill(self.model, [ids for _, ids, _ in rows], prefixes, self.pad_id, keep=False)[0]
+            logprobs = logits.float().log_softmax(-1).cpu()
+            if logprobs.isnan().any():
+                raise not_a_number(self.name)
+            for row, (index, _, labels) in enumerate(rows):
+                yield index, logprobs[row, labels].tolist()
 
 
 class _StopStrings:
-    """Stopping criterion: a row is done when a stop string is in its newest tokens."""
+    """Whether a stop string is in a row's newest tokens; also a stopping criterion of `generate`."""
 
-    def __init__(self, tokenizer, stops: Sequence[str], width: int):
+    def __init__(self, tokenizer, stops: Sequence[str], width: int = 0):
         self.tokenizer, self.stops, self.width = tokenizer, stops, width
         self.tail = 4 * max(map(len, stops)) + 1  # a character is at most four tokens
+
+    def found(self, rows: list[list[int]]) -> list[bool]:
+        """Of each row's new tokens."""
+        tails = [tokens[-self.tail :] for tokens in rows]
+        texts = self.tokenizer.batch_decode(tails, clean_up_tokenization_spaces=False)
+        return [any(s in text for s in self.stops) for text in texts]
 
     def __call__(self, input_ids, scores, **_kwargs):
         import torch
 
-        ids = input_ids[:, max(self.width, input_ids.shape[1] - self.tail) :]
-        texts = self.tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
-        return torch.tensor([any(s in text for s in self.stops) for text in texts], device=input_ids.device)
+        return torch.tensor(self.found(input_ids[:, self.width :].tolist()), device=input_ids.device)
+
+
+def tokens_that_fit(model) -> int:
+    """Tokens whose keys and values fill half of the memory that is free, rounded down to a power of two.
+
+    Rounded, so that a run goes on with the batches it began with although memory differs a little. The other
+    half is for what a forward pass needs besides. On a CPU never more than 32,768: a larger batch takes its
+    memory from the other programs of the machine and is no faster.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    a_token = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+    tokens = max(1, free_memory(model.device) // 2 // a_token)
+    if model.device.type == "cpu":
+        tokens = min(tokens, 32768)
+    return 1 << (tokens.bit_length() - 1)
+
+
+def free_memory(device) -> int:
+    """Bytes that a device has left for us."""
+    import torch
+
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed instead of giving it back to the system with every large tensor.
+
+    Tensors of a forward pass come and go by the megabyte; page by page their memory is mapped, cleared and
+    unmapped again, which takes up to a third of the time on a CPU. Has no effect elsewhere than on glibc, and
+    leaves alone what the environment says (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3)
+    library = ctypes.CDLL(None)
+    if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        library.mallopt(trim, 1 << 30)
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        library.mallopt(mmap, 1 << 25)  # the most that glibc takes
 
 
 _loaded: dict[tuple, LocalEngine] = {}
 
 
 def load_engine(
-    model: str, *, batch_size: int = 32, device: str | None = None, dtype: str = "auto"
-) -> LocalEngine:
-    """The engine of a folder, a hub id, or `tiny`; the last one loaded is kept in this process.
+    model: str, *, batch_size: int | None = None, batch_tokens: int | None = None, device: str | None = None,
+    dtype: str = "auto", endpoints: tuple[str, ...] = (),
+):
+    """The engine of a folder, a hub id, or `tiny`; the last one loaded is kept in this process. Or a server's.
 
     Args:
-        device: cpu, cuda, cuda:1, mps; None takes the best there is.
+        model: `openai:NAME` is what servers at `endpoints` call NAME (cai/servers.py).
+        batch_size, batch_tokens: bounds of a batch; see `LocalEngine`.
+        device: cpu, cuda, cuda:1, mps; None takes the best there is, of several GPUs each process its own.
         dtype: float32, bfloat16, float16, or auto (bfloat16 on CUDA, float32 elsewhere).
     Raises:
         InputError: no such model, or it lacks config, weights, tokenizer or chat template.
     """
+    if model.startswith("openai:"):
+        from cai.servers import load_server
+
+        return load_server(model, endpoints=endpoints, batch_size=batch_size)
+    if endpoints:
+        raise InputError(f"an endpoint with the local model {model}", where="--endpoint",
+                         expected="--model openai:NAME", remedy="Say what the server calls the model")
     path = check_model(model)
     folder = Path(path)
     key = (path, device, dtype)
@@ -493,9 +568,10 @@ def load_engine(
         key += (folder.resolve(), *sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir()))
     if key not in _loaded:
         release_engines()
-        _loaded[key] = _load(model, path, batch_size, device, dtype)
+        _loaded[key] = _load(model, path, device, dtype)
     engine = _loaded[key]
-    engine.name, engine.batch_size = model, batch_size
+    engine.name = model
+    engine.set_batches(batch_size, batch_tokens)
     return engine
 
 
@@ -511,6 +587,8 @@ def check_model(model: str, *, classifier: bool = False) -> str:
     Raises InputError naming the folder and the remedy.
     """
     path = resources.model_path(model)
+    if model.startswith("openai:"):
+        return path  # of the server's folders nothing is known here
     folder = Path(path)
     if not folder.is_dir():
         if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
@@ -552,7 +630,7 @@ def _json(folder: Path, name: str) -> dict:
         raise InputError(f"not JSON: {error}", where=folder / name, remedy="Copy the folder again") from error
 
 
-def _load(name: str, path: str, batch_size: int, device: str | None, dtype: str) -> LocalEngine:
+def _load(name: str, path: str, device: str | None, dtype: str) -> LocalEngine:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -563,6 +641,10 @@ def _load(name: str, path: str, batch_size: int, device: str | None, dtype: str)
     if device is None:
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else mps
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device == "cpu":
+        keep_freed_memory()
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     try:
@@ -586,7 +668,7 @@ def _load(name: str, path: str, batch_size: int, device: str | None, dtype: str)
         if isinstance(error, torch.OutOfMemoryError):
             raise CaiError(f"{name} does not fit the memory of {device}") from error
         raise InputError(f"{device!r} can't be used: {shorten(error)}", where="--device") from error
-    return LocalEngine(name, model, tokenizer, batch_size)
+    return LocalEngine(name, model, tokenizer)
 
 
 def _control_pattern(tokenizer) -> re.Pattern | None:
@@ -597,19 +679,3 @@ def _control_pattern(tokenizer) -> re.Pattern | None:
     # Longest first, so that a token is found before one that it begins with.
     longest_first = sorted(names, key=lambda t: (-len(t), t))
     return re.compile("|".join(map(re.escape, longest_first))) if names else None
-
-
-def _common_prefix(lists: Sequence[list[int]]) -> list[int]:
-    """What all the lists begin with: what the first and the last of them in sorted order do."""
-    low, high = min(lists), max(lists)
-    return low[: next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))]
-
-
-def _shares_prefix(model, config) -> bool:
-    """Whether a cache of the prefix can stand for it: in attention over tokens, not in recurrent states."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return not getattr(model, "_is_stateful", False) and kinds <= {"full_attention", "sliding_attention"}
-
-
-def _not_a_number(name: str) -> CaiError:
-    return CaiError(f"{name}: the model's logits are not numbers (NaN). Try --dtype float32 or bfloat16")

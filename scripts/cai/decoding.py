@@ -1,0 +1,407 @@
+"""Sampling on a model's forward pass: prompts in, new tokens out, each row on its own.
+
+    prefixes = Prefixes(model, prompts, pad_id)
+    for row, tokens in decode(model, prompts, prefixes, sampler, max_new_tokens=64, stop_ids={2}, pad_id=0): ...
+
+What transformers' `generate` does not do: what groups of prompts begin with is computed once; only the last
+position's logits are made; keys and values lie in one buffer that nothing is copied to grow; rows that have
+ended leave the batch. The tokens are those of the plain loop (in float32; in bfloat16 batches round).
+
+For attention over tokens, full or by sliding window (`can_decode`); recurrent states, shared layers and the
+like are left to `generate`. Leaves out beams, speculation, and rows that join a batch already under way: with
+fixed batches a resumed run makes the same ones. torch and transformers are imported inside functions.
+"""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from cai.errors import CaiError
+
+# Shortest beginnings that are looked for in common, and how many tokens of them are computed ahead at most.
+_BEGINNINGS = (8, 16, 32, 64, 128, 256, 512)
+_MOST_SHARED = 16384
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: `temperature` 0 is greedy; `max_new_tokens` never counts the prompt."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+
+# --- what is drawn ------------------------------------------------------------------------------------------
+
+
+class RowSampler:
+    """The draws of a batch: one uniform number a row and step, from the row's seed alone.
+
+    Args:
+        seeds: one a row.
+        width: columns of the prompt, where it is used as a logits processor of `generate`.
+    """
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int], width: int = 0):
+        import torch
+
+        self.sampling, self.width, self.failed = sampling, width, None
+        self.draws = None
+        if sampling.temperature > 0:
+            draws = [np.random.Generator(np.random.Philox(key=s)).random(sampling.max_new_tokens) for s in seeds]
+            self.draws = torch.tensor(np.array(draws), dtype=torch.float32)
+
+    def pick(self, logits, step: int, rows=None):
+        """Token ids (rows,) drawn from logits (rows, vocabulary) at a step from 0.
+
+        rows: numbers of the rows that the logits are of, a tensor; None for all in order.
+        """
+        failed = logits.isnan().any()
+        self.failed = failed if self.failed is None else self.failed | failed
+        if self.draws is None:
+            return logits.argmax(-1)
+        if self.draws.device != logits.device:
+            self.draws = self.draws.to(logits.device)
+        uniform = self.draws[:, step] if rows is None else self.draws[rows, step]
+        return draw(logits, uniform.unsqueeze(1), self.sampling.temperature, self.sampling.top_p)[:, 0]
+
+    def __call__(self, input_ids, logits):
+        """As a logits processor: logits (rows, vocabulary) to all -inf but the token drawn."""
+        import torch
+
+        picked = self.pick(logits, input_ids.shape[1] - self.width).unsqueeze(1)
+        return torch.full_like(logits, -torch.inf).scatter_(1, picked, 0.0)
+
+    def check(self, name: str) -> None:
+        """Raise CaiError if any logit was not a number."""
+        if bool(self.failed):
+            raise not_a_number(name)
+
+
+def draw(logits, uniform, temperature: float, top_p: float):
+    """Token ids (rows, 1) where each row's cumulative probability passes its number in `uniform` (rows, 1).
+
+    In order of token id, not of probability: rounding then can't change which token a number stands for.
+    """
+    import torch
+
+    probs = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        ranked = probs.sort(-1, descending=True).values
+        count = (ranked.cumsum(-1) - ranked < top_p).sum(-1, keepdim=True)
+        probs = probs.where(probs >= ranked.gather(-1, count - 1), 0)
+    cumulative = probs.cumsum(-1)
+    total = cumulative[:, -1:]
+    point = uniform.clamp(max=1 - 1e-6) * total  # so that rounding never reaches the end
+    # Clamped for rows that are no numbers: they are reported later, and must not crash a GPU before.
+    return torch.searchsorted(cumulative, point, right=True).clamp(max=logits.shape[-1] - 1)
+
+
+def not_a_number(name: str) -> CaiError:
+    """The error of logits that are NaN."""
+    return CaiError(f"{name}: the model's logits are not numbers (NaN). Try --dtype float32 or bfloat16")
+
+
+# --- one forward pass ---------------------------------------------------------------------------------------
+
+
+def can_decode(model) -> bool:
+    """Whether a cache of keys and values, row by row, stands for all that the model remembers."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    takes = inspect.signature(model.forward).parameters
+    return (
+        not getattr(model, "_is_stateful", False)
+        and kinds <= {"full_attention", "sliding_attention"}
+        and not getattr(config, "num_kv_shared_layers", None)
+        and not config.is_encoder_decoder
+        and {"position_ids", "past_key_values", "attention_mask"} <= set(takes)
+    )
+
+
+def forward(model, ids, last, **kwargs):
+    """A forward pass whose logits are of column `last` (rows,) of each row alone: (rows, 1, vocabulary)."""
+    rows = range(len(last))
+    # In front of the head, so that a large vocabulary's logits are never made for the other positions,
+    # and whatever the model does after the head (capping, scaling) is still done.
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _module, args: (args[0][rows, last.to(args[0].device)].unsqueeze(1),)
+    )
+    try:
+        return model(input_ids=ids, **kwargs)
+    finally:
+        hook.remove()
+
+
+class Prefixes:
+    """What groups of prompts begin with: its keys and values, computed once.
+
+    Args:
+        prompts: token ids. A prefix leaves at least one token of each of its prompts.
+        share: False for a model whose cache can't be shared.
+    Attributes:
+        width: columns of the cache, the longest prefix; 0 where nothing is shared.
+        lengths: tokens of each prefix. They are padded on the left.
+    """
+
+    def __init__(self, model, prompts: Sequence[Sequence[int]], pad_id: int, share: bool = True):
+        self.found = shared_beginnings(prompts) if share else []
+        self.lengths = [len(prefix) for prefix in self.found]
+        self.width = max(self.lengths, default=0)
+        self._by_start: dict[int, dict[tuple, int]] = defaultdict(dict)
+        for number, prefix in enumerate(self.found):
+            self._by_start[len(prefix)][tuple(prefix)] = number
+        if self.found:
+            self.layers = self._compute(model, pad_id)
+
+    def _compute(self, model, pad_id: int) -> list[tuple]:
+        import torch
+        from transformers import DynamicCache
+
+        ids = torch.tensor([[pad_id] * (self.width - len(p)) + list(p) for p in self.found], device=model.device)
+        known = torch.tensor(self.lengths, device=model.device).unsqueeze(1)
+        columns = torch.arange(self.width, device=model.device)
+        kept = {}
+        if min(self.lengths) < self.width:
+            kept = {"attention_mask": (columns >= self.width - known).long(),
+                    "position_ids": (columns - (self.width - known)).clamp(min=0)}
+        # Without a configuration all layers keep all tokens, and windows are cut by the mask.
+        past = DynamicCache()
+        last = torch.full((len(ids),), self.width - 1)
+        with torch.inference_mode():
+            forward(model, ids, last, past_key_values=past, use_cache=True, **kept)
+        return [(layer.keys, layer.values) for layer in past.layers]
+
+    def shared(self, prompt: Sequence[int]) -> int:
+        """How many tokens of the prompt are known."""
+        number = self.of(prompt)
+        return 0 if number is None else self.lengths[number]
+
+    def of(self, prompt: Sequence[int]) -> int | None:
+        """The number of the longest prefix that the prompt begins with."""
+        for length in sorted(self._by_start, reverse=True):
+            if len(prompt) > length and (number := self._by_start[length].get(tuple(prompt[:length]))) is not None:
+                return number
+        return None
+
+
+def shared_beginnings(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Beginnings, each common to two prompts or more, that save most tokens when they are computed once.
+
+    Prompts are put together by their first k tokens, for the k that saves most; a group shares all that its
+    prompts begin with.
+    """
+    best, most = [], 0
+    for k in _BEGINNINGS:
+        groups: dict[tuple, list] = defaultdict(list)
+        for prompt in prompts:
+            if len(prompt) > k:
+                groups[tuple(prompt[:k])].append(prompt[:-1])
+        shared = [(len(group), common_prefix(group)) for group in groups.values() if len(group) > 1]
+        if not shared:
+            break
+        shared.sort(key=lambda found: -(found[0] - 1) * len(found[1]))
+        kept, room = [], _MOST_SHARED
+        for count, prefix in shared:
+            if len(prefix) * (len(kept) + 1) <= room:  # padded to the longest, roughly
+                kept.append((count, prefix))
+        saved = sum((count - 1) * len(prefix) for count, prefix in kept)
+        if saved > most:
+            best, most = [prefix for _, prefix in kept], saved
+    return best
+
+
+def common_prefix(lists: Sequence[Sequence[int]]) -> list[int]:
+    """What all the lists begin with: what the first and the last of them in sorted order do."""
+    low, high = min(lists), max(lists)
+    return low[: next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))]
+
+
+def prefill(model, prompts: Sequence[Sequence[int]], prefixes: Prefixes, pad_id: int, keep: bool = True):
+    """One forward pass over prompts, their known prefixes taken from the cache.
+
+    Padded on the right: what comes after the last token can't be seen from it, and the distance between
+    prefix and rest, which a sliding window counts, stays true.
+
+    Returns (logits (rows, vocabulary) of each last token, the cache or None, starts: the column of the cache
+    where each row begins).
+    Args:
+        keep: whether the cache is wanted; without it and without prefixes none is made.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    device = model.device
+    numbers = [prefixes.of(prompt) for prompt in prompts] if prefixes.width else [None] * len(prompts)
+    used = [number for number in numbers if number is not None]
+    lengths = [0 if number is None else prefixes.lengths[number] for number in numbers]
+    # Of a prefix cache that is wider than these rows need, the columns on the left are left out.
+    width = max(lengths, default=0)
+    rests = [prompt[length:] for prompt, length in zip(prompts, lengths, strict=True)]
+    most = max(map(len, rests))
+    ids = torch.tensor([[*rest, *[pad_id] * (most - len(rest))] for rest in rests], device=device)
+    last = torch.tensor([len(rest) - 1 for rest in rests])
+    kept = {}
+    past = None
+    if used:
+        rows = torch.tensor([0 if number is None else number for number in numbers], device=device)
+        past = DynamicCache([(keys[rows, :, prefixes.width - width :], values[rows, :, prefixes.width - width :])
+                             for keys, values in prefixes.layers])
+        if min(lengths) < width:
+            known = torch.tensor(lengths, device=device).unsqueeze(1)
+            columns = torch.arange(width + most, device=device)
+            kept = {"attention_mask": (columns >= width - known).long(), "position_ids": columns[:most] + known}
+    elif keep:
+        past = DynamicCache()
+    logits = forward(model, ids, last, past_key_values=past, use_cache=past is not None, **kept).logits[:, 0]
+    return logits, past, [width - length for length in lengths]
+
+
+# --- many forward passes ------------------------------------------------------------------------------------
+
+
+@cache
+def _layer_class():
+    """A layer of transformers' Cache whose rows lie in one buffer, made for their longest answers."""
+    import torch
+    from transformers.cache_utils import DynamicLayer
+
+    class Rows(DynamicLayer):
+        """Buffers (rows, columns, heads, size): a token's keys and values together, as they are written."""
+
+        def __init__(self, rows: int, capacity: int):
+            super().__init__()
+            self.rows, self.capacity, self.length = rows, capacity, 0
+            self.buffers = None
+            self.is_initialized = True
+
+        def put(self, at: int, cached: tuple, columns) -> None:
+            """Columns (rows, width) of `cached`, keys and values (rows, heads, columns, size), to rows from `at`."""
+            count, self.length = columns.shape
+            rows = torch.arange(count, device=columns.device).unsqueeze(1)
+            if self.buffers is None:
+                # Zeros: what is masked is still multiplied, and NaN by nought is NaN.
+                self.buffers = [states.new_zeros(self.rows, self.capacity, states.shape[1], states.shape[3])
+                                for states in cached]
+            for buffer, states in zip(self.buffers, cached, strict=True):
+                buffer[at : at + count, : self.length] = states.transpose(1, 2)[rows, columns]
+
+        def update(self, key_states, value_states, *args, **kwargs):
+            start, self.length = self.length, self.length + key_states.shape[-2]
+            for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+                buffer[: self.rows, start : self.length] = states.transpose(1, 2)
+            keys, values = (buffer[: self.rows, : self.length].transpose(1, 2) for buffer in self.buffers)
+            return keys, values
+
+        def move(self, sources, targets, rows: int) -> None:
+            """Rows `sources` to the places `targets`; then only the first `rows` are left."""
+            if len(sources):
+                for buffer in self.buffers:
+                    buffer[targets, : self.length] = buffer[sources, : self.length]
+            self.rows = rows
+
+        def get_seq_length(self) -> int:
+            return self.length
+
+    return Rows
+
+
+def decode(
+    model, prompts: Sequence[Sequence[int]], prefixes: Prefixes, sampler: RowSampler, *, max_new_tokens: int,
+    stop_ids: Collection[int], pad_id: int, chunk_tokens: int = 8192,
+    stopped: Callable[[list[list[int]]], list[bool]] | None = None,
+) -> Iterator[tuple[int, list[int]]]:
+    """(number of the prompt, its new tokens up to and with its end) as rows end, not in order.
+
+    To be called under `torch.inference_mode` or `no_grad`, step by step.
+
+    Args:
+        sampler: draws for each prompt, in their order.
+        chunk_tokens: prompts are read so many tokens at a time, padding counted.
+        stopped: says of rows' new tokens whether text in them ends the row; asked after every token.
+    """
+    import torch
+    from transformers.cache_utils import Cache
+
+    device, lengths = model.device, [len(prompt) for prompt in prompts]
+    width, total = max(lengths), torch.tensor(lengths, device=device)
+    layers, logits = None, []
+    for part in chunks(lengths, chunk_tokens):
+        some, past, starts = prefill(model, [prompts[i] for i in part], prefixes, pad_id)
+        if layers is None:
+            layers = [_layer_class()(len(prompts), width + max_new_tokens - 1) for _ in past.layers]
+        # Moved to the right, so that answers begin in one column and every row's columns are neighbours.
+        begins = torch.tensor(starts, device=device).unsqueeze(1)
+        padding = width - total[part.start : part.stop].unsqueeze(1)
+        columns = (torch.arange(width, device=device) - padding).clamp(min=0) + begins
+        for layer, one in zip(layers, past.layers, strict=True):
+            layer.put(part.start, (one.keys, one.values), columns)
+        logits.append(some)
+        del past
+    logits, past = torch.cat(logits), Cache(layers=layers)
+    ends = torch.tensor(sorted(stop_ids), device=device)
+    new = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
+    order = torch.arange(len(prompts), device=device)  # which row lies in each place of the cache
+    live = list(range(len(prompts)))
+    over = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # by place
+    every = 1 if device.type == "cpu" else 8  # to look is to wait for the device
+    for step in range(max_new_tokens):
+        picked = sampler.pick(logits, step, order)
+        new[order, step] = picked
+        over |= torch.isin(picked, ends)
+        if stopped:
+            over |= torch.tensor(stopped(new[order, : step + 1].tolist()), device=device)
+        if step + 1 == max_new_tokens:
+            break
+        if (step + 1) % every == 0:
+            ended = over.tolist()
+            if all(ended):
+                break
+            # An eighth: moving rows costs about as much as an eighth of them cost in a step.
+            if sum(ended) >= max(1, len(ended) // 8):
+                left = len(ended) - sum(ended)
+                for place, done in enumerate(ended):
+                    if done:
+                        yield live[place], _until(new[live[place], : step + 1].tolist(), stop_ids)
+                targets = [place for place in range(left) if ended[place]]
+                sources = [place for place in range(left, len(ended)) if not ended[place]]
+                for target, source in zip(targets, sources, strict=True):
+                    live[target] = live[source]
+                del live[left:]
+                picked[targets] = picked[sources]
+                picked, over = picked[:left], over.new_zeros(left)
+                order = torch.tensor(live, device=device)
+                for layer in layers:
+                    layer.move(sources, targets, left)
+        known = total[order].unsqueeze(1)
+        columns = torch.arange(width + step + 1, device=device)
+        same = len({lengths[row] for row in live}) == 1 and lengths[live[0]] == width
+        logits = model(
+            input_ids=picked.unsqueeze(1), position_ids=known + step, past_key_values=past, use_cache=True,
+            attention_mask=None if same else (columns >= width - known).long(),
+        ).logits[:, -1]
+    for row in live:
+        yield row, _until(new[row, : step + 1].tolist(), stop_ids)
+
+
+def _until(tokens: list[int], ends: Collection[int]) -> list[int]:
+    """The tokens up to and with the first end."""
+    return tokens[: next((n + 1 for n, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+def chunks(lengths: Sequence[int], tokens: int) -> Iterator[range]:
+    """Neighbouring rows of at most `tokens` together, padding counted; one row at least."""
+    start, widest = 0, 0
+    for at, length in enumerate(lengths):
+        widest = max(widest, length)
+        if at > start and (at + 1 - start) * widest > tokens:
+            yield range(start, at)
+            start, widest = at, length
+    if start < len(lengths):
+        yield range(start, len(lengths))
