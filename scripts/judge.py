@@ -3,15 +3,19 @@
     python scripts/judge.py --input samples.jsonl --model tiny --output preferences.jsonl
 
 The judge answers a forced choice in both orders; the labels' log-probabilities are read and averaged (paper,
-section 4.1). A principle is drawn for each comparison. Leaves out ensembles of judges and any training.
+section 4.1). A principle is drawn for each comparison, or all are asked. Several judges are asked one after the
+other, each into a file of its own beside the output, and then combined. Leaves out any training.
 """
 
 import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 
 import click
 
-from cai import cli, judging, textsteps
+from cai import audit, cli, ensemble, judging, textsteps
 from cai.constitution import load_constitution
 from cai.engines import Sampling, check_model, load_engine
 from cai.errors import InputError
@@ -19,125 +23,242 @@ from cai.records import Output, Source, identity, read_jsonl
 from cai.templates import load_template
 
 COT_LIMITS = (0.4, 0.6)  # paper, section 4.1: reasoning makes the probabilities too sure
-PAIR = ("prompt", "response_a", "response_b")
 
 
 @click.command(cls=cli.Command)
-@cli.options("input", "output", "model", "constitution")
+@cli.options("input", "output")
+@click.option("--model", metavar="MODEL", help="The judge: a folder, a hub id, or `tiny` (bundled).")
+@click.option("--judge", multiple=True, metavar="MODEL", help="A further judge. Repeatable; then --model may be "
+              "left out.")
+@click.option("--combine", type=click.Choice(ensemble.WAYS), default="mean", show_default=True,
+              help="How several judges become one label. dawid-skene weighs them by how they agree.")
+@cli.options("constitution")
+@click.option("--principles", type=click.Choice(["drawn", "all"]), default="drawn", show_default=True,
+              help="One principle for each comparison, drawn at random, or all, averaged by weight.")
+@click.option("--no-examples", is_flag=True, help="Do not show the judge the constitution's worked comparisons.")
 @click.option("--against", metavar="FILE", help="Compare with these responses to the same prompts instead of "
               "among --input.")
 @click.option("--pairs-per-prompt", type=click.IntRange(min=1), default=None,
               help="Compare at most N pairs of a prompt's responses.  [default: all]")
 @click.option("--template", default="preference", show_default=True, metavar="NAME|FILE",
               help="Template of the forced choice.")
+@click.option("--answer-template", default="preference_answer", show_default=True, metavar="NAME|FILE",
+              help="Template for a judge without log-probabilities, which writes a letter.")
 @click.option("--cot", is_flag=True, help="Let the judge reason first, with the template preference_cot.")
 @click.option("--clamp", nargs=2, type=click.FloatRange(0, 1), default=None, metavar="LOW HIGH",
               help="Keep probabilities within these; 0 1 is off.  [default: 0.4 0.6 with --cot, else off]")
+@click.option("--audit", "audit_path", metavar="FILE", help="Measure what the labels are worth, with intervals, and "
+              "write it here as JSON; with gold labels a reliability diagram (PNG) beside it.")
 @cli.options(*textsteps.OPTIONS)
-def main(inputs, output, model, constitution, against, pairs_per_prompt, template, cot, clamp, temperature,
-         top_p, max_new_tokens, seed, limit, batch_size, device, dtype, as_json, dry_run, overwrite):
+def main(inputs, output, model, judge, combine, constitution, principles, no_examples, against, pairs_per_prompt,
+         template, answer_template, cot, clamp, audit_path, temperature, top_p, max_new_tokens, seed, limit,
+         batch_size, device, dtype, as_json, dry_run, overwrite):
     """Compare responses to the same prompt, and write which is better and how sure the judge is.
 
-    Rows have a `response` (those of one prompt_id are compared) or a `response_a` and a `response_b`; with a
-    `gold` of "a" or "b" the judge's accuracy is measured. Sampling options matter with --cot only.
+    Rows have a `response` (those of one prompt_id are compared), a `response_a` and a `response_b`, or TRL's
+    `chosen` and `rejected`. With a `gold` of "a" or "b", or a chosen one, the judge's accuracy is measured. Sampling
+    options matter with --cot only. With --audit a finished output is measured without judging again.
 
     \b
     Example:
       python scripts/judge.py --input samples.jsonl --model tiny \\
           --constitution harmlessness --output preferences.jsonl
     """
+    names = judge_names(model, judge)
     low, high = limits = clamp or (COT_LIMITS if cot else (0.0, 1.0))
     if abs(low + high - 1) > 1e-9 or low >= 0.5:
         raise InputError(f"--clamp {low} {high}", expected="LOW below 0.5 and HIGH = 1 - LOW, such as 0.4 0.6",
                          remedy="Other limits would favour one side")
-    check_model(model)
-    sampling = Sampling(max_new_tokens, temperature, top_p)
-    question = judging.Question(load_constitution(constitution), load_template(template),
-                                load_template("preference_cot") if cot else None, sampling, seed)
-    pairs, ids, digests = read_comparisons(inputs, against, pairs_per_prompt, seed, limit)
-    fingerprint = {"model": model, "weights": identity(model), **digests,
-                   "pairs_per_prompt": pairs_per_prompt, "constitution": question.constitution.sha256,
-                   "template": question.template.sha256, "clamp": limits, "seed": seed,
-                   "limit": limit, "dtype": dtype}
+    question = judging.Question(
+        load_constitution(constitution), load_template(template),
+        load_template("preference_cot") if cot else None, Sampling(max_new_tokens, temperature, top_p), seed,
+        load_template(answer_template), every=principles == "all", examples=not no_examples,
+    )
+    pairs, digests = read_comparisons(inputs, against, pairs_per_prompt, seed, limit)
+    shared = {**digests, "pairs_per_prompt": pairs_per_prompt, "constitution": question.constitution.sha256,
+              "principles": principles, "examples": not no_examples, "template": question.template.sha256,
+              "answer_template": question.written.sha256, "clamp": limits, "seed": seed, "limit": limit,
+              "dtype": dtype}
     if cot:
-        fingerprint |= {"cot": question.reasoning.sha256, "max_new_tokens": max_new_tokens,
-                        "temperature": temperature, "top_p": top_p}
-    journal = Output(output, command="judge", fingerprint=fingerprint, overwrite=overwrite,
-                     inputs=[*inputs, *([against] if against else [])])
+        shared |= {"cot": question.reasoning.sha256, "max_new_tokens": max_new_tokens,
+                   "temperature": temperature, "top_p": top_p}
+
+    def claim(path, **fingerprint):
+        return Output(path, command="judge", fingerprint={**fingerprint, **shared}, overwrite=overwrite,
+                      inputs=[*inputs, *([against] if against else [])])
+
+    alone = len(names) == 1
+    paths = [output] if alone else [beside(output, number) for number in range(1, len(names) + 1)]
+    journals = [claim(path, model=name, weights=identity(name)) for path, name in zip(paths, names, strict=True)]
+    final = journals[0] if alone else claim(output, judges={name: identity(name) for name in names}, combine=combine)
+    audit.check_path(audit_path, [*inputs, output, *paths])
     summary = {"command": "judge", "output": output}
     if dry_run:
-        done = set(ids) if journal.complete else journal.done
-        summary |= {"pairs": len(ids), "done": len(done), **estimate(pairs, done, question, model)}
-        cli.finish(summary, as_json=as_json)
+        plans = [estimate(pairs, journal, question, name) for journal, name in zip(journals, names, strict=True)]
+        counts = {key: sum(plan[key] for plan in plans) for key in plans[0] if key != "weights_on_disk_mb"}
+        weights = {name: plan["weights_on_disk_mb"] for name, plan in zip(names, plans, strict=True)}
+        cli.finish({**summary, "pairs": len(pairs.ids), **counts,
+                    "weights_on_disk_mb": weights[names[0]] if alone else weights}, as_json=as_json)
         return
-    engine = None
-    if not journal.complete:
-        engine = load_engine(model, batch_size=batch_size, device=device, dtype=dtype)
-    with journal:
-        if journal.complete:
-            cli.note(f"{output} is done already; --overwrite makes it anew")
-        else:
-            identical, failed = fill(journal, pairs, len(ids), engine, question, limits)
-            counts = {**judging.summary(row for _, row in read_jsonl(journal.journal)),
-                      "identical": identical, "failed": len(failed)}
-            journal.finish(ids, counts, failed_rows=failed)
-            for pair_id, reason in islice(failed.items(), 5):
-                cli.warn(f"pair {pair_id}: {reason}")
-    then = ["scripts/reward_model.py", "--input", output, "--model", model, "--output", "REWARD_MODEL"]
-    cli.finish({**summary, **journal.counts}, as_json=as_json, next_command=shlex.join(["python", *then]))
+    if final.complete:
+        cli.note(f"{output} is done already; --overwrite makes it anew")
+    else:
+        for journal, name in zip(journals, names, strict=True):
+            fill(journal, pairs, name, question, limits, batch_size, device, dtype)
+        if not alone:
+            unite(final, journals, names, pairs, combine, limits)
+    summary |= final.counts
+    if audit_path:
+        measured = audit.measure((row for _, row in read_jsonl(output)), names)
+        summary["audit"] = audit.write(audit_path, measured, title=", ".join(names))
+    then = ["scripts/reward_model.py", "--input", output, "--model", names[0], "--output", "REWARD_MODEL"]
+    cli.finish(summary, as_json=as_json, next_command=shlex.join(["python", *then]))
+
+
+def judge_names(model: str | None, judges: Iterable[str]) -> list[str]:
+    """The judges, --model first. Raises InputError if there is none, one twice, or one that can't be."""
+    names = [*([model] if model else []), *judges]
+    if not names:
+        raise InputError("no judge", expected="--model MODEL, or --judge MODEL for each of several")
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError("the same judge twice", where=f"--judge {name}", remedy="Name each judge once")
+        check_model(name)
+    return names
+
+
+def beside(output: str, number: int) -> str:
+    """Where the rows of one of several judges go."""
+    path = Path(output)
+    return str(path.with_name(f"{path.stem}.judge{number}{path.suffix}"))
 
 
 def read_comparisons(inputs, against, most, seed, limit):
-    """(comparisons, their ids, digests of the inputs) from rows of pairs or rows of one response.
+    """(comparisons, digests of the inputs) from rows of pairs or rows of one response.
 
     Raises InputError if the rows are neither, or of both kinds.
     """
-    made = next(iter(Source(inputs, limit=1)))
-    if "response_a" in made:
+    first = next(iter(Source(inputs, limit=1)))
+    if judging.is_given(first):
         if against or most:
             raise InputError("--against or --pairs-per-prompt with rows that are pairs already",
                              where=", ".join(inputs), remedy="Leave it out")
-        source = Source(inputs, require=PAIR, limit=limit, check=judging.check_gold)
-        return source, source.ids, {"input": source.digest}
+        pairs = judging.Given(inputs, limit)
+        return pairs, {"input": pairs.digest}
     source = Source(inputs, require=("prompt", "response"), limit=limit)
     others = Source([against], require=("prompt", "response")) if against else None
     pairs = judging.Pairs(source, others, most, seed)
-    return pairs, pairs.ids, {"input": source.digest, "against": others and others.digest}
+    return pairs, {"input": source.digest, "against": others and others.digest}
 
 
-def left(pairs, done):
-    """The pairs that are not judged yet and can be."""
-    return (pair for pair in pairs if pair["id"] not in done and not judging.identical(pair))
-
-
-def fill(journal, pairs, total, engine, question, limits) -> tuple[int, dict]:
-    """Judge the pairs that are left. Returns (how many are identical, {id of a failed pair: why})."""
+def fill(journal, pairs, name, question, limits, batch_size, device, dtype) -> None:
+    """Have one judge decide the pairs that are left. What does not fit its context is counted and named."""
+    if journal.complete:
+        return
+    engine = load_engine(name, batch_size=batch_size, device=device, dtype=dtype)
     failed = {}
-    with cli.progress(total, "judge") as bar:
-        identical = sum(map(judging.identical, pairs))
-        bar.update(identical + len(journal.done))
-        for pair, verdicts in judging.judge(engine, left(pairs, ()), question, journal.done):
+    with journal, cli.progress(len(pairs.ids), "judge") as bar:
+        if journal.complete:
+            return
+        bar.update(len(journal.done))
+        differing = (pair for pair in pairs if not judging.identical(pair))
+        for pair, verdicts in judging.judge(engine, differing, question, journal.done):
             if verdicts is None:
                 failed[pair["id"]] = f"it does not fit the model's context of {engine.context} tokens"
             else:
-                journal.write(judging.preference(pair, question.principle(pair).id, verdicts, limits))
+                asked = "all" if question.every else question.principles(pair)[0].id
+                p_a = judging.soft_label(verdicts, question.weights)
+                journal.write(judging.preference(pair, asked, verdicts, p_a, limits))
             bar.update(1)
-    return identical, failed
+        for pair in pairs:
+            if judging.identical(pair) and pair["id"] not in journal.done:
+                journal.write(judging.tie(pair))
+                bar.update(1)
+        close(journal, pairs, failed, {})
 
 
-def estimate(pairs, done, question, model) -> dict:
-    """What the pairs will ask of the model, without loading it: each twice, and twice more with reasoning."""
+def close(journal, pairs, failed: dict, more: dict) -> None:
+    """Finish an output with what its rows say together, and warn of what failed."""
+    counts = {**judging.summary(row for _, row in read_jsonl(journal.journal)), **more, "failed": len(failed)}
+    if pairs.unpaired:
+        counts["unpaired"] = pairs.unpaired
+    journal.finish(pairs.ids, counts, failed_rows=failed)
+    for pair_id, reason in islice(failed.items(), 5):
+        cli.warn(f"pair {pair_id}: {reason}")
 
-    def asked():
-        return ({**pair, "order": order} for pair in left(pairs, done) for order in judging.ORDERS)
 
-    plan = textsteps.estimate(asked(), lambda row: question.choose(row, row["order"]), 0, model)
+def unite(final, journals, names, pairs, combine, limits) -> None:
+    """Combine the judges' files, which are in the order of the pairs, into the output.
+
+    A pair that one judge could not be asked is decided by the others; it failed if nobody could.
+    """
+
+    def together() -> Iterator[dict[str, dict]]:
+        """{judge: its row} of each pair that has one."""
+        files = {name: _Ahead(journal.path) for name, journal in zip(names, journals, strict=True)}
+        for pair_id in pairs.ids:
+            yield {name: row for name, file in files.items() if (row := file.take(pair_id))}
+
+    def labels(rows: dict[str, dict]) -> list[float | None]:
+        return [rows[name]["p_a"] if name in rows else None for name in names]
+
+    asked = (rows for rows in together() if not any("tie" in row for row in rows.values()))
+    joint = ensemble.combiner(combine, lambda: map(labels, asked), len(names))
+    votes = Counter()
+    failed = {}
+    with final:
+        if final.complete:
+            return
+        for pair_id, rows in zip(pairs.ids, together(), strict=True):
+            if not rows:
+                failed[pair_id] = "it does not fit the context of any judge"
+                continue
+            row = next(iter(rows.values()))
+            if "tie" not in row:
+                votes[ensemble.votes(labels(rows))] += 1
+                verdicts = [{"judge": name, **one} for name, row in rows.items() for one in row["verdicts"]]
+                row = judging.preference(row, row["principle"], verdicts, joint(labels(rows)), limits)
+                row["judges"] = dict(zip(names, labels(rows), strict=True))
+            if pair_id not in final.done:
+                final.write(row)
+        judges = {name: journal.counts for name, journal in zip(names, journals, strict=True)}
+        more = {"combine": combine, "agreement": ensemble.agreement(votes), "judges": judges}
+        if combine == "dawid-skene":
+            more["estimated_accuracy"] = dict(zip(names, joint.accuracy, strict=True))
+        close(final, pairs, failed, more)
+
+
+class _Ahead:
+    """The rows of a file in order, each taken when its id comes."""
+
+    def __init__(self, path):
+        self._rows = (row for _, row in read_jsonl(path))
+        self._next = next(self._rows, None)
+
+    def take(self, row_id: str) -> dict | None:
+        if self._next is None or self._next["id"] != row_id:
+            return None
+        row, self._next = self._next, next(self._rows, None)
+        return row
+
+
+def estimate(pairs, journal, question, model) -> dict:
+    """What the pairs left will ask of one judge, without loading it: each order of each principle once, and once
+    more with reasoning."""
+    done = len(pairs.ids) if journal.complete else len(journal.done)
+
+    def asked() -> Iterator[tuple]:
+        for pair in () if journal.complete else pairs:
+            if pair["id"] not in journal.done and not judging.identical(pair):
+                yield from ((pair, order, one) for one in question.principles(pair) for order in judging.ORDERS)
+
+    plan = textsteps.estimate(asked(), lambda one: question.choose(*one), 0, model)
     if question.reasoning:
         new = question.sampling.max_new_tokens
-        thinking = textsteps.estimate(asked(), lambda row: question.think(row, row["order"]), new, model)
+        thinking = textsteps.estimate(asked(), lambda one: question.think(*one), new, model)
         for name in ("model_calls", "prompt_tokens_about", "new_tokens_at_most"):
             plan[name] += thinking[name]
-    return plan
+    return {"done": done, **plan}
 
 
 if __name__ == "__main__":

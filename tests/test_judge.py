@@ -59,7 +59,8 @@ def test_samples_become_preferences(judge):
     summary = json.loads(result.stdout)
     assert (summary["pairs"], summary["identical"], summary["failed"]) == (14, 1, 0)
     assert summary["next"].startswith(f"python scripts/reward_model.py --input {output} --model ")
-    rows = rows_of(output)
+    tie, *rows = rows_of(output)
+    assert tie["id"] == "p0/0 vs p0/1" and tie["tie"] and tie["chosen"] is None and tie["p_chosen"] == 0.5
     assert [row["id"] for row in rows][:4] == ["p0/0 vs p0/2", "p0/1 vs p0/2", "p1/0 vs p1/1", "p1/0 vs p1/2"]
     for row in rows:
         assert {row["chosen"], row["rejected"]} == {row["response_a"], row["response_b"]}

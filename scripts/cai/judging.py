@@ -2,27 +2,32 @@
 
     for comparison, verdicts in judge(engine, comparisons, ask): ...
 
-A judge sees each comparison in both orders and answers with one label; the labels' log-probabilities are
-read, never prose (paper, section 4.1). Leaves out ensembles of judges, self-consistency, and comparisons of
-more than two responses.
+A judge sees each comparison in both orders and answers with one label; the labels' log-probabilities are read
+(paper, section 4.1). Where an engine has none (`engine.scores_choices` is False) a one-letter answer is written and
+read strictly: anything else is no verdict, never a guess. Several judges are combined in `cai.ensemble`, and what
+the labels are worth is measured in `cai.audit`. Leaves out self-consistency (several samples of one judge), and
+comparisons of more than two responses.
 """
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from itertools import combinations, islice, product
 
 from cai import metrics
 from cai.constitution import Constitution, Principle
 from cai.engines import WINDOW, Sampling
-from cai.errors import InputError, shorten
+from cai.errors import CaiError, InputError, shorten
 from cai.records import Source, hashed_seed, sha256_text
 from cai.revision import current_response
 from cai.templates import Template
 
 LABELS = ("A", "B")
 ORDERS = ("ab", "ba")  # which response is shown first, and so under the label A
+ANSWER_TOKENS = 16  # room for "**(A)**." in any tokenizer, and too little to reason in
+_ANSWER = re.compile(r"[\s(\[*_`\"'“]*([AB])[\s)\]*_`\"'”.]*")
 
 # Of two rows that are compared, these stay behind: they speak of one response.
 _OF_ONE_RESPONSE = ("id", "response", "rounds", "sample", "finish")
@@ -63,6 +68,7 @@ class Pairs:
         most: pairs for one prompt at most.
     Attributes:
         ids: of the comparisons, `<row id> vs <row id>`, in the order of the prompts.
+        unpaired: how many rows have no other response to their prompt to be compared with.
     Raises InputError if two rows of one prompt_id have different prompts, or nothing can be paired.
     """
 
@@ -81,12 +87,14 @@ class Pairs:
                         remedy="Mend the prompt_id, or remove it: rows are then joined by their prompt",
                     )
                 rows.setdefault(key, [[] for _ in self.sources])[side].append(row["id"])
-        self.plan = {}
+        self.plan, self.unpaired = {}, 0
         for key, sides in rows.items():
             ours, *theirs = map(sorted, sides)  # so that the order of the rows decides nothing
             pairs = choose_pairs(ours, theirs[0] if theirs else None, most, seed, key)
             if pairs:
                 self.plan[key] = pairs
+            else:
+                self.unpaired += sum(map(len, sides))
         self.ids = [_pair_id(*pair) for pairs in self.plan.values() for pair in pairs]
         if not self.ids:
             raise InputError(
@@ -117,12 +125,50 @@ def _pair_id(a: str, b: str) -> str:
 
 
 def _compared(a: dict, b: dict) -> dict:
-    """One comparison of two rows, with what both say alike."""
+    """One comparison of two rows, with what both say alike, and who wrote which where that differs."""
     shared = {k: v for k, v in a.items() if k not in _OF_ONE_RESPONSE and k in b and b[k] == v}
+    authors = {} if "model" in shared else {
+        f"model_{side}": row["model"] for side, row in (("a", a), ("b", b)) if "model" in row
+    }
     return {
-        "id": _pair_id(a["id"], b["id"]), **shared,
+        "id": _pair_id(a["id"], b["id"]), **shared, **authors,
         "response_a": current_response(a), "response_b": current_response(b),
     }
+
+
+class Given:
+    """Comparisons that are rows already: `response_a` and `response_b`, or TRL's `chosen` and `rejected`.
+
+    A chosen response is the better one by whoever wrote the row (`gold`); which side it is shown on is drawn by
+    hashing, so that the gold label is not always the same.
+
+    Attributes: ids, digest, unpaired (0), as those of `Pairs`.
+    Raises InputError with file and line for a row with a side missing, or a gold label that is neither a nor b.
+    """
+
+    def __init__(self, inputs: Sequence[str], limit: int | None):
+        first = next(iter(Source(inputs, require=("prompt",), limit=1)))
+        self.trl = "response_a" not in first
+        sides = ("chosen", "rejected") if self.trl else ("response_a", "response_b")
+        self._source = Source(inputs, require=("prompt", *sides), limit=limit, check=check_pair)
+        self.ids, self.digest, self.unpaired = self._source.ids, self._source.digest, 0
+
+    def __iter__(self) -> Iterator[dict]:
+        return map(_sided, self._source) if self.trl else iter(self._source)
+
+
+def is_given(row: dict) -> bool:
+    """Whether a row is a pair already."""
+    return "response_a" in row or "chosen" in row
+
+
+def _sided(row: dict) -> dict:
+    """TRL's row as a comparison."""
+    row = dict(row)
+    chosen, rejected = row.pop("chosen"), row.pop("rejected")
+    if hashed_seed("side", row["id"]) % 2:
+        return {**row, "response_a": rejected, "response_b": chosen, "gold": "b"}
+    return {**row, "response_a": chosen, "response_b": rejected, "gold": "a"}
 
 
 def identical(comparison: dict) -> bool:
@@ -130,8 +176,13 @@ def identical(comparison: dict) -> bool:
     return comparison["response_a"].strip() == comparison["response_b"].strip()
 
 
-def check_gold(row: dict, where, line: int) -> None:
-    """Raise InputError if a pair's `gold` is neither "a" nor "b" nor missing."""
+def check_pair(row: dict, where, line: int) -> None:
+    """Raise InputError for TRL's row without a side, or a `gold` that is neither "a" nor "b" nor missing."""
+    if "response_a" not in row and (missing := [k for k in ("chosen", "rejected") if row.get(k) is None]):
+        raise InputError(
+            f"{missing[0]!r} is null", where=where, line=line, expected="two responses",
+            remedy="Mend or delete this row",
+        )
     if row.get("gold") not in (None, "a", "b"):
         raise InputError(
             f"gold is {shorten(row['gold'])!r}", where=where, line=line, expected='"a" or "b"',
@@ -148,6 +199,9 @@ class Question:
 
     reasoning: the template of a first pass in which the judge thinks aloud, or None.
     sampling: of that first pass.
+    written: the template for a judge without log-probabilities, which ends without a prefill.
+    every: ask under each principle, not under one that is drawn.
+    examples: show the worked comparisons of the constitution first.
     """
 
     constitution: Constitution
@@ -155,78 +209,174 @@ class Question:
     reasoning: Template | None = None
     sampling: Sampling | None = None
     seed: int = 0
+    written: Template | None = None
+    every: bool = False
+    examples: bool = True
+    _shots: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def principle(self, comparison: dict) -> Principle:
-        """One for each comparison, drawn by hashing; the same in both orders."""
-        return self.constitution.draw(self.seed, comparison["id"], 0)
+    def principles(self, comparison: dict) -> Sequence[Principle]:
+        """What it is judged by: all principles, or one drawn by hashing; the same in both orders."""
+        if self.every:
+            return self.constitution.principles
+        return (self.constitution.draw(self.seed, comparison["id"], 0),)
 
-    def think(self, comparison: dict, order: str) -> list[dict]:
+    @property
+    def weights(self) -> dict[str, float]:
+        """{principle id: weight}."""
+        return {one.id: one.weight for one in self.constitution.principles}
+
+    def think(self, comparison: dict, order: str, principle: Principle) -> list[dict]:
         """The conversation of the first pass."""
-        return self.reasoning.render(**self._shown(comparison, order))
+        return self._shown(self.reasoning, comparison, order, principle)
 
-    def choose(self, comparison: dict, order: str, reasoning: str = "") -> list[dict]:
-        """The conversation whose next token is the label."""
-        return self.template.render(**self._shown(comparison, order), reasoning=reasoning)
+    def choose(
+        self, comparison: dict, order: str, principle: Principle, reasoning: str = "", written: bool = False
+    ) -> list[dict]:
+        """The conversation whose next token is the label, or whose answer is one if it is `written`."""
+        template = self.written if written else self.template
+        return self._shown(template, comparison, order, principle, reasoning=reasoning)
 
-    def _shown(self, comparison: dict, order: str) -> dict:
+    def _shown(self, template: Template, comparison: dict, order: str, principle: Principle, **more) -> list[dict]:
         first, second = (comparison[f"response_{side}"] for side in order)
-        return {"principle": self.principle(comparison), "prompt": comparison["prompt"],
-                "response_a": first, "response_b": second}
+        talk = template.render(principle=principle, prompt=comparison["prompt"], response_a=first,
+                               response_b=second, **more)
+        system = [one for one in talk[:1] if one["role"] == "system"]
+        return [*system, *self._examples(template, principle), *talk[len(system):]]
+
+    def _examples(self, template: Template, principle: Principle) -> list[dict]:
+        """The principle's worked comparisons as turns that went before; they begin every conversation alike.
+
+        An example without reasoning is left out of the pass that asks for it.
+        """
+        key = template.sha256, principle.id
+        if key not in self._shots:
+            self._shots[key] = [
+                turn for example in (principle.examples if self.examples else ())
+                for turn in self._worked(template, principle, example)
+            ]
+        return self._shots[key]
+
+    def _worked(self, template: Template, principle: Principle, example: Mapping) -> list[dict]:
+        pair = worked_comparison(example)
+        reasoning = example.get("reasoning", "")
+        thinks = template is self.reasoning
+        if pair is None or (thinks and not reasoning):
+            return []
+        if not thinks:
+            pair["reasoning"] = reasoning if self.reasoning else ""
+        gold = pair.pop("gold")
+        talk = [one for one in template.render(principle=principle, **pair) if one["role"] != "system"]
+        begun = talk.pop()["content"] if talk[-1]["role"] == "assistant" else ""
+        label = LABELS[ORDERS[0].index(gold)]
+        closing = ")" if begun.endswith("(") else ""
+        return [*talk, {"role": "assistant", "content": reasoning if thinks else begun + label + closing}]
+
+
+def worked_comparison(example: Mapping) -> dict | None:
+    """An example of the constitution as {prompt, response_a, response_b, gold}, or None if it is of a critique.
+
+    Where it says chosen and rejected only, hashing decides which is shown first.
+    """
+    if "chosen" in example and "rejected" in example:
+        example = _sided({"id": example["chosen"], **example})
+    if not {"prompt", "response_a", "response_b", "gold"} <= set(example):
+        return None
+    return {name: example[name] for name in ("prompt", "response_a", "response_b", "gold")}
 
 
 def judge(
     engine, comparisons: Iterable[dict], question: Question, done: Set[str] = frozenset()
 ) -> Iterator[tuple[dict, list[dict] | None]]:
-    """(comparison, its two verdicts) as they are reached, not in order; None where it does not fit the model.
+    """(comparison, its verdicts) as they are reached, not in order; None where it does not fit the model.
+
+    Two verdicts, one an order, for each principle that it is judged under.
 
     Args:
-        engine: has `generate` and `score`.
+        engine: has `generate` and `score`; with `scores_choices` False, `generate` only.
         comparisons: rows with id, prompt, response_a, response_b; read lazily.
         done: ids to leave out. The window that a killed run was in is judged whole all the same: other
             batches would round otherwise, and the resumed run ends with the very same numbers.
     """
     comparisons, done = iter(comparisons), frozenset(done)
     unseen = len(done)
-    # Reasoning takes long, and what is not judged yet is lost when the process is killed: smaller windows.
-    size = engine.batch_size * (4 if question.reasoning else WINDOW // 2)
+    scores = getattr(engine, "scores_choices", True)
+    # Reasoning and written answers take long, and what is not judged yet is lost when the process is killed:
+    # smaller windows.
+    size = engine.batch_size * (WINDOW // 2 if scores and not question.reasoning else 4)
     while window := list(islice(comparisons, size)):
         left = [one for one in window if one["id"] not in done]
         unseen -= len(window) - len(left)
         if unseen or not left:  # before the last one that was begun: what is left there failed
             window = left
-        thoughts = _think(engine, window, question) if question.reasoning else {}
-        # By principle, because the template begins with it: what prompts begin with alike is computed once.
-        groups: dict[str, list[dict]] = {}
-        for comparison in window:
-            groups.setdefault(question.principle(comparison).id, []).append(comparison)
-        for group in groups.values():
-            for one, verdicts in _choose(engine, group, question, thoughts):
+        asked = [(one, *how) for one in window for how in product(question.principles(one), ORDERS)]
+        thoughts = _think(engine, asked, question) if question.reasoning else [""] * len(asked)
+        found: dict[str, list] = {}
+        awaited = {one["id"]: len(question.principles(one)) for one in window}
+        ask = _score_by_principle if scores else _write
+        for one, verdicts in _pair_up(asked, ask(engine, asked, question, thoughts)):
+            so_far = found.setdefault(one["id"], [])
+            so_far.append(verdicts)
+            if len(so_far) == awaited[one["id"]]:
+                del found[one["id"]]
                 if one["id"] not in done:
-                    yield one, verdicts
+                    yield one, None if None in so_far else [v for two in so_far for v in two]
 
 
-def _think(engine, comparisons: list[dict], question: Question) -> dict[tuple[str, str], str | None]:
-    """The reasoning for each (comparison id, order); None where it does not fit the model."""
-    asked = [(one, order) for one in comparisons for order in ORDERS]
-    conversations = (question.think(one, order) for one, order in asked)
-    seeds = [hashed_seed("judge", question.seed, one["id"], order) for one, order in asked]
-    return {
-        (asked[index][0]["id"], asked[index][1]): None if made.finish == "too_long" else made.text
-        for index, made in engine.generate(conversations, question.sampling, seeds)
-    }
+def _think(engine, asked: list[tuple], question: Question) -> list[str | None]:
+    """The reasoning for each (comparison, principle, order); None where it does not fit the model."""
+    conversations = (question.think(one, order, principle) for one, principle, order in asked)
+    seeds = [hashed_seed("judge", question.seed, one["id"], order, *([principle.id] if question.every else []))
+             for one, principle, order in asked]
+    thoughts: list[str | None] = [None] * len(asked)
+    for index, made in engine.generate(conversations, question.sampling, seeds):
+        thoughts[index] = None if made.finish == "too_long" else made.text
+    return thoughts
 
 
-def _choose(engine, comparisons: list[dict], question: Question, thoughts: dict):
-    """The verdicts of comparisons under one principle, as `judge` yields them."""
-    asked = [(one, order) for one in comparisons for order in ORDERS]  # the two of one comparison: 2n, 2n + 1
-    reasons = [thoughts.get((one["id"], order), "") for one, order in asked]
+def _score_by_principle(
+    engine, asked: list[tuple], question: Question, thoughts: list
+) -> Iterator[tuple[int, dict | None]]:
+    """(index, verdict) by the labels' log-probabilities; None where it does not fit.
+
+    By principle, because the template begins with it: what prompts begin with alike is computed once.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, (_, principle, _) in enumerate(asked):
+        groups.setdefault(principle.id, []).append(index)
+    for places in groups.values():
+        conversations = (
+            question.choose(one, order, principle, thought or "")
+            for (one, principle, order), thought in ((asked[place], thoughts[place]) for place in places)
+        )
+        for index, logprobs in engine.score(conversations, LABELS):
+            place = places[index]
+            lost = logprobs is None or thoughts[place] is None
+            said = None if lost else verdict(asked[place][2], logprobs, thoughts[place])
+            yield place, _named(said, asked[place], question)
+
+
+def _write(engine, asked: list[tuple], question: Question, thoughts: list) -> Iterator[tuple[int, dict | None]]:
+    """(index, verdict) by a written answer, greedy and short."""
     conversations = (
-        question.choose(one, order, reason or "") for (one, order), reason in zip(asked, reasons, strict=True)
+        question.choose(one, order, principle, thought or "", written=True)
+        for (one, principle, order), thought in zip(asked, thoughts, strict=True)
     )
+    for index, made in engine.generate(conversations, Sampling(ANSWER_TOKENS, 0.0), [0] * len(asked)):
+        lost = made.finish == "too_long" or thoughts[index] is None
+        said = None if lost else written_verdict(asked[index][2], made.text, thoughts[index])
+        yield index, _named(said, asked[index], question)
+
+
+def _named(said: dict | None, asked: tuple, question: Question) -> dict | None:
+    """The verdict with its principle, where a comparison has several."""
+    return {"principle": asked[1].id, **said} if said and question.every else said
+
+
+def _pair_up(asked: list[tuple], answers: Iterable[tuple[int, dict | None]]) -> Iterator[tuple[dict, list | None]]:
+    """(comparison, its two verdicts or None) from verdicts in any order; the two stand at 2n and 2n + 1."""
     found: dict[int, dict | None] = {}
-    for index, logprobs in engine.score(conversations, LABELS):
-        lost = logprobs is None or reasons[index] is None
-        found[index] = None if lost else verdict(asked[index][1], logprobs, reasons[index])
+    for index, said in answers:
+        found[index] = said
         if index ^ 1 in found:
             both = [found.pop(index & ~1), found.pop(index | 1)]
             yield asked[index][0], None if None in both else both
@@ -241,19 +391,66 @@ def verdict(order: str, logprobs: Sequence[float], reasoning: str = "") -> dict:
     Args:
         logprobs: of the labels A and B, over the whole vocabulary.
 
-    p_a: probability that response_a is the better one, whichever label it stood under, normalised over both.
+    p_a: probability that response_a is the better one, whichever label it stood under, normalised over both; None
+    where neither label has any.
     mass: what the two labels have of the probability; near 0, the judge was about to say something else.
     """
-    first = 0.5 + 0.5 * math.tanh((logprobs[0] - logprobs[1]) / 2)  # σ(A − B), which never overflows
-    made = {"order": order, "p_a": first if order == "ab" else 1 - first,
-            "mass": math.exp(logprobs[0]) + math.exp(logprobs[1])}
+    if any(math.isnan(one) or one > 1e-3 for one in logprobs):
+        raise CaiError(f"{list(logprobs)} are no log-probabilities of the labels. Try --dtype float32")
+    p_first = None
+    if max(logprobs) > -math.inf:
+        p_first = 0.5 + 0.5 * math.tanh((logprobs[0] - logprobs[1]) / 2)  # σ(A − B), which never overflows
+    made = {"order": order, "p_a": _of_a(order, p_first), "mass": math.exp(logprobs[0]) + math.exp(logprobs[1])}
     return {**made, "reasoning": reasoning} if reasoning else made
 
 
-def soft_label(verdicts: Sequence[dict]) -> float:
+def written_verdict(order: str, answer: str, reasoning: str = "") -> dict:
+    """One order's verdict from a written answer: {order, p_a: 1, 0 or None, answer[, reasoning]}."""
+    label = read_label(answer)
+    p_first = None if label is None else float(label == LABELS[0])
+    made = {"order": order, "p_a": _of_a(order, p_first), "answer": answer}
+    return {**made, "reasoning": reasoning} if reasoning else made
+
+
+def read_label(answer: str) -> str | None:
+    """The label that an answer consists of, or None.
+
+    Strict: brackets, quotes, asterisks and a full stop around the letter are passed over, words are not. A judge
+    that explains, refuses, or quotes a response has not chosen.
+    """
+    found = _ANSWER.fullmatch(answer.strip())
+    return found[1] if found else None
+
+
+def _of_a(order: str, p_first: float | None) -> float | None:
+    return p_first if p_first is None or order == ORDERS[0] else 1 - p_first
+
+
+def readings(verdicts: Sequence[dict]) -> dict[tuple[str | None, str | None], list[float | None]]:
+    """{(judge, principle): [p_a with a first, p_a with b first]}; None for what a verdict does not name."""
+    found: dict[tuple, list] = {}
+    for one in verdicts:
+        found.setdefault((one.get("judge"), one.get("principle")), []).append(one["p_a"])
+    return found
+
+
+def soft_label(verdicts: Sequence[dict], weights: Mapping[str, float] | None = None) -> float | None:
     """Probability that response_a is better: the mean over both orders, so that a bent for one position
-    cancels out. With P(A) as the label's probability it is (P(A | ab) + 1 − P(A | ba)) / 2."""
-    return sum(one["p_a"] for one in verdicts) / len(verdicts)
+    cancels out. With P(A) as the label's probability it is (P(A | ab) + 1 − P(A | ba)) / 2.
+
+    Under several principles, their mean by weight. A principle without a readable verdict in both orders is left
+    out; None where no principle has one.
+
+    Args:
+        weights: {principle id: weight}; 1 for those not in it.
+    """
+    total = weight = 0.0
+    for (_, principle), both in readings(verdicts).items():
+        if None not in both:
+            share = (weights or {}).get(principle, 1.0)
+            total += share * sum(both) / len(both)
+            weight += share
+    return total / weight if weight else None
 
 
 def clamp(p: float, low: float, high: float) -> float:
@@ -261,43 +458,72 @@ def clamp(p: float, low: float, high: float) -> float:
     return min(max(p, low), high)
 
 
-def same_position(verdicts: Sequence[dict]) -> bool:
-    """Whether both orders prefer the response in the same place, which says nothing about the responses."""
-    p_ab, p_ba = (one["p_a"] for one in verdicts)
+def same_position(p_ab: float, p_ba: float) -> bool:
+    """Whether both orders prefer the response in the same place, which says nothing about the responses.
+
+    Args: the probability that response_a is better, in each order.
+    """
     return (p_ab - 0.5) * (p_ba - 0.5) < 0
 
 
-def preference(comparison: dict, principle: str, verdicts: list[dict], limits: tuple[float, float]) -> dict:
+def preference(
+    comparison: dict, principle: str, verdicts: list[dict], p_a: float | None, limits: tuple[float, float]
+) -> dict:
     """The row that judge.py writes: TRL's preference format, the soft label and where it comes from.
 
-    chosen and rejected are None where the probability is exactly 0.5: undecided, never guessed.
+    chosen and rejected are None where the probability is exactly 0.5, and where there is no readable verdict
+    (then p_chosen is None as well): undecided, never guessed.
+
+    Args:
+        p_a: probability that response_a is better; p_chosen is it, or its complement, within `limits`.
     """
-    p = clamp(soft_label(verdicts), *limits)
+    p = None if p_a is None else clamp(p_a, *limits)
     a, b = comparison["response_a"], comparison["response_b"]
-    chosen, rejected = (None, None) if p == 0.5 else (a, b) if p > 0.5 else (b, a)
-    return {**comparison, "chosen": chosen, "rejected": rejected, "p_chosen": max(p, 1 - p),
-            "principle": principle, "verdicts": verdicts}
+    chosen, rejected = (None, None) if p in (None, 0.5) else (a, b) if p > 0.5 else (b, a)
+    return {**comparison, "chosen": chosen, "rejected": rejected, "p_chosen": None if p is None else max(p, 1 - p),
+            "p_a": p_a, "principle": principle, "verdicts": verdicts}
+
+
+def tie(comparison: dict) -> dict:
+    """The row of a pair whose responses are identical: a tie, which no judge was asked about."""
+    return {**preference(comparison, None, [], 0.5, (0.0, 1.0)), "tie": True}
 
 
 def summary(rows: Iterable[dict]) -> dict:
     """What the rows of `preference` say together.
 
-    pairs, undecided; same_position: rate of pairs whose two orders prefer the same place; mean_margin: of
-    |2p − 1| before clamping, 0 (can't tell) to 1 (certain); label_mass: mean share of probability that went
-    to the labels; a_chosen: rate of decided pairs won by response_a. With `gold`: accuracy over decided
-    pairs, beside what "always a" and "the longer one" would have got on the same pairs.
+    pairs (judged), identical (ties, not judged); undecided: at exactly 0.5; nulls: rate without a readable verdict;
+    empty: pairs with an empty response; same_position: rate of pairs of orders that prefer the same place;
+    mean_margin: of |2p − 1| before clamping, 0 (can't tell) to 1 (certain); label_mass: mean share of probability
+    that went to the labels, None where answers were written; a_chosen: rate of decided pairs won by response_a.
+    With `gold`: accuracy over decided pairs, beside what "always a" and "the longer one" would have got on them.
     """
-    n = undecided = same = a_chosen = right = first = longer = known = 0
-    margins = masses = 0.0
+    n = ties = empty = nulls = undecided = asked = same = decided = a_chosen = right = first = longer = known = 0
+    margin = mass = 0.0
+    masses = 0
     for row in rows:
+        if row.get("tie"):
+            ties += 1
+            continue
         n += 1
-        same += same_position(row["verdicts"])
-        margins += abs(2 * soft_label(row["verdicts"]) - 1)
-        masses += sum(one["mass"] for one in row["verdicts"]) / len(row["verdicts"])
+        empty += not (row["response_a"].strip() and row["response_b"].strip())
+        for both in readings(row["verdicts"]).values():
+            if None not in both:
+                asked += 1
+                same += same_position(*both)
+        for one in row["verdicts"]:
+            if "mass" in one:
+                masses += 1
+                mass += one["mass"]
+        if row["p_a"] is None:
+            nulls += 1
+            continue
+        margin += abs(2 * row["p_a"] - 1)
         if row["chosen"] is None:
             undecided += 1
             continue
-        won = soft_label(row["verdicts"]) > 0.5
+        won = row["p_a"] > 0.5
+        decided += 1
         a_chosen += won
         if row.get("gold"):
             gold_is_a = row["gold"] == "a"
@@ -306,9 +532,9 @@ def summary(rows: Iterable[dict]) -> dict:
             first += gold_is_a
             longer += (len(row["response_a"]) > len(row["response_b"])) == gold_is_a
     result = {
-        "pairs": n, "undecided": undecided, "same_position": metrics.rate(same, n),
-        "mean_margin": margins / n if n else None, "label_mass": masses / n if n else None,
-        "a_chosen": metrics.rate(a_chosen, n - undecided),
+        "pairs": n, "identical": ties, "undecided": undecided, "nulls": metrics.rate(nulls, n), "empty": empty,
+        "same_position": metrics.rate(same, asked), "mean_margin": margin / (n - nulls) if n > nulls else None,
+        "label_mass": mass / masses if masses else None, "a_chosen": metrics.rate(a_chosen, decided),
     }
     if known:
         result |= {"accuracy": metrics.rate(right, known), "always_a": metrics.rate(first, known),

@@ -315,12 +315,21 @@ def _rest(turns: list[dict]) -> str:
     return text.removeprefix("Assistant:").strip()
 
 
-def _split_pair(row: dict) -> dict:
-    """HH-RLHF's two whole transcripts as their shared turns and what follows in each.
+def _spoken(side: str | list) -> list[dict] | None:
+    """One side of a pair as messages: of a transcript, or TRL's list of them; None if it is neither."""
+    if isinstance(side, str):
+        return _turns(side)
+    known = all(isinstance(one, dict) and one.get("role") in ("system", "user", "assistant")
+                and isinstance(one.get("content"), str) for one in side)
+    return side if side and known else None
+
+
+def split_pair(row: dict) -> dict:
+    """Two whole conversations (HH-RLHF's transcripts, TRL's messages) as their shared turns and what follows in each.
 
     In 1 of 1,500 rows the two part before the last turn; then the rest of the transcript is kept as text.
     """
-    sides = {side: _turns(row[side]) for side in ("chosen", "rejected")}
+    sides = {side: _spoken(row[side]) for side in ("chosen", "rejected")}
     if not all(sides.values()):
         return row
     turns = list(zip(sides["chosen"], sides["rejected"], strict=False))
@@ -377,8 +386,11 @@ def _check_prompt(prompt, where, line: int):
 def _check(row: dict, require: Sequence[str], where, line: int) -> dict:
     """The row with its prompt normalised; InputError if a required field is missing or of another type."""
     pair = (row.get("chosen"), row.get("rejected"))
-    if row.get("prompt") is None and all(isinstance(side, str) for side in pair):
-        row = _split_pair(row)
+    if row.get("prompt") is None and all(isinstance(side, str | list) for side in pair):
+        row = split_pair(row)
+    for name, side in zip(("chosen", "rejected"), pair, strict=True):  # TRL's answer as messages
+        if row.get("prompt") is not None and isinstance(row.get(name), list) and (turns := _spoken(side)):
+            row = {**row, name: _rest(turns)}
     for name in require:
         if name not in row or (row[name] is None and type(None) not in _TYPES.get(name, ())):
             raise InputError(
