@@ -71,8 +71,9 @@ _MARK = "Zx9MARKx9Z"
 class Generation:
     """One answer, stripped of thinking, control tokens and outer whitespace.
 
-    finish: "stop" (the model ended, or a stop string came), "length" (cut at max_new_tokens), or "too_long"
-    (prompt and max_new_tokens do not fit the model's context: nothing was generated, `text` is empty).
+    finish: "stop" (the model ended, or a stop string came), "length" (cut at max_new_tokens), "too_long"
+    (prompt and max_new_tokens do not fit the model's context), or "failed" (a server would not answer; `reason`
+    says why). In the last two nothing was generated, and `text` is empty.
     tokens: new tokens, the end token included. prompt_tokens: tokens of the rendered conversation.
     """
 
@@ -80,6 +81,12 @@ class Generation:
     finish: str
     prompt_tokens: int
     tokens: int
+    reason: str = ""
+
+    @property
+    def lost(self) -> bool:
+        """Whether there is no answer."""
+        return self.finish in ("too_long", "failed")
 
 
 class Chat:

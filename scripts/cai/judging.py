@@ -329,7 +329,7 @@ def _think(engine, asked: list[tuple], question: Question) -> list[str | None]:
              for one, principle, order in asked]
     thoughts: list[str | None] = [None] * len(asked)
     for index, made in engine.generate(conversations, question.sampling, seeds):
-        thoughts[index] = None if made.finish == "too_long" else made.text
+        thoughts[index] = None if made.lost else made.text
     return thoughts
 
 
@@ -362,7 +362,7 @@ def _write(engine, asked: list[tuple], question: Question, thoughts: list) -> It
         for (one, principle, order), thought in zip(asked, thoughts, strict=True)
     )
     for index, made in engine.generate(conversations, Sampling(ANSWER_TOKENS, 0.0), [0] * len(asked)):
-        lost = made.finish == "too_long" or thoughts[index] is None
+        lost = made.lost or thoughts[index] is None
         said = None if lost else written_verdict(asked[index][2], made.text, thoughts[index])
         yield index, _named(said, asked[index], question)
 

@@ -74,7 +74,8 @@ def run(
         next_command: a command's name and its arguments.
         tally: counts over the finished rows, for the summary and the manifest.
 
-    A row whose conversation does not fit the model's context is left out and counted as failed (exit 3).
+    A row whose conversation does not fit the model's context, or that no server would answer, is left out and
+    counted as failed (exit 3).
     """
     check_model(model)
     team = Team()
@@ -160,9 +161,10 @@ def _fill(journal, team, rows, total, render, answer, engine, sampling, command,
                 continue
             row = waiting.pop(number)
             bar.update(1)
-            if made.finish == "too_long":
-                failed[row["id"]] = (f"its {made.prompt_tokens} tokens and {sampling.max_new_tokens} new "
-                                     f"ones exceed the model's context of {engine.context}")
+            if made.lost:
+                failed[row["id"]] = made.reason or (
+                    f"its {made.prompt_tokens} tokens and {sampling.max_new_tokens} new ones exceed the model's "
+                    f"context of {engine.context}")
                 continue
             written.append(writer.submit(write, row, made))
             while written and (written[0].done() or len(written) > WAITING):
