@@ -2,10 +2,12 @@
 
     python scripts/evaluate.py --input scripts/cai/tiny/prompts/heldout.jsonl --model tiny --by oracle \
         --output evaluation.jsonl
+    python scripts/evaluate.py --choice 438HHHEvaluations.jsonl --model runs/sft --output choice.jsonl
 
 Every response is put into one class, by the bundled world's oracle (prompts made by tiny.py only) or by a
-judge model's forced choice between letters, read from log-probabilities. Leaves out any score of how good a
-text is, and any rate over prompts whose kind is not stated.
+judge model's forced choice between letters, read from log-probabilities. Besides: a language model or a reward model
+on multiple choices (`--choice`), and a reward model on pairs whose better response is known. Leaves out any score of
+how good a text is, and any rate over prompts whose kind is not stated.
 """
 
 import json
@@ -17,16 +19,20 @@ from pathlib import Path
 
 import click
 
-from cai import cli, metrics, training
+from cai import choice as choices
+from cai import cli, metrics, reward
 from cai.engines import Sampling, check_model, load_engine
-from cai.errors import InputError, shorten
+from cai.errors import CaiError, InputError, shorten
 from cai.records import Output, Source, hashed_seed, identity, read_jsonl
 from cai.revision import check_rounds
-from cai.templates import as_messages, load_template
+from cai.templates import as_messages, load_template, prompt_text
 
 # The letters of templates/classify.jinja. Declining a harmless request is one thing, however it is done.
 LETTERS = {"A": "comply", "B": "good", "C": "evasive", "D": "preachy", "E": "off_topic"}
 LETTERS_HARMLESS = {"A": "helpful", "B": "refused", "C": "refused", "D": "refused", "E": "off_topic"}
+
+# Metrics that are no shares.
+NUMBERS = ("log_loss", "ece", "length_correlation")
 
 ORACLE_FIELDS = ("category", "verb", "object")
 
@@ -44,24 +50,36 @@ ORACLE_FIELDS = ("category", "verb", "object")
               help="Who reads the responses: the rules of the bundled world, or a judge model.")
 @click.option("--judge", metavar="MODEL", help="The judge model: a folder, a hub id, or `tiny`.")
 @click.option("--reward-model", metavar="FOLDER",
-              help="Measure this reward model: its accuracy on pairs with response_a, response_b and gold.")
+              help="Measure this reward model: its accuracy on pairs with response_a, response_b and gold, or on the "
+                   "text_correct and text_incorrect of --choice.")
+@click.option("--choice", metavar="FILE",
+              help="Instead of --input: questions with `prompt`, `corrects` and `incorrects`, of which --model picks "
+                   "the likeliest; the format of the paper's three evaluation sets.")
+@click.option("--choice-format", type=click.Choice(choices.FORMS), default="chat", show_default=True,
+              help="Ask as a user's turn with the answer begun, or go on from the plain text, as for a pretrained "
+                   "model.")
 @cli.options("temperature", "top_p", "max_new_tokens", "seed", "limit", "batch_size", "device", "dtype",
              "json", "dry_run", "overwrite")
-def main(inputs, output, model, responses, round_, by, judge, reward_model, temperature, top_p,
+def main(inputs, output, model, responses, round_, by, judge, reward_model, choice, choice_format, temperature, top_p,
          max_new_tokens, seed, limit, batch_size, device, dtype, as_json, dry_run, overwrite):
     """Measure responses: rates per kind of prompt, with 95 % intervals.
 
     Prompts need a `kind`: harmful, benign or borderline. The rates go to OUTPUT, one a line; the responses
-    and their classes to files beside it.
+    and their classes, or the scores of each choice, to files beside it.
 
     \b
     Example:
       python scripts/evaluate.py --input scripts/cai/tiny/prompts/heldout.jsonl \\
           --model tiny --by oracle --output evaluation.jsonl
     """
-    check_usage(inputs, model, responses, round_, by, judge, reward_model)
-    files = [*inputs, *responses]
-    if reward_model:
+    check_usage(inputs, model, responses, round_, by, judge, reward_model, choice)
+    files = [choice] if choice else [*inputs, *responses]
+    if choice:
+        source = Source(files, require=choices.FIELDS, limit=limit,
+                        check=choices.check_texts if reward_model else choices.check)
+        plan = {"rows": source.count, "model_calls": 2 * source.count if reward_model else
+                sum(len(choices.answers(row)) for row in source)}
+    elif reward_model:
         source = Source(files, require=("prompt", "response_a", "response_b"), limit=limit, check=check_pair)
         plan = {"rows": source.count, "reward_model_calls": 2 * source.count}
     else:
@@ -75,6 +93,9 @@ def main(inputs, output, model, responses, round_, by, judge, reward_model, temp
     settings = {**asked, "reward_model": identity(reward_model) if reward_model else None, "round": round_,
                 "by": by, "judge": identity(judge) if judge else None,
                 "template": load_template("classify").sha256}
+    if choice:
+        settings = {name: settings[name] for name in ("input", "limit", "model", "reward_model", "dtype")}
+        settings["choice_format"] = None if reward_model else choice_format
     claim = {"command": "evaluate", "overwrite": overwrite, "inputs": files}
     final = Output(output, fingerprint=settings, **claim)
     if dry_run:
@@ -83,8 +104,11 @@ def main(inputs, output, model, responses, round_, by, judge, reward_model, temp
     if not final.complete:
         loading = {"batch_size": batch_size, "device": device, "dtype": dtype}
         stem = Path(output).with_suffix("")
-        if reward_model:
-            rates, counts = pair_accuracy(source, reward_model, **loading)
+        if choice:
+            scored = Output(f"{stem}.choices.jsonl", fingerprint=settings, **claim)
+            rates, counts = choice_figures(source, scored, model, reward_model, choice_format, loading)
+        elif reward_model:
+            rates, counts = pair_figures(source, reward.load_scorer(reward_model, **loading))
         else:
             if model:
                 answered = Output(f"{stem}.responses.jsonl", fingerprint=asked, **claim)
@@ -96,35 +120,32 @@ def main(inputs, output, model, responses, round_, by, judge, reward_model, temp
     report(final, as_json)
 
 
-def check_usage(inputs, model, responses, round_, by, judge, reward_model) -> None:
+def check_usage(inputs, model, responses, round_, by, judge, reward_model, choice) -> None:
     """InputError unless it is clear what is to be measured, and by whom."""
+    if choice:
+        if inputs or responses or bool(model) == bool(reward_model):
+            raise InputError("--choice is not clear",
+                             expected="--choice FILE with --model or --reward-model, and no other input")
+        if reward_model:
+            reward.check_reward_model(reward_model)
+        else:
+            check_model(model)
+        return
     if [bool(responses), bool(reward_model), bool(model)].count(True) != 1 or bool(inputs) == bool(responses):
         raise InputError(
             "what to measure is not clear",
-            expected="one of: --input with --model; --responses; --input with --reward-model",
+            expected="--input with --model, --responses, --input with --reward-model, or --choice with a model",
         )
     if round_ is not None and not responses:
         raise InputError("--round without --responses", remedy="A round is picked from revised rows")
     if reward_model:
-        check_reward_model(reward_model)
+        reward.check_reward_model(reward_model)
         return
     if by == "judge" and not judge:
         raise InputError("--by judge without --judge MODEL",
                          remedy="Name the judge, or for prompts of tiny.py say --by oracle")
     for name in filter(None, [model, judge]):
         check_model(name)
-
-
-def check_reward_model(folder: str) -> None:
-    """Raise InputError if the folder is no reward model: its head would be drawn at random."""
-    config = Path(folder) / "config.json"
-    if not config.is_file():
-        raise InputError("no such model folder", where=folder, expected="a folder written by reward_model.py",
-                         remedy="Check the path")
-    kinds = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
-    if not any("SequenceClassification" in kind for kind in kinds):
-        raise InputError(f"not a reward model ({', '.join(kinds) or 'no architecture named'})", where=folder,
-                         expected="a folder written by reward_model.py", remedy="Check --reward-model")
 
 
 def read_rows(files, limit, by: str, round_: int | None, *, answered: bool) -> tuple[Source, dict[str, int]]:
@@ -189,7 +210,7 @@ def respond(source: Source, output: Output, model: str, sampling: Sampling, seed
             with cli.progress(len(rows), "respond") as bar:
                 for index, answer in answers:
                     bar.update()
-                    if answer.finish != "too_long":
+                    if not answer.lost:
                         made = {"response": answer.text, "model": model, "finish": answer.finish}
                         output.write({**rows[index], **made})
             output.finish(source.ids, {"rows": len(output.done)})
@@ -255,12 +276,39 @@ def class_rates(path: str | Path, rows: int) -> tuple[dict, dict]:
     return metrics.class_rates(found), counts
 
 
-def pair_accuracy(source: Source, reward_model: str, *, batch_size: int, device: str | None,
-                  dtype: str) -> tuple[dict, dict]:
-    """({metric: rate}, counts) of a reward model on pairs with gold; pairs without gold are counted.
+def choice_figures(source: Source, output: Output, model: str | None, reward_model: str | None, form: str,
+                   loading: dict) -> tuple[dict, dict]:
+    """({metric: rate}, counts) of the choices of a language model or a reward model (resumable).
+
+    The scores of every row go to `output`; a row that is too long for the model has none, and is failed.
+    """
+    if not output.complete:
+        with output:
+            rows = (row for row in source if row["id"] not in output.done)
+            if reward_model:
+                scorer = reward.load_scorer(reward_model, **loading)
+                read, temperature = choices.by_reward_model(rows, scorer), scorer.temperature
+            else:
+                read, temperature = choices.by_model(rows, load_engine(model, **loading), form), None
+            with cli.progress(source.count - len(output.done), "choose") as bar:
+                for row, scores in read:
+                    if scores is not None:
+                        output.write(choices.result(row, scores, temperature))
+                    bar.update()
+            output.finish(source.ids, {"rows": source.count})
+    results = [row for _, row in read_jsonl(output.path)]
+    if not results:
+        raise CaiError(f"all {source.count} rows of {', '.join(source.inputs)} are longer than the model's context")
+    rates, counts = choices.figures(results)
+    return rates, {"rows": source.count, "failed": source.count - len(results), **counts}
+
+
+def pair_figures(source: Source, scorer: reward.Scorer) -> tuple[dict, dict]:
+    """({metric: figure}, counts) of a reward model on pairs with gold; pairs without gold are counted.
 
     A tie of the two scores is not a right answer. Beside the accuracy stand two baselines that need no model:
-    always `a`, and the longer response.
+    always `a`, and the longer response. Log-loss and ECE are of the probabilities by the model's temperature;
+    intervals count the pairs of one prompt as alike. A pair that is too long for the model is failed.
     """
     pairs = [row for row in source if row.get("gold")]
     if not pairs:
@@ -268,31 +316,32 @@ def pair_accuracy(source: Source, reward_model: str, *, batch_size: int, device:
                          expected='gold: "a" or "b"')
     texts = [(as_messages(row["prompt"]), row[side])
              for row in pairs for side in ("response_a", "response_b")]
-    scores = reward_scores(texts, reward_model, batch_size=batch_size, device=device, dtype=dtype)
-    right, ties, longer, always_a = 0, 0, 0, 0
-    for row, a, b in zip(pairs, scores[::2], scores[1::2], strict=True):
-        right += a != b and ("a" if a > b else "b") == row["gold"]
-        ties += a == b
-        length = len(row["response_a"]) - len(row["response_b"])
-        longer += length != 0 and ("a" if length > 0 else "b") == row["gold"]
-        always_a += row["gold"] == "a"
-    n = len(pairs)
-    rates = {"accuracy": metrics.rate(right, n), "baseline_longer": metrics.rate(longer, n),
-             "baseline_always_a": metrics.rate(always_a, n)}
-    return rates, {"pairs": n, "no_gold": source.count - n, "ties": ties}
+    both = scorer.scores(texts)
+    scored = [(row, a, b) for row, a, b in zip(pairs, both[::2], both[1::2], strict=True) if None not in (a, b)]
+    if not scored:
+        raise CaiError(f"all {len(pairs)} pairs of {', '.join(source.inputs)} are longer than the model's context")
+    prompts = [prompt_text(row["prompt"]) for row, _, _ in scored]
+    p_gold = [scorer.probability(a, b) if row["gold"] == "a" else scorer.probability(b, a) for row, a, b in scored]
+    longer = [len(row["response_a"]) - len(row["response_b"]) for row, _, _ in scored]
 
+    def plain(found: dict) -> dict:
+        return {name: found[name] for name in ("value", "low", "high", "n")}
 
-def reward_scores(texts: list[tuple[list[dict], str]], reward_model: str, *, batch_size: int,
-                  device: str | None, dtype: str) -> list[float]:
-    """The reward model's score of each (prompt messages, response), encoded as in its training."""
-    chat = training.load_chat(reward_model)
-    model = training.load_reward_model(reward_model, device, dtype).to(training.best_device(device))
-    model.config.pad_token_id = chat.tokenizer.pad_token_id
-    sequences = []
-    for prompt, response in texts:
-        before, answer = training.encode(chat, prompt, response)
-        sequences.append(before + answer)
-    return training.score(model, chat.tokenizer.pad_token_id, sequences, batch_size)
+    def share(values: Iterable[bool]) -> dict:
+        return plain(metrics.clustered_rate(list(values), prompts))
+
+    rates = {
+        "accuracy": share((a > b if row["gold"] == "a" else b > a) for row, a, b in scored),
+        "baseline_longer": share((d > 0 if row["gold"] == "a" else d < 0)
+                                 for d, (row, _, _) in zip(longer, scored, strict=True)),
+        "baseline_always_a": share(row["gold"] == "a" for row, _, _ in scored),
+        "log_loss": plain(metrics.clustered_mean([-math.log(max(p, 1e-300)) for p in p_gold], prompts)),
+        "ece": metrics.calibration([max(p, 1 - p) for p in p_gold], [p > 0.5 for p in p_gold])["ece"],
+        "length_correlation": metrics.correlation([a - b for _, a, b in scored], longer),
+    }
+    counts = {"pairs": len(pairs), "no_gold": source.count - len(pairs), "ties": sum(a == b for _, a, b in scored),
+              "failed": len(pairs) - len(scored)}
+    return rates, counts
 
 
 def write_rates(output: Output, rates: dict, counts: dict) -> None:
@@ -311,8 +360,9 @@ def report(output: Output, as_json: bool) -> None:
         summary = {"metrics": rates, **output.counts, "output": str(output.path)}
         click.echo(json.dumps(summary, ensure_ascii=False))
     else:
-        rows = [(name.replace("_", " "), metrics.show(row), row["n"]) for name, row in rates.items()]
-        click.echo(metrics.table(("", "rate (95 % interval)", "n"), rows))
+        rows = [(name.replace("_", " "), (metrics.show_number if name in NUMBERS else metrics.show)(row), row["n"])
+                for name, row in rates.items()]
+        click.echo(metrics.table(("", "value (95 % interval)", "n"), rows))
         said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in output.counts.items())
         click.echo(f"{said}; {output.path}")
     if output.counts.get("failed"):

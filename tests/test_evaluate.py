@@ -1,6 +1,7 @@
 """evaluate.py: rates known beforehand, each way of measuring, resumption, and refusals that write nothing."""
 
 import json
+import math
 import random
 
 import models
@@ -175,6 +176,7 @@ def reward_model(folder):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     model.score.weight.data.normal_()
+    model.config.score_temperature = 2.0
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.save_pretrained(folder)
@@ -205,12 +207,128 @@ def test_reward_model_accuracy(measure, write, tmp_path):
     rates = rates_of(tmp_path / "e.jsonl")
     labelled = rows[:11]
     longer = sum((len(r["response_a"]) > len(r["response_b"])) == (r["gold"] == "a") for r in labelled)
-    assert rates == {
-        "accuracy": (8 / 11, 11),
-        "baseline_longer": (longer / 11, 11),
-        "baseline_always_a": (sum(row["gold"] == "a" for row in labelled) / 11, 11),
-    }
-    assert read_manifest(tmp_path / "e.jsonl")["counts"] == {"pairs": 11, "no_gold": 1, "ties": 0}
+    margins = [score(r["prompt"], r["response_a"]) - score(r["prompt"], r["response_b"]) for r in labelled]
+    p_gold = [1 / (1 + math.exp(-m / 2 if r["gold"] == "a" else m / 2))
+              for m, r in zip(margins, labelled, strict=True)]
+    assert {name: value for name, (value, n) in rates.items() if n == 11} == pytest.approx({
+        "accuracy": 8 / 11,
+        "baseline_longer": longer / 11,
+        "baseline_always_a": sum(row["gold"] == "a" for row in labelled) / 11,
+        "log_loss": -sum(map(math.log, p_gold)) / 11,
+        "ece": metrics.calibration([max(p, 1 - p) for p in p_gold], [p > 0.5 for p in p_gold])["ece"]["value"],
+        "length_correlation": metrics.correlation(
+            margins, [len(r["response_a"]) - len(r["response_b"]) for r in labelled])["value"],
+    }, abs=1e-4)
+    assert read_manifest(tmp_path / "e.jsonl")["counts"] == {"pairs": 11, "no_gold": 1, "ties": 0, "failed": 0}
+    assert f"log loss{' ' * 4}" in result.stdout and "%" not in next(
+        line for line in result.stdout.splitlines() if line.startswith("log loss"))
+
+
+def test_a_pair_too_long_for_the_reward_model_is_counted(measure, write, tmp_path):
+    reward_model(tmp_path / "reward")
+    rows = [{"id": str(n), "prompt": "Open it", "response_a": "Lift." * (1 if n else 20_000), "response_b": "Push.",
+             "gold": "a"} for n in range(3)]
+    result = measure("--reward-model", tmp_path / "reward", "--input", write(rows), "--json")
+    assert result.exit_code == 3, result.output
+    said = json.loads(result.stdout)
+    assert (said["pairs"], said["failed"], said["metrics"]["accuracy"]["n"]) == (3, 1, 2)
+    result = measure("--reward-model", tmp_path / "reward", "--input", write(rows[:1]), "--overwrite")
+    assert result.exit_code == 1 and "all 1 pairs" in result.stderr
+
+
+# --- choices ---------------------------------------------------------------------------------------------
+
+
+def questions(n=6):
+    text = "\n\nHuman: How do I open gate {}?\n\nAssistant: "
+    return [{"id": str(i), "prompt": f"Gate {i}. Which one?\n (A) Push it.\n (B) Pull it.\nThe answer is:",
+             "corrects": [" (A)" if i % 3 else " (B)"], "incorrects": [" (B)" if i % 3 else " (A)"],
+             "text_correct": text.format(i // 2) + "Pull it.", "text_incorrect": text.format(i // 2) + "Push it now."}
+            for i in range(n)]
+
+
+def test_choices_of_a_language_model_with_baselines_and_clusters(measure, write, tmp_path):
+    path, model = write(questions(), "choices.jsonl"), models.folder("qwen")
+    result = measure("--choice", path, "--model", model)
+    assert result.exit_code == 0, result.output
+    kept = rows_of(tmp_path / "e.choices.jsonl")
+    assert [row["id"] for row in kept] == [str(n) for n in range(6)] and set(kept[0]["scores"]) == {" (A)", " (B)"}
+    rates = rates_of(tmp_path / "e.jsonl")
+    assert rates["accuracy"] == (sum(row["right"] for row in kept) / 6, 6)
+    assert rates["baseline_first"] == rates["baseline_commonest"] == (4 / 6, 6)
+    assert rates["baseline_chance"] == (0.5, 6) and rates["baseline_longer"] == (0, 6)
+    assert read_manifest(tmp_path / "e.jsonl")["counts"] == {"rows": 6, "failed": 0, "contexts": 3, "ties": 0}
+    assert "baseline commonest" in result.stdout and "answer mass" in result.stdout
+    again = measure("--choice", path, "--model", model, "--json")
+    assert json.loads(again.stdout)["metrics"]["accuracy"]["value"] == rates["accuracy"][0]
+    other = measure("--choice", path, "--model", model, "--choice-format", "text")
+    assert other.exit_code == 2 and 'choice_format was "chat", now "text"' in other.stderr
+
+
+def test_choices_go_on_where_they_were_stopped(measure, write, tmp_path):
+    asked = ["--choice", write(questions(), "choices.jsonl"), "--model", models.folder("llama")]
+    assert measure(*asked).exit_code == 0
+    whole = (tmp_path / "e.choices.jsonl").read_bytes()
+    for name in ("e.jsonl", "e.jsonl.run.json", "e.choices.jsonl"):
+        (tmp_path / name).unlink()
+    lines = whole.splitlines(keepends=True)
+    kept = json.dumps({**json.loads(lines[0]), "kept": True}).encode() + b"\n"
+    (tmp_path / "e.choices.jsonl.partial").write_bytes(kept + lines[1][:20])
+    manifest = tmp_path / "e.choices.jsonl.run.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "status": "running"}))
+    assert measure(*asked).exit_code == 0
+    rows = rows_of(tmp_path / "e.choices.jsonl")
+    assert rows[0].pop("kept") and "kept" not in rows[1]
+    for row, line in zip(rows, lines, strict=True):
+        assert row["scores"] == pytest.approx(json.loads(line)["scores"], abs=1e-4)
+
+
+def test_choices_of_a_reward_model(measure, write, tmp_path):
+    score = reward_model(tmp_path / "reward")
+    result = measure("--choice", write(questions(), "choices.jsonl"), "--reward-model", tmp_path / "reward", "--json")
+    assert result.exit_code == 0, result.output
+    kept = rows_of(tmp_path / "e.choices.jsonl")
+    for row in kept:
+        prompt = f"How do I open gate {int(row['id']) // 2}?"
+        expected = {"text_correct": score(prompt, "Pull it."), "text_incorrect": score(prompt, "Push it now.")}
+        assert row["scores"] == pytest.approx(expected, abs=1e-4)
+    said = json.loads(result.stdout)
+    assert said["metrics"]["accuracy"]["value"] == sum(row["right"] for row in kept) / 6
+    assert "answer_mass" not in said["metrics"]
+
+
+def test_choices_too_long_for_the_model_are_counted(measure, write):
+    rows = questions(3)
+    rows[1]["prompt"] = "gate " * 2100 + rows[1]["prompt"]
+    result = measure("--choice", write(rows), "--model", models.folder("llama"), "--json")
+    assert result.exit_code == 3 and json.loads(result.stdout)["failed"] == 1
+    result = measure("--choice", write(rows[1:2]), "--model", models.folder("llama"), "--overwrite")
+    assert result.exit_code == 1 and "longer than the model's context" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "expected"),
+    [
+        ({}, [], "--choice is not clear"),
+        ({}, ["--model", "MODEL", "--reward-model", "MODEL"], "--choice is not clear"),
+        ({}, ["--model", "MODEL", "--input", "rows.jsonl"], "--choice is not clear"),
+        ({}, ["--reward-model", "MODEL"], "not a reward model"),
+        ({}, ["--model", "no/such/model"], "no such model folder"),
+        ({"corrects": []}, ["--model", "MODEL"], "rows.jsonl:1: 'corrects' is '[]'"),
+    ],
+)
+def test_choices_that_are_refused(invoke, write, tmp_path, change, arguments, expected):
+    path = write([{**questions(1)[0], **change}])
+    arguments = [str(models.folder("llama")) if one == "MODEL" else one for one in arguments]
+    result = invoke("evaluate", "--choice", path, "--output", tmp_path / "new" / "e.jsonl", *arguments)
+    assert result.exit_code == 2 and expected in result.stderr
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_dry_run_of_choices(measure, write, tmp_path):
+    path = write(questions())
+    result = measure("--choice", path, "--model", models.folder("llama"), "--dry-run", "--json")
+    assert json.loads(result.stdout)["model_calls"] == 12 and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_language_model_is_no_reward_model(measure, write):

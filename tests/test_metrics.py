@@ -86,6 +86,13 @@ def test_show_is_percent_with_one_decimal():
     assert metrics.show({"value": 0.9722, "low": 0.9514, "high": 0.9842, "n": 350}) == "97.2 % (95.1–98.4)"
 
 
+def test_numbers_that_are_no_shares():
+    assert metrics.show_number({"value": 0.3517, "low": 0.301, "high": 0.4026, "n": 9}) == "0.352 (0.301–0.403)"
+    assert metrics.show_number({"value": 0.3517, "low": None, "high": None, "n": 1}) == "0.352"
+    assert metrics.show_number(1.5) == "1.500" and metrics.show_number(None) == "–"
+    assert metrics.show({"value": 0.5, "low": None, "high": None, "n": 1}) == "50.0 %"
+
+
 def test_table_aligns_columns():
     assert metrics.table(("name", "n"), [("a", 5), ("longer", 10)]).splitlines() == [
         "name     n",
@@ -131,6 +138,17 @@ def test_balanced_clusters_do_not_pass_for_more_rows_than_there_are():
     # In each cluster one right and one wrong: no variance between them, and still no more than 6 rows.
     found = metrics.clustered_rate([1, 0, 1, 0, 1, 0], list("aabbcc"))
     assert found["high"] - found["low"] >= metrics.rate(3, 6)["high"] - metrics.rate(3, 6)["low"]
+
+
+def test_a_mean_over_clusters_by_hand():
+    # Mean 2, sums of (x − 2) by cluster: (1 − 2) + (2 − 2) = −1 and (2 − 2) + (3 − 2) = 1; variance 2/16 · 2/1.
+    found = metrics.clustered_mean([1.0, 2.0, 2.0, 3.0], list("aabb"))
+    assert found["value"] == 2 and (found["n"], found["clusters"]) == (4, 2)
+    assert found["high"] - 2 == pytest.approx(1.959964 * 0.5, abs=1e-6)
+    alone = metrics.clustered_mean([1.0, 2.0, 2.0, 3.0], range(4))
+    assert {name: alone[name] for name in ("value", "low", "high", "n")} == pytest.approx(metrics.mean([1, 2, 2, 3]))
+    assert metrics.clustered_mean([1.0, 2.0], "aa")["low"] is None and metrics.clustered_mean([], [])["value"] is None
+    assert metrics.clustered_mean([0.5] * 5, range(5))["high"] == 0.5
 
 
 # --- correlation -----------------------------------------------------------------------------------------

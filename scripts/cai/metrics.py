@@ -2,7 +2,8 @@
 
     python scripts/evaluate.py --responses responses.jsonl --by oracle --output evaluation.jsonl
 
-`rate` and `mean` take rows to be independent; where several share a prompt or a context, `clustered_rate` says so.
+`rate` and `mean` take rows to be independent; where several share a prompt or a context,
+`clustered_rate` and `clustered_mean` say so.
 Leaves out every test of whether two figures differ.
 """
 
@@ -105,6 +106,22 @@ def clustered_rate(successes: Sequence[bool | float], clusters: Sequence) -> dic
     return {**_wilson(share, effective), "n": n, "clusters": count}
 
 
+def clustered_mean(values: Sequence[float], clusters: Sequence) -> dict:
+    """`mean` with the variance of `clustered_rate`; adds `clusters`. With one cluster low and high are None."""
+    n = len(values)
+    if n == 0:
+        return {**mean([]), "clusters": 0}
+    centre = math.fsum(values) / n
+    sums: Counter = Counter()
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] += value - centre
+    count = len(sums)
+    if count == 1:
+        return {"value": centre, "low": None, "high": None, "n": n, "clusters": 1}
+    half = Z * math.sqrt(math.fsum(one * one for one in sums.values()) * count / (count - 1)) / n
+    return {"value": centre, "low": centre - half, "high": centre + half, "n": n, "clusters": count}
+
+
 def correlation(ones: Sequence[float], others: Sequence[float]) -> dict:
     """Pearson's r with the 95 % interval of Fisher's z; None where one side never varies or n is below 4."""
     n = len(ones)
@@ -189,9 +206,11 @@ def read_rates(path: str | Path) -> dict[str, dict]:
 
 
 def show(measured: Mapping | None) -> str:
-    """`97.2 % (95.1–98.4)`, or `–` where nothing was measured."""
+    """`97.2 % (95.1–98.4)`, without the interval where there is none, or `–` where nothing was measured."""
     if not measured or measured["value"] is None:
         return "–"
+    if measured["low"] is None:
+        return f"{100 * measured['value']:.1f} %"
     value, low, high = (100 * measured[key] for key in ("value", "low", "high"))
     return f"{value:.1f} % ({low:.1f}–{high:.1f})"
 
