@@ -174,7 +174,7 @@ def measured(scores: Sequence[float], rows: Sequence[dict]) -> dict:
     labels = [row["p_chosen"] for row in rows]
     temperature = fit_temperature(margins, labels)
     scaled = _cross_fitted(margins, rows)
-    found_ece, scaled_ece = (_calibration(one, labels) for one in (margins, scaled))
+    found_ece, scaled_ece = (calibration(one, labels) for one in (margins, scaled))
     lengths = [row[f"{side}_length"] for side in ("chosen", "rejected") for row in rows]
     by_source = {source: _accuracy(margins, rows, lambda row, source=source: row["source"] == source)
                  for source in dict.fromkeys(row["source"] for row in rows)}
@@ -241,7 +241,7 @@ def _logit(p: float) -> float:
     return 40.0 * (2 * p - 1) if p in (0, 1) else math.log(p / (1 - p))
 
 
-def _calibration(margins: Sequence[float], labels: Sequence[float]) -> dict:
+def calibration(margins: Sequence[float], labels: Sequence[float]) -> dict:
     """Calibration of the side that the scores prefer: whether it is the better one as often as they say.
 
     With the chosen side's own probability the labels would all be above one half, and say which side is which.
