@@ -18,6 +18,33 @@ from cai.errors import CaiError
 
 SOME_FAILED = 3
 
+_KEY_NAME = "key_name"  # where click's context keeps what --key-name says
+
+
+def _endpoint(function):
+    """`--endpoint`, and `--key-name`, which `key_name` gives back: a name is passed on by nobody in between."""
+    function = click.option(
+        "--key-name",
+        metavar="NAME",
+        expose_value=False,
+        callback=lambda ctx, _param, value: ctx.meta.__setitem__(_KEY_NAME, value),
+        help="Variable of the environment that holds the server's key.  [default: OPENAI_API_KEY]",
+    )(function)
+    return click.option(
+        "--endpoint",
+        "endpoints",
+        multiple=True,
+        metavar="URL",
+        help="Server of --model openai:NAME, such as http://localhost:8000/v1. Repeatable: replicas.",
+    )(function)
+
+
+def key_name() -> str:
+    """Variable of the environment that holds the key of a server, as the command line says."""
+    context = click.get_current_context(silent=True)
+    return (context.meta.get(_KEY_NAME) if context else None) or "OPENAI_API_KEY"
+
+
 # One spelling and one sentence each: a command names the options it takes.
 _OPTIONS = {
     "input": click.option(
@@ -30,13 +57,7 @@ _OPTIONS = {
     ),
     "output": click.option("--output", required=True, metavar="PATH", help="Where the result goes."),
     "model": click.option("--model", required=True, metavar="MODEL", help="A folder, a hub id, or `tiny` (bundled)."),
-    "endpoint": click.option(
-        "--endpoint",
-        "endpoints",
-        multiple=True,
-        metavar="URL",
-        help="Server of --model openai:NAME, such as http://localhost:8000/v1. Repeatable: replicas.",
-    ),
+    "endpoint": _endpoint,
     "constitution": click.option(
         "--constitution",
         default="harmlessness",

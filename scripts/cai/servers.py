@@ -30,7 +30,6 @@ from cai import cli
 from cai.engines import THINKING, Generation, Sampling, strip_thinking
 from cai.errors import CaiError, InputError, shorten
 
-KEY = "OPENAI_API_KEY"  # the environment's variable that holds the key
 IN_FLIGHT = 64  # requests at once where nobody says
 TIMEOUT = 600.0  # seconds for one request
 PATIENCE = 60.0  # seconds without one good answer after which the servers are taken for gone
@@ -85,7 +84,7 @@ class Replica:
 
 
 def load_server(
-    model: str, *, endpoints: Sequence[str], batch_size: int | None = None, key_name: str = KEY,
+    model: str, *, endpoints: Sequence[str], batch_size: int | None = None, key_name: str | None = None,
     timeout: float = TIMEOUT, patience: float | None = None,
 ) -> "ServerEngine":
     """The engine of `openai:NAME` at its endpoints, after each was asked one small question.
@@ -93,7 +92,8 @@ def load_server(
     Args:
         endpoints: base addresses; several are replicas that serve the same model.
         batch_size: requests in flight at once, over all replicas.
-        key_name: variable of the environment that holds the key; without one none is needed.
+        key_name: variable of the environment that holds the key, if the server wants one; None: what --key-name
+            says.
         timeout: seconds for one request.
         patience: seconds without a good answer after which the run stops.
     Raises:
@@ -105,6 +105,7 @@ def load_server(
     except ImportError as error:
         raise InputError("the openai client is not installed", where=model,
                          remedy='Install it: pip install ".[openai]"') from error
+    key_name = key_name or cli.key_name()
     engine = ServerEngine(model, addresses, batch_size or IN_FLIGHT, os.environ.get(key_name) or None, key_name,
                           timeout, PATIENCE if patience is None else patience)
     engine.greet()
@@ -136,7 +137,7 @@ def check_endpoints(model: str, endpoints: Sequence[str]) -> list[str]:
         if parts.username or parts.password or parts.query or parts.fragment:
             raise InputError(f"the address of {host} has more than host and path", where=where,
                              expected="no user, password or query: it is written into the manifest",
-                             remedy=f"Put a key into the environment, as {KEY}")
+                             remedy="Put a key into the environment, as OPENAI_API_KEY, or see --key-name")
         path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
         address = f"{parts.scheme}://{host}{f':{port}' if port else ''}{path}"
         if address in addresses:
@@ -157,7 +158,7 @@ class ServerEngine:
     context = None
 
     def __init__(self, name: str, addresses: Sequence[str], batch_size: int, key: str | None = None,
-                 key_name: str = KEY, timeout: float = TIMEOUT, patience: float = PATIENCE):
+                 key_name: str = "OPENAI_API_KEY", timeout: float = TIMEOUT, patience: float = PATIENCE):
         self.name, self.batch_size, self.timeout, self.patience = name, batch_size, timeout, patience
         self.model = name.removeprefix("openai:")
         self.replicas = [Replica(address) for address in addresses]
