@@ -148,12 +148,18 @@ def _template(folder: Path) -> Callable[[Sequence[dict]], str]:
         return plain
 
     def render(conversation):
-        goes_on = conversation[-1]["role"] == "assistant"
-        try:
-            return template.render(messages=list(conversation), add_generation_prompt=not goes_on,
-                                   enable_thinking=False, **tokens) or plain(conversation)
-        except (TemplateError, TypeError):
-            return plain(conversation)
+        last = conversation[-1]
+        # Templates that read lists of parts drop plain text without a word.
+        parts = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in conversation]
+        for messages in (list(conversation), parts):
+            try:
+                text = template.render(messages=messages, add_generation_prompt=last["role"] != "assistant",
+                                       enable_thinking=False, **tokens)
+            except (TemplateError, TypeError):
+                continue
+            if last["content"].strip() in text:
+                return text
+        return plain(conversation)
 
     return render
 
