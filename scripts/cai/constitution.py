@@ -60,7 +60,7 @@ EXAMPLE_KEYS = {
     "reasoning": "Why it is better, as a judge would reason.",
 }
 _MAX_BYTES = 500_000
-_MAX_PRINCIPLES = 1_000
+_MAX_PRINCIPLES = 500
 _MAX_DEPTH = 20
 
 
