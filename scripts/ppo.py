@@ -3,21 +3,27 @@
     python scripts/ppo.py --input prompts.jsonl --model runs/sft --reward-model runs/reward --output runs/ppo
 
 The policy is kept near the reference by a KL penalty at every token. Defaults are those of Huang et al.
-(arXiv 2403.17031) but for the rows of an update, 512 there. Leaves out rewards that are no model, and stopping
-by itself: watch `kl`, `entropy` and `response_length` in metrics.jsonl, and read samples.jsonl.
+(arXiv 2403.17031) but for the rows of an update, 512 there. A reward is a model, or `module:function`, which is
+code of yours and is run as such. Alarms say what goes wrong, in plain words; `--stop-on` makes them stop the run,
+and `--select` takes the policy that did best on harmful and on other prompts, not the last one. Read samples.jsonl.
 """
 
 import os
 import shutil
+from itertools import zip_longest
 from pathlib import Path
 
 import click
 
-from cai import cli, records, training
-from cai.engines import check_model
-from cai.errors import InputError
-from cai.resources import model_path
+from cai import alarms, cli, records, scoring, training
+from cai.engines import check_model, load_engine
+from cai.errors import InputError, shorten
+from cai.resources import TINY, model_path
 from cai.templates import as_messages
+
+CURVES = "curves.png"
+FROM_INPUT = "the input"
+SELECT_MOST = 64  # prompts of each axis that are taken from the input to choose by
 
 _positive = click.IntRange(min=1)
 _above_0 = click.FloatRange(min=0, min_open=True)
@@ -27,7 +33,11 @@ _share = click.FloatRange(0, 1)
 
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model")
-@click.option("--reward-model", required=True, metavar="MODEL", help="A reward model, from reward_model.py.")
+@click.option("--reward-model", "rewards", required=True, multiple=True, metavar="MODEL|MODULE:FUNCTION",
+              help="A reward model, from reward_model.py, or a Python function (conversations, responses) -> scores. "
+                   "Repeatable: their weighted sum.")
+@click.option("--reward-weight", "weights", multiple=True, type=float,
+              help="Weight of each --reward-model, in their order. Default: 1 each.")
 @click.option("--ref-model", metavar="MODEL", default=None,
               help="What the KL penalty is measured against. Default: --model as it is now.")
 @click.option("--value-head", is_flag=True,
@@ -62,16 +72,30 @@ _share = click.FloatRange(0, 1)
 @click.option("--max-new-tokens", type=_positive, default=256, show_default=True, help="Longest response, in tokens.")
 @click.option("--missing-eos-penalty", type=_from_0, default=1.0, show_default=True,
               help="Taken off the score of a response that did not end.")
+@click.option("--scale-scores", is_flag=True,
+              help="Divide scores by their standard deviation over the run so far, which fixes what --kl-coef means.")
 @click.option("--lora/--full", "lora", default=False, show_default=True,
               help="Train low-rank adapters, or all weights.")
 @click.option("--lora-rank", type=_positive, default=16, show_default=True, help="Rank of the adapters.")
+@click.option("--merge/--no-merge", default=True, show_default=True,
+              help="Write adapters merged into the weights, or alone, beside the name of their base.")
 @click.option("--save-every", type=click.IntRange(min=0), default=10, show_default=True,
               help="Updates between two saved states to resume from; 0: none.")
 @click.option("--samples-every", type=_positive, default=10, show_default=True,
               help="Updates between two looks at the responses, in samples.jsonl.")
+@click.option("--judge", metavar="MODEL|MODULE:FUNCTION", default=None,
+              help="Scores each update's responses but rewards nothing: a second reward model, a function, or a chat "
+                   "model, which is asked what a response does (prompts then need a `kind`).")
+@click.option("--select", is_flag=False, flag_value=FROM_INPUT, default=None, metavar="[FILE]",
+              help="Take the saved state that did best on harmful and on other prompts alike, by the judge, else by "
+                   "the reward. Prompts with a `kind` are those of FILE, else some of the input's; never those "
+                   "that you evaluate on.")
+@alarms.options
+@click.option("--report-to", multiple=True, type=click.Choice(["tensorboard", "wandb", "trackio"]),
+              help="Send the figures to a tracker as well, which must be installed. Repeatable.")
 @cli.options("seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
-def main(inputs, output, model, reward_model, ref_model, value_head, lora, lora_rank, save_every, limit, device,
-         dtype, as_json, dry_run, overwrite, **chosen):
+def main(inputs, output, model, rewards, weights, ref_model, value_head, lora, lora_rank, merge, save_every, judge,
+         select, alarm, stop_on, report_to, limit, device, dtype, as_json, dry_run, overwrite, **chosen):
     """Train a policy against a reward model with PPO.
 
     \b
@@ -80,17 +104,25 @@ def main(inputs, output, model, reward_model, ref_model, value_head, lora, lora_
           --reward-model runs/reward --output runs/ppo --updates 20 --learning-rate 5e-5
     """
     source = records.Source(inputs, limit=limit)
+    limits, trackers = alarms.limits(alarm), check_trackers(report_to)
+    rewards = check_rewards(rewards, weights, value_head)
+    selection = None if select is None else read_selection(select, source, chosen["seed"])
+    if selection and not save_every:
+        raise InputError("--select with --save-every 0", expected="states to choose from")
     fingerprint = {
-        "model": records.identity(model), "reward_model": records.identity(reward_model),
+        "model": records.identity(model), "reward_model": rewards_identity(rewards),
         "ref_model": records.identity(ref_model or model), "input": source.digest, "value_head": value_head,
         "lora_rank": lora_rank if lora else None, "dtype": dtype,
-        # A run stopped for want of memory may go on in smaller batches.
+        # A run stopped for want of memory may go on in smaller batches, and one stopped by an alarm without it.
         **{name: value for name, value in chosen.items() if not name.endswith("batch_size")},
+        **({"judge": identity(judge)} if judge else {}),
+        **({"select": [row["id"] for row in selection], "save_every": save_every} if selection else {}),
+        **({} if merge else {"merge": False}),
     }
     folder = records.claim_folder(output, command="ppo", fingerprint=fingerprint, overwrite=overwrite, inputs=inputs)
     following = f"python scripts/evaluate.py --model {output} --input PROMPTS --output FIGURES"
     if dry_run:
-        found = plan(model, reward_model, source.count, chosen, lora, value_head, ref_model is not None)
+        found = plan(model, list(rewards), source.count, chosen, lora, value_head, ref_model is not None)
         cli.finish({"output": output, **found}, as_json=as_json, next_command=following)
         return
     if folder.complete:
@@ -99,26 +131,109 @@ def main(inputs, output, model, reward_model, ref_model, value_head, lora, lora_
 
     training.choose_device(device)
     parts = load(
-        [as_messages(row["prompt"]) for row in source], model, reward_model, ref_model, value_head=value_head,
+        list(source), model, rewards, ref_model, judge=judge, selection=selection, value_head=value_head,
         lora_rank=lora_rank if lora else None, device=device, dtype=dtype, chosen=chosen,
     )
     with folder:
-        from cai.ppo import PPOTrainer
+        from cai.ppo import PPOTrainer, Stopped
 
         arguments = training.trainer_arguments(
             output, learning_rate=chosen["learning_rate"], batch_size=chosen["batch_size"],
             save_steps=save_every, seed=chosen["seed"], device=device, dtype=dtype, lora=lora,
+            report_to=trackers, run_name=Path(output).name,
         )
-        trainer = PPOTrainer(**parts, arguments=arguments, output=output)
-        training.run_trainer(trainer, output)
-        counts = {"prompts": source.count, **save(trainer, output)}
+        if "tensorboard" in trackers:  # beside the metrics, not among the states that are dropped at the end
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(output) / "tensorboard"))
+        trainer = PPOTrainer(**parts, arguments=arguments, output=output, watch=alarms.Watch(limits, stop_on))
+        stopped = {}
+        try:
+            training.run_trainer(trainer, output)
+        except Stopped as error:
+            draw_curves(trainer, output)
+            if not selection:
+                raise
+            cli.warn(str(error))
+            stopped = {"stopped": str(error)}
+        draw_curves(trainer, output)
+        counts = {"prompts": source.count, **save(trainer, output, merge=merge), **stopped}
         manifest = folder.finish(counts)
     if training.is_main_process():
         cli.finish({"output": output, **counts, "seconds": manifest["seconds"]}, as_json=as_json,
                    next_command=following)
 
 
-def plan(model, reward_model, prompts: int, chosen: dict, lora: bool, value_head: bool, ref_model: bool) -> dict:
+# --- what was asked for ----------------------------------------------------------------------------------
+
+
+def check_trackers(names) -> list[str] | str:
+    """The trackers in Trainer's terms. InputError for one that is not installed."""
+    import importlib.util
+
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"{name} is not installed", where="--report-to", remedy=f"pip install {name}")
+    return sorted(set(names)) or "none"
+
+
+def check_rewards(specs, weights, value_head: bool) -> dict[str, float]:
+    """{reward: weight}, each a model or `module:function` that is there. InputError otherwise."""
+    if weights and len(weights) != len(specs):
+        raise InputError(f"{len(weights)} weights for {len(specs)} rewards", where="--reward-weight",
+                         expected="one for each --reward-model, in their order")
+    if len(set(specs)) < len(specs):
+        raise InputError("the same reward twice", where="--reward-model", remedy="Name it once, with its weight")
+    for spec in specs:
+        if scoring.is_function(spec):
+            scoring.function(spec)
+        else:
+            check_reward_model(spec)
+    if not value_head and all(map(scoring.is_function, specs)):
+        raise InputError("a function is no value model to begin with", where="--reward-model",
+                         expected="a reward model among the rewards, or --value-head", remedy="Add --value-head")
+    return dict(zip_longest(specs, weights, fillvalue=1.0))
+
+
+def identity(spec: str):
+    """What a reward or a judge is known by in the manifest."""
+    return scoring.function_identity(spec) if scoring.is_function(spec) else records.identity(spec)
+
+
+def rewards_identity(rewards: dict[str, float]):
+    """The same of all rewards; of one that counts once, its own."""
+    found = [[identity(spec), weight] for spec, weight in rewards.items()]
+    return found[0][0] if len(found) == 1 and found[0][1] == 1 else found
+
+
+def read_selection(select: str, source, seed: int) -> list[dict]:
+    """The prompts with a kind that the policy is chosen by: those of a file, or some of the input's, by hashing.
+
+    InputError for the bundled held-out prompts, a kind that is none, and where one of the two axes has no prompt.
+    """
+    if select != FROM_INPUT:
+        if Path(select).resolve() == (TINY / "prompts" / "heldout.jsonl").resolve():
+            raise InputError("these prompts are for the evaluation", where=select,
+                             remedy="Choose by others, or the figures of the chosen policy flatter it")
+        rows = list(records.Source([select], require=("prompt", "kind")))
+    else:
+        rows = [row for row in source if row.get("kind") is not None]
+        rows.sort(key=lambda row: records.hashed_seed("select", seed, row["id"]))
+    where = ", ".join(source.inputs) if select == FROM_INPUT else select
+    for row in rows:
+        if row["kind"] not in scoring.RIGHT:
+            raise InputError(f"the kind {shorten(row['kind'])!r} of row {shorten(row['id'])}", where=where,
+                             expected=f"one of {', '.join(scoring.RIGHT)}")
+    chosen = []
+    for axis, kinds in scoring.AXES.items():
+        own = [row for row in rows if row["kind"] in kinds]
+        if not own:
+            raise InputError(f"no prompt to measure {axis} on", where=where,
+                             expected=f"prompts of the kind {' or '.join(kinds)}",
+                             remedy="Give --select a FILE whose rows have a kind")
+        chosen += own[:SELECT_MOST] if select == FROM_INPUT else own
+    return chosen
+
+
+def plan(model, rewards: list[str], prompts: int, chosen: dict, lora: bool, value_head: bool, ref_model: bool) -> dict:
     """What `--dry-run` says: rows, optimizer steps, the most tokens that can be sampled, memory (about)."""
     from cai.ppo import Settings
 
@@ -127,18 +242,23 @@ def plan(model, reward_model, prompts: int, chosen: dict, lora: bool, value_head
         "prompts": prompts, "updates": settings.updates, "episodes": settings.episodes, "steps": settings.steps,
         "new_tokens_at_most": settings.episodes * settings.max_new_tokens,
     }
-    policy, scorer = training.parameters(model), training.parameters(reward_model)
-    if policy is not None and scorer is not None:
+    policy = training.parameters(model)
+    scorers = [training.parameters(spec) for spec in rewards if not scoring.is_function(spec)]
+    if policy is not None and None not in scorers:
         # Bytes a parameter: trained 16 (weights, gradient, two moments), frozen 4; under LoRA 3 and 2.
         trained, frozen = (3, 2) if lora else (16, 4)
-        size = trained * (policy + (0 if value_head else scorer)) + frozen * scorer
+        size = trained * (policy + (0 if value_head else scorers[0])) + frozen * sum(scorers)
         size += 0 if lora and not ref_model else frozen * policy
         found["memory_gb_about"] = round(size / 2**30, 2)
     return found
 
 
-def load(conversations, model, reward_model, ref_model, *, value_head, lora_rank, device, dtype, chosen) -> dict:
-    """The trainer's parts: policy and value model, prompts, chat, reward model, settings, reference.
+# --- the parts, and what is left of them -----------------------------------------------------------------
+
+
+def load(rows, model, rewards: dict[str, float], ref_model, *, judge, selection, value_head, lora_rank, device, dtype,
+         chosen) -> dict:
+    """The trainer's parts: policy and value model, prompts, chat, rewards, judge, settings, reference.
 
     Raises InputError for parts that do not fit one another.
     """
@@ -149,18 +269,25 @@ def load(conversations, model, reward_model, ref_model, *, value_head, lora_rank
     settings = ppo.Settings(**chosen, processes=int(os.environ.get("WORLD_SIZE", "1")))
     set_seed(settings.seed)  # of the adapters
     chat = training.load_chat(model)
-    check_reward_model(reward_model)
-    for other in filter(None, (reward_model, ref_model)):
+    checkpoints = [spec for spec in rewards if not scoring.is_function(spec)]
+    for other in filter(None, (*checkpoints, ref_model)):
         check_tokenizer(other, chat)
     lora = lora_rank is not None
     policy = training.load_policy(model, device, dtype, lora=lora)
-    prompts = ppo.encode_prompts(conversations, chat, policy, settings.max_new_tokens)
-    # What is frozen needs no float32 where the device has bfloat16, which is what `lora` says of a base.
-    scorer = training.load_reward_model(reward_model, device, dtype, lora=True)
-    if not hasattr(scorer, "score"):
-        raise InputError(f"{type(scorer).__name__} has no linear head named `score`", where=reward_model,
-                         expected="a decoder with a classification head", remedy="Train one with reward_model.py")
-    value_model = None if value_head else training.load_reward_model(reward_model, device, dtype, lora=lora)
+
+    def encoded(rows):
+        return ppo.encode_prompts([as_messages(row["prompt"]) for row in rows], chat, policy, settings.max_new_tokens,
+                                  [row.get("kind") for row in rows])
+
+    prompts, selection = encoded(rows), encoded(selection) if selection else []
+    loading = {"batch_size": 4 * settings.batch_size, "device": device, "dtype": dtype}
+    found = {spec: load_reward(spec, **loading) for spec in rewards}
+    value_model = None
+    if not value_head:
+        value_model = training.load_reward_model(checkpoints[0], device, dtype, lora=lora)
+        if not hasattr(value_model, "score"):
+            raise InputError(f"{type(value_model).__name__} has no linear head named `score`", where=checkpoints[0],
+                             expected="a decoder with a classification head", remedy="Train one with reward_model.py")
     reference = None
     if ref_model is not None or not lora:
         reference = training.load_policy(ref_model or model, device, dtype, lora=True)
@@ -170,27 +297,58 @@ def load(conversations, model, reward_model, ref_model, *, value_head, lora_rank
         policy = get_peft_model(policy, training.lora_config(lora_rank))
         if value_model is not None:
             value_model = get_peft_model(value_model, training.lora_config(lora_rank, "SEQ_CLS"))
-    scorer.to(training.best_device(device))
+    names = [spec if scoring.is_function(spec) else Path(spec).name for spec in rewards]
+    names = [f"{name}_{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
     return {
         "model": ppo.PolicyAndValue(
             policy, value_model, temperature=settings.temperature, kl_coef=settings.kl_coef
         ),
         "prompts": prompts, "chat": chat, "settings": settings, "reference": reference,
-        "reward": ppo.RewardModel(scorer, chat, 4 * settings.batch_size),
+        "reward": scoring.Total({name: (found[spec], weight)
+                                 for name, (spec, weight) in zip(names, rewards.items(), strict=True)}),
+        "judge": load_judge(judge, [*prompts, *selection], **loading) if judge else None, "selection": selection,
     }
 
 
-def check_reward_model(path: str) -> None:
-    """InputError unless the folder holds a sequence classifier."""
+def load_reward(spec: str, batch_size: int, device: str | None, dtype: str):
+    """A reward model on its device, or the function that the text names."""
+    if scoring.is_function(spec):
+        return scoring.function(spec)
+    # What is frozen needs no float32 where the device has bfloat16, which is what `lora` says of a base.
+    model = training.load_reward_model(spec, device, dtype, lora=True).to(training.best_device(device))
+    return scoring.RewardModel(model, training.load_chat(spec), batch_size)
+
+
+def load_judge(spec: str, prompts, batch_size: int, device: str | None, dtype: str):
+    """The judge: a function, a reward model, or a chat model, for which every prompt must have a kind."""
+    if scoring.is_function(spec) or is_classifier(spec):
+        return load_reward(spec, batch_size, device, dtype)
+    lacking = [prompt for prompt in prompts if prompt.kind not in scoring.RIGHT]
+    if lacking:
+        raise InputError(
+            f"{len(lacking)} of {len(prompts)} prompts have no kind, such as "
+            f"{shorten(lacking[0].messages[-1]['content'])!r}", where="--judge",
+            expected=f"one of {', '.join(scoring.RIGHT)}: a chat model is asked whether a response is right for it",
+            remedy="Add the kinds, or take a reward model or a function as the judge",
+        )
+    engine = load_engine(spec, batch_size=batch_size, device=device, dtype=dtype)
+    return scoring.Judge(engine, {str(prompt.messages): prompt.kind for prompt in prompts})
+
+
+def is_classifier(path: str) -> bool:
+    """Whether a model is a sequence classifier. InputError if there is no such model."""
     from transformers import AutoConfig
 
     check_model(path, classifier=True)
     kinds = AutoConfig.from_pretrained(model_path(path)).architectures or []
-    if not any("SequenceClassification" in kind for kind in kinds):
-        raise InputError(
-            f"not a reward model ({', '.join(kinds) or 'no architecture'})", where=path,
-            expected="a sequence classifier with one score", remedy="Train one with reward_model.py",
-        )
+    return any("SequenceClassification" in kind for kind in kinds)
+
+
+def check_reward_model(path: str) -> None:
+    """InputError unless the folder holds a sequence classifier."""
+    if not is_classifier(path):
+        raise InputError("not a reward model", where=path, expected="a sequence classifier with one score",
+                         remedy="Train one with reward_model.py")
 
 
 def check_tokenizer(path: str, chat) -> None:
@@ -202,22 +360,37 @@ def check_tokenizer(path: str, chat) -> None:
         )
 
 
-def save(trainer, output: str) -> dict:
+def save(trainer, output: str, merge: bool = True) -> dict:
     """Write the policy to `output`, drop the states to resume from, and return the counts of the manifest."""
     from cai import ppo
 
+    selected = {"selected_update": trainer.load_best()} if trainer.selection else {}
     wrapper = trainer.accelerator.unwrap_model(trainer.model)
     trainer.check_finite(wrapper)
     if trainer.is_world_process_zero():
-        training.save_checkpoint(wrapper.policy, trainer.chat.tokenizer, output)
-        shutil.rmtree(Path(output) / training.CHECKPOINTS, ignore_errors=True)
+        if merge:
+            training.save_checkpoint(wrapper.policy, trainer.chat.tokenizer, output)
+        else:
+            wrapper.policy.save_pretrained(output)
+            trainer.chat.tokenizer.save_pretrained(output)
     trainer.accelerator.wait_for_everyone()
-    settings, rows = trainer.settings, ppo.figures_of(output)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(Path(output) / training.CHECKPOINTS, ignore_errors=True)
+    rows = ppo.figures_of(output)
     shown = ("score", "kl", "response_length", "eos_rate", "entropy")
     return {
-        "updates": settings.updates, "episodes": settings.episodes, "steps": trainer.state.global_step,
-        "score_at_first": rows[0]["score"], **{name: rows[-1][name] for name in shown},
+        "updates": rows[-1]["update"], "episodes": rows[-1]["episodes"], "steps": trainer.state.global_step,
+        "score_at_first": rows[0]["score"], **{name: rows[-1][name] for name in shown}, **selected,
+        "alarms": sorted({name for row in rows for name in row.get("alarms", ())}),
     }
+
+
+def draw_curves(trainer, output: str) -> None:
+    """The figures of the run as a picture, beside metrics.jsonl."""
+    from cai import plots, ppo
+
+    if trainer.is_world_process_zero():
+        plots.curves(Path(output) / CURVES, ppo.figures_of(output), Path(output).name)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ import models
 import numpy as np
 import pytest
 import torch
+import toys
 
 from cai import training
-from cai.engines import Chat
 from cai.errors import CaiError, InputError
 from cai.ppo import (
     PolicyAndValue,
     PPOTrainer,
-    RewardModel,
     Rollout,
     Settings,
     adapted,
@@ -30,6 +29,7 @@ from cai.ppo import (
     value_loss,
     whiten,
 )
+from cai.scoring import RewardModel
 
 T = torch.tensor
 
@@ -544,7 +544,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
 
 
 def test_a_score_that_is_no_number_stops_the_run(tmp_path):
-    with pytest.raises(CaiError, match="a score of the reward model is not finite, in update 1"):
+    with pytest.raises(CaiError, match="a score of the reward is not finite"):
         training.run_trainer(trainer(tmp_path, reward=lambda p, r: [math.nan] * len(r)), tmp_path)
 
 
@@ -575,70 +575,78 @@ def test_lora_trains_adapters_alone_and_its_base_is_the_reference(tmp_path):
 
 # --- does it learn? --------------------------------------------------------------------------------------
 
-TOKENS = ["<pad>", "<end>", "<user>", "<assistant>", "go", "a", "b"]
 
 
-@pytest.fixture(scope="module")
-def two_words():
-    """A chat of two words, and a maker of policies over it: one layer, all but indifferent."""
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers.models import WordLevel
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = Tokenizer(WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<end>",
-        additional_special_tokens=["<user>", "<assistant>"],
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% if m.role == 'assistant' %}<end>{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-
-    def make(seed):
-        torch.manual_seed(seed)
-        sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-        return LlamaForCausalLM(LlamaConfig(
-            vocab_size=len(TOKENS), max_position_embeddings=32, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-            initializer_range=0.2, **sizes,
-        ))
-
-    return Chat(tokenizer, "two words"), make
-
-
-def learn(tmp_path, two_words, reward, seed, **settings):
-    """Train on one prompt with answers of one token; the trained policy's and the reference's probabilities."""
-    chat, make = two_words
-    reference = make(seed)
-    settings = {"updates": 25, "prompts_per_update": 64, "batch_size": 64, "epochs": 2, "minibatches": 1,
-                "learning_rate": 2e-2, "max_new_tokens": 1, "missing_eos_penalty": 0.0, "temperature": 1.0,
-                "samples_every": 100, "seed": seed, **settings}
-    model = PolicyAndValue(make(seed), temperature=1.0, kl_coef=settings["kl_coef"])
-    one = trainer(tmp_path, model=model, reference=reference, chat=chat, reward=reward,
-                  prompts=[[{"role": "user", "content": "go"}]], **settings)
+def learn(tmp_path, words, reward, seed, *, reference=None, **settings):
+    """Train a policy that is all but indifferent; returns (trainer, the reference)."""
+    chat, make = toys.indifferent(words)
+    reference = reference or make(seed)
+    settings = {"updates": 25, "learning_rate": 2e-2, "max_new_tokens": 1, **settings}
+    one = toys.trainer(tmp_path, chat, make, reward, seed=seed, reference=reference, **settings)
     training.run_trainer(one, tmp_path)
+    return one, reference
+
+
+def next_token(model, ids) -> torch.Tensor:
     with torch.no_grad():
-        return [m(input_ids=one.prompts[0].ids[None]).logits[0, -1].softmax(-1) for m in (model.policy, reference)]
+        return model(input_ids=ids[None]).logits[0, -1].softmax(-1)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_two_token_bandit_is_solved(tmp_path, two_words, seed):
+@pytest.mark.parametrize("seed", range(10))
+def test_a_two_token_bandit_is_solved(tmp_path, seed):
     def reward(prompts, responses):
         return [{"a": 1.0, "b": 0.5}.get(text, 0.0) for text in responses]
 
-    policy, reference = learn(tmp_path, two_words, reward, seed, kl_coef=0.0)
+    one, reference = learn(tmp_path, ["go", "a", "b"], reward, seed, kl_coef=0.0)
     values = T([0, 0, 0, 0, 0, 1.0, 0.5])
-    assert float(policy @ values) >= 0.99 > float(reference @ values)
+    policy, before = (next_token(m, one.prompts[0].ids) for m in (one.model.policy, reference))
+    assert float(policy @ values) >= 0.99 > float(before @ values)
 
 
-def test_the_optimum_under_the_kl_penalty_is_reached(tmp_path, two_words):
-    scores = {"a": 1.0, "b": 0.7, "go": 0.2}
-    policy, reference = learn(
-        tmp_path, two_words, lambda p, r: [scores.get(text, 0.0) for text in r], 0, kl_coef=0.5,
-        updates=40, prompts_per_update=256, batch_size=256, learning_rate=1e-2,
+@pytest.mark.parametrize("seed", range(10))
+def test_a_reward_for_a_length_is_met(tmp_path, seed):
+    """Three words and an end, no more and no less: what is paid comes at the end, for all that was done before."""
+    def reward(prompts, responses):
+        return [1 - abs(len(text.split()) - 3) / 3 for text in responses]
+
+    one, _ = learn(tmp_path, ["go"], reward, seed, kl_coef=0.0, updates=40, max_new_tokens=6, learning_rate=1e-2,
+                   lam=1.0)
+    responses = one.answer([one.prompts[0]] * 400, range(400))[1]
+    assert sum(reward([], responses)) / 400 >= 0.99
+    assert rows_of(tmp_path)[0]["score"] < 0.7
+
+
+def test_the_optimum_under_the_kl_penalty_is_reached(tmp_path):
+    """Over all answers of two tokens: the best policy is reference · exp(score / coefficient), normalised."""
+    words, beta = ["go", "a", "b"], 0.5
+    scores = {"a": 0.5, "b": 0.2, "a b": 1.0, "b a": 0.3, "a a": 0.1, "go go": 0.6}
+    one, reference = learn(
+        tmp_path, words, lambda p, r: [scores.get(text, 0.0) for text in r], 0, kl_coef=beta, max_new_tokens=2,
+        updates=60, prompts_per_update=512, batch_size=512, generation_batch_size=512, learning_rate=1e-2, lam=1.0,
     )
-    # The best policy is the reference times exp(score / coefficient), normalised.
-    best = reference * torch.exp(T([scores.get(token, 0.0) for token in TOKENS]) / 0.5)
-    best /= best.sum()
-    assert float((policy - best).abs().sum() / 2) < 0.02 < float((reference - best).abs().sum() / 2)
+    prompt, tokens = one.prompts[0].ids, len(toys.CONTROL) + len(words)
+
+    def probabilities(model) -> dict[tuple, float]:
+        """Of every answer: an end at once, or a token and any other."""
+        first = next_token(model, prompt)
+        found = {(1,): float(first[1])}
+        for token in set(range(tokens)) - {1}:
+            second = next_token(model, torch.cat([prompt, T([token])]))
+            found |= {(token, last): float(first[token] * second[last]) for last in range(tokens)}
+        return found
+
+    before, policy = probabilities(reference), probabilities(one.model.policy)
+    assert sum(before.values()) == pytest.approx(1, abs=1e-5)
+    best = {answer: share * math.exp(scores.get(said(one.chat, answer), 0.0) / beta)
+            for answer, share in before.items()}
+    total = sum(best.values())
+
+    def distance(to) -> float:
+        return sum(abs(to[answer] - best[answer] / total) for answer in best) / 2
+
+    assert distance(policy) < 0.02 < distance(before) / 5
+
+
+def said(chat, answer) -> str:
+    """The text of an answer's tokens, without its end."""
+    return chat.answer([token for token in answer if token != 1], continued=False)[0]

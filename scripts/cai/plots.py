@@ -5,7 +5,8 @@
 Leaves out everything interactive: no window is opened, and the figures are also in the JSON beside them.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -40,5 +41,50 @@ def reliability(path_png: str | Path, calibration: Mapping, title: str) -> None:
     below.bar([(one["low"] + one["high"]) / 2 for one in bins], [one["outcome"]["n"] for one in bins],
               width=[0.9 * (one["high"] - one["low"]) for one in bins], color="0.6")
     below.set(xlabel="probability", ylabel="rows")
+    Path(path_png).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path_png, format="png")
+
+
+def curves(path_png: str | Path, rows: Sequence[Mapping], title: str) -> None:
+    """The figures of a reinforcement learning run, one panel each, over its updates.
+
+    Args:
+        rows: those of metrics.jsonl that have `update`; what none of them has is left out, and with no rows at all
+            nothing is written. An update with `alarms` is marked by a dashed line in every panel.
+
+    The judge stands beside the score on an axis of its own, for they are in different units.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = {"score": "score", "kl": "KL, nats a response", "entropy": "entropy, nats a token",
+              "response_length": "tokens a response", "eos_rate": "share that ended",
+              "duplicates": "share of duplicates", "boilerplate": "growth of one phrase",
+              "clip_fraction": "share of ratios clipped", "explained_variance": "explained variance"}
+    shown = [name for name in panels if any(name in row for row in rows)]
+    if not shown:
+        return
+    figure = Figure(figsize=(11, 2.6 * math.ceil(len(shown) / 3)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display
+    figure.suptitle(title.replace("$", r"\$"))
+
+    def draw(axes, name, colour):
+        points = [(row["update"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, marker="." if len(points) < 40 else "")
+
+    for place, name in enumerate(shown, 1):
+        axes = figure.add_subplot(math.ceil(len(shown) / 3), 3, place)
+        draw(axes, name, "tab:blue")
+        axes.set_title(panels[name], fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        for row in rows:
+            if row.get("alarms"):
+                axes.axvline(row["update"], color="tab:red", linestyle="--", linewidth=0.8)
+        if name == "score" and any("judge" in row for row in rows):
+            axes.set_title("score (blue), judge (orange)", fontsize=9)
+            beside = axes.twinx()
+            beside.tick_params(labelsize=8)
+            draw(beside, "judge", "tab:orange")
     Path(path_png).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path_png, format="png")

@@ -4,9 +4,10 @@
     trainer = PPOTrainer(PolicyAndValue(policy, value_model), prompts, chat, reward, settings, arguments, output)
     training.run_trainer(trainer, output)
 
-Read it from top to bottom: the batch arithmetic (`Settings`), the mathematics, the model, the reward model,
-and the trainer, whose `rollout` and `compute_loss` number the steps of the algorithm. The defaults are those
-of Huang et al. (arXiv 2403.17031), who reproduced the method figure by figure.
+Read it from top to bottom: the batch arithmetic (`Settings`), the mathematics, the model, and the trainer, whose
+`rollout` and `compute_loss` number the steps of the algorithm. The defaults are those of Huang et al.
+(arXiv 2403.17031), who reproduced the method figure by figure. Rewards are in cai/scoring.py, and what gives away
+a run that goes wrong in cai/alarms.py.
 
 Trainer is used through what it lets one override (`get_train_dataloader`, `compute_loss`, `create_optimizer`,
 `log`, `save_model`), so that checkpoints, schedules, mixed precision and several processes are its own.
@@ -19,7 +20,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +29,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, Trainer, TrainingArguments
 
-from cai import records, training
-from cai.engines import Chat, RowSampler, Sampling
+from cai import cli, records, scoring, training
+from cai.alarms import Watch
+from cai.decoding import Prefixes, RowSampler, Sampling, can_decode, decode
+from cai.engines import Chat
 from cai.errors import CaiError, InputError, shorten
 from cai.records import hashed_seed
 
 SAMPLES = "samples.jsonl"
+SELECTION = "selection.jsonl"
+ALARMS = "alarms.json"
 
 # ------------------------------------------------------------------------------------ the batch arithmetic
 
@@ -72,6 +77,7 @@ class Settings:
     temperature: float = 0.7
     max_new_tokens: int = 256
     missing_eos_penalty: float = 1.0
+    scale_scores: bool = False
     samples_every: int = 10
     seed: int = 0
 
@@ -191,6 +197,14 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
+def merged(moments: Tensor, numbers: Tensor) -> Tensor:
+    """(count, mean, sum of squared deviations) of all numbers so far and these (Chan et al. 1979)."""
+    count, mean, squares = moments
+    shift, total = numbers.mean() - mean, count + len(numbers)
+    squares = squares + ((numbers - numbers.mean()) ** 2).sum() + shift**2 * count * len(numbers) / total
+    return torch.stack([total, mean + shift * len(numbers) / total, squares])
+
+
 def explained_variance(values: Tensor, returns: Tensor) -> float:
     """1 − var(returns − values) / var(returns): 1 is perfect, 0 is no better than a constant."""
     variance = returns.var(correction=0)
@@ -247,7 +261,7 @@ class PolicyAndValue(nn.Module):
         value_model: a sequence classifier with one output (the reward model, usually), or a PeftModel of one.
             None puts a value head on the policy's last hidden states, which costs half as much.
         temperature: of the sampling; log-probabilities are those of the policy at this temperature.
-        kl_coef: kept here so that it is saved and restored with the weights.
+        kl_coef: kept here so that it is saved and restored with the weights, as the scores' moments are.
     """
 
     def __init__(self, policy, value_model=None, *, temperature: float = 1.0, kl_coef: float = 0.0):
@@ -261,6 +275,7 @@ class PolicyAndValue(nn.Module):
             self.value = value_model
         self.has_value_model = value_model is not None
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))
+        self.register_buffer("score_moments", torch.zeros(3, dtype=torch.float64))  # of `merged`
 
     def forward(self, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
         """(logprobs, values) of the response tokens, both (tokens,); see `response_logits` for the arguments.
@@ -301,7 +316,8 @@ class PolicyAndValue(nn.Module):
     def trained_state(self) -> dict[str, Tensor]:
         """What training changes, each tensor once: no frozen weights, no second name of a tied one."""
         named = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        return {name: p.detach().contiguous() for name, p in {**named, "kl_coef": self.kl_coef}.items()}
+        named |= {"kl_coef": self.kl_coef, "score_moments": self.score_moments}
+        return {name: p.detach().contiguous() for name, p in named.items()}
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         """Takes `trained_state` as well as a whole state; only what training changes can be missing."""
@@ -318,54 +334,26 @@ def base_of(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-# --------------------------------------------------------------------------------------- what is rewarded
-
-
-class RewardModel:
-    """Scores responses by a sequence classifier, read at the end token as the classifier was trained.
-
-    Args:
-        model: a sequence classifier with one output.
-        chat: its tokenizer and chat template.
-        batch_size: rows in one forward pass.
-    """
-
-    def __init__(self, model, chat: Chat, batch_size: int = 32):
-        self.model, self.chat, self.batch_size = model.eval().requires_grad_(False), chat, batch_size
-        if self.model.config.get_text_config().pad_token_id is None:
-            self.model.config.get_text_config().pad_token_id = chat.tokenizer.pad_token_id
-
-    def __call__(self, prompts: Sequence[list[dict]], responses: Sequence[str]) -> list[float]:
-        """One score a response, in the order given."""
-        pairs = [training.encode(self.chat, p, r) for p, r in zip(prompts, responses, strict=True)]
-        sequences = [torch.tensor(before + answer) for before, answer in pairs]
-        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-        scores = [0.0] * len(sequences)
-        pad_id = self.model.config.get_text_config().pad_token_id
-        with torch.no_grad():
-            for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
-                ids = nn.utils.rnn.pad_sequence([sequences[i] for i in rows], True, pad_id)
-                found = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits[:, 0]
-                for i, score in zip(rows, found.float().tolist(), strict=True):
-                    scores[i] = score
-        return scores
-
-
 # ---------------------------------------------------------------------------------------------- the trainer
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that ends with the user, and its token ids, up to where the assistant begins."""
+    """A conversation that ends with the user, its token ids up to where the assistant begins, and its kind if known."""
 
     messages: list[dict]
     ids: Tensor
+    kind: str | None = None
 
 
-def encode_prompts(conversations: Sequence[list[dict]], chat: Chat, policy, max_new_tokens: int) -> list[Prompt]:
+def encode_prompts(
+    conversations: Sequence[list[dict]], chat: Chat, policy, max_new_tokens: int,
+    kinds: Sequence[str | None] | None = None,
+) -> list[Prompt]:
     """The prompts of a run. InputError for one that leaves no room for a response in the policy's context."""
-    prompts = [Prompt(messages, torch.tensor(chat.encode(chat.render(messages)))) for messages in conversations]
+    kinds = kinds or [None] * len(conversations)
+    prompts = [Prompt(messages, torch.tensor(chat.encode(chat.render(messages))), kind)
+               for messages, kind in zip(conversations, kinds, strict=True)]
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     longest = max(prompts, key=lambda prompt: len(prompt.ids))
     if context and len(longest.ids) + max_new_tokens > context:
@@ -407,26 +395,34 @@ class Rollout:
 class PPOTrainer(Trainer):
     """PPO over prompts, with a reward of its caller's choice.
 
+    While it trains it keeps watch (`watch`), asks a judge that the policy is not trained on (`judge`), and sets aside
+    the policy that did best on the prompts of `selection` (`best`).
+
     Args:
         model: policy and value model.
         prompts: from `encode_prompts`.
         chat: the policy's tokenizer and chat template.
-        reward: (conversations, responses as text) -> one score a response, the higher the better.
+        reward: see cai/scoring.py; of a `scoring.Total` the parts are logged as well.
         settings: see there; `settings.processes` must be the number of processes.
         arguments: from `training.trainer_arguments`; what `settings` decides is put in here.
         output: folder for metrics and samples.
         reference: frozen policy that the KL is measured against. None takes the policy without its adapters.
         stops: token ids that end a response; None asks the tokenizer and the policy.
+        watch: raises the alarms, and says which of them stop the run.
+        judge: a second reward whose mean is logged as `judge`.
+        selection: prompts with their kinds, answered whenever a state is saved, and scored by the judge, without one
+            by the reward.
 
-    Raises InputError under FSDP or DeepSpeed.
+    Raises InputError under FSDP or DeepSpeed. `Stopped` leaves `train` where an alarm stops the run.
     """
 
     loss_is_scaled_for_ga = False  # Trainer divides what compute_loss returns by the number of passes
 
     def __init__(
         self, model: PolicyAndValue, prompts: Sequence[Prompt], chat: Chat,
-        reward: Callable[[Sequence[list[dict]], Sequence[str]], Sequence[float]], settings: Settings,
-        arguments: dict, output: str | Path, reference=None, stops: Sequence[int] | None = None,
+        reward: scoring.Reward, settings: Settings, arguments: dict, output: str | Path, reference=None,
+        stops: Sequence[int] | None = None, watch: Watch | None = None, judge: scoring.Reward | None = None,
+        selection: Sequence[Prompt] = (),
     ):
         per_update = settings.steps_per_update
         arguments = {
@@ -449,9 +445,13 @@ class PPOTrainer(Trainer):
         }
         self.settings, self.chat, self.reward, self.reference = settings, chat, reward, reference
         self.prompts, self.output = prompts, Path(output)
+        self.judge, self.selection = judge, list(selection)
+        self.watch = Watch() if watch is None else watch
+        self.raised: dict[str, int] = {}  # alarm -> the update that it was first raised in
+        self.update_log = UpdateLog(output, "ppo", settings.steps_per_update)
         super().__init__(
             model=model, args=TrainingArguments(**arguments), processing_class=chat.tokenizer,
-            callbacks=[UpdateLog(output, "ppo")],
+            callbacks=[self.update_log],
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError(
@@ -470,6 +470,11 @@ class PPOTrainer(Trainer):
 
     def get_train_dataloader(self) -> Iterator[dict[str, Tensor]]:
         """The batches of all updates. Asked for a minibatch at a time, so each rollout is the newest policy's."""
+        if self.state.global_step:
+            state = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / ALARMS
+            self.watch.restore(json.loads(state.read_text(encoding="utf-8")))
+        else:
+            self._candidate()
         while True:
             update = self.state.global_step // self.settings.steps_per_update
             rollout, epochs = self.rollout(update)
@@ -521,6 +526,7 @@ class PPOTrainer(Trainer):
         """
         model = self.accelerator.unwrap_model(self.model)
         self.check_finite(model)
+        self._candidate()
         state = model.trained_state()
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
@@ -528,6 +534,7 @@ class PPOTrainer(Trainer):
             save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
             model.policy.save_pretrained(folder / "policy")
             self.chat.tokenizer.save_pretrained(folder / "policy")
+            (folder / ALARMS).write_text(json.dumps(self.watch.state()), encoding="utf-8")
 
     def check_finite(self, model: PolicyAndValue) -> None:
         """Raise CaiError if a weight is not a number."""
@@ -536,12 +543,64 @@ class PPOTrainer(Trainer):
                 raise self._not_a_number(f"weights ({name})")
 
     def _not_a_number(self, what: str) -> CaiError:
-        kept = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-        where = f"The last good policy is {kept[-1] / 'policy'}" if kept else "No checkpoint was saved yet"
         return CaiError(
-            f"the {what} are not finite at step {self.state.global_step} of {self.state.max_steps}. {where}. "
-            "Start anew with a lower --learning-rate, or --dtype float32"
+            f"the {what} are not finite at step {self.state.global_step} of {self.state.max_steps}. "
+            f"{self.last_saved()}. Start anew with a lower --learning-rate, or --dtype float32"
         )
+
+    def last_saved(self) -> str:
+        """Where the newest saved policy is, in words."""
+        kept = training.last_state(Path(self.args.output_dir))
+        return "No checkpoint was saved yet" if kept is None else f"The last good policy is {kept / 'policy'}"
+
+    # ------------------------------------------------------------------------------ which policy is taken
+
+    def _candidate(self) -> None:
+        """Answer the prompts of `selection` and write the scores; the weights too if none before did better."""
+        if not self.selection:
+            return
+        update = self.state.global_step // self.settings.steps_per_update
+        mine = range(self.args.process_index, len(self.selection), self.settings.processes)
+        prompts = [self.selection[row] for row in mine]
+        # The same draws for every candidate, so that only the policies differ.
+        seeds = [hashed_seed(self.settings.seed, "selection", row) for row in mine]
+        _, texts, _ = self.answer(prompts, seeds)
+        asked = scoring.checked(self.judge or self.reward, "the judge" if self.judge else "the reward")
+        scores = asked([prompt.messages for prompt in prompts], texts)
+        found = dict(gather_object(list(zip(mine, scores, strict=True))))
+        if not self.is_world_process_zero():
+            return
+        kinds, scores = [prompt.kind for prompt in self.selection], [found[i] for i in range(len(self.selection))]
+        rows = [row for row in self._candidates() if row["update"] < update]
+        before = scoring.choose(kinds, {row["update"]: row["scores"] for row in rows}) if rows else update
+        rows.append({"update": update, **scoring.axes(kinds, scores), "scores": scores})
+        records.write_jsonl(self.output / SELECTION, rows)
+        best = self.best()
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if best == update:
+            model = self.accelerator.unwrap_model(self.model)
+            save_file(model.trained_state(), folder / f"candidate-{update}.safetensors", metadata={"format": "pt"})
+        # The best of the state before stays until this one is saved: a killed run goes on from there.
+        for file in folder.glob("candidate-*.safetensors"):
+            if int(file.stem.partition("-")[2]) not in (best, before):
+                file.unlink()
+
+    def _candidates(self) -> list[dict]:
+        path = self.output / SELECTION
+        return [row for _, row in records.read_jsonl(path)] if path.exists() else []
+
+    def best(self) -> int:
+        """The update whose policy is chosen (0: the start)."""
+        kinds = [prompt.kind for prompt in self.selection]
+        return scoring.choose(kinds, {row["update"]: row["scores"] for row in self._candidates()})
+
+    def load_best(self) -> int:
+        """Put the weights of the chosen policy into the model; returns its update."""
+        best = self.best()
+        state = load_file(Path(self.args.output_dir) / f"candidate-{best}.safetensors")
+        self.accelerator.unwrap_model(self.model).load_state_dict(state)
+        return best
 
     # --------------------------------------------------------------------------------------- one update
 
@@ -560,25 +619,26 @@ class PPOTrainer(Trainer):
 
         # 2. Sample a response to each. A row's draws hang on its own seed, whichever process makes it.
         seeds = [hashed_seed(settings.seed, "rollout", update, row) for row in mine]
-        responses = self.sample([self.prompts[drawn[row]].ids for row in mine], seeds)
+        responses, texts, ended = self.answer([self.prompts[drawn[row]] for row in mine], seeds)
         sampled = time.monotonic()
 
         # 3. Score the responses as text. One that did not end is marked down.
-        ended = [int(response[-1]) in self.stops for response in responses]
-        texts = [self.chat.answer(response[:-1] if end else response, continued=False)[0]
-                 for response, end in zip(responses, ended, strict=True)]
-        scores = list(self.reward([self.prompts[drawn[row]].messages for row in mine], texts))
-        if not all(map(math.isfinite, scores)):
-            raise CaiError(f"a score of the reward model is not finite, in update {update + 1}")
-        made = dict(gather_object(list(zip(mine, zip(responses, texts, ended, scores, strict=True), strict=True))))
-        responses, texts, ended, scores = zip(*(made[row] for row in range(len(drawn))), strict=True)
+        parts = self._scores([self.prompts[drawn[row]].messages for row in mine], texts)
+        made = dict(gather_object(list(zip(mine, zip(responses, texts, ended, parts, strict=True), strict=True))))
+        responses, texts, ended, parts = zip(*(made[row] for row in range(len(drawn))), strict=True)
         lengths = torch.tensor([len(response) for response in responses])
-        ended, scores = torch.tensor(ended), torch.tensor(scores, dtype=torch.float32)
+        ended = torch.tensor(ended)
+        parts = {name: torch.tensor([row[name] for row in parts], dtype=torch.float32) for name in parts[0]}
+        scores, scale = parts.pop("score"), 1.0
+        if settings.scale_scores:
+            model.score_moments.copy_(merged(model.score_moments.cpu(), scores.double()))
+            count, _, squares = model.score_moments.tolist()
+            scale = math.sqrt(squares / count) or 1.0
         rollout = Rollout(
             sequences=[torch.cat([self.prompts[i].ids, r]) for i, r in zip(drawn, responses, strict=True)],
             prompt_lengths=[len(self.prompts[i].ids) for i in drawn],
             mask=torch.arange(int(lengths.max())) < lengths.unsqueeze(1),
-            scores=scores - settings.missing_eos_penalty * ~ended,
+            scores=scores / scale - settings.missing_eos_penalty * ~ended,
         )
         scored = time.monotonic()
 
@@ -606,6 +666,9 @@ class PPOTrainer(Trainer):
             "episodes": (update + 1) * len(drawn),
             "score": float(scores.mean()),
             "score_std": float(scores.std(correction=0)),
+            **({"score_scale": scale} if settings.scale_scores else {}),
+            **{name: float(of.mean()) for name, of in parts.items()},
+            **({"judge_std": float(parts["judge"].std(correction=0))} if "judge" in parts else {}),
             "kl": mean_kl,  # of a response: summed over its tokens, averaged over responses
             "kl_coef": kl_coef,
             "reward": float(rewards.sum(1).mean()),
@@ -623,8 +686,36 @@ class PPOTrainer(Trainer):
             model.kl_coef.fill_(adapted(kl_coef, mean_kl, settings.kl_target, len(drawn), settings.kl_horizon))
         if update % settings.samples_every == 0 and self.is_world_process_zero():
             self._write_samples(update, drawn, texts, scores, log_ratio.sum(1), lengths, ended)
+        self._look(update, [self.prompts[i].messages for i in drawn], texts)
         self._clock = time.monotonic()
         return rollout, epochs
+
+    def _scores(self, prompts: list[list[dict]], texts: list[str]) -> list[dict[str, float]]:
+        """For each response its score, the parts of it if the reward has several, and the judge's."""
+        found = {"score": scoring.checked(self.reward, "the reward")(prompts, texts)}
+        if isinstance(self.reward, scoring.Total) and len(self.reward.parts) > 1:
+            found |= {f"score_{name}": scores for name, scores in self.reward.parts.items()}
+        if self.judge is not None:
+            found["judge"] = scoring.checked(self.judge, "the judge")(prompts, texts)
+        return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
+
+    def _look(self, update: int, prompts: list[list[dict]], texts: Sequence[str]) -> None:
+        """Raise the alarms of an update, each once with its line; `Stopped` where one is to end the run."""
+        alarms = self.watch.look(self.figures, prompts, texts)
+        self.figures |= self.watch.figures
+        self.update_log.alarms = [alarm.name for alarm in alarms]
+        for alarm in alarms:
+            if alarm.name not in self.raised and self.is_world_process_zero():
+                cli.warn(f"alarm in update {update + 1}: {alarm.message}.")
+            self.raised.setdefault(alarm.name, update + 1)
+        if stopping := self.watch.stops(alarms):
+            figures, self.figures = self.figures, {}
+            self.log(figures)  # the row that says why it ends here
+            self.update_log.on_train_end(self.args, self.state, self.control)
+            raise Stopped(
+                f"stopped in update {update + 1} of {self.settings.updates} by --stop-on {stopping.name}: "
+                f"{stopping.message}. {self.last_saved()}"
+            )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """9. The loss of one forward pass: its share of the mean over the minibatch's tokens."""
@@ -644,42 +735,57 @@ class PPOTrainer(Trainer):
             self.sums = sums if self.sums is None else self.sums + sums
         return (loss, (logprobs, values)) if return_outputs else loss
 
+    def answer(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> tuple[list[Tensor], list[str], list[bool]]:
+        """(responses as token ids, as text, whether each came to its end)."""
+        responses = self.sample([prompt.ids for prompt in prompts], seeds)
+        ended = [int(response[-1]) in self.stops for response in responses]
+        texts = [self.chat.answer(response[:-1] if end else response, continued=False)[0]
+                 for response, end in zip(responses, ended, strict=True)]
+        return responses, texts, ended
+
     def sample(self, prompts: Sequence[Tensor], seeds: Sequence[int]) -> list[Tensor]:
         """A response to each prompt (token ids in and out), with its end token if it came to one."""
         model = self.accelerator.unwrap_model(self.model)
-        policy = base_of(model.policy)
         settings, found = self.settings, [None] * len(prompts)
         sampling = Sampling(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature)
-        # One of its own: a checkpoint's sampling settings would act beside ours.
-        own, policy.generation_config = policy.generation_config, GenerationConfig(
-            do_sample=False, use_cache=True, pad_token_id=self.pad_id, eos_token_id=sorted(self.stops) or None,
-            max_new_tokens=settings.max_new_tokens,
-        )
+        make = self._decode if can_decode(base_of(model.policy)) else self._generate
         model.eval()
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), settings.generation_batch_size):
             rows = order[start : start + settings.generation_batch_size]
-            ids = nn.utils.rnn.pad_sequence([prompts[i].flip(0) for i in rows], True, self.pad_id).flip(1)
-            width = ids.shape[1]
-            lengths = torch.tensor([len(prompts[i]) for i in rows]).unsqueeze(1)
-            mask = (torch.arange(width) >= width - lengths).long()
-            sampler = RowSampler(sampling, [seeds[i] for i in rows], width)
             with torch.no_grad(), self.accelerator.autocast():
-                made = model.policy.generate(
-                    input_ids=ids.to(self.args.device), attention_mask=mask.to(self.args.device),
-                    logits_processor=[sampler],
-                )[:, width:].cpu()
-            sampler.check("the policy")
-            for i, response in zip(rows, made, strict=True):
-                found[i] = response[: self._length(response)]
-        policy.generation_config = own
+                for i, response in make(model.policy, [prompts[i] for i in rows], [seeds[i] for i in rows], sampling):
+                    found[rows[i]] = torch.tensor(response)
         model.train()
         return found
 
-    def _length(self, response: Tensor) -> int:
-        """Tokens of a response up to its first end token."""
-        ends = [place for place, token in enumerate(response.tolist()) if token in self.stops]
-        return ends[0] + 1 if ends else len(response)
+    def _decode(self, policy, prompts: list[Tensor], seeds: list[int], sampling: Sampling):
+        """One batch by our own loop: (row, new tokens), not in order."""
+        policy, ids, sampler = base_of(policy), [prompt.tolist() for prompt in prompts], RowSampler(sampling, seeds)
+        # Each prompt is drawn alone, so that little is shared: a template's beginning is not worth a pass of its own.
+        prefixes = Prefixes(policy, ids, self.pad_id, share=False)
+        yield from decode(policy, ids, prefixes, sampler, max_new_tokens=sampling.max_new_tokens,
+                          stop_ids=self.stops, pad_id=self.pad_id)
+        sampler.check("the policy")
+
+    def _generate(self, policy, prompts: list[Tensor], seeds: list[int], sampling: Sampling):
+        """The same by transformers' `generate`, for models that remember otherwise than by keys and values."""
+        base, ids = base_of(policy), nn.utils.rnn.pad_sequence([p.flip(0) for p in prompts], True, self.pad_id).flip(1)
+        width = ids.shape[1]
+        mask = (torch.arange(width) >= width - torch.tensor([len(p) for p in prompts]).unsqueeze(1)).long()
+        sampler = RowSampler(sampling, seeds, width)
+        # One of its own: a checkpoint's sampling settings would act beside ours.
+        own, base.generation_config = base.generation_config, GenerationConfig(
+            do_sample=False, use_cache=True, pad_token_id=self.pad_id, eos_token_id=sorted(self.stops) or None,
+            max_new_tokens=sampling.max_new_tokens,
+        )
+        made = policy.generate(input_ids=ids.to(self.args.device), attention_mask=mask.to(self.args.device),
+                               logits_processor=[sampler])[:, width:].tolist()
+        base.generation_config = own
+        sampler.check("the policy")
+        for i, response in enumerate(made):
+            ends = [place for place, token in enumerate(response) if token in self.stops]
+            yield i, response[: ends[0] + 1] if ends else response
 
     def _fill(self, rollout: Rollout, passes: list[list[int]]) -> None:
         """Step 4 of `rollout`, in the forward passes given; the shares of all processes are put together."""
@@ -720,14 +826,37 @@ class PPOTrainer(Trainer):
         records.write_jsonl(path, kept + new)
 
 
+class Stopped(CaiError):
+    """An alarm has stopped the run, as it was told to."""
+
+
 class UpdateLog(training.MetricsLog):
-    """metrics.jsonl, and score, KL and length beside the progress bar."""
+    """metrics.jsonl with the names of an update's alarms, and score, KL and length beside the progress bar.
+
+    Attributes:
+        alarms: names of the newest update's alarms.
+    """
+
+    def __init__(self, output, label: str, steps_per_update: int):
+        super().__init__(output, label)
+        self.steps_per_update, self.alarms = steps_per_update, []
+
+    def on_train_begin(self, args, state, control, **_):
+        super().on_train_begin(args, state, control)
+        # A run that an alarm stopped wrote the row of an update before its steps were made.
+        if state.is_world_process_zero and state.global_step:
+            done = state.global_step // self.steps_per_update
+            rows = [row for _, row in records.read_jsonl(self.path) if row.get("update", 0) <= done]
+            records.write_jsonl(self.path, rows)
 
     def on_log(self, args, state, control, logs=None, **_):
+        if logs and "score" in logs and self.alarms:  # here, because the trackers take numbers only
+            logs = {**logs, "alarms": self.alarms}
         super().on_log(args, state, control, logs)
         if self.bar is not None and logs and "score" in logs:
             shown = {"score": "score", "kl": "kl", "length": "response_length"}
-            self.bar.set_postfix({short: f"{logs[name]:.3g}" for short, name in shown.items()})
+            said = {short: f"{logs[name]:.3g}" for short, name in shown.items()}
+            self.bar.set_postfix(said, refresh=self.bar.fp.isatty())
 
 
 def chat_stops(chat: Chat, policy) -> set[int]:
