@@ -23,6 +23,7 @@ from cai import choice as choices
 from cai import cli, metrics, reward
 from cai.engines import Sampling, check_model, load_engine
 from cai.errors import CaiError, InputError, shorten
+from cai.judging import Given
 from cai.records import Output, Source, hashed_seed, identity, read_jsonl
 from cai.revision import check_rounds
 from cai.templates import as_messages, load_template, prompt_text
@@ -50,8 +51,8 @@ ORACLE_FIELDS = ("category", "verb", "object")
               help="Who reads the responses: the rules of the bundled world, or a judge model.")
 @click.option("--judge", metavar="MODEL", help="The judge model: a folder, a hub id, or `tiny`.")
 @click.option("--reward-model", metavar="FOLDER",
-              help="Measure this reward model: its accuracy on pairs with response_a, response_b and gold, or on the "
-                   "text_correct and text_incorrect of --choice.")
+              help="Measure this reward model: its accuracy on pairs with response_a, response_b and gold, on those "
+                   "with chosen and rejected (HH-RLHF's too), or on the text_correct and text_incorrect of --choice.")
 @click.option("--choice", metavar="FILE",
               help="Instead of --input: questions with `prompt`, `corrects` and `incorrects`, of which --model picks "
                    "the likeliest; the format of the paper's three evaluation sets.")
@@ -80,8 +81,8 @@ def main(inputs, output, model, responses, round_, by, judge, reward_model, choi
         plan = {"rows": source.count, "model_calls": 2 * source.count if reward_model else
                 sum(len(choices.answers(row)) for row in source)}
     elif reward_model:
-        source = Source(files, require=("prompt", "response_a", "response_b"), limit=limit, check=check_pair)
-        plan = {"rows": source.count, "reward_model_calls": 2 * source.count}
+        source = Given(files, limit)
+        plan = {"rows": len(source.ids), "reward_model_calls": 2 * len(source.ids)}
     else:
         source, kinds = read_rows(files, limit, by, round_, answered=bool(responses))
         plan = {"rows": source.count, **kinds, "model_calls": source.count if model else 0,
@@ -108,7 +109,7 @@ def main(inputs, output, model, responses, round_, by, judge, reward_model, choi
             scored = Output(f"{stem}.choices.jsonl", fingerprint=settings, **claim)
             rates, counts = choice_figures(source, scored, model, reward_model, choice_format, loading)
         elif reward_model:
-            rates, counts = pair_figures(source, reward.load_scorer(reward_model, **loading))
+            rates, counts = pair_figures(list(source), reward.load_scorer(reward_model, **loading))
         else:
             if model:
                 answered = Output(f"{stem}.responses.jsonl", fingerprint=asked, **claim)
@@ -182,13 +183,6 @@ def check_oracle(row: dict, where: str, line: int) -> None:
     if category is None or category.kind != row["kind"]:
         raise InputError(f"no {row['kind']} category {shorten(row['category'])!r} in the bundled world",
                          where=where, line=line, remedy=remedy)
-
-
-def check_pair(row: dict, where: str, line: int) -> None:
-    """Raise InputError if the gold label is none."""
-    if row.get("gold") not in ("a", "b", None):
-        raise InputError(f"the gold {shorten(row['gold'])!r}", where=where, line=line,
-                         expected='"a", "b", or null where neither is better', remedy="Mend this row")
 
 
 def text_of(row: dict, round_: int | None) -> str:
@@ -303,23 +297,22 @@ def choice_figures(source: Source, output: Output, model: str | None, reward_mod
     return rates, {"rows": source.count, "failed": source.count - len(results), **counts}
 
 
-def pair_figures(source: Source, scorer: reward.Scorer) -> tuple[dict, dict]:
+def pair_figures(rows: list[dict], scorer: reward.Scorer) -> tuple[dict, dict]:
     """({metric: figure}, counts) of a reward model on pairs with gold; pairs without gold are counted.
 
     A tie of the two scores is not a right answer. Beside the accuracy stand two baselines that need no model:
     always `a`, and the longer response. Log-loss and ECE are of the probabilities by the model's temperature;
     intervals count the pairs of one prompt as alike. A pair that is too long for the model is failed.
     """
-    pairs = [row for row in source if row.get("gold")]
+    pairs = [row for row in rows if row.get("gold")]
     if not pairs:
-        raise InputError("no row has a gold label", where=", ".join(source.inputs),
-                         expected='gold: "a" or "b"')
+        raise InputError(f"none of {len(rows)} pairs has a gold label", expected='gold: "a" or "b"')
     texts = [(as_messages(row["prompt"]), row[side])
              for row in pairs for side in ("response_a", "response_b")]
     both = scorer.scores(texts)
     scored = [(row, a, b) for row, a, b in zip(pairs, both[::2], both[1::2], strict=True) if None not in (a, b)]
     if not scored:
-        raise CaiError(f"all {len(pairs)} pairs of {', '.join(source.inputs)} are longer than the model's context")
+        raise CaiError(f"all {len(pairs)} pairs with a gold label are longer than the model's context")
     prompts = [prompt_text(row["prompt"]) for row, _, _ in scored]
     p_gold = [scorer.probability(a, b) if row["gold"] == "a" else scorer.probability(b, a) for row, a, b in scored]
     longer = [len(row["response_a"]) - len(row["response_b"]) for row, _, _ in scored]
@@ -339,7 +332,7 @@ def pair_figures(source: Source, scorer: reward.Scorer) -> tuple[dict, dict]:
         "ece": metrics.calibration([max(p, 1 - p) for p in p_gold], [p > 0.5 for p in p_gold])["ece"],
         "length_correlation": metrics.correlation([a - b for _, a, b in scored], longer),
     }
-    counts = {"pairs": len(pairs), "no_gold": source.count - len(pairs), "ties": sum(a == b for _, a, b in scored),
+    counts = {"pairs": len(pairs), "no_gold": len(rows) - len(pairs), "ties": sum(a == b for _, a, b in scored),
               "failed": len(pairs) - len(scored)}
     return rates, counts
 

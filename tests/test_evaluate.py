@@ -224,6 +224,15 @@ def test_reward_model_accuracy(measure, write, tmp_path):
         line for line in result.stdout.splitlines() if line.startswith("log loss"))
 
 
+def test_a_reward_model_on_human_pairs(measure, tmp_path, shared_data):
+    reward_model(tmp_path / "reward")
+    file = shared_data / "hh-rlhf" / "harmless-base.test.first1500.jsonl.gz"
+    result = measure("--reward-model", tmp_path / "reward", "--input", file, "--limit", 30, "--json")
+    said = json.loads(result.stdout)
+    assert said["pairs"] == 30 and said["no_gold"] == 0 and 0 < said["metrics"]["baseline_always_a"]["value"] < 1
+    assert said["metrics"]["accuracy"]["n"] == 30 - said["failed"]
+
+
 def test_a_pair_too_long_for_the_reward_model_is_counted(measure, write, tmp_path):
     reward_model(tmp_path / "reward")
     rows = [{"id": str(n), "prompt": "Open it", "response_a": "Lift." * (1 if n else 20_000), "response_b": "Push.",
@@ -376,7 +385,7 @@ def test_what_is_refused(invoke, write, tmp_path, row, arguments, expected):
 
 
 @pytest.mark.parametrize(
-    ("gold", "expected"), [("A", "the gold 'A'"), (1, "the gold '1'"), (None, "no row has a gold label")]
+    ("gold", "expected"), [("A", "gold is 'A'"), (1, "gold is '1'"), (None, "none of 1 pairs has a gold label")]
 )
 def test_gold_is_a_or_b(measure, write, tmp_path, gold, expected):
     reward_model(tmp_path / "reward")
