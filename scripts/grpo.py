@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 
-from cai import cli, engines, judging, records, training
+from cai import alarms, cli, engines, judging, records, training
 from cai.constitution import load_constitution
 from cai.errors import CaiError, InputError, shorten
 from cai.records import hashed_seed
@@ -34,7 +34,7 @@ _from_0 = click.FloatRange(min=0)
 
 # Of the judge's probability: beyond it the log-odds say little more, and one of them would outweigh its group.
 CERTAIN = 0.995
-SAMPLES = "samples.jsonl"
+SAMPLES, CURVES, ALARMS = "samples.jsonl", "curves.png", "alarms.json"
 
 # TRL's names for what a row of metrics.jsonl says, after ours, which are those of ppo.py.
 FIGURES = {
@@ -83,9 +83,10 @@ FIGURES = {
               help="Updates between two saved states to resume from; 0: none.")
 @click.option("--samples-every", type=_positive, default=10, show_default=True,
               help="Updates between two looks at the responses, in samples.jsonl.")
+@alarms.options
 @cli.options("seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
 def main(inputs, output, model, algorithm, reward_model, judge, against, constitution, template, trl, lora, lora_rank,
-         save_every, limit, device, dtype, as_json, dry_run, overwrite, **chosen):
+         save_every, alarm, stop_on, limit, device, dtype, as_json, dry_run, overwrite, **chosen):
     """Train a policy by comparing its own responses to one prompt: GRPO or RLOO.
 
     \b
@@ -96,7 +97,7 @@ def main(inputs, output, model, algorithm, reward_model, judge, against, constit
     check_usage(reward_model, judge, against)
     engines.check_model(model)
     source = records.Source(inputs, limit=limit)
-    sizes = batch_sizes(chosen)
+    sizes, watch = batch_sizes(chosen), alarms.Watch(alarms.limits(alarm), stop_on)
     asked = {"reward_model": records.identity(reward_model)} if reward_model else {}
     question = references = None
     if judge:
@@ -107,7 +108,7 @@ def main(inputs, output, model, algorithm, reward_model, judge, against, constit
     fingerprint = {
         "model": records.identity(model), "input": source.digest, "algorithm": algorithm, **asked, "trl": trl,
         "lora_rank": lora_rank if lora else None, "dtype": dtype,
-        # A run stopped for want of memory may go on in smaller batches.
+        # A run stopped for want of memory may go on in smaller batches, and one stopped by an alarm without it.
         **{name: value for name, value in chosen.items() if name != "batch_size"},
     }
     folder = records.claim_folder(output, command="grpo", fingerprint=fingerprint, overwrite=overwrite,
@@ -139,13 +140,17 @@ def main(inputs, output, model, algorithm, reward_model, judge, against, constit
         scorer = ModelReward(reward_model, chat, device, dtype, 4 * chosen["batch_size"])
     order = training.training_order([1] * len(prompts), 1, sizes["prompts"] / len(prompts), chosen["seed"])
     with folder:
-        trainer = make_trainer(kind, config, policy, chat, prompts, order, scorer, output, chosen, sizes,
+        trainer = make_trainer(kind, config, policy, chat, prompts, order, scorer, output, chosen, sizes, watch,
                                training.lora_config(lora_rank) if lora else None)
-        training.run_trainer(trainer, output)
+        try:
+            training.run_trainer(trainer, output)
+        finally:
+            draw_curves(output)
         policy.generation_config = trainer.own_generation_config
         training.save_trained(trainer, chat.tokenizer, output)
-        counts = {"prompts": source.count, **summary(trainer.state, chosen, sizes)}
-        manifest = folder.finish(counts)
+        if training.is_main_process():
+            counts = {"prompts": source.count, **summary(output, trainer.state.global_step)}
+            manifest = folder.finish(counts)
     if training.is_main_process():
         cli.finish({"output": output, **counts, "seconds": manifest["seconds"]}, as_json=as_json,
                    next_command=following)
@@ -351,14 +356,19 @@ def _key(row: dict) -> str:
     return json.dumps(as_messages(row["prompt"]), sort_keys=True)
 
 
-def make_reward(prompts, chat, stops, scorer, output: str, chosen: dict):
-    """The function that TRL asks for rewards. It also writes samples.jsonl."""
+def make_reward(prompts, chat, stops, scorer, output: str, chosen: dict, seen: list):
+    """The function that TRL asks for rewards. It also writes samples.jsonl.
+
+    seen: gets the (conversation, response) of every row of the newest update, those of all processes.
+    """
+    from accelerate.utils import gather_object
 
     def reward(completion_ids, row, update, trainer_state, log_metric, **_):
         ended = [ids[-1] in stops for ids in completion_ids]
         texts = [chat.answer(ids[:-1] if end else ids, continued=False)[0]
                  for ids, end in zip(completion_ids, ended, strict=True)]
         scores, figures = scorer(row, update[0], [prompts[i].messages for i in row], texts)
+        seen[:] = gather_object([(prompts[i].messages, text) for i, text in zip(row, texts, strict=True)])
         known = [score for score in scores if score is not None]
         if not known or not all(map(math.isfinite, known)):
             raise CaiError(f"no score that is a number, in update {update[0] + 1}")
@@ -389,7 +399,7 @@ def write_samples(output: str, update: int, rows: list[dict]) -> None:
 # --- training --------------------------------------------------------------------------------------------
 
 
-def make_trainer(kind, config, policy, chat, prompts, order, scorer, output, chosen, sizes, adapters=None):
+def make_trainer(kind, config, policy, chat, prompts, order, scorer, output, chosen, sizes, watch, adapters=None):
     """TRL's trainer over the prompts in `order`, a group of responses each.
 
     kind, config: from `make_config`. prompts: from `cai.ppo.encode_prompts`. scorer: (rows, update,
@@ -421,10 +431,11 @@ def make_trainer(kind, config, policy, chat, prompts, order, scorer, output, cho
     texts = [chat.render(prompt.messages) for prompt in prompts]
     per_update = chosen["prompts_per_update"]
     rows = [{"prompt": texts[i], "row": i, "update": n // per_update} for n, i in enumerate(order)]
+    seen: list[tuple] = []
     trainer = Checked(
-        model=policy, reward_funcs=make_reward(prompts, chat, stops, scorer, output, chosen), args=config,
+        model=policy, reward_funcs=make_reward(prompts, chat, stops, scorer, output, chosen, seen), args=config,
         train_dataset=Dataset.from_list(rows), processing_class=plain(chat.tokenizer), peft_config=adapters,
-        callbacks=[update_log(output, config, sizes)],
+        callbacks=[update_log(output, config, sizes, watch, seen)],
     )
     trainer.own_generation_config = own
     return trainer
@@ -454,30 +465,69 @@ def named(logs: dict, step: int, sizes: dict) -> dict:
     return {"update": update, "episodes": update * sizes["rows"], **row}
 
 
-def update_log(output: str, config, sizes: dict):
-    """metrics.jsonl with a row an update, and score, KL and length beside the progress bar."""
+def update_log(output: str, config, sizes: dict, watch: alarms.Watch, seen: list):
+    """metrics.jsonl with a row an update, the alarms, and score, KL and length beside the progress bar.
+
+    In every process alike, so that all of them stop where an alarm is to stop the run.
+    """
+    raised = set()
+
+    def place(args, state) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
     class UpdateLog(training.MetricsLog):
+        def on_train_begin(self, args, state, control, **_):
+            super().on_train_begin(args, state, control)
+            saved = place(args, state) / ALARMS
+            if state.global_step and saved.exists():
+                watch.restore(json.loads(saved.read_text(encoding="utf-8")))
+
+        def on_save(self, args, state, control, **_):
+            if state.is_world_process_zero:
+                (place(args, state) / ALARMS).write_text(json.dumps(watch.state()), encoding="utf-8")
+
         def on_log(self, args, state, control, logs=None, **_):
             if not logs or "reward" not in logs:
                 super().on_log(args, state, control, logs)
                 return
             row = {**named(logs, state.global_step, sizes), "kl_coef": config.beta}
+            found = watch.look(row, *zip(*seen, strict=True))
+            row |= {**watch.figures, **({"alarms": [alarm.name for alarm in found]} if found else {})}
             super().on_log(args, state, control, row)
             if self.bar is not None:
                 shown = {"score": "score", "kl": "kl", "length": "response_length"}
                 self.bar.set_postfix({short: f"{row[name]:.3g}" for short, name in shown.items() if name in row})
+                for alarm in found:
+                    if alarm.name not in raised:
+                        cli.warn(f"alarm in update {row['update']}: {alarm.message}.")
+                    raised.add(alarm.name)
+            if stopping := watch.stops(found):
+                last = training.last_state(Path(args.output_dir))
+                where = f"The last policy saved is {last}" if last else "No state was saved yet"
+                raise CaiError(f"stopped in update {row['update']} by --stop-on {stopping.name}: {stopping.message}. "
+                               f"{where}.")
 
     return UpdateLog(output, "train")
 
 
-def summary(state, chosen: dict, sizes: dict) -> dict:
-    """The counts of the manifest, from what the trainer has logged."""
-    rows = [named(logs, logs["step"], sizes) for logs in state.log_history if "reward" in logs]
+def draw_curves(output: str) -> None:
+    """The figures of the run as a picture, beside metrics.jsonl."""
+    from cai import plots, ppo
+
+    if training.is_main_process():
+        plots.curves(Path(output) / CURVES, ppo.figures_of(output), Path(output).name)
+
+
+def summary(output: str, steps: int) -> dict:
+    """The counts of the manifest, from the rows of metrics.jsonl."""
+    from cai.ppo import figures_of
+
+    rows = figures_of(output)
     shown = ("score", "kl", "response_length", "eos_rate", "entropy")
     return {
-        "updates": chosen["updates"], "episodes": chosen["updates"] * sizes["rows"], "steps": state.global_step,
+        "updates": rows[-1]["update"], "episodes": rows[-1]["episodes"], "steps": steps,
         "score_at_first": rows[0]["score"], **{name: rows[-1][name] for name in shown if name in rows[-1]},
+        "alarms": sorted({name for row in rows for name in row.get("alarms", ())}),
     }
 
 

@@ -2,12 +2,13 @@
 
     python tests/compare_rl.py --output runs/compare-rl --seeds 5
 
-The steps before are those of run.py, with its settings. PPO's own settings there give the time: what it takes to train
-with seed 0, start and loading not counted, is what the others get, as updates or epochs, measured by a short run of
-each, so that every schedule comes to its end. Each policy then answers the held-out prompts, which evaluate.py's oracle
-reads. Run again, what is done is passed over. Let nothing else run on the machine: time is what is held equal.
+All steps are those of run.py, with its settings. What PPO takes there to train with seed 0, start and loading not
+counted, is the time that the others get, as updates or epochs, measured by a short run of each, so that every schedule
+comes to its end. Each policy then answers the held-out prompts, and evaluate.py's oracle reads the answers. Run again,
+what is done is passed over. Let nothing else run on the machine: time is what is held equal.
 
-Leaves out a search for each algorithm's best settings: see --grpo and the like.
+Leaves out a search for each algorithm's best settings (--grpo and the like change them), and the time that pairs and
+reward model take.
 """
 
 import json
@@ -24,14 +25,6 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from cai import metrics, records  # noqa: E402
 
-# Settings on `tiny`: the learning rate, rows and KL weight of PPO's preset where they have the same meaning.
-SETTINGS = {
-    "ppo": "",
-    "grpo": "--prompts-per-update 16 --samples 4 --minibatches 4 --batch-size 32 --learning-rate 1.2e-4 "
-            "--max-new-tokens 96",
-    "dpo": "--beta 0.1 --batch-size 32 --learning-rate 1e-4 --max-length 512",
-}
-SETTINGS["rloo"] = f"--algorithm rloo {SETTINGS['grpo']}"
 UNIT = {"ppo": "--updates", "grpo": "--updates", "rloo": "--updates", "dpo": "--epochs"}
 SHORT = {"grpo": 3, "rloo": 3, "dpo": 0.2}  # units of the run that measures their time
 SHOWN = ("harmful_compliance", "good_refusal", "evasive", "preachy", "off_topic", "benign_helpful", "benign_refused",
@@ -57,8 +50,7 @@ def main(output, model, seeds, algorithms, seconds, limit, **more):
     if unknown := set(algorithms) - set(UNIT):
         raise click.BadParameter(f"{', '.join(unknown)}; expected ppo, dpo, grpo, rloo", param_hint="--algorithms")
     steps = prepare(folder, model, limit)
-    lines = {name: [*command_of(name, steps), *shlex.split(SETTINGS[name]), *shlex.split(more[name])]
-             for name in UNIT}
+    lines = {name: [*line_of(name, steps), *shlex.split(more[name])] for name in UNIT}
     ppo_updates = value_of(lines["ppo"], "--updates")
     if seconds is None:
         seconds = train(lines["ppo"], folder / "ppo-0", seed=0)
@@ -70,7 +62,7 @@ def main(output, model, seeds, algorithms, seconds, limit, **more):
         else:
             spent = train(lines[name], folder / f"{name}-short", seed=0, amount=SHORT[name])
             amount = SHORT[name] * seconds / spent
-            amounts[name] = round(amount, 2) if UNIT[name] == "--epochs" else max(1, round(amount))
+            amounts[name] = max(0.01, round(amount, 2)) if UNIT[name] == "--epochs" else max(1, round(amount))
     found = {"sft": [evaluate(steps, steps["sft"]["output"], folder / f"sft-{seed}", seed) for seed in range(seeds)]}
     times = {}
     for name in algorithms:
@@ -84,34 +76,27 @@ def main(output, model, seeds, algorithms, seconds, limit, **more):
 
 
 def prepare(folder: Path, model: str, limit: int | None) -> dict[str, dict]:
-    """run.py's steps by name, those before PPO done."""
-    few = [] if limit is None else ["--limit", str(limit)]
-    line = [sys.executable, str(ROOT / "scripts" / "run.py"), "--model", model, "--output", str(folder / "base"),
-            "--rl", "ppo", "--dry-run", "--json", *few]
-    steps = json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout)["steps"]
-    steps = {step["name"]: step for step in steps}
+    """run.py's steps by name, those before reinforcement learning done."""
+    steps: dict[str, dict] = {}
+    for algorithm in ("ppo", "dpo", "grpo"):
+        line = [sys.executable, str(ROOT / "scripts" / "run.py"), "--model", model, "--output", str(folder / "base"),
+                "--rl", algorithm, "--dry-run", "--json", *([] if limit is None else ["--limit", str(limit)])]
+        planned = json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout)["steps"]
+        steps |= {step["name"]: step for step in planned}
     for name, step in steps.items():
-        if name == "ppo":
+        if name == "ppo":  # the first plan comes first, and the others have the same steps before
             break
         if not name.startswith("evaluate"):
             run(shlex.split(step["command"]))
     return steps
 
 
-def command_of(name: str, steps: dict[str, dict]) -> list[str]:
-    """The command line of an algorithm, without its settings, amount, seed and output."""
-    ppo = shlex.split(steps["ppo"]["command"])
-    python, script = ppo[0], str(ROOT / "scripts" / f"{'grpo' if name == 'rloo' else name}.py")
-    sft = ["--model", steps["sft"]["output"]]
-    if name == "ppo":
-        for option in ("--output", "--seed"):
-            del ppo[ppo.index(option) : ppo.index(option) + 2]
-        return [python, script, *ppo[2:]]
-    if name == "dpo":
-        return [python, script, "--input", steps["preferences"]["output"], *sft]
-    few = ["--limit", value_of(ppo, "--limit")] if "--limit" in ppo else []
-    return [python, script, "--input", value_of(ppo, "--input"), *few, *sft, "--reward-model",
-            steps["reward-model"]["output"]]
+def line_of(name: str, steps: dict[str, dict]) -> list[str]:
+    """The command line of an algorithm with run.py's settings, without its seed and output."""
+    line = shlex.split(steps["grpo" if name == "rloo" else name]["command"])
+    for option in ("--output", "--seed"):
+        del line[line.index(option) : line.index(option) + 2]
+    return [*line, "--algorithm", "rloo"] if name == "rloo" else line
 
 
 def value_of(line: list[str], option: str) -> str:

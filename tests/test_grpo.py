@@ -13,10 +13,10 @@ import conftest
 import models
 import pytest
 
-from cai import judging, records, training
+from cai import alarms, judging, records, training
 from cai.constitution import load_constitution
 from cai.engines import Sampling, load_engine
-from cai.errors import InputError
+from cai.errors import CaiError, InputError
 from cai.templates import load_template
 
 conftest.load_command("grpo")
@@ -74,7 +74,7 @@ def read(path) -> list[dict]:
     return [row for _, row in records.read_jsonl(path)]
 
 
-def trainer(tmp_path, scorer, algorithm="grpo", family="llama", **changes):
+def trainer(tmp_path, scorer, algorithm="grpo", family="llama", stop_on=(), **changes):
     """The command's trainer over the prompts, with a reward of the test's own."""
     from cai.ppo import encode_prompts
 
@@ -87,7 +87,8 @@ def trainer(tmp_path, scorer, algorithm="grpo", family="llama", **changes):
     policy = training.load_policy(str(models.folder(family)), dropout=False)
     encoded = encode_prompts([command.as_messages(p) for p in PROMPTS], chat, policy, chosen["max_new_tokens"])
     order = training.training_order([1] * 3, 1, sizes["prompts"] / 3, 0)
-    return command.make_trainer(kind, config, policy, chat, encoded, order, scorer, tmp_path, chosen, sizes)
+    return command.make_trainer(kind, config, policy, chat, encoded, order, scorer, tmp_path, chosen, sizes,
+                                alarms.Watch(stop_on=stop_on))
 
 
 # --- the arithmetic of a batch ---------------------------------------------------------------------------
@@ -199,11 +200,13 @@ def test_a_response_that_did_not_end_is_marked_down(tmp_path):
         assert talks == [asked[i].messages for i in rows] and responses == ["Push.", "Push.", "Push."]
         return [2.0, None, 0.5], {"label_mass": 0.25}
 
-    reward = command.make_reward(asked, chat, {end}, scorer, tmp_path, {**CHOSEN, "missing_eos_penalty": 0.75})
+    seen = []
+    reward = command.make_reward(asked, chat, {end}, scorer, tmp_path, {**CHOSEN, "missing_eos_penalty": 0.75}, seen)
     ids = chat.encode("Push.")
     found = reward(completion_ids=[[*ids, end], [*ids, end], ids], row=[0, 0, 2], update=[4, 4, 4],
                    trainer_state=SimpleNamespace(is_world_process_zero=True), log_metric=logged.__setitem__)
     assert found == [2.0, None, 0.5 - 0.75]
+    assert seen == [(asked[i].messages, "Push.") for i in (0, 0, 2)]
     assert logged == {"score": 1.25, "label_mass": 0.25}
     rows = read(tmp_path / "samples.jsonl")
     assert [(row["update"], row["ended"], row["score"]) for row in rows] == [(5, True, 2.0), (5, True, None),
@@ -238,6 +241,19 @@ def test_the_kl_holds_the_policy_near_the_reference(tmp_path, algorithm):
         training.run_trainer(made, folder)
         kl[kl_coef] = moved(made.model, before)
     assert kl[10.0] < 0.5 * kl[0.0]
+
+
+def test_an_alarm_is_in_the_row_and_stops_the_run_where_asked(tmp_path, capsys):
+    def many_bs(rows, update, talks, responses):
+        return [float(text.count("B")) for text in responses], {}
+
+    made = trainer(tmp_path, many_bs, updates=60, prompts_per_update=8, samples=8, minibatches=1, learning_rate=3e-2,
+                   missing_eos_penalty=0.0, kl_coef=0.0, batch_size=64, stop_on=("entropy",))
+    with pytest.raises(CaiError, match=r"stopped in update \d+ by --stop-on entropy"):
+        training.run_trainer(made, tmp_path)
+    rows = [row for row in read(tmp_path / "metrics.jsonl") if "update" in row]
+    assert len(rows) < 60 and "entropy" in rows[-1]["alarms"] and "entropy" not in rows[0].get("alarms", ())
+    assert rows[0]["boilerplate"] == 0 and capsys.readouterr().err.count("entropy fell") == 1
 
 
 def moved(policy, before) -> float:
@@ -288,6 +304,7 @@ def test_the_policy_is_a_model_to_go_on_with(invoke, common, tmp_path, algorithm
     samples = read(folder / "samples.jsonl")
     assert [row["update"] for row in samples] == [1] * 4 + [2] * 4 and samples[0]["prompt"] == samples[3]["prompt"]
 
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG") and said["alarms"] == []
     assert not (folder / "checkpoints").exists()
     engine = load_engine(str(folder), device="cpu")
     ((_, answer),) = engine.generate([[{"role": "user", "content": "A or B?"}]], Sampling(max_new_tokens=3), [1])
@@ -375,7 +392,8 @@ def test_a_loss_that_is_no_number_stops_the_run(invoke, common, tmp_path, miniba
 def test_killed_and_started_again_it_ends_as_if_it_had_not_been(invoke, common, tmp_path):
     def line(name):
         options = {**dict(zip(common[::2], common[1::2], strict=True)), "--output": tmp_path / name, "--updates": 8,
-                   "--save-every": 1, "--max-new-tokens": 16, "--epochs": 2}
+                   "--save-every": 1, "--max-new-tokens": 16, "--epochs": 2,
+                   "--alarm": "kl=0.001"}
         return [str(part) for pair in options.items() for part in pair]
 
     process = subprocess.Popen([sys.executable, str(conftest.ROOT / "scripts" / "grpo.py"), *line("killed")],
@@ -392,8 +410,10 @@ def test_killed_and_started_again_it_ends_as_if_it_had_not_been(invoke, common, 
         assert result.exit_code == 0, result.output
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("killed", "whole")]
     assert weights[0] == weights[1]
-    scores = [[(row["update"], row["score"]) for row in read(tmp_path / name / "metrics.jsonl") if "update" in row]
-              for name in ("killed", "whole")]
+    # With the alarms, which compare with a start that lies before the state it resumed from.
+    shown = ("update", "score", "boilerplate", "alarms")
+    scores = [[tuple(row.get(name) for name in shown) for row in read(tmp_path / name / "metrics.jsonl")
+               if "update" in row] for name in ("killed", "whole")]
     assert scores[0] == scores[1] and len(scores[0]) == 8
 
 
