@@ -10,6 +10,7 @@ other, each into a file of its own beside the output, and then combined. Leaves 
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from cai import audit, cli, ensemble, judging, textsteps
 from cai.constitution import load_constitution
 from cai.engines import Sampling, check_model, load_engine
 from cai.errors import InputError
+from cai.estimate import text_plan
+from cai.processes import Team
 from cai.records import Output, Source, identity, read_jsonl
 from cai.templates import load_template
 
@@ -31,7 +34,8 @@ COT_LIMITS = (0.4, 0.6)  # paper, section 4.1: reasoning makes the probabilities
 @click.option("--judge", multiple=True, metavar="MODEL", help="A further judge. Repeatable; then --model may be "
               "left out.")
 @click.option("--combine", type=click.Choice(ensemble.WAYS), default="mean", show_default=True,
-              help="How several judges become one label. dawid-skene weighs them by how they agree.")
+              help="How several judges become one label. dawid-skene weighs them by how they agree. Another way with "
+              "--overwrite asks no judge again.")
 @cli.options("constitution")
 @click.option("--principles", type=click.Choice(["drawn", "all"]), default="drawn", show_default=True,
               help="One principle for each comparison, drawn at random, or all, averaged by weight.")
@@ -49,10 +53,10 @@ COT_LIMITS = (0.4, 0.6)  # paper, section 4.1: reasoning makes the probabilities
               help="Keep probabilities within these; 0 1 is off.  [default: 0.4 0.6 with --cot, else off]")
 @click.option("--audit", "audit_path", metavar="FILE", help="Measure what the labels are worth, with intervals, and "
               "write it here as JSON; with gold labels a reliability diagram (PNG) beside it.")
-@cli.options(*textsteps.OPTIONS)
+@textsteps.options
 def main(inputs, output, model, judge, combine, constitution, principles, no_examples, against, pairs_per_prompt,
-         template, answer_template, cot, clamp, audit_path, temperature, top_p, max_new_tokens, seed, limit,
-         batch_size, device, dtype, as_json, dry_run, overwrite):
+         template, answer_template, cot, clamp, audit_path, endpoints, temperature, top_p, max_new_tokens, seed, limit,
+         batch_size, batch_tokens, like, gpu, price, device, dtype, as_json, dry_run, overwrite):
     """Compare responses to the same prompt, and write which is better and how sure the judge is.
 
     Rows have a `response` (those of one prompt_id are compared), a `response_a` and a `response_b`, or TRL's
@@ -64,7 +68,8 @@ def main(inputs, output, model, judge, combine, constitution, principles, no_exa
       python scripts/judge.py --input samples.jsonl --model tiny \\
           --constitution harmlessness --output preferences.jsonl
     """
-    names = judge_names(model, judge)
+    judges = read_judges(model, judge, endpoints)
+    names = list(judges)
     low, high = limits = clamp or (COT_LIMITS if cot else (0.0, 1.0))
     if abs(low + high - 1) > 1e-9 or low >= 0.5:
         raise InputError(f"--clamp {low} {high}", expected="LOW below 0.5 and HIGH = 1 - LOW, such as 0.4 0.6",
@@ -83,28 +88,41 @@ def main(inputs, output, model, judge, combine, constitution, principles, no_exa
         shared |= {"cot": question.reasoning.sha256, "max_new_tokens": max_new_tokens,
                    "temperature": temperature, "top_p": top_p}
 
-    def claim(path, **fingerprint):
+    def claim(path, overwrite=overwrite, **fingerprint):
         return Output(path, command="judge", fingerprint={**fingerprint, **shared}, overwrite=overwrite,
                       inputs=[*inputs, *([against] if against else [])])
 
-    alone = len(names) == 1
+    def claim_one(path, name):
+        """The file of one of several judges: what it said under these very settings holds for another --combine."""
+        given = {"model": name, "weights": identity(name)}
+        with suppress(InputError):
+            return claim(path, overwrite and alone, **given)
+        return claim(path, **given)
+
+    loading = {"batch_size": batch_size, "batch_tokens": batch_tokens, "device": device, "dtype": dtype}
+    team, alone = Team(), len(names) == 1
+    if not team.first:
+        if not (dry_run or team.tell()):
+            for name in names:
+                fill(team, None, pairs, name, question, limits, endpoints=judges[name], **loading)
+        return
     paths = [output] if alone else [beside(output, number) for number in range(1, len(names) + 1)]
-    journals = [claim(path, model=name, weights=identity(name)) for path, name in zip(paths, names, strict=True)]
+    journals = [claim_one(path, name) for path, name in zip(paths, names, strict=True)]
     final = journals[0] if alone else claim(output, judges={name: identity(name) for name in names}, combine=combine)
     audit.check_path(audit_path, [*inputs, output, *paths])
     summary = {"command": "judge", "output": output}
     if dry_run:
-        plans = [estimate(pairs, journal, question, name) for journal, name in zip(journals, names, strict=True)]
-        counts = {key: sum(plan[key] for plan in plans) for key in plans[0] if key != "weights_on_disk_mb"}
-        weights = {name: plan["weights_on_disk_mb"] for name, plan in zip(names, plans, strict=True)}
-        cli.finish({**summary, "pairs": len(pairs.ids), **counts,
-                    "weights_on_disk_mb": weights[names[0]] if alone else weights}, as_json=as_json)
+        plan = {"like": like, "gpu": gpu, "price": price, **loading}
+        plans = {name: estimate(pairs, journal, question, name, plan)
+                 for name, journal in zip(names, journals, strict=True)}
+        found = plans[names[0]] if alone else {"judges": plans}
+        cli.finish({**summary, "pairs": len(pairs.ids), **found}, as_json=as_json)
         return
-    if final.complete:
+    if team.tell(final.complete):
         cli.note(f"{output} is done already; --overwrite makes it anew")
     else:
         for journal, name in zip(journals, names, strict=True):
-            fill(journal, pairs, name, question, limits, batch_size, device, dtype)
+            fill(team, journal, pairs, name, question, limits, endpoints=judges[name], **loading)
         if not alone:
             unite(final, journals, names, pairs, combine, limits)
     summary |= final.counts
@@ -115,16 +133,24 @@ def main(inputs, output, model, judge, combine, constitution, principles, no_exa
     cli.finish(summary, as_json=as_json, next_command=shlex.join(["python", *then]))
 
 
-def judge_names(model: str | None, judges: Iterable[str]) -> list[str]:
-    """The judges, --model first. Raises InputError if there is none, one twice, or one that can't be."""
-    names = [*([model] if model else []), *judges]
-    if not names:
-        raise InputError("no judge", expected="--model MODEL, or --judge MODEL for each of several")
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError("the same judge twice", where=f"--judge {name}", remedy="Name each judge once")
+def read_judges(model: str | None, further: Iterable[str], endpoints: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """{judge: its servers}, --model first. A server's may be said with it: openai:NAME@URL.
+
+    Raises InputError if there is no judge, one twice, or one that can't be.
+    """
+    judges: dict[str, tuple[str, ...]] = {}
+    for given in [*([model] if model else []), *further]:
+        name, at, url = given.partition("@http") if given.startswith("openai:") else (given, "", "")
+        if name in judges:
+            raise InputError(f"the judge {name} twice", where="--judge", remedy="Name each judge once")
         check_model(name)
-    return names
+        judges[name] = (f"http{url}",) if at else endpoints if name.startswith("openai:") else ()
+    if not judges:
+        raise InputError("no judge", expected="--model MODEL, or --judge MODEL for each of several")
+    if endpoints and endpoints not in judges.values():
+        raise InputError("an endpoint, and no judge of the kind openai:NAME", where="--endpoint",
+                         remedy="Say what the server calls the model, or leave it out")
+    return judges
 
 
 def beside(output: str, number: int) -> str:
@@ -151,30 +177,47 @@ def read_comparisons(inputs, against, most, seed, limit):
     return pairs, {"input": source.digest, "against": others and others.digest}
 
 
-def fill(journal, pairs, name, question, limits, batch_size, device, dtype) -> None:
-    """Have one judge decide the pairs that are left. What does not fit its context is counted and named."""
-    if journal.complete:
+def fill(team, journal, pairs, name, question, limits, **loading) -> None:
+    """Have one judge decide the pairs that are left; under `accelerate launch` each process its share.
+
+    What does not fit the judge's context is counted and named.
+    """
+    if team.first and journal.complete:
+        team.begin(journal)
         return
-    engine = load_engine(name, batch_size=batch_size, device=device, dtype=dtype)
-    failed = {}
-    with journal, cli.progress(len(pairs.ids), "judge") as bar:
-        if journal.complete:
+    engine = load_engine(name, **loading) if team.first else None  # one that can't be loaded leaves no trace
+    with journal or nullcontext():
+        place = team.begin(journal)
+        if place is None:
             return
-        bar.update(len(journal.done))
-        differing = (pair for pair in pairs if not judging.identical(pair))
-        for pair, verdicts in judging.judge(engine, differing, question, journal.done):
+        failed = judge_share(team, place, pairs, engine or load_engine(name, **loading), question, limits)
+        found = team.gather(place, failed)
+        if team.first:
+            for pair in pairs:
+                if judging.identical(pair) and pair["id"] not in journal.done:
+                    journal.write(judging.tie(pair))
+            close(journal, pairs, {key: why for one in found for key, why in one.items()}, {})
+
+
+def judge_share(team, journal, pairs, engine, question, limits) -> dict[str, str]:
+    """Judge the differing pairs of this process that are left. Returns {id: why there is no verdict}."""
+    failed = {}
+    why = (f"it does not fit the model's context of {engine.context} tokens" if engine.context
+           else "it is too long, or the server would not answer")
+    differing = (pair for pair in pairs if not judging.identical(pair))
+    done = frozenset(journal.done)
+    with cli.progress(len(pairs.ids) // team.count, "judge") as bar:
+        bar.disable = bar.disable or not team.first
+        bar.update(len(done) // team.count)
+        for pair, verdicts in judging.judge(engine, team.share(differing), question, done):
             if verdicts is None:
-                failed[pair["id"]] = f"it does not fit the model's context of {engine.context} tokens"
+                failed[pair["id"]] = why
             else:
                 asked = "all" if question.every else question.principles(pair)[0].id
                 p_a = judging.soft_label(verdicts, question.weights)
                 journal.write(judging.preference(pair, asked, verdicts, p_a, limits))
             bar.update(1)
-        for pair in pairs:
-            if judging.identical(pair) and pair["id"] not in journal.done:
-                journal.write(judging.tie(pair))
-                bar.update(1)
-        close(journal, pairs, failed, {})
+    return failed
 
 
 def close(journal, pairs, failed: dict, more: dict) -> None:
@@ -242,23 +285,23 @@ class _Ahead:
         return row
 
 
-def estimate(pairs, journal, question, model) -> dict:
-    """What the pairs left will ask of one judge, without loading it: each order of each principle once, and once
-    more with reasoning."""
-    done = len(pairs.ids) if journal.complete else len(journal.done)
+def estimate(pairs, journal, question, model, plan) -> dict:
+    """What the pairs left will ask of one judge, without loading it: each order of each principle once, and before
+    it once more with reasoning."""
 
     def asked() -> Iterator[tuple]:
         for pair in () if journal.complete else pairs:
             if pair["id"] not in journal.done and not judging.identical(pair):
                 yield from ((pair, order, one) for one in question.principles(pair) for order in judging.ORDERS)
 
-    plan = textsteps.estimate(asked(), lambda one: question.choose(*one), 0, model)
+    done = len(pairs.ids) if journal.complete else len(journal.done)
+    found = text_plan((question.choose(*one) for one in asked()), model, Sampling(0), **{**plan, "like": None})
     if question.reasoning:
-        new = question.sampling.max_new_tokens
-        thinking = textsteps.estimate(asked(), lambda one: question.think(*one), new, model)
+        thinking = text_plan((question.think(*one) for one in asked()), model, question.sampling, **plan)
+        found |= {name: thinking[name] for name in thinking if name not in found or name.endswith("_gb")}
         for name in ("model_calls", "prompt_tokens_about", "new_tokens_at_most"):
-            plan[name] += thinking[name]
-    return {"done": done, **plan}
+            found[name] += thinking[name]
+    return {"done": done, **found}
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
 """judge.py by its command line, on small random judges."""
 
+import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 
+import flat_memory
 import models
 import pytest
 from conftest import ROOT
 
+from cai import ensemble
+from cai.engines import LocalEngine
 from cai.records import read_jsonl, read_manifest
 
 
@@ -203,6 +208,12 @@ def test_dry_run(judge):
         (samples(2), ["--against", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (samples(2), ["--constitution", "nowhere"], "nowhere"),
         (samples(2), ["--template", "nowhere"], "nowhere"),
+        ([{"prompt": "Q?", "response_a": "x"}], [], "rows.jsonl:1: a row without 'response_b'"),
+        ([{"prompt": "Q?", "response_a": "x", "response_b": None}], [], "rows.jsonl:1: a row without 'response_b'"),
+        ([{"prompt": "Q?", "chosen": "x", "rejected": None}], [], "rows.jsonl:1: 'rejected' is null"),
+        (samples(2), ["--judge", "nowhere/at/all"], "nowhere/at/all"),
+        (samples(2), ["--endpoint", "http://localhost:1/v1"], "no judge of the kind openai:NAME"),
+        (samples(2), ["--judge", "tiny", "--judge", "tiny"], "the judge tiny twice"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_written(judge, tmp_path, rows, arguments, said):
@@ -225,3 +236,146 @@ def test_a_line_that_is_not_json(judge, tmp_path):
     path.write_text(json.dumps(samples(1)[0]) + "\nnot json\n")
     result, output = judge(path)
     assert result.exit_code == 2 and "rows.jsonl:2: not JSON" in result.stderr and not output.parent.exists()
+
+
+# --- several judges ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["mean", "majority", "dawid-skene"])
+def test_several_judges_become_one_label(judge, invoke, tmp_path, way):
+    names = [str(models.folder(family)) for family in ("llama", "qwen", "gemma3")]
+    more = [part for name in names[1:] for part in ("--judge", name)]
+    given = gold_pairs(12)
+    given[3]["response_b"] = given[3]["response_a"]
+    result, output = judge(given, *more, "--combine", way, "--json", "--audit", tmp_path / "audit.json")
+    assert result.exit_code == 0, result.output
+    summary, rows = json.loads(result.stdout), rows_of(output)
+    assert (summary["pairs"], summary["identical"], summary["failed"]) == (11, 1, 0)
+    assert summary["combine"] == way and summary["agreement"]["n"] == 11
+    assert list(summary["judges"]) == names and summary["judges"][names[1]]["pairs"] == 11
+    assert ("estimated_accuracy" in summary) == (way == "dawid-skene")
+    alone = [{row["id"]: row for row in rows_of(output.with_name(f"preferences.judge{n}.jsonl"))} for n in (1, 2, 3)]
+    assert rows[3]["tie"] and len(rows) == 12
+    labels = [[one[row["id"]]["p_a"] for one in alone] for row in rows if "tie" not in row]
+    expected = ensemble.combine(way, labels)
+    for row, each, p in zip([row for row in rows if "tie" not in row], labels, expected, strict=True):
+        assert row["p_a"] == pytest.approx(p) and list(row["judges"].values()) == each
+        assert [v["judge"] for v in row["verdicts"]] == [name for name in names for _ in "ab"]
+        assert row["chosen"] == (row["response_a"] if p > 0.5 else row["response_b"] if p < 0.5 else None)
+    audited = json.loads((tmp_path / "audit.json").read_text())
+    assert list(audited["judges"]) == names and audited["agreement"] == summary["agreement"]
+    assert audited["accuracy"]["value"] == pytest.approx(summary["accuracy"]["value"])
+    # A judge's file is there already: it is not asked again.
+    before = output.with_name("preferences.judge2.jsonl").stat().st_mtime_ns
+    again, _ = judge(given, *more, "--combine", way, "--json", "--overwrite")
+    assert json.loads(again.stdout)["agreement"] == summary["agreement"] and rows_of(output) == rows
+    assert output.with_name("preferences.judge2.jsonl").stat().st_mtime_ns == before
+
+
+def test_where_one_judge_is_too_small_the_others_decide(judge, tmp_path):
+    short = models.build("llama", tmp_path / "short", max_position_embeddings=600)
+    given = samples(3)
+    given[2]["response"] = "word " * 400
+    result, output = judge(given, "--judge", short, "--json")
+    assert result.exit_code == 0, result.output
+    summary, rows = json.loads(result.stdout), rows_of(output)
+    assert summary["failed"] == 0 and summary["judges"][str(short)]["failed"] == 1 and summary["pairs"] == 3
+    assert rows[1]["judges"][str(short)] is None and rows[1]["p_a"] is not None
+    given[0]["response"] = "word " * 4000  # too long for both
+    result, output = judge(given, "--judge", short, "--json", "--overwrite")
+    assert result.exit_code == 3, result.output
+    assert json.loads(result.stdout)["failed"] == 1 and "p0/0 vs p0/1: it does not fit" in result.stderr
+    assert [row["id"] for row in rows_of(output)] == ["p1/0 vs p1/1", "p2/0 vs p2/1"]
+
+
+def test_all_principles(judge):
+    result, output = judge(samples(2), "--principles", "all", "--json")
+    assert result.exit_code == 0, result.output
+    for row in rows_of(output):
+        assert row["principle"] == "all" and len(row["verdicts"]) == 32
+        assert row["p_a"] == pytest.approx(sum(v["p_a"] for v in row["verdicts"]) / 32)
+    assert json.loads(result.stdout)["same_position"]["n"] == 32
+
+
+# --- the audit -----------------------------------------------------------------------------------------------
+
+
+def test_audit_of_a_finished_output(judge, tmp_path):
+    result, _ = judge(gold_pairs(30), "--json")
+    summary, path = json.loads(result.stdout), tmp_path / "audits" / "one.json"
+    again, output = judge(gold_pairs(30), "--json", "--audit", path)
+    assert again.exit_code == 0 and "done already" in again.stderr
+    written = json.loads(again.stdout)["audit"]
+    assert written == {"file": str(path), "reliability": str(path.with_suffix(".png"))}
+    audited = json.loads(path.read_text())
+    for name in ("accuracy", "same_position", "longer", "always_a", "nulls"):
+        assert audited[name]["value"] == pytest.approx(summary[name]["value"]), name
+        assert set(audited[name]) >= {"value", "low", "high", "n"}
+    for name in ("ece", "length_correlation", "length_corrected_win_rate", "label_mass", "self_preference"):
+        assert set(audited[name]) >= {"value", "low", "high", "n"}, name
+    assert path.with_suffix(".png").stat().st_size > 1000
+    for wrong in (output, tmp_path / "rows.jsonl", "audit.txt"):
+        result, _ = judge(gold_pairs(30), "--audit", wrong)
+        assert result.exit_code == 2 and "--audit" in result.stderr
+
+
+# --- rows of other people ------------------------------------------------------------------------------------
+
+
+def test_hh_rlhf_rows_are_all_accounted_for(judge, shared_data, tmp_path):
+    """The first rows here; the whole file is judged by the same line (see the references)."""
+    with gzip.open(shared_data / "hh-rlhf" / "harmless-base.test.first1500.jsonl.gz", "rt") as file:
+        lines = list(islice(file, 60))
+    path = tmp_path / "hh.jsonl"
+    path.write_text("".join(lines))
+    result, output = judge(path, "--json", "--audit", tmp_path / "audit.json")
+    assert result.exit_code in (0, 3), result.output  # the small model's context does not hold the longest
+    summary, rows = json.loads(result.stdout), rows_of(output)
+    assert summary["pairs"] + summary["identical"] + summary["failed"] == 60
+    assert len(rows) == summary["pairs"] + summary["identical"] > 40
+    assert len(read_manifest(output).get("failed_rows", {})) == summary["failed"]
+    turns = [row["prompt"] for row in rows if isinstance(row["prompt"], list)]
+    assert len(turns) > 0.5 * len(rows) and all(one[-1]["role"] == "user" for one in turns)
+    assert all(one[n]["role"] == ("user", "assistant")[n % 2] for one in turns for n in range(len(one)))
+    assert 0.2 < json.loads((tmp_path / "audit.json").read_text())["always_a"]["value"] < 0.8
+
+
+def test_strange_responses(judge):
+    given = gold_pairs(5)
+    given[0]["response_a"] = ""
+    given[1]["response_a"] = given[1]["response_b"] = "The same."
+    given[2]["response_b"] = "x" * 100_000
+    given[3]["response_a"] = given[3]["response_b"] = ""
+    result, output = judge(given, "--json")
+    assert result.exit_code == 3, result.output
+    summary = json.loads(result.stdout)
+    assert (summary["pairs"], summary["identical"], summary["empty"], summary["failed"]) == (2, 2, 1, 1)
+    assert "pair g2: it does not fit the model's context of 2048 tokens" in result.stderr
+    rows = {row["id"]: row for row in rows_of(output)}
+    assert rows.keys() == {"g0", "g1", "g3", "g4"} and rows["g1"]["tie"] and rows["g3"]["tie"]
+    assert rows["g0"]["chosen"] is not None and len(rows["g0"]["verdicts"]) == 2
+
+
+def test_responses_with_nobody_to_compare_with_are_counted(judge):
+    result, output = judge([*samples(3), *samples(5, 1)[3:]], "--json")
+    summary = json.loads(result.stdout)
+    assert (summary["pairs"], summary["unpaired"]) == (3, 2) and len(rows_of(output)) == 3
+
+
+def test_a_judge_that_refuses_is_no_verdict(judge, monkeypatch):
+    """One whose log-probabilities can't be read, and which writes something else than a letter."""
+    monkeypatch.setattr(LocalEngine, "scores_choices", False, raising=False)
+    result, output = judge(gold_pairs(4), "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    unread = [row for row in rows_of(output) if row["p_a"] is None]
+    assert summary["nulls"]["value"] == len(unread) / 4 and summary["label_mass"] is None and unread
+    for row in unread:
+        assert row["chosen"] is row["rejected"] is row["p_chosen"] is None and row["response_a"]
+        assert any(v["p_a"] is None for v in row["verdicts"]) and all("answer" in v for v in row["verdicts"])
+
+
+def test_memory_does_not_grow_with_the_rows():
+    """A row here takes 3 kB once it is read: what a further one adds is its id, a few times over."""
+    few, many = (flat_memory.measure(size, libraries=False) for size in (3000, 9000))  # above one window each
+    assert (many - few) * 2**20 / 6000 < 1000

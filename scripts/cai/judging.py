@@ -27,6 +27,7 @@ from cai.templates import Template
 LABELS = ("A", "B")
 ORDERS = ("ab", "ba")  # which response is shown first, and so under the label A
 ANSWER_TOKENS = 16  # room for "**(A)**." in any tokenizer, and too little to reason in
+UNANSWERED = ("too_long", "failed")  # how a generation finishes where there is none
 _ANSWER = re.compile(r"[\s(\[*_`\"'“]*([AB])[\s)\]*_`\"'”.]*")
 
 # Of two rows that are compared, these stay behind: they speak of one response.
@@ -287,7 +288,8 @@ def worked_comparison(example: Mapping) -> dict | None:
 def judge(
     engine, comparisons: Iterable[dict], question: Question, done: Set[str] = frozenset()
 ) -> Iterator[tuple[dict, list[dict] | None]]:
-    """(comparison, its verdicts) as they are reached, not in order; None where it does not fit the model.
+    """(comparison, its verdicts) as they are reached, not in order; None where it does not fit the model, or where
+    a server would not answer.
 
     Two verdicts, one an order, for each principle that it is judged under.
 
@@ -303,6 +305,8 @@ def judge(
     # Reasoning and written answers take long, and what is not judged yet is lost when the process is killed:
     # smaller windows.
     size = engine.batch_size * (WINDOW // 2 if scores and not question.reasoning else 4)
+    if question.every:
+        size = max(engine.batch_size // 2, size // len(question.constitution.principles), 1)
     while window := list(islice(comparisons, size)):
         left = [one for one in window if one["id"] not in done]
         unseen -= len(window) - len(left)
