@@ -189,7 +189,8 @@ def test_the_report_for_a_pull_request(folder):
     assert "| harmful prompts (n = 20): complied (in part counts) | 100.0 % (83.9–100.0) | 30.0 %" in text
     for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
         assert (folder / picture).is_file()
-    assert "<script" not in text.replace("\\<script", "") and "](javascript" not in text and "\u202e" not in text
+    assert not re.search(r"(?<!\\)<script|(?<!\\)\]\(javascript", text) and "\u202e" not in text
+    assert "\\<script\\>window.pwned = 1" in text
 
 
 def test_again_replaces_its_own_and_never_another_file(tmp_path, invoke):
@@ -436,12 +437,11 @@ def test_hostile_text_is_shown_and_does_nothing(opened):
     page = opened()
     for number, text in enumerate(runs.HOSTILE, 12):
         page.evaluate("key => { location.hash = 't=' + encodeURIComponent(key) }", f"training:{text}/{number}")
-        page.wait_for_function("text => document.querySelector('#detail .text').dataset.seen !== '1'", arg=text)
+        page.wait_for_function("title => document.querySelector('#detail h3').textContent === title",
+                               arg=visible(f"{text}/{number}"))
         blocks = page.locator("#detail .text").all_text_contents()
         assert all(visible(text) in block for block in blocks), text
         assert len(blocks) == 6  # prompt, response, critique, revision, two sides
-        assert page.locator("#detail h3").text_content() == visible(f"{text}/{number}")
-        page.evaluate("document.querySelectorAll('#detail .text').forEach(one => { one.dataset.seen = '1' })")
     assert page.evaluate("window.pwned") is None
     assert page.locator("img, iframe, textarea, object, embed").count() == 0
     assert page.locator("body script").count() == 2

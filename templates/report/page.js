@@ -134,7 +134,7 @@
     walk();
   }
   function principle(id) {
-    const text = data.principles[id];
+    const text = Object.hasOwn(data.principles, id) && data.principles[id];
     return label(`Principle ${plain(id)}`, text && `– ${plain(text)}`);
   }
   function round(one, number) {
