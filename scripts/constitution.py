@@ -148,6 +148,8 @@ def new(output, name, description, audience, sentences, base, as_json, overwrite
     """
     if not sentences and not base:
         raise InputError("no principles", expected="--sentence or --base, or both")
+    if any(not one.strip() for one in sentences):
+        raise InputError("an empty sentence", where="--sentence", expected="a principle in one sentence")
     bases = [load_constitution(one) for one in base]
     principles = [p for one in bases for p in one.principles]
     taken = {p.id for p in principles}

@@ -164,8 +164,7 @@ def test_a_duty_that_no_principle_keeps():
 def test_it_says_what_it_cannot_judge_and_sees_duplicates_in_any_language():
     assert len(NOT_JUDGED) >= 3
     german = of("Sei freundlich zu allen Menschen", "Nenne immer die Quelle", "Sei freundlich zu allen  Menschen!")
-    assert not is_english(Constitution("x", "x", "", tuple(
-        Principle(p.id, p.principle, p.principle, p.principle) for p in german.principles)))
+    assert not is_english(german) and is_english(of("Be kind to all of the people"))
     assert [(one.rule, one.principles) for one in lint(german)] == [("duplicate", ("p1", "p3"))]
 
 

@@ -54,7 +54,7 @@ def lint(constitution: Constitution) -> list[Finding]:
 
 def is_english(constitution: Constitution) -> bool:
     """Whether one word in ten or more is among the commonest of English: else the rules see next to nothing."""
-    words = [word for p in constitution.principles for name in REQUESTS for word in _words(getattr(p, name))]
+    words = [word for p in constitution.principles for text in _texts(p).values() for word in _words(text)]
     return sum(word in _COMMON for word in words) >= len(words) / 10
 
 
