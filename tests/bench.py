@@ -61,6 +61,7 @@ class Bench:
 
     def add(self, name: str, value: float) -> None:
         self.figures.setdefault(f"{self.label} {name}", []).append(value)
+        cli.note(f"{self.label} {name}: {value:.3g}")
 
     def race(self, name: str, ours: Callable, others: dict[str, Callable], same: Callable) -> None:
         """Time all, round by round; a figure for each other: how many times as long it took.
@@ -242,16 +243,19 @@ def judge(bench: Bench) -> None:
 
     def parsed():
         for conversation in asked:
-            [(_, made)] = engine.generate([conversation], Sampling(NEW_TOKENS, 0), [0])
-            made.text.find("A")
-        return None
+            ids = torch.tensor([engine.chat.encode(engine.chat.render(conversation))], device=engine.model.device)
+            made = engine.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                         max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+            engine.tokenizer.decode(made[0, ids.shape[1] :]).find("A")
 
     def close(one, other):
         return other is None or max(abs(a - b) for x, y in zip(one, other, strict=True)
                                     for a, b in zip(x, y, strict=True)) < 1e-4
 
     ours()
-    bench.race("judge", ours, {"generate and parse": parsed, "one forward pass a question": plain}, close)
+    bench.race("judge", ours, {
+        f"generate {NEW_TOKENS} tokens and parse": parsed, "one forward pass a question": plain,
+    }, close)
 
 
 # --- the machine --------------------------------------------------------------------------------------------

@@ -522,3 +522,52 @@ def test_an_adapter_folder_answers_like_its_merged_model(tmp_path):
         for folder in (tmp_path / "adapter", tmp_path / "merged", base)
     )
     assert adapter == pytest.approx(merged, abs=1e-4) and adapter != pytest.approx(plain, abs=1e-3)
+
+
+def test_batches_are_bounded_by_rows_and_by_tokens():
+    engine = engine_of("llama", batch_size=4, batch_tokens=300)
+    seen = []
+    hook = engine.model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    talks = [conversation(n, system="word " * (1 + n * 7 % 40)) for n in range(12)]
+    try:
+        assert len(answers(engine, talks, Sampling(max_new_tokens=4, temperature=0), range(12))) == 12
+    finally:
+        hook.remove()
+    lengths = sorted((len(engine.chat.encode(engine.chat.render(talk))) for talk in talks), reverse=True)
+    assert lengths[0] > 80 and {rows for rows, columns in seen if columns > 1} - {1} < {2, 3, 4}
+    expected, left = [], lengths
+    while left:
+        fits = max(1, min(4, 300 // (left[0] + 4)))
+        expected.append(len(left[:fits]))
+        left = left[fits:]
+    ours = [rows for rows, columns in seen if columns > 1]
+    assert ours[-len(expected) :] == expected  # what precedes is the shared beginning
+    size = engines.tokens_that_fit(engine.model)
+    assert size == 1 << (size.bit_length() - 1) and engine_of("llama").batch_tokens == size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+@pytest.mark.parametrize(("environment", "fewer"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072",
+                                                                   "MALLOC_MMAP_THRESHOLD_": "131072"}, False)])
+def test_freed_memory_is_kept(environment, fewer):
+    """Counted in pages that the system had to give: 40 times the same 4 MB are asked for and freed."""
+    if engines.platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library")
+    code = (
+        "import resource, sys, ctypes\n"
+        "from cai.engines import keep_freed_memory\n"
+        "keep_freed_memory()\n"
+        "lib = ctypes.CDLL(None); lib.malloc.restype = ctypes.c_void_p\n"
+        "lib.malloc.argtypes = [ctypes.c_size_t]; lib.free.argtypes = [ctypes.c_void_p]\n"
+        "def once():\n"
+        "    at = lib.malloc(1 << 22); ctypes.memset(at, 1, 1 << 22); lib.free(at)\n"
+        "once(); before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(40): once()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    kept = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT / "scripts"), **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=kept)
+    pages = int(done.stdout)
+    assert (pages < 2000) == fewer  # of 40,960

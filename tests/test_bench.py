@@ -1,0 +1,35 @@
+"""The benchmark runs, compares the same text, and tells what it measured. That it is fast is not for a test."""
+
+import json
+
+import bench
+import models
+import pytest
+from click.testing import CliRunner
+
+
+def test_one_benchmark_as_json(monkeypatch):
+    monkeypatch.setattr(bench, "NEW_TOKENS", 4)
+    line = ["--only", "judge", "--model", str(models.folder("llama")), "--rows", "3", "--rounds", "2", "--json"]
+    done = CliRunner().invoke(bench.main, line)
+    assert done.exit_code == 0, done.output
+    table = json.loads(done.stdout)
+    assert [name.partition(": ")[2] for name in table] == ["generate 4 tokens and parse", "one forward pass a question"]
+    for value in table.values():
+        assert 0 < value["min"] <= value["median"] <= value["max"]
+
+
+def test_text_steps_against_the_pipelines_and_their_overhead(monkeypatch):
+    """On a random model, whose greedy text is the same in all three."""
+    one = bench.Bench(str(models.folder("llama")), "small", 3, 1, "cpu")
+    monkeypatch.setattr(bench, "NEW_TOKENS", 6)
+    for name in ("text", "share"):
+        bench.BENCHES[name](one)
+    assert len(one.figures) == 3 and all(value > 0 for [value] in one.figures.values())
+    assert one.figures["small text steps: share of time in the forward pass"][0] < 1
+
+
+def test_another_text_ends_the_benchmark():
+    one = bench.Bench("tiny", "tiny", 3, 1, "cpu")
+    with pytest.raises(SystemExit, match="slow made something else"):
+        one.race("words", lambda: "a", {"slow": lambda: "b"}, lambda ours, theirs: ours == theirs)

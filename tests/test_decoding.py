@@ -1,0 +1,121 @@
+"""The decoding loop, on small random models: the plain loop's tokens, with less work."""
+
+import models
+import pytest
+
+from cai.decoding import Prefixes, RowSampler, Sampling, chunks, common_prefix, decode, prefill, shared_beginnings
+from cai.engines import load_engine
+
+
+def test_chunks_by_hand():
+    assert list(chunks([5, 4, 4, 9, 1], 10)) == [range(0, 2), range(2, 3), range(3, 4), range(4, 5)]
+    assert list(chunks([5, 4, 4, 9, 1], 40)) == [range(0, 5 - 1), range(4, 5)]
+    assert list(chunks([50], 10)) == [range(0, 1)] and list(chunks([], 10)) == []
+
+
+def test_shared_beginnings_by_hand():
+    first, second = list(range(40)), list(range(100, 120))
+    prompts = [[*first, 1], [*first, 2, 3], [*second, 1], [*second, 2], [9] * 30]
+    # By their first 8 or 16 tokens both groups are found; by 32 the first alone, which saves less.
+    assert shared_beginnings(prompts) == [first, second]
+    # One token at least is left of each prompt.
+    assert shared_beginnings([first, first]) == [first[:-1]]
+    assert shared_beginnings([[1, 2, 3], [1, 2, 4]]) == [] and shared_beginnings([]) == []
+    assert common_prefix([[1, 2, 3], [1, 2], [1, 2, 9]]) == [1, 2]
+
+
+def prompts_of(engine, count=9):
+    """Two groups that begin alike, of different lengths, and one prompt that begins like none."""
+    texts = [("Name the ways in which the response is harmful: " if n % 2 else "Consider the principle, and: ")
+             + "open the old gate " * (1 + n * 3 % 7) for n in range(count - 1)]
+    return [engine.chat.encode(text) for text in [*texts, "I can't help with that because it would hurt someone"]]
+
+
+def made(engine, prompts, prefixes, stop_ids=(), new=10, temperature=0.0, **options):
+    import torch
+
+    sampler = RowSampler(Sampling(new, temperature), range(len(prompts)))
+    with torch.inference_mode():
+        return dict(decode(engine.model, prompts, prefixes, sampler, max_new_tokens=new, stop_ids=set(stop_ids),
+                           pad_id=engine.pad_id, **options))
+
+
+def passes(model):
+    """A list that gets the shape (rows, columns) of every forward pass, and what takes the hook away."""
+    seen = []
+    hook = model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return seen, hook
+
+
+@pytest.mark.parametrize("family", models.ARCHITECTURES)
+def test_prefixes_and_chunks_change_nothing(family):
+    engine = load_engine(str(models.folder(family)), device="cpu")
+    prompts = prompts_of(engine)
+    shared = Prefixes(engine.model, prompts, engine.pad_id)
+    alone = Prefixes(engine.model, prompts, engine.pad_id, share=False)
+    assert len(shared.lengths) == 2 and len(set(shared.lengths)) == 2 and alone.width == 0
+    assert shared.of(prompts[-1]) is None and shared.shared(prompts[-1]) == 0
+    # Both are used, and at one time with rows that have none.
+    assert {shared.of(prompt) for prompt in prompts} == {None, 0, 1}
+    plain = {}
+    for n, prompt in enumerate(prompts):
+        [(_, plain[n])] = made(engine, [prompt], alone).items()
+    assert len({tuple(tokens) for tokens in plain.values()}) > 2
+    for prefixes in (alone, shared):
+        for chunk in (1, 60, 10_000):
+            assert made(engine, prompts, prefixes, chunk_tokens=chunk) == plain
+
+
+def test_what_prompts_begin_with_is_computed_once():
+    engine = load_engine(str(models.folder("llama")), device="cpu")
+    prompts = prompts_of(engine)
+    seen, hook = passes(engine.model)
+    try:
+        prefixes = Prefixes(engine.model, prompts, engine.pad_id)
+        made(engine, prompts, prefixes, new=1)
+    finally:
+        hook.remove()
+    rest = max(len(prompt) - prefixes.shared(prompt) for prompt in prompts)
+    assert seen == [(2, max(prefixes.lengths)), (9, rest)]
+
+
+def test_rows_that_have_ended_leave_the_batch():
+    engine = load_engine(str(models.folder("qwen")), device="cpu")
+    prompts = prompts_of(engine, 16)
+    none = Prefixes(engine.model, prompts, engine.pad_id, share=False)
+    free = made(engine, prompts, none, new=24, temperature=1.0)
+    # Ends that come early in some rows and late or never in others.
+    ends = {tokens[n] for n, tokens in free.items() if n < 10}
+    cut = {n: tokens[: next((at + 1 for at, one in enumerate(tokens) if one in ends), 24)]
+           for n, tokens in free.items()}
+    assert len({len(tokens) for tokens in cut.values()}) > 4
+    seen, hook = passes(engine.model)
+    try:
+        assert made(engine, prompts, none, stop_ids=ends, new=24, temperature=1.0) == cut
+    finally:
+        hook.remove()
+    steps = [rows for rows, columns in seen if columns == 1]
+    assert steps == sorted(steps, reverse=True) and steps[-1] < len(prompts) // 2
+    # No more rows than were live, but for the eighth that may wait.
+    for step, rows in enumerate(steps, 1):
+        live = sum(len(tokens) > step for tokens in cut.values())
+        assert live <= rows <= live + max(1, rows // 8)
+
+
+def test_logits_are_made_of_the_last_position_alone():
+    import torch
+
+    engine = load_engine(str(models.folder("gemma2")), device="cpu")
+    prompts, shapes = prompts_of(engine), []
+    hook = engine.model.get_output_embeddings().register_forward_hook(
+        lambda _module, _args, logits: shapes.append(tuple(logits.shape[:2]))
+    )
+    try:
+        with torch.inference_mode():
+            none = Prefixes(engine.model, prompts, engine.pad_id, share=False)
+            logits, past, starts = prefill(engine.model, prompts, none, engine.pad_id, keep=False)
+    finally:
+        hook.remove()
+    assert shapes == [(9, 1)] and logits.shape[0] == 9 and past is None and starts == [0] * 9
