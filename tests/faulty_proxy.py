@@ -24,6 +24,7 @@ class FaultyProxy:
         rate: share of the requests that are spoiled.
         faults: of FAULTS, or "location URL" (a redirect), or "status N" (an error that echoes the request's headers).
         delay: seconds that a "delay" lasts before the request is passed on.
+        dies_after, spoils_after: requests after which all are dropped; before which none is spoiled.
     Attributes:
         address: where it listens, as `http://127.0.0.1:PORT`.
         counts: how often each fault was done; under "passed" what went through, under "most" the most at once.
@@ -31,10 +32,11 @@ class FaultyProxy:
     """
 
     def __init__(self, upstream: str, *, rate: float = 0.2, seed: int = 0, faults=FAULTS, delay: float = 1.0,
-                 port: int = 0):
+                 port: int = 0, dies_after: int | None = None, spoils_after: int = 0):
         parts = urlsplit(upstream)
         self.upstream = (parts.hostname, parts.port)
         self.rate, self.faults, self.delay, self.port = rate, tuple(faults), delay, port
+        self.dies_after, self.spoils_after = dies_after, spoils_after
         self.draws = random.Random(seed)
         self.counts: Counter = Counter()
         self.under_way, self.headers = 0, {}
@@ -77,7 +79,7 @@ class FaultyProxy:
             headers = dict(line.split(": ", 1) for line in lines[1:] if ": " in line)
             self.headers = headers = {name.lower(): value for name, value in headers.items()}
             body = await reader.readexactly(int(headers.get("content-length", 0)))
-            fault = self.draws.choice(self.faults) if self.draws.random() < self.rate else "passed"
+            fault = self._draw()
             self.counts[fault] += 1
             writer.write(await self._reply(fault, lines, headers, body))
             await writer.drain()
@@ -86,6 +88,13 @@ class FaultyProxy:
         finally:
             self.under_way -= 1
             writer.close()
+
+    def _draw(self) -> str:
+        came = self.counts["passed"]
+        if self.dies_after is not None and came >= self.dies_after:
+            return "drop"
+        spoiled = self.draws.random() < self.rate and came >= self.spoils_after
+        return self.draws.choice(self.faults) if spoiled else "passed"
 
     async def _reply(self, fault: str, lines: list[str], headers: dict, body: bytes) -> bytes:
         if fault == "drop":

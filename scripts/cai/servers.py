@@ -19,7 +19,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -34,7 +34,7 @@ IN_FLIGHT = 64  # requests at once where nobody says
 TIMEOUT = 600.0  # seconds for one request
 PATIENCE = 60.0  # seconds without one good answer after which the servers are taken for gone
 LONGEST_WAIT = 600.0  # seconds that a server may ask us to wait
-TRIES = 12  # of one request while others are answered; then it is this row that fails
+TRIES = 12  # of one request; if another is answered then, it is this row that fails
 GREETINGS = 6  # tries of the first request, within some seconds: is anybody there?
 DOWN_AFTER = 5  # failures in a row after which a replica rests, and is then tried with one request at a time
 REFUSALS = 8  # rows refused, and none answered: then it is not the rows
@@ -172,7 +172,7 @@ class ServerEngine:
         self._continues: bool | None = None
         self._scores: bool | None = None
         # How it went.
-        self._good = self._rows = self._refusals = 0  # answers of any kind; rows answered; rows refused
+        self._rows = self._refusals = 0  # answered; refused
         self._last_good = self._asked_to_wait = 0.0
         for address in addresses:
             if key and urlsplit(address).scheme == "http" and not _is_loopback(urlsplit(address).hostname):
@@ -254,7 +254,7 @@ class ServerEngine:
             return Generation("", "too_long" if too_long else "failed", 0, 0, str(refusal))
         self._rows += 1
         choice, usage = answer["choices"][0], answer.get("usage") or {}
-        numbers = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        numbers = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
         if choice.get("finish_reason") == "content_filter":
             return Generation("", "failed", *numbers, "the server's content filter")
         text = _text(choice["message"].get("content"))
@@ -351,7 +351,7 @@ class ServerEngine:
             body: makes the request anew for each try, as the server is then known.
         Raises _RefusedError if the answer is no, CaiError if there will be none.
         """
-        tries, good_before, last = 0, self._good, None
+        tries, last = 0, None
         while True:
             replica = await self._free(last)
             sent, began = body(), time.monotonic()
@@ -366,14 +366,16 @@ class ServerEngine:
             except _NoAnswerError as failure:
                 tries, last = tries + 1, replica
                 self._went_badly(replica, began, failure.wait)
-                if self._look_gone() and not await self._alive(replica):
-                    raise self._gone(str(failure)) from None
-                if tries >= TRIES and self._good > good_before:
-                    raise _RefusedError(f"no answer in {tries} tries, while others were answered; "
-                                        f"the last: {failure}") from None
+                gone = self._look_gone()
+                if gone or tries >= TRIES:  # is it the server or the row?
+                    if await self._alive(replica):
+                        raise _RefusedError(f"no answer in {tries} tries, while another question was answered; "
+                                            f"the last: {failure}") from None
+                    if gone:
+                        raise self._gone(str(failure)) from None
             else:
                 self._went_well(replica)
-                self._accepted |= sent.keys()
+                self._accepted |= sent.keys() | {message["role"] for message in sent["messages"]}
                 return answer
             finally:
                 replica.in_flight -= 1
@@ -398,7 +400,7 @@ class ServerEngine:
             raise _NoAnswerError(f"{replica.address}: no answer within {self.timeout:g} s") from None
         except openai.OpenAIError as error:
             raise _NoAnswerError(f"{replica.address}: {self._safe(error.__cause__ or error)}") from None
-        except (ValueError, TypeError, KeyError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             why = self._safe(error)
             raise _NoAnswerError(f"{replica.address}: what came back is no chat completion ({why})") from None
 
@@ -407,9 +409,9 @@ class ServerEngine:
         said = f"{replica.address}: {status} {self._safe(_message(body))}".rstrip()
         if 300 <= status < 400:
             # Never followed: the key and the conversation would go where nobody has said.
-            host = self._safe(urlsplit(headers.get("location", "")).netloc)
-            return CaiError(f"{replica.address}: {status}, a redirect to {host or 'elsewhere'}, which is not followed. "
-                            "If that is right, name it with --endpoint")
+            to = self._safe(headers.get("location", "elsewhere"))
+            return CaiError(f"{replica.address}: {status}, a redirect to {to}, which is not followed. If that is "
+                            "right, name it with --endpoint")
         if status == 401 or (status == 403 and not self._rows):
             held = "the key in" if self._key else "no key in"
             return CaiError(f"{said}. The server does not accept {held} {self._key_name}")
@@ -444,8 +446,7 @@ class ServerEngine:
             self._top = TOP[-1]
             return True
         roles = {message["role"] for message in sent["messages"]}
-        if "system" in roles and self._takes_system and re.search(r"system.{0,20}role|role.{0,20}system", refusal,
-                                                                   re.IGNORECASE):
+        if "system" in roles - self._accepted and re.search(r"system.{0,20}role|role.{0,20}system", refusal, re.I):
             self._takes_system = False
             return True
         return False
@@ -460,7 +461,6 @@ class ServerEngine:
             await asyncio.sleep(0.05)
 
     def _went_well(self, replica: Replica) -> None:
-        self._good += 1
         self._last_good = time.monotonic()
         if replica.failures >= DOWN_AFTER:
             cli.note(f"{replica.address} answers again")
@@ -558,13 +558,12 @@ class ServerEngine:
                     if not pending:
                         return
                     ended, pending = runner.run(asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED))
-                    for task in ended:
-                        yield task.result()
+                    failures = [failure for task in ended if (failure := task.exception())]
+                    yield from (task.result() for task in ended if not task.exception())
+                    if failures:  # after what came with them
+                        raise failures[0]
             finally:
-                for task in pending:
-                    task.cancel()
-                if pending:
-                    runner.run(asyncio.wait(pending))
+                runner.run(_stop(pending))
 
     @contextmanager
     def _session(self) -> Iterator[asyncio.Runner]:
@@ -594,6 +593,12 @@ class ServerEngine:
         if self._key:
             text = text.replace(self._key, "***")
         return shorten("".join(c if c.isprintable() else " " for c in text), 300)
+
+
+async def _stop(tasks: Collection[asyncio.Task]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _numbered(index: int, job: Coroutine) -> tuple[int, Any]:
@@ -644,18 +649,22 @@ def _checked(answer) -> dict:
         raise ValueError(_message(answer["error"]))
     choice = answer["choices"][0]
     _text(choice["message"].get("content"))
-    if not isinstance(answer.get("usage") or {}, dict):
-        raise ValueError("no usage")
-    _listed(answer)
+    for name in ("prompt_tokens", "completion_tokens"):
+        if not isinstance((answer.get("usage") or {}).get(name), int | None):
+            raise ValueError(f"{name} is no number")
+    for one in _listed(answer):
+        if not isinstance(one["token"], str) or not isinstance(one["logprob"], int | float):
+            raise ValueError("log-probabilities that are none")
     return answer
 
 
 def _text(content) -> str:
     """The text of a message: of a string, of parts as some servers of reasoning models send them, or of nothing."""
     if isinstance(content, list):
-        return "".join(part["text"] for part in content if part["type"] == "text")
+        content = "".join(part["text"] for part in content if part["type"] == "text")
     if not isinstance(content, str | None):
         raise ValueError("the content is no text")
+    (content or "").encode()  # half a character is an error, too
     return content or ""
 
 
