@@ -13,6 +13,7 @@ import flat_memory
 import models
 import pytest
 from conftest import ROOT
+from test_textsteps import launch
 
 from cai import ensemble
 from cai.engines import LocalEngine
@@ -295,6 +296,26 @@ def test_all_principles(judge):
         assert row["principle"] == "all" and len(row["verdicts"]) == 32
         assert row["p_a"] == pytest.approx(sum(v["p_a"] for v in row["verdicts"]) / 32)
     assert json.loads(result.stdout)["same_position"]["n"] == 32
+
+
+def test_two_processes_write_what_one_does(judge, tmp_path):
+    given = gold_pairs(9)
+    given[3]["response_b"] = given[3]["response_a"]
+    given[6]["response_a"] = "word " * 4000  # in the first process' share: the tie is nobody's
+    result, output = judge(given, "--json")
+    assert result.exit_code == 3, result.output
+    two = tmp_path / "two.jsonl"
+    done = launch("judge", "--input", tmp_path / "rows.jsonl", "--model", models.folder("llama"), "--output", two,
+                  "--device", "cpu", "--json")
+    first, second = rows_of(output), rows_of(two)
+    assert [row["id"] for row in second] == [row["id"] for row in first] and len(first) == 8, done.stderr
+    for one, other in zip(first, second, strict=True):
+        assert other["p_a"] == pytest.approx(one["p_a"], abs=1e-5) and other["principle"] == one["principle"]
+    [said] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    expected = json.loads(result.stdout)
+    assert {name: said[name] for name in ("pairs", "identical", "failed")} == {"pairs": 7, "identical": 1, "failed": 1}
+    assert said["accuracy"] == expected["accuracy"] and list(read_manifest(two)["failed_rows"]) == ["g6"]
+    assert {path.name for path in tmp_path.glob("two.*")} == {"two.jsonl", "two.jsonl.run.json"}
 
 
 # --- the audit -----------------------------------------------------------------------------------------------
