@@ -90,7 +90,7 @@ def test_two_processes_train_what_one_does(invoke, tmp_path):
 
     path = preferences(tmp_path, 40)
     args = ["--input", path, "--model", models.folder("qwen"), "--learning-rate", "1e-3", "--batch-size", "4",
-            "--device", "cpu", "--holdout", "0.2", "--json"]
+            "--device", "cpu", "--holdout", "0.2", "--eval-steps", "2", "--patience", "9", "--json"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
               "--main_process_port", "0", str(conftest.ROOT / "scripts" / "reward_model.py")]
