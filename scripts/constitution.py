@@ -468,11 +468,15 @@ def _table(rows: list[dict]) -> str:
     """A line for each principle and figure that changed."""
     changed = [(f"without {row['left_out']}", row["metric"].replace("_", " "), f"{row['redone']}",
                 f"{100 * row['full']:.1f} → {100 * row['without']:.1f} %",
-                f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})")
+                f"{100 * row['difference']:+.1f} ({_points(row['low'])} to {_points(row['high'])})")
                for row in rows if row["difference"]]
     if not changed:
         return "no figure changed, whichever principle was left out"
     return metrics.table(("", "figure", "redone", "full → without", "points (95 % interval)"), changed)
+
+
+def _points(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:+.1f}"  # one row has no spread to measure
 
 
 def _file_name(principle: str) -> str:

@@ -136,11 +136,12 @@ LAUGHS = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip(
         ("[" * 450_000, "nested"),
         ("- " * 200_000, "nested"),
         ("{a: " * 100_000, "nested"),
-        ("- x\n" * 100_000, "100000 principles"),
+        ("- x\n" * 501, "501 principles"),
+        ("- x\n" * 100_000, "more than 20000"),
         ("- x\n" * 200_000, "800000 bytes"),
         ("- '" + "x\n" * 200_000, "YAML"),
     ],
-    ids=["bomb", "cycle", "cycle in a principle", "flow", "block", "maps", "many", "large", "open quote"],
+    ids=["bomb", "cycle", "cycle in a principle", "flow", "block", "maps", "principles", "many", "large", "open quote"],
 )
 def test_bombs_and_cycles_end_soon_and_with_a_reason(tmp_path, text, word):
     with pytest.raises(InputError, match=word):

@@ -62,6 +62,7 @@ EXAMPLE_KEYS = {
 _MAX_BYTES = 500_000
 _MAX_PRINCIPLES = 500
 _MAX_DEPTH = 20
+_MAX_PARTS = 20_000
 
 
 @dataclass(frozen=True)
@@ -194,8 +195,11 @@ def _parse(raw: bytes, path: Path) -> yaml.Node:
     try:
         text = raw.decode("utf-8-sig")
         depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
             line = event.start_mark.line + 1
+            if number > _MAX_PARTS:  # read no further: it would take seconds to say the same
+                raise InputError(f"more than {_MAX_PARTS} keys and texts", where=path, line=line,
+                                 expected=f"at most {_MAX_PRINCIPLES} principles")
             # Aliases are what YAML bombs and cycles are made of, and no constitution needs one.
             if isinstance(event, yaml.AliasEvent):
                 raise InputError(f"a YAML alias (*{event.anchor})", where=path, line=line, remedy="Write the text out")

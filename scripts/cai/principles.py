@@ -145,7 +145,7 @@ def differences(classes: dict[str, tuple[str, str | None]], redone: dict[str, st
         redone: {original id: id of the row that takes its place}.
 
     The difference is without minus full, with the 95 % interval of a paired difference: rows that were not redone
-    count as no difference. Rows without a class on either side are in no rate.
+    count as no difference. With one row low and high are None. Rows without a class on either side are in no rate.
     """
     for metric, (kind, counted) in metrics.RATES.items():
         full, less = [], []
