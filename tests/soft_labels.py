@@ -21,7 +21,7 @@ import click
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from cai import metrics, records, reward  # noqa: E402  (found by the line before)
+from cai import records, reward  # noqa: E402  (found by the line before)
 from cai.templates import as_messages  # noqa: E402
 
 FIGURES = {"accuracy": "accuracy", "log_loss": "log-loss", "ece": "ECE", "scaled_log_loss": "log-loss, scaled",
@@ -75,13 +75,13 @@ def measured(folder: Path, gold: Path) -> dict[str, float]:
 
 
 def table(found: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: mean ± standard deviation over the seeds, the difference seed by seed, and how often soft is better."""
+    """Markdown: mean ± standard deviation over the seeds, of the differences too, and how often soft is better."""
     lines = ["| held-out oracle labels | soft | hard | soft − hard | soft is better in |", "|---|---|---|---|---|"]
     for name, shown in FIGURES.items():
         soft, hard = ([one[name] for one in found[labels]] for labels in ("soft", "hard"))
         differences = [a - b for a, b in zip(soft, hard, strict=True)]
         better = sum(d < 0 if name in LOWER_IS_BETTER else d > 0 for d in differences)
-        lines.append(f"| {shown} | {spread(soft)} | {spread(hard)} | {metrics.show_number(metrics.mean(differences))} "
+        lines.append(f"| {shown} | {spread(soft)} | {spread(hard)} | {spread(differences)} "
                      f"| {better} of {len(soft)} |")
     return "\n".join(lines)
 

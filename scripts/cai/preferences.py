@@ -30,7 +30,7 @@ def check_label(row: dict, where, line: int) -> None:
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
         raise InputError(
             f"p_chosen is {shorten(p)!r}", where=where, line=line, expected="a probability from 0 to 1",
-            remedy="Make the rows with judge.py, or train on --labels hard (reward_model.py also takes --default-label)",
+            remedy="Make the rows with judge.py, or train on --labels hard (reward_model.py: or give --default-label)",
         )
 
 
