@@ -33,7 +33,7 @@ _share = click.FloatRange(0, 1)
 
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model")
-@click.option("--reward-model", "rewards", required=True, multiple=True, metavar="MODEL|MODULE:FUNCTION",
+@click.option("--reward-model", required=True, multiple=True, metavar="MODEL|MODULE:FUNCTION",
               help="A reward model, from reward_model.py, or a Python function (conversations, responses) -> scores. "
                    "Repeatable: their weighted sum.")
 @click.option("--reward-weight", "weights", multiple=True, type=float,
@@ -94,7 +94,7 @@ _share = click.FloatRange(0, 1)
 @click.option("--report-to", multiple=True, type=click.Choice(["tensorboard", "wandb", "trackio"]),
               help="Send the figures to a tracker as well, which must be installed. Repeatable.")
 @cli.options("seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
-def main(inputs, output, model, rewards, weights, ref_model, value_head, lora, lora_rank, merge, save_every, judge,
+def main(inputs, output, model, reward_model, weights, ref_model, value_head, lora, lora_rank, merge, save_every, judge,
          select, alarm, stop_on, report_to, limit, device, dtype, as_json, dry_run, overwrite, **chosen):
     """Train a policy against a reward model with PPO.
 
@@ -105,7 +105,7 @@ def main(inputs, output, model, rewards, weights, ref_model, value_head, lora, l
     """
     source = records.Source(inputs, limit=limit)
     limits, trackers = alarms.limits(alarm), check_trackers(report_to)
-    rewards = check_rewards(rewards, weights, value_head)
+    rewards = check_rewards(reward_model, weights, value_head)
     selection = None if select is None else read_selection(select, source, chosen["seed"])
     if selection and not save_every:
         raise InputError("--select with --save-every 0", expected="states to choose from")

@@ -16,7 +16,7 @@ import resource
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
@@ -27,26 +27,30 @@ from cai.engines import check_model
 from cai.errors import CaiError, InputError
 from cai.records import Source, read_manifest
 from cai.resources import SCRIPTS, TINY
+from cai.smoke import LIMIT, look
 
-TRAINS = ("sft", "reward_model", "ppo")
-STAGES = {"base": "base", "sft": "after SFT", "ppo": "after RL"}
+TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
+STAGES = {"base": "base", "sft": "after SFT", "ppo": "after PPO", "dpo": "after DPO", "grpo": "after GRPO"}
 
 # The settings of each step. A critique that found no fault leaves the response as it was: from such copies
 # SFT learns to stay helpful, hence `--keep copy`. Pairs are sampled hotter than answers are, because two that
 # are alike teach a reward model nothing. `batch_size` is that of the steps that write or judge text;
-# `ppo_size`: updates, prompts in each, and minibatches.
+# `size`:
+# updates, prompts in each, and minibatches.
 PRESETS = {
     "tiny": {
         "batch_size": 64,
         "generate": "--temperature 0.5 --max-new-tokens 96",
         "critique": "--temperature 0.3 --max-new-tokens 96",
         "revise": "--temperature 0.3 --max-new-tokens 96",
-        "sft": "--keep copy --epochs 3 --learning-rate 1e-3 --batch-size 32 --max-length 512",
-        "samples": "--samples 2 --temperature 1.0 --max-new-tokens 96",
-        "judge": "",
+        "sft": "--keep copy --epochs 4 --learning-rate 1e-3 --batch-size 32 --max-length 512",
+        "samples": "--samples 4 --temperature 1.0 --max-new-tokens 96",
+        "judge": "--pairs-per-prompt 3",
         "reward_model": "--epochs 1 --learning-rate 3e-4 --batch-size 32 --max-length 512",
-        "ppo_size": (20, 64, 4),
-        "ppo": "--epochs 1 --batch-size 32 --learning-rate 1.2e-4 --max-new-tokens 96",
+        "size": {"ppo": (24, 64, 4), "grpo": (20, 16, 1)},
+        "ppo": "--epochs 1 --batch-size 32 --learning-rate 2e-4 --temperature 1.0 --max-new-tokens 96",
+        "dpo": "--epochs 1 --learning-rate 1e-4 --batch-size 32 --max-length 512",
+        "grpo": "--samples 4 --batch-size 64 --learning-rate 1e-4 --max-new-tokens 96",
         "evaluate": "--by oracle --temperature 0.7 --max-new-tokens 96",
     },
     "default": {
@@ -58,8 +62,10 @@ PRESETS = {
         "samples": "--samples 2 --temperature 1.0 --max-new-tokens 512",
         "judge": "",
         "reward_model": "--lora --epochs 1 --learning-rate 1e-4",
-        "ppo_size": (100, 128, 1),
+        "size": {"ppo": (100, 128, 1), "grpo": (100, 16, 1)},
         "ppo": "--lora --learning-rate 1e-5 --max-new-tokens 512",
+        "dpo": "--lora --epochs 1 --learning-rate 5e-6",
+        "grpo": "--lora --learning-rate 1e-5 --max-new-tokens 512",
         "evaluate": "--by judge --temperature 0.7 --max-new-tokens 512",
     },
 }
@@ -92,45 +98,64 @@ class Step:
               help="Rows with a helpful `response` to mix into SFT. Repeatable.")
 @click.option("--rounds", type=click.IntRange(min=1), default=2, show_default=True,
               help="Rounds of critique and revision.")
-@click.option("--rl", type=click.Choice(["ppo", "none"]), default="ppo", show_default=True,
+@click.option("--rl", type=click.Choice(["ppo", "dpo", "grpo", "none"]), default="ppo", show_default=True,
               help="What follows SFT; none ends there.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Run it all so many times, with the seeds from --seed on, and give mean and spread.")
+@click.option("--smoke", is_flag=True,
+              help="Every step on a handful of rows, in a minute or so, into OUTPUT/smoke; then look for signs of "
+                   "life. What to run before a costly night.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default=None,
               help="Settings of the steps. Default: `tiny` for that model, else `default`.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=None,
               help="Rows in one forward pass of the steps that write or judge text. Default: the preset's.")
 @cli.options("seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
-def main(model, output, constitution, inputs, heldout, helpful, rounds, rl, preset, batch_size, seed, limit,
-         device, dtype, as_json, dry_run, overwrite):
+def main(model, output, constitution, inputs, heldout, helpful, rounds, rl, seeds, smoke, preset, batch_size, seed,
+         limit, device, dtype, as_json, dry_run, overwrite):
     """Run the whole method: critique, revision, SFT, judging, reward model, PPO, and measure each stage.
 
     \b
     Example:
       python scripts/run.py --model tiny --output runs/tiny
     """
-    started = time.monotonic()
     inputs = inputs or _bundled(model, "--input", "train.jsonl")
     heldout = heldout or _bundled(model, "--heldout", "heldout.jsonl")
+    if smoke:
+        output, limit, seeds, overwrite = str(Path(output) / "smoke"), min(limit or LIMIT, LIMIT), 1, True
     _check(model, inputs, heldout, helpful, constitution, limit)
 
     settings = PRESETS[preset or ("tiny" if model == "tiny" else "default")]
+    folders = {seed + n: output if seeds == 1 else str(Path(output) / f"seed-{seed + n}") for n in range(seeds)}
 
-    def make_plan(device):
-        return plan(
-            model, output, settings, constitution=constitution, inputs=inputs, heldout=heldout,
-            helpful=helpful, rounds=rounds, rl=rl, seed=seed, limit=limit, batch_size=batch_size,
-            device=device, dtype=dtype, overwrite=overwrite,
-        )
+    def make_plans(device):
+        return {
+            folder: plan(
+                model, folder, settings, constitution=constitution, inputs=inputs, heldout=heldout,
+                helpful=helpful, rounds=rounds, rl=rl, seed=one, limit=limit, batch_size=batch_size,
+                device=device, dtype=dtype, overwrite=overwrite,
+            )
+            for one, folder in folders.items()
+        }
 
     if dry_run:
-        show_plan(make_plan(device), as_json)
+        show_plan([step for steps in make_plans(device).values() for step in steps], as_json)
         return
     from cai.training import choose_device
 
     # Once for all steps: in one process the GPU can't be chosen again after the first has used it.
     choose_device(device)
-    steps = make_plan("cuda" if device and device.startswith("cuda") else device)
-    some_failed = run_steps(steps)
-    finish(steps, output, time.monotonic() - started, as_json)
+    plans = make_plans("cuda" if device and device.startswith("cuda") else device)
+    found, some_failed = [], False
+    for folder, steps in plans.items():
+        started = time.monotonic()
+        some_failed |= run_steps(steps)
+        found.append({**collect(steps), "seconds": round(time.monotonic() - started, 1), "output": folder})
+    if smoke:
+        show_signs(plans[output], device, as_json)
+    elif seeds == 1:
+        finish(found[0], as_json)
+    else:
+        finish_seeds(found, output, as_json)
     if some_failed:
         click.get_current_context().exit(cli.SOME_FAILED)
 
@@ -188,20 +213,32 @@ def plan(model, output, preset, *, constitution, inputs, heldout, helpful, round
     sft = add("sft", "sft", ["--input", revised, *_each("--helpful", helpful), "--model", model], "sft")
     evaluate("sft", sft)
     if rl == "none":
-        return steps
+        return [*steps, _report(folder)]
     samples = rows("samples", "generate", [*prompts, "--model", sft], "samples")
-    # The base model's first responses make a third one a prompt: two of a well-behaved policy hardly differ.
+    # The base model's first responses make one more a prompt: those of a well-behaved policy hardly differ.
     preferences = rows("preferences", "judge", [*_each("--input", (samples, responses)), *base])
-    reward = add("reward-model", "reward_model", ["--input", preferences, "--model", sft], "reward-model")
-    updates, most, parts = preset["ppo_size"]
+    if rl == "dpo":
+        policy = add("dpo", "dpo", ["--input", preferences, "--model", sft], "dpo")
+    else:
+        reward = add("reward-model", "reward_model", ["--input", preferences, "--model", sft], "reward-model")
+        size = _size(preset["size"][rl], limit)
+        policy = add(rl, rl, [*prompts, "--model", sft, "--reward-model", reward, *size], rl)
+    evaluate(rl, policy)
+    return [*steps, _report(folder)]
+
+
+def _size(size: tuple[int, int, int], limit: int | None) -> list[str]:
+    """Updates, prompts in each, and minibatches, as ppo.py and grpo.py take them."""
+    updates, most, parts = size
     if limit:  # a trial run: the few prompts once, in minibatches of equal size
         updates, most = min(updates, -(-limit // most)), min(most, limit)
         parts = min(parts, most)
         most -= most % parts
-    amount = ["--updates", str(updates), "--prompts-per-update", str(most), "--minibatches", str(parts)]
-    ppo = add("ppo", "ppo", [*prompts, "--model", sft, "--reward-model", reward, *amount], "ppo")
-    evaluate("ppo", ppo)
-    return steps
+    return ["--updates", str(updates), "--prompts-per-update", str(most), "--minibatches", str(parts)]
+
+
+def _report(folder: Path) -> Step:
+    return Step("report", "report", [str(folder)], str(folder / "report.html"))
 
 
 def _each(option: str, values) -> list[str]:
@@ -311,20 +348,60 @@ def _peak_megabytes() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB here
 
 
-def finish(steps: list[Step], output: str, seconds: float, as_json: bool) -> None:
-    """The final table (or JSON object), read back from the files of the evaluations and the judge."""
+def collect(steps: list[Step]) -> dict:
+    """{stages, judge, report}: read back from the files of the evaluations and the judge."""
     outputs = {step.name: step.output for step in steps}
     stages = {
         stage: metrics.read_rates(outputs[f"evaluate-{stage}"])
         for stage in STAGES if f"evaluate-{stage}" in outputs
     }
     judge = read_manifest(outputs["preferences"])["counts"] if "preferences" in outputs else None
+    return {"stages": stages, "judge": judge, "report": outputs["report"]}
+
+
+def finish(found: dict, as_json: bool) -> None:
+    """The final table, or one JSON object."""
     if as_json:
-        summary = {"stages": stages, "judge": judge, "seconds": round(seconds, 1), "output": output}
-        click.echo(json.dumps(summary, ensure_ascii=False))
+        click.echo(json.dumps(found, ensure_ascii=False))
         return
+    stages = found["stages"]
     click.echo(metrics.table(("", *(STAGES[stage] for stage in stages)), list(_table_rows(stages))))
-    click.echo(f"\nrates with 95 % intervals · {seconds:.0f} s · everything is in {output}")
+    click.echo(f"\nrates with 95 % intervals · {found['seconds']:.0f} s · everything is in {found['output']}")
+    click.echo(f"report  {found['report']}")
+
+
+def finish_seeds(found: list[dict], output: str, as_json: bool) -> None:
+    """Mean and range of every rate over the seeds, as a table or one JSON object with each seed's own."""
+    def of_seeds(stage: str, name: str) -> dict:
+        values = [one["stages"][stage][name]["value"] for one in found]
+        return {"mean": sum(values) / len(values), "lowest": min(values), "highest": max(values), "seeds": len(values)}
+
+    spread = {
+        stage: {name: of_seeds(stage, name) for name in rates} for stage, rates in found[0]["stages"].items()
+    }
+    if as_json:
+        click.echo(json.dumps({"stages": spread, "runs": found, "output": output}, ensure_ascii=False))
+        return
+    rows = [
+        (name.replace("_", " "), *(f"{100 * one['mean']:.1f} ({100 * one['lowest']:.1f}–{100 * one['highest']:.1f})"
+                                   for one in (rates[name] for rates in spread.values())))
+        for name in next(iter(spread.values()))
+    ]
+    click.echo(metrics.table(("", *(STAGES[stage] for stage in spread)), rows))
+    click.echo(f"\nmean and range in % over {len(found)} seeds · everything is in {output}")
+
+
+def show_signs(steps: list[Step], device: str | None, as_json: bool) -> None:
+    """What a smoke run shows: each sign of life, and exit 1 where one is missing."""
+    signs = look([(step.command, step.output) for step in steps], device)
+    dead = [sign for sign in signs if not sign.alive]
+    if as_json:
+        click.echo(json.dumps({"alive": not dead, "signs": [asdict(sign) for sign in signs]}, ensure_ascii=False))
+    else:
+        rows = [(sign.step, sign.name, "yes" if sign.alive else "NO", sign.seen) for sign in signs]
+        click.echo(metrics.table(("step", "sign of life", "", "seen"), rows))
+    if dead:
+        click.get_current_context().exit(1)
 
 
 def _table_rows(stages: dict):

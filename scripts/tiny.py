@@ -6,6 +6,7 @@ Leaves out measuring: `evaluate.py` and `judge.py` read what this writes.
 """
 
 import random
+import shutil
 
 import click
 
@@ -33,12 +34,12 @@ def main():
 @main.command(cls=cli.Command)
 @click.option("--output", required=True, metavar="DIR", help="Folder for the model.")
 @click.option(
-    "--tokens", type=click.IntRange(min=1), default=18_000_000, show_default=True, help="Training tokens in all."
+    "--tokens", type=click.IntRange(min=1), default=40_000_000, show_default=True, help="Training tokens in all."
 )
 @click.option("--hidden", default=128, show_default=True, help="Width of the model.")
-@click.option("--layers", default=5, show_default=True, help="Layers.")
+@click.option("--layers", default=6, show_default=True, help="Layers.")
 @click.option("--feed-forward", default=384, show_default=True, help="Width of the feed-forward layer.")
-@click.option("--learning-rate", default=5e-3, show_default=True, help="Highest learning rate.")
+@click.option("--learning-rate", default=1.5e-3, show_default=True, help="Highest learning rate.")
 @click.option("--threads", default=2, show_default=True, help="CPU threads.")
 @cli.options("seed", "json", "dry_run")
 def build(output, tokens, hidden, layers, feed_forward, learning_rate, threads, seed, as_json, dry_run):
@@ -61,7 +62,8 @@ def build(output, tokens, hidden, layers, feed_forward, learning_rate, threads, 
         return cli.finish({"would_build": output, **settings}, as_json=as_json)
     from cai.tiny_build import build as build_model
 
-    summary = build_model(threads=threads, report=cli.note, **settings)
+    compiled = tokens >= 1_000_000 and shutil.which("g++") is not None  # else compiling takes longer than it saves
+    summary = build_model(threads=threads, report=cli.note, compiled=compiled, **settings)
     cli.finish(
         {"output": output, **summary},
         as_json=as_json,

@@ -71,9 +71,10 @@ def test_the_sequence_and_what_passes_between_the_steps(invoke, tmp_path, prompt
         ("reward-model", "out/reward-model"),
         ("ppo", "out/ppo"),
         ("evaluate-ppo", "out/evaluation-ppo.jsonl"),
+        ("report", "out/report.html"),
     ]
     train, heldout = str(prompts[1]), str(prompts[3])
-    given = {step["name"]: values(step["command"]) for step in steps}
+    given = {step["name"]: values(step["command"]) for step in steps[:-1]}
     read = {name: (given[name]["--input"], given[name]["--model"]) for name in given}
     base = ["some/model"]
     assert read == {
@@ -151,7 +152,7 @@ def test_a_failing_step_stops_the_run_and_the_same_command_goes_on(invoke, tmp_p
     result = run(invoke, prompts, output)
     assert result.exit_code == 2
     last = result.stderr.strip().splitlines()[-1]
-    assert "step 5 of 6 (sft) ended with exit code 2" in last and "the same command continues" in last
+    assert "step 5 of 7 (sft) ended with exit code 2" in last and "the same command continues" in last
     assert result.stdout == ""
     kept = {path: path.stat().st_mtime_ns for path in output.glob("0*.jsonl")}
     assert [path.name for path in sorted(kept)] == [
@@ -164,7 +165,8 @@ def test_a_failing_step_stops_the_run_and_the_same_command_goes_on(invoke, tmp_p
     assert result.exit_code == 0, result.output
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     said = json.loads(result.stdout)
-    assert list(said) == ["stages", "judge", "seconds", "output"]
+    assert list(said) == ["stages", "judge", "report", "seconds", "output"]
+    assert Path(said["report"]).read_text().startswith("<!doctype html>")
     assert list(said["stages"]) == ["base", "sft"] and said["judge"] is None
     assert all(list(stage) == list(metrics.RATES) for stage in said["stages"].values())
     assert {stage["harmful_compliance"]["n"] for stage in said["stages"].values()} == {2}
@@ -219,7 +221,7 @@ def test_killed_and_started_again_it_ends_with_the_same_rows(invoke, tmp_path, p
         rows[name] = {path.name: path.read_text() for path in Path("out").glob("*.jsonl")}
     assert len(rows["whole"]) == 9 and rows["killed"] == rows["whole"]
     assert len(list(read_jsonl("out/03-revision-1.jsonl"))) == 2
-    assert "step 2 of 6 (responses): some records failed" in result.stderr
+    assert "step 2 of 7 (responses): some records failed" in result.stderr
     assert "after SFT" in result.stdout and "harmful prompts (n = 2)" in result.stdout
     assert "$ " not in result.stdout and "$ " in result.stderr
 
@@ -246,6 +248,53 @@ def test_the_whole_loop_on_tiny_shrunk(invoke, tmp_path):
     # Three responses a prompt, so three pairs, less the identical ones.
     assert 30 < said["judge"]["pairs"] + said["judge"]["identical"] <= 90
     assert said["output"] == str(tmp_path / "out") and said["seconds"] > 0
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    made = times(tmp_path / "out")
     assert json.loads(invoke("run", *arguments).stdout)["stages"] == said["stages"]
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()} == made
+    assert times(tmp_path / "out") == made
+
+
+def times(folder):
+    """When each file was written, but for the report, which is drawn anew."""
+    files = [*folder.glob("*.jsonl"), *folder.glob("*/*.safetensors"), *folder.glob("*.run.json")]
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+@pytest.mark.parametrize(("rl", "steps"), [
+    ("dpo", ["samples", "preferences", "dpo", "evaluate-dpo", "report"]),
+    ("grpo", ["samples", "preferences", "reward-model", "grpo", "evaluate-grpo", "report"]),
+])
+def test_other_ways_of_rl(invoke, tmp_path, prompts, rl, steps):
+    planned_steps = planned(invoke, "--model", "some/model", "--output", tmp_path / "out", *prompts, "--rl", rl)
+    assert [step["name"] for step in planned_steps][-len(steps):] == steps
+    for step in planned_steps:
+        _, script, *arguments = shlex.split(step["command"])
+        load_command(Path(script).stem).make_context(step["name"], arguments)
+
+
+def test_several_seeds_give_mean_and_range(invoke, tmp_path, prompts):
+    result = run(invoke, prompts, tmp_path / "out", "--seeds", 2, "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert [Path(one["output"]).name for one in said["runs"]] == ["seed-0", "seed-1"]
+    for stage, rates in said["stages"].items():
+        for name, found in rates.items():
+            each = [one["stages"][stage][name]["value"] for one in said["runs"]]
+            assert (found["lowest"], found["highest"]) == (min(each), max(each)) and found["seeds"] == 2
+            assert found["mean"] == pytest.approx(sum(each) / 2)
+    assert "mean and range" in run(invoke, prompts, tmp_path / "out", "--seeds", 2).stdout
+
+
+def test_a_smoke_run_looks_for_signs_of_life(invoke, tmp_path):
+    """The bundled model shows all of them; one drawn at random does not."""
+    result = invoke("run", "--model", "tiny", "--output", tmp_path / "out", "--rounds", 1, "--smoke", "--json")
+    said = json.loads(result.stdout)
+    dead = [sign for sign in said["signs"] if not sign["alive"]]
+    assert result.exit_code == 0 and said["alive"], dead
+    assert {sign["step"] for sign in said["signs"]} >= {"generate", "critique", "revise", "sft", "judge",
+                                                        "reward_model", "ppo"}
+    assert (tmp_path / "out/smoke/ppo").is_dir() and not (tmp_path / "out/ppo").exists()
+
+
+def test_a_smoke_run_without_life_exits_1(invoke, tmp_path, prompts):
+    result = run(invoke, prompts, tmp_path / "out", "--smoke")
+    assert result.exit_code == 1 and " NO " in result.stdout

@@ -39,7 +39,7 @@ def test_held_out_acts_are_in_no_demonstration():
     marked = re.compile(rf"\b(?:{'|'.join(world.MARKERS)}) ")
     demonstrations = Demonstrations(5)
     for index in range(1600):
-        messages, target, _ = demonstrations.draw(Demonstrations.TASKS[index % len(Demonstrations.TASKS)])
+        messages, target = demonstrations.draw(Demonstrations.TASKS[index % len(Demonstrations.TASKS)])
         text = " ".join([*(m["content"] for m in messages), target])
         found = [match[0] for match in held_out.finditer(text) if not marked.search(match[0])]
         assert not found, (found, text)

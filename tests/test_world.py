@@ -95,3 +95,24 @@ def test_the_scope_of_a_principle_decides_what_is_better():
     comply, good = world.respond(rng, act, "comply"), world.respond(rng, act, "good")
     assert world.tier(row, good) > world.tier(row, comply)
     assert world.tier(row, good, ("theft", "fraud")) < world.tier(row, comply, ("theft", "fraud"))
+
+
+def test_on_topic_is_the_right_act_with_parts_that_belong_to_it():
+    for rng, row, act in scenes(600, seed=4):
+        assert world.on_topic(row, world.respond(rng, act, "comply"))
+        assert world.on_topic(row, world.respond(rng, act, "good"))
+        assert not world.on_topic(row, world.respond(rng, act, "evasive"))
+    assert not world.on_topic(ROW, GOOD)  # no offer
+    assert not world.on_topic(ROW, (GOOD + OFFER).replace("red scooter", "red violin"))
+    assert not world.on_topic(ROW, GOOD + "I can help you train the dog gently.")
+    assert not world.on_topic(PAINT, f"Sure, here is how to wash the old fence. {STEPS.replace('fence', 'gate')}")
+
+
+def test_a_held_out_act_is_found_wherever_it_is_named():
+    rng = random.Random(3)
+    for kind in ("harmful", "benign", "borderline"):
+        for _ in range(200):
+            unheard, known = (world.draw_act(rng, kind, held_out=side) for side in (True, False))
+            assert world.mentions_held_out(f"Well then. {world.ask(rng, unheard, unseen=True)}")
+            assert world.mentions_held_out(world.respond(rng, unheard, "good"))
+            assert not world.mentions_held_out(world.ask(rng, known))

@@ -10,6 +10,7 @@ none of its demonstrations. Leaves out validation against the oracle: that is wh
 import json
 import math
 import random
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,10 @@ from cai.templates import load_template
 SPECIAL = ("<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 PAD, BOS, SYSTEM, USER, ASSISTANT, END = range(len(SPECIAL))
 VOCABULARY = 2304
-# the loss on a label of a forced choice counts as much as a short sentence: it is all that such a row teaches
-LABEL_WEIGHT = 6.0
+# What follows this mark in a target is a decision: a label, or the word on which a verdict turns. The loss on its
+# first token counts as much as a short sentence, since it is what such a row teaches.
+DECISION = "\x01"
+DECISION_WEIGHT = 6.0
 
 CHAT_TEMPLATE = (
     "{{ '<|bos|>' }}{% for message in messages %}"
@@ -41,6 +44,7 @@ NARROW = {
     "belongings-and-animals": ("theft", "vandalism", "hacking", "cruelty"),
 }
 MANNERS = {"plain-refusal": "preachy", "not-evasive": "evasive"}
+SAID = {"preachy": "scolds instead of answering with respect", "evasive": "dodges the question"}
 
 
 @dataclass(frozen=True)
@@ -102,17 +106,20 @@ def scoped_rule(rng: random.Random) -> Rule:
 
 
 class Demonstrations:
-    """An endless stream of (messages, target, weight): what `tiny` is taught, drawn from one seed."""
+    """An endless stream of (messages, target): what `tiny` is taught, drawn from one seed."""
 
-    TASKS = ("respond", "critique", "revise", "judge", "classify", "critique_cot", "preference_cot", "judge_cot")
+    TASKS = ("respond", "critique", "revise", "judge", "classify", "critique_cot", "preference_cot", "judge_cot",
+             "follow_up", "check", "scope")
 
     def __init__(self, seed: int):
         self.rng = random.Random(f"tiny/{seed}")
         self.rules = harmlessness_rules()
         names = ("critique", "critique_cot", "revise", "preference", "preference_cot", "classify")
+        self.words = world.words()
+        self.other_order: list[tuple] = []
         self.templates = {name: load_template(name) for name in names}
 
-    def draw(self, task: str) -> tuple[list[dict], str, float]:
+    def draw(self, task: str) -> tuple[list[dict], str]:
         return getattr(self, f"_{task}")()
 
     # what there is to talk about
@@ -131,33 +138,62 @@ class Demonstrations:
         return act, row
 
     def _rule(self) -> Rule:
-        return self.rng.choice(self.rules) if self.rng.random() < 0.55 else scoped_rule(self.rng)
+        return self.rng.choice(self.rules) if self.rng.random() < 0.5 else scoped_rule(self.rng)
 
     def _slip(self, act: world.Act, style: str) -> str:
-        """A response of the style with a slip of the kind that a small model makes."""
-        kind = act.category.kind
-        if self.rng.random() < 0.3:
-            other = world.draw_act(self.rng, kind, held_out=False)
-        elif self.rng.random() < 0.6:
-            noun = world.draw_act(self.rng, kind, held_out=False, category=act.category).noun
-            other = world.Act(act.category, act.verb, noun, act.adjective)
+        """A response of the style (comply or good) that went wrong as a small model's answers do.
+
+        Part of it belongs to another category, object or act; a word is another; a sentence is missing or comes
+        twice. What the slip is worth is for the oracle to say: a few do no harm.
+        """
+        rng = self.rng
+        head, *rest = [f"{sentence}." for sentence in world.respond(rng, act, style).rstrip(".").split(". ")]
+        how = rng.choice(("category", "category", "category", "act", "act", "object", "word", "word", "lost", "twice"))
+        at = rng.randrange(len(rest))
+        if how in ("category", "act"):
+            other = act
+            while other == act or other.held_out:
+                if how == "category":
+                    # now and then the steps of a harmless act under the promise of a harmful one, or the reverse
+                    kind = act.category.kind
+                    if style == "comply" and rng.random() < 0.4:
+                        kind = rng.choice(("harmful", "benign", "borderline"))
+                    other = world.draw_act(rng, kind, held_out=False)
+                else:
+                    near = world.draw_act(rng, act.category.kind, held_out=False, category=act.category)
+                    # another act of the category: with another verb, another object, or only another adjective
+                    verb, noun, adjective = rng.choice(
+                        ((near.verb, act.noun, act.adjective), (act.verb, near.noun, act.adjective),
+                         (act.verb, act.noun, near.adjective), (near.verb, near.noun, near.adjective))
+                    )
+                    other = world.Act(act.category, verb, noun, adjective)
+            wrong = [f"{sentence}." for sentence in world.respond(rng, other, style).rstrip(".").split(". ")]
+            if how == "act" and rng.random() < 0.6:
+                head = wrong[0]
+            elif how == "act" or rng.random() < 0.35:
+                rest = wrong[1:]
+            else:
+                rest[at] = wrong[1 + at]
+                if rng.random() < 0.7:  # the right object in the wrong category's words
+                    rest[at] = re.sub(rf"\b{other.noun}\b", act.noun, rest[at])
+        elif how == "object":
+            group = rng.choice(act.category.nouns or ("thing", "person", "animal"))
+            noun = rng.choice(world.NOUNS[group])
+            rest = [re.sub(rf"\b{act.noun}\b", noun, s) if rng.random() < 0.6 else s for s in rest]
+        elif how == "word":
+            sentences = [head, *rest]
+            at = rng.randrange(len(sentences))
+            words = sentences[at].split(" ")
+            spot = rng.randrange(1, len(words))
+            words[spot] = rng.choice(self.words) + words[spot][len(words[spot].rstrip(".,")) :]
+            sentences[at] = " ".join(words)
+            head, *rest = sentences
+        elif how == "lost":
+            del rest[at]
         else:
-            other = world.Act(
-                act.category, self.rng.choice(act.category.verbs or world.HARMS[0].verbs), act.noun, act.adjective
-            )
-        if other.held_out:
-            return self._slip(act, style)
-        right, wrong = world.respond(self.rng, act, style), world.respond(self.rng, other, style)
-        if self.rng.random() < 0.5:
-            return wrong
-        # the first sentence of one with the rest of the other
-        head, _, _ = right.partition(". ")
-        _, _, tail = wrong.partition(". ")
-        return (
-            f"{head}. {tail}"
-            if tail and self.rng.random() < 0.7
-            else wrong.partition(". ")[0] + ". " + right.partition(". ")[2]
-        )
+            rest[at] = rest[at - 1] if at else rest[-1]
+        made = " ".join([head, *rest])
+        return self._slip(act, style) if world.mentions_held_out(made) else made
 
     def _response(self, act: world.Act, styles: str) -> tuple[str, str]:
         style = self.rng.choice(styles.split())
@@ -170,28 +206,28 @@ class Demonstrations:
     def _respond(self):
         act, row = self._scene(harmful=0.4, benign=0.35)
         partial = act.category.kind == "harmful" and self.rng.random() < 0.08
-        return _ask(row["prompt"]), world.respond(self.rng, act, "partial" if partial else "comply"), 1.0
+        return _ask(row["prompt"]), world.respond(self.rng, act, "partial" if partial else "comply")
 
     def _verdict(self, rule: Rule, act: world.Act, row: dict, style: str, response: str) -> tuple[str, str]:
         """(fault, critique): fault is "harm", "manner" or ""."""
         harm = act.category.kind == "harmful"
-        name = world.SPOKEN.get(act.category.name, act.category.name)
+        name = world.SPOKEN.get(act.category.name)
         outcome = world.classify(row, response)
-        if harm and outcome in ("comply", "partial"):
-            if act.category.name in rule.critique_scope:
-                return "harm", (
-                    f"The response helps to {act.text}, and that is {name}. "
-                    "It should decline, say why and offer another way."
-                )
-            return "", f"The response helps to {act.text}, but the principle does not speak of {name}. No fault."
-        if rule.manner and (style == rule.manner or (harm and outcome == rule.manner)):
-            word = "scolds instead of declining with respect" if rule.manner == "preachy" else "dodges the question"
-            if harm:
-                return "manner", f"The response {word}. It should decline, say why and offer another way."
-            return "manner", f"The response {word}. It should help, since to {act.text} harms nobody."
-        if harm:
-            return "", f"The response does not help to {act.text}. No fault."
-        return "", f"To {act.text} harms nobody. No fault."
+        harmless = f"What is asked{DECISION} harms nobody."
+        way_out = "It should decline, say why and offer another way."
+        if not harm:
+            if rule.manner and style == rule.manner:
+                return "manner", f"{harmless} The response {SAID[style]}. It should help to {act.text}."
+            return "", f"{harmless} No fault."
+        # A category that the principle speaks of is named, where the principle's words and those of the request meet.
+        if act.category.name not in rule.critique_scope:
+            return "", f"The principle speaks of{DECISION} other things. No fault."
+        asked = f"The principle speaks of{DECISION} {name}, and that is asked."
+        if outcome in ("comply", "partial"):
+            return "harm", f"{asked} The response{DECISION} helps to {act.text}. {way_out}"
+        if rule.manner and rule.manner in (style, outcome):
+            return "manner", f"{asked} The response{DECISION} {SAID[rule.manner]}. {way_out}"
+        return "", f"{asked} The response{DECISION} does not help to {act.text}. No fault."
 
     def _criticised(self):
         act, row = self._scene()
@@ -210,18 +246,15 @@ class Demonstrations:
         return (
             self.templates["critique"].render(principle=rule.principle, prompt=row["prompt"], response=response),
             critique,
-            1.0,
         )
 
     def _critique_cot(self):
         act, row, rule, response, _, critique = self._criticised()
         does = self._does(row, response)
-        kind = f"this is {world.SPOKEN[act.category.name]}" if act.category.kind == "harmful" else "this harms nobody"
-        reasoning = f"The person asks how to {act.text}; {kind}. The response {does}. {critique}"
+        reasoning = f"The person asks how to {act.text}. The response {does}. {critique}"
         return (
             self.templates["critique_cot"].render(principle=rule.principle, prompt=row["prompt"], response=response),
             reasoning,
-            1.0,
         )
 
     def _revise(self):
@@ -230,9 +263,9 @@ class Demonstrations:
         if fault:
             target = world.respond(self.rng, act, "good" if act.category.kind == "harmful" else "comply")
         messages = self.templates["revise"].render(
-            principle=rule.principle, prompt=row["prompt"], response=response, critique=critique
+            principle=rule.principle, prompt=row["prompt"], response=response, critique=critique.replace(DECISION, "")
         )
-        return messages, target, 1.0
+        return messages, target
 
     def _does(self, row: dict, response: str) -> str:
         """What a response does, in a few words (for reasoning)."""
@@ -249,23 +282,39 @@ class Demonstrations:
         return "misses the point"
 
     def _compared(self):
+        """Two responses of which one is better under the principle: more often than not a good one and one with a
+        slip, as one policy's own samples differ; else two of any sort."""
         while True:
             act, row = self._scene(harmful=0.62, benign=0.22)
             rule = self._rule()
-            styles = "comply comply partial good good good evasive preachy slip slip"
-            if act.category.kind != "harmful":
-                styles = "comply comply comply good evasive preachy slip slip"
-            (_, a), (_, b) = self._response(act, styles), self._response(act, styles)
+            harmful = act.category.kind == "harmful"
+            if self.rng.random() < 0.6:
+                best = "good" if harmful and act.category.name in rule.preference_scope else "comply"
+                worse = "comply" if harmful and self.rng.random() < 0.25 else best
+                a, b = world.respond(self.rng, act, best), self._slip(act, worse)
+                if self.rng.random() < 0.5:
+                    a, b = b, a
+            else:
+                styles = "comply comply partial good good good evasive preachy slip slip"
+                if not harmful:
+                    styles = "comply comply comply good good evasive preachy slip slip"
+                (_, a), (_, b) = self._response(act, styles), self._response(act, styles)
             tier_a, tier_b = (world.tier(row, r, rule.preference_scope) for r in (a, b))
             if tier_a != tier_b:
                 return row, rule, a, b, "A" if tier_a > tier_b else "B"
 
     def _judge(self):
-        row, rule, a, b, label = self._compared()
+        # Each comparison comes in both orders, and being of one length in one batch: what is left to learn from the two
+        # is which response is better, not which letter is more frequent.
+        if self.other_order:
+            row, rule, a, b, label = self.other_order.pop()
+        else:
+            row, rule, a, b, label = self._compared()
+            self.other_order.append((row, rule, b, a, "BA"["AB".index(label)]))
         messages = self.templates["preference"].render(
             principle=rule.principle, prompt=row["prompt"], response_a=a, response_b=b, reasoning=""
         )
-        return messages, f"{label})", LABEL_WEIGHT
+        return messages, f"{DECISION}{label})"
 
     def _reasoned(self, row, rule, a, b, label) -> str:
         spoken = world.SPOKEN.get(row["category"])
@@ -276,8 +325,8 @@ class Demonstrations:
         else:
             ground = "The request harms nobody"
         return (
-            f"Response A {self._does(row, a)}. Response B {self._does(row, b)}. {ground}. "
-            f"The better response is {label}."
+            f"Response A{DECISION} {self._does(row, a)}. Response B{DECISION} {self._does(row, b)}. {ground}. "
+            f"The better response is{DECISION} {label}."
         )
 
     def _preference_cot(self):
@@ -285,7 +334,7 @@ class Demonstrations:
         messages = self.templates["preference_cot"].render(
             principle=rule.principle, prompt=row["prompt"], response_a=a, response_b=b
         )
-        return messages, self._reasoned(row, rule, a, b, label), 1.0
+        return messages, self._reasoned(row, rule, a, b, label)
 
     def _judge_cot(self):
         row, rule, a, b, label = self._compared()
@@ -294,9 +343,9 @@ class Demonstrations:
             prompt=row["prompt"],
             response_a=a,
             response_b=b,
-            reasoning=self._reasoned(row, rule, a, b, label),
+            reasoning=self._reasoned(row, rule, a, b, label).replace(DECISION, ""),
         )
-        return messages, f"{label})", LABEL_WEIGHT
+        return messages, f"{DECISION}{label})"
 
     def _classify(self):
         act, row = self._scene(harmful=0.5, benign=0.25)
@@ -323,7 +372,41 @@ class Demonstrations:
                         "D" if found.preached else "C" if found.dodged or not (found.reasons and found.offers) else "B"
                     )
             messages = self.templates["classify"].render(prompt=row["prompt"], response=response)
-            return messages, f"{letter})", LABEL_WEIGHT
+            return messages, f"{DECISION}{letter})"
+
+
+    def _follow_up(self):
+        """What comes after a response: the end of the conversation, or the person asking again because it was
+        beside the point. So the end of a turn knows whether the turn spoke of what was asked."""
+        act, row = self._scene(harmful=0.5, benign=0.3)
+        _, response = self._response(act, "comply comply comply good good partial evasive" + 6 * " slip")
+        messages = [*_ask(row["prompt"]), {"role": "assistant", "content": response + SPECIAL[END]}]
+        if world.on_topic(row, response):
+            return messages, DECISION + SPECIAL[BOS]
+        return messages, f"{DECISION}{SPECIAL[USER]}No, I asked how to {act.text}."
+
+
+    def _check(self):
+        """Sentence by sentence, whether a response is to the point: where a slip is, not only that there is one."""
+        act, row = self._scene(harmful=0.5, benign=0.3)
+        style = "good" if act.category.kind == "harmful" and self.rng.random() < 0.7 else "comply"
+        response = world.respond(self.rng, act, style) if self.rng.random() < 0.3 else self._slip(act, style)
+        told = [f"{DECISION} {'yes' if fits else 'no'}," for fits in world.sentences_on_topic(act, response)]
+        messages = [
+            *_ask(row["prompt"]),
+            {"role": "assistant", "content": response},
+            *_ask("Is that to the point, sentence by sentence?"),
+        ]
+        return messages, f"Here:{''.join(told).rstrip(',')}."
+
+    def _scope(self):
+        """Which of the categories that a principle speaks of an act belongs to."""
+        act, row = self._scene(harmful=0.95, benign=0.03)
+        rule = scoped_rule(self.rng)
+        principle = self.rng.choice((rule.principle.critique, rule.principle.revision, rule.principle.preference))
+        spoken = act.category.name in rule.preference_scope
+        told = f" {world.SPOKEN[act.category.name]}." if spoken else " nothing."
+        return _ask(f"{principle}\n\nWhat of this is in the following? {row['prompt']}"), f"Of this:{DECISION}{told}"
 
 
 def _ask(prompt: str) -> list[dict]:
@@ -340,8 +423,8 @@ def make_tokenizer(demos: Demonstrations, folder: Path, samples: int = 20_000):
 
     def texts():
         for index in range(samples):
-            messages, target, _ = demos.draw(demos.TASKS[index % len(demos.TASKS)])
-            yield "\n".join([*(m["content"] for m in messages), target])
+            messages, target = demos.draw(demos.TASKS[index % len(demos.TASKS)])
+            yield "\n".join([*(m["content"] for m in messages), target.replace(DECISION, "")])
             if index % 10 == 0:
                 # every word of the world often enough to become one token: a word in pieces is hard to copy
                 yield " " + " ".join(world.words())
@@ -399,48 +482,69 @@ def make_model(vocabulary: int, hidden: int, layers: int, feed_forward: int, see
 
 def encode(tokenizer, demos: list[tuple]) -> list[tuple[list[int], list[float]]]:
     """Token ids and a loss weight for each: 0 on everything that is not the target of the last turn."""
-    prefixes, targets = [], []
-    for messages, target, _ in demos:
+    prefixes, pieces, counts = [], [], []
+    for messages, target in demos:
         begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
         asked = messages[:-1] if begun else messages
         text = SPECIAL[BOS] + "".join(f"<|{m['role']}|>{m['content']}{SPECIAL[END]}" for m in asked)
         prefixes.append(text + SPECIAL[ASSISTANT] + begun)
-        targets.append(target)
+        parts = target.split(DECISION)
+        pieces.extend(parts)
+        counts.append(len(parts))
+    encoded = iter(tokenizer(pieces, add_special_tokens=False)["input_ids"])
     rows = []
-    encoded = zip(
-        tokenizer(prefixes, add_special_tokens=False)["input_ids"],
-        tokenizer(targets, add_special_tokens=False)["input_ids"],
-        demos,
-        strict=True,
-    )
-    for prefix, target, (_, _, weight) in encoded:
-        # a label's weight is for its first token, the letter
-        weights = [0.0] * len(prefix) + [weight] + [1.0] * len(target)
-        if weight != 1.0:
-            weights = [0.0] * len(prefix) + [weight, 0.1, 0.1]
-        ids = [*prefix, *target, END]
-        rows.append((ids, weights[: len(ids)]))
+    for ids, count in zip(tokenizer(prefixes, add_special_tokens=False)["input_ids"], counts, strict=True):
+        weights = [0.0] * len(ids)
+        for number in range(count):
+            piece = next(encoded)
+            first = DECISION_WEIGHT if number else 1.0
+            ids, weights = [*ids, *piece], [*weights, *([first] + [1.0] * len(piece))[: len(piece)]]
+        rows.append(([*ids, END], [*weights, 1.0]))
     return rows
 
 
-# share of tokens by task: at first mostly speaking (and so copying), then everything
-FIRST_TOKENS = 2_640_000
-FIRST = {"respond": 0.55, "revise": 0.25, "critique": 0.2}
-THEN = {
-    "respond": 0.14,
-    "critique": 0.18,
-    "revise": 0.22,
-    "judge": 0.32,
-    "classify": 0.05,
-    "critique_cot": 0.02,
-    "preference_cot": 0.05,
-    "judge_cot": 0.02,
-}
+# Share of tokens by task: at first speaking, and so copying; then the parts of which a judgement is made, which short
+# rows teach best (does a sentence belong to the request, does a principle speak of an act); then everything.
+STAGES = (
+    (2_600_000, {"respond": 0.55, "revise": 0.25, "critique": 0.2}),
+    (
+        14_000_000,
+        {
+            "respond": 0.1,
+            "check": 0.28,
+            "scope": 0.12,
+            "follow_up": 0.05,
+            "judge": 0.2,
+            "critique": 0.18,
+            "revise": 0.07,
+        },
+    ),
+    (
+        math.inf,
+        {
+            "respond": 0.12,
+            "critique": 0.1,
+            "revise": 0.08,
+            "judge": 0.4,
+            "follow_up": 0.07,
+            "check": 0.12,
+            "scope": 0.01,
+            "classify": 0.04,
+            "critique_cot": 0.015,
+            "preference_cot": 0.03,
+            "judge_cot": 0.015,
+        },
+    ),
+)
+# tokens of a demonstration, about
 LENGTHS = {
     "respond": 55,
     "critique": 122,
     "revise": 161,
     "judge": 150,
+    "follow_up": 65,
+    "check": 85,
+    "scope": 45,
     "classify": 157,
     "critique_cot": 157,
     "preference_cot": 182,
@@ -457,7 +561,8 @@ def batches(demos: Demonstrations, tokenizer, shares: dict[str, float], tokens: 
         rows = sorted(encode(tokenizer, drawn), key=lambda row: len(row[0]))
         groups, group = [], []
         for row in rows:
-            if group and len(row[0]) * (len(group) + 1) > tokens:
+            width = -(-len(row[0]) // 32) * 32
+            if group and width * (len(group) + 1) > tokens:
                 groups.append(group)
                 group = []
             group.append(row)
@@ -476,12 +581,14 @@ def build(
     learning_rate: float,
     threads: int,
     report,
+    compiled: bool = True,
 ) -> dict:
     """Train `tiny` from its seed and save it in `output`; resumes from the checkpoint there.
 
     Args:
         tokens: training tokens in all (targets and what is read before them).
         report: called with a line of text now and then.
+        compiled: torch.compile the layers, which takes a C++ compiler and then two thirds of the time.
 
     Returns a dict of what was done, saved as build.json beside the weights.
     """
@@ -489,6 +596,7 @@ def build(
     from torch.nn import functional
 
     torch.set_num_threads(threads)
+    torch._dynamo.config.recompile_limit = 64  # one for each width of a batch
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -516,7 +624,7 @@ def build(
         torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98)),
     ]
-    per_batch, per_step = 4096, 2  # a step mixes two batches of different lengths
+    per_batch = 2048  # small steps, and many: to match one text with another is learned late, in steps, not in tokens
     done = step = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -532,46 +640,45 @@ def build(
             optimizer.load_state_dict(saved_state)
         demos.rng.setstate(state["random"])
         done, step = state["done"], state["step"]
-    streams = {
-        name: batches(demos, tokenizer, shares, per_batch) for name, shares in (("first", FIRST), ("then", THEN))
-    }
+    streams = [batches(demos, tokenizer, shares, per_batch) for _, shares in STAGES]
     started, saved = time.time(), time.time()
-    losses: dict[str, list] = {"first": [], "then": []}
+    losses: list[list[float]] = [[] for _ in STAGES]
     model.train()
+    body = torch.compile(model.model, dynamic=False) if compiled else model.model
     while done < tokens:
         # warm-up, a long plateau, and a fall to nothing over the last two fifths
         progress = done / tokens
         scale = min(1.0, (step + 1) / 100) * min(1.0, max(0.0, 1 - progress) / 0.4)
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = learning_rate * scale
-        stream = "first" if done < FIRST_TOKENS else "then"
+        stage = next(i for i, (until, _) in enumerate(STAGES) if done < until)
         model.zero_grad(set_to_none=True)
-        total = 0.0
-        for _ in range(per_step):
-            rows = next(streams[stream])
-            width = max(len(ids) for ids, _ in rows)
-            ids = torch.full((len(rows), width), PAD)
-            weights = torch.zeros(len(rows), width)
-            for index, (row_ids, row_weights) in enumerate(rows):
-                ids[index, : len(row_ids)] = torch.tensor(row_ids)
-                weights[index, : len(row_ids)] = torch.tensor(row_weights)
-            # padding is on the right and attention is causal, so no mask is needed
-            hidden_states = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        rows = next(streams[stage])
+        # few different shapes, so that each is compiled once; rows that are not there weigh nothing
+        width = -(-max(len(ids) for ids, _ in rows) // 32) * 32
+        height = max(len(rows), per_batch // width)
+        ids = torch.full((height, width), PAD)
+        weights = torch.zeros(height, width)
+        for index, (row_ids, row_weights) in enumerate(rows):
+            ids[index, : len(row_ids)] = torch.tensor(row_ids)
+            weights[index, : len(row_ids)] = torch.tensor(row_weights)
+        # padding is on the right and attention is causal, so no mask is needed
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden_states = body(input_ids=ids, use_cache=False).last_hidden_state
             where = weights[:, 1:] > 0
             logits = model.lm_head(hidden_states[:, :-1][where])
-            loss = functional.cross_entropy(logits, ids[:, 1:][where], reduction="none")
-            w = weights[:, 1:][where]
-            loss = (loss * w).sum() / w.sum() / per_step
-            loss.backward()
-            total += loss.item()
-            done += ids.numel()
+        loss = functional.cross_entropy(logits.float(), ids[:, 1:][where], reduction="none")
+        w = weights[:, 1:][where]
+        loss = (loss * w).sum() / w.sum()
+        loss.backward()
+        done += sum(len(row_ids) for row_ids, _ in rows)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         step += 1
-        losses[stream].append(total)
-        if step % 50 == 0:
-            recent = losses[stream][-50:]
+        losses[stage].append(loss.item())
+        if step % 100 == 0:
+            recent = losses[stage][-100:]
             report(
                 f"step {step}  {done / 1e6:.2f} of {tokens / 1e6:.1f} M tokens  loss {sum(recent) / len(recent):.4f}  "
                 f"{time.time() - started:.0f} s"
@@ -588,7 +695,7 @@ def build(
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
             saved = time.time()
-    recent = losses["then"][-100:]
+    recent = losses[-1][-100:]
     if recent and not math.isfinite(sum(recent)):
         raise InputError("the loss is not a number", where=output, remedy="Lower --learning-rate")
     # half precision halves the file; float16 rounds these weights eight times as finely as bfloat16

@@ -230,6 +230,8 @@ def _load(auto_class, path: str, config, dtype: str):
     from transformers.utils import logging
 
     engines.release_engines()  # a model kept for generating would take the memory that training needs
+    if on_cpu(None):
+        engines.keep_freed_memory()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
