@@ -11,25 +11,30 @@ import torch
 import toys
 
 from cai import training
+from cai.alarms import Watch, limits
 from cai.errors import CaiError, InputError
 from cai.ppo import (
     PolicyAndValue,
     PPOTrainer,
     Rollout,
     Settings,
+    Stopped,
     adapted,
     encode_prompts,
     explained_variance,
     gae,
     kl_penalty,
+    merged,
+    parts,
     policy_loss,
     response_logits,
     token_logprobs,
     token_rewards,
+    trimmed,
     value_loss,
     whiten,
 )
-from cai.scoring import RewardModel
+from cai.scoring import RewardModel, Total
 
 T = torch.tensor
 
@@ -198,6 +203,18 @@ def test_a_batch_is_padded_no_further_than_it_needs_and_picks_its_own_numbers():
     assert batch["input_ids"].tolist() == [[5, 6, 0], [5, 6, 7]]
     assert batch["response_mask"].tolist() == [[False, True, False], [False, False, True]]
     assert rollout.pick("returns", [1, 0]).tolist() == [3, 4, 5, 0]
+
+
+def test_rows_are_padded_together_where_that_costs_least():
+    # 10 + 11 together: 22; with 50 and 52: 4 * 52 + 5 = 213 against 22 + 5 + 104 + 5 = 136.
+    assert parts([10, 11, 50, 52], overhead=5) == [range(2), range(2, 4)]
+    assert parts([10, 11, 50, 52], overhead=1000) == [range(4)]
+    assert parts([10, 11, 50, 52], overhead=0) == [range(1), range(1, 2), range(2, 3), range(3, 4)]
+    assert parts([7], overhead=5) == [range(1)]
+    ids, mask = torch.arange(12).view(3, 4), T([[0, 1, 0, 0], [0, 1, 1, 1], [0, 0, 1, 1]]).bool()
+    cut = list(trimmed(ids.repeat_interleave(20, 0), mask.repeat_interleave(20, 0)))
+    assert [tuple(part.shape) for part, _ in cut] == [(20, 2), (40, 4)]
+    assert sum(int(part.sum()) for _, part in cut) == 20 * 6
 
 
 # --- the model -------------------------------------------------------------------------------------------
@@ -485,28 +502,84 @@ def test_a_rollout_holds_what_its_definitions_say(tmp_path):
     assert one.figures["kl"] == pytest.approx(float(kl), rel=1e-5)
 
 
-def test_stopped_and_resumed_it_goes_the_same_way(tmp_path):
+def test_stopped_and_resumed_the_next_20_updates_are_those_of_a_run_that_was_not(tmp_path):
+    """With all that must be remembered: moments of AdamW, schedule, prompts, draws, coefficient, scale, alarms."""
+    words = ["go", "a", "b", "c"]
+    chat, make = toys.indifferent(words)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    training.run_trainer(trainer(whole, updates=5, kl_target=0.01), whole)
     calls = []
 
-    def failing(prompts, responses):
+    def reward(prompts, responses):
         calls.append(1)
-        if len(calls) == 4:
+        if stop and len(calls) == 6:
             raise KeyboardInterrupt
-        return vowels(prompts, responses)
+        return [text.split().count("a") for text in responses]
 
+    def run(folder):
+        calls.clear()
+        one = toys.trainer(
+            folder, chat, make, reward, prompts=toys.prompts_of(words), updates=24, save_every=4, kl_target=0.01,
+            scale_scores=True, prompts_per_update=24, minibatches=2, batch_size=5, max_new_tokens=6, samples_every=1,
+        )
+        training.run_trainer(one, folder)
+        return one
+
+    stop = False
+    run(whole)
+    stop = True
     with pytest.raises(KeyboardInterrupt):
-        training.run_trainer(trainer(stopped, updates=5, kl_target=0.01, save_every=2, reward=failing), stopped)
-    assert [row["update"] for row in rows_of(stopped)] == [1, 2, 3]
-    training.run_trainer(trainer(stopped, updates=5, kl_target=0.01, save_every=2), stopped)
+        run(stopped)
+    assert [row["update"] for row in rows_of(stopped)] == [1, 2, 3, 4, 5]
+    stop = False
+    resumed = run(stopped)
+    assert resumed.state.global_step == 24 * 4 and len(calls) == 20
     expected, found = (
         [{name: x for name, x in row.items() if not name.startswith("seconds")} for row in rows_of(folder)]
         for folder in (whole, stopped)
     )
-    assert found == expected
-    assert len({row["kl_coef"] for row in expected}) == 5
+    assert found == expected and len(found[4:]) == 20
+    assert len({row["kl_coef"] for row in expected}) == len({row["score_scale"] for row in expected}) == 24
     assert (whole / "samples.jsonl").read_text() == (stopped / "samples.jsonl").read_text()
+
+
+def test_moments_put_together_are_those_of_all_numbers():
+    numbers = torch.randn(50, dtype=torch.float64) * 3 + 7
+    moments = torch.zeros(3, dtype=torch.float64)
+    for part in numbers.split([1, 20, 29]):
+        moments = merged(moments, part)
+    count, mean, squares = moments.tolist()
+    assert (count, mean) == (50, pytest.approx(numbers.mean().item()))
+    assert squares / count == pytest.approx(numbers.var(correction=0).item())
+
+
+def test_scaled_scores_make_the_unit_of_the_reward_irrelevant(tmp_path):
+    found = []
+    for unit in (1.0, 1000.0):
+        folder = tmp_path / str(unit)
+        one = trainer(folder, reward=lambda p, r, u=unit: [u * x for x in vowels(p, r)], scale_scores=True,
+                      missing_eos_penalty=0.5)
+        training.run_trainer(one, folder)
+        found.append((torch.cat([p.detach().flatten() for p in one.model.parameters()]), rows_of(folder)))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
+    for small, large in zip(found[0][1], found[1][1], strict=True):
+        assert large["score_scale"] == pytest.approx(1000 * small["score_scale"], rel=1e-5)
+        assert large["reward"] == pytest.approx(small["reward"], rel=1e-3)
+    # Of the first update it is the deviation of that update's scores.
+    assert found[0][1][0]["score_scale"] == pytest.approx(found[0][1][0]["score_std"], rel=1e-4)
+
+
+def test_parts_of_the_reward_and_the_judge_are_logged_and_the_judge_rewards_nothing(tmp_path):
+    def length(prompts, responses):
+        return [float(len(text)) for text in responses]
+
+    total = Total({"vowels": (vowels, 2.0), "length": (length, -0.5)})
+    one = trainer(tmp_path, reward=total, updates=1)
+    one.judge = lambda prompts, responses: [100.0 + len(text) for text in responses]
+    training.run_trainer(one, tmp_path)
+    (row,) = rows_of(tmp_path)
+    assert row["score"] == pytest.approx(2 * row["score_vowels"] - 0.5 * row["score_length"], rel=1e-5)
+    assert row["judge"] == pytest.approx(100 + row["score_length"], rel=1e-5)
+    assert row["judge_std"] > 0 and row["score"] < 50
 
 
 def test_numbers_that_are_none_stop_the_run_and_the_last_good_checkpoint_stays(tmp_path):
@@ -571,6 +644,109 @@ def test_lora_trains_adapters_alone_and_its_base_is_the_reference(tmp_path):
     assert first["kl"] == 0 != second["kl"]
     saved = tmp_path / "checkpoints" / "checkpoint-8" / "policy"
     assert (saved / "adapter_model.safetensors").exists() and not (saved / "model.safetensors").exists()
+
+
+# --- stopping, and which policy is taken -----------------------------------------------------------------------
+
+WORDS = ["go", "a", "b", "c"]
+KINDS = ["harmful", "benign", "benign", "borderline"]
+
+
+def long_answers(prompts, responses):
+    return [float(len(text.split())) for text in responses]
+
+
+def middling(prompts, responses):
+    """Best at seven words: it rises with the reward, and then falls."""
+    return [1 - abs(len(text.split()) - 7) / 10 for text in responses]
+
+
+def selecting(folder, reward=long_answers, **settings):
+    """A trainer that saves a state every second update, and chooses."""
+    chat, make = toys.talker(tuple(WORDS), 0.5)
+    settings = {"updates": 10, "prompts_per_update": 32, "max_new_tokens": 10, "save_every": 2, "kl_coef": 0.0,
+                "learning_rate": 1e-2, "judge": middling, **settings}
+    one = toys.trainer(folder, chat, make, reward, prompts=toys.prompts_of(WORDS), kinds=KINDS, **settings)
+    one.selection = [prompt for prompt in one.prompts for _ in range(8)]
+    return one
+
+
+def snapshots(one) -> dict[int, dict]:
+    """The policy's weights at each candidate, by update."""
+    found, candidate = {}, one._candidate
+
+    def kept():
+        update = one.state.global_step // one.settings.steps_per_update
+        found[update] = {name: p.detach().clone() for name, p in one.model.named_parameters()}
+        candidate()
+
+    one._candidate = kept
+    return found
+
+
+def test_the_policy_that_did_best_is_taken_and_not_the_last(tmp_path):
+    one = selecting(tmp_path)
+    weights = snapshots(one)
+    training.run_trainer(one, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "selection.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows] == list(weights) == [0, 2, 4, 6, 8, 10]
+    for row in rows:
+        assert len(row["scores"]) == 32
+        assert row["harmlessness"] == pytest.approx(sum(row["scores"][:8]) / 8)
+        assert row["helpfulness"] == pytest.approx(sum(row["scores"][8:]) / 24)
+    best = one.best()
+    assert best not in (0, 10)
+    sums = {row["update"]: row["harmlessness"] + row["helpfulness"] for row in rows}
+    assert sums[best] > sums[10]
+    assert one.load_best() == best
+    assert all(torch.equal(p, weights[best][name]) for name, p in one.model.named_parameters())
+
+
+def test_a_stopped_run_chooses_what_a_whole_one_does(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    one = selecting(whole)
+    training.run_trainer(one, whole)
+    one.load_best()
+    other = selecting(stopped)
+    candidate = other._candidate
+
+    def killed():  # when the candidate of update 8 is written and the state of it is not
+        candidate()
+        if other.state.global_step == 16:
+            raise KeyboardInterrupt
+
+    other._candidate = killed
+    with pytest.raises(KeyboardInterrupt):
+        training.run_trainer(other, stopped)
+    assert training.last_state(stopped / "checkpoints").name == "checkpoint-12"
+    other = selecting(stopped)
+    training.run_trainer(other, stopped)
+    other.load_best()
+    assert (whole / "selection.jsonl").read_text() == (stopped / "selection.jsonl").read_text()
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_an_alarm_stops_the_run_and_what_was_saved_is_kept(tmp_path):
+    def watched(*stop_on):
+        return Watch(limits(["eos=off", "boilerplate=off"]), stop_on)
+
+    settings = {"updates": 12, "prompts_per_update": 64, "judge": None}
+    one = selecting(tmp_path, watch=watched("length"), **settings)
+    one.selection = []
+    with pytest.raises(Stopped, match=r"stopped in update \d+ of 12 by --stop-on length: responses went from .*"
+                                      r"The last good policy is .*checkpoint-\d+/policy"):
+        training.run_trainer(one, tmp_path)
+    rows = rows_of(tmp_path)
+    assert len(rows) == one.raised["length"] < 12 and rows[-1]["alarms"] == ["length"]
+    assert not any("alarms" in row for row in rows[:-1])
+    saved = training.last_state(tmp_path / "checkpoints")
+    training.load_policy(str(saved / "policy"))
+    # Without it the same run goes on, and no update is in the metrics twice.
+    other = selecting(tmp_path, watch=watched(), **settings)
+    other.selection = []
+    training.run_trainer(other, tmp_path)
+    assert [row["update"] for row in rows_of(tmp_path)] == list(range(1, 13))
+    assert rows_of(tmp_path)[len(rows) - 1]["alarms"] == ["length"]
 
 
 # --- does it learn? --------------------------------------------------------------------------------------

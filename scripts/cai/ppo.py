@@ -44,6 +44,9 @@ SAMPLES = "samples.jsonl"
 SELECTION = "selection.jsonl"
 ALARMS = "alarms.json"
 
+# What one more forward pass costs, in tokens of one that is under way anyway: a GPU is not busy with fewer.
+PASS_TOKENS = {"cpu": 32, "other": 2048}
+
 # ------------------------------------------------------------------------------------ the batch arithmetic
 
 
@@ -223,6 +226,31 @@ def adapted(kl_coef: float, kl: float, target: float, rows: int, horizon: int) -
 # ---------------------------------------------------------------------------------------------- the model
 
 
+def parts(lengths: Sequence[int], overhead: int) -> list[range]:
+    """Neighbouring rows that are padded together, so that fewest tokens are computed in all.
+
+    Args:
+        lengths: tokens of each row; sorted, there is most to gain.
+        overhead: what a forward pass more costs, in tokens.
+    """
+    best: list[tuple[int, list[range]]] = [(0, [])]  # of the first n rows
+    for end in range(1, len(lengths) + 1):
+        best.append(min(
+            ((best[start][0] + (end - start) * max(lengths[start:end]) + overhead, [*best[start][1], range(start, end)])
+             for start in range(end)), key=lambda found: found[0],
+        ))
+    return best[-1][1]
+
+
+def trimmed(input_ids: Tensor, response_mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of one forward pass in `parts`, each without the columns that are padding in all of its rows."""
+    place = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+    lengths = (response_mask * place).amax(1).tolist()
+    for rows in parts(lengths, PASS_TOKENS["cpu" if input_ids.device.type == "cpu" else "other"]):
+        width = max(lengths[rows.start : rows.stop])
+        yield input_ids[rows.start : rows.stop, :width], response_mask[rows.start : rows.stop, :width]
+
+
 def response_logits(model, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (tokens, vocabulary) that each response token was drawn from, and what the head made them of.
 
@@ -282,6 +310,11 @@ class PolicyAndValue(nn.Module):
 
         A token's value is that of what stands before it.
         """
+        found = [self._forward(*part) for part in trimmed(input_ids, response_mask)]
+        logprobs, values = (torch.cat(numbers) for numbers in zip(*found, strict=True))
+        return logprobs, values
+
+    def _forward(self, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
         logits, hidden = response_logits(self.policy, input_ids, response_mask)
         logprobs = token_logprobs(logits, input_ids, response_mask, self.temperature)
         if self.has_value_model:
@@ -810,8 +843,10 @@ class PPOTrainer(Trainer):
         adapters_off = model.policy.disable_adapter() if self.reference is None else nullcontext()
         reference = model.policy if self.reference is None else self.reference
         with adapters_off, self.accelerator.autocast():
-            logits, _ = response_logits(reference, input_ids, response_mask)
-        return token_logprobs(logits, input_ids, response_mask, self.settings.temperature)
+            return torch.cat([
+                token_logprobs(response_logits(reference, *part)[0], *part, self.settings.temperature)
+                for part in trimmed(input_ids, response_mask)
+            ])
 
     def _write_samples(self, update, drawn, texts, scores, kl, lengths, ended) -> None:
         """Four rows of this update to samples.jsonl, in place of any that a stopped run wrote from here on."""
