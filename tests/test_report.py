@@ -286,6 +286,7 @@ def opened(browser, folder):
     def call(fragment="", path=folder / "report.html", **settings):
         context = browser.new_context(**{"viewport": {"width": 1440, "height": 900}, **settings})
         contexts.append(context)
+        context.set_default_timeout(120_000)  # a slow machine is no failure
         page = context.new_page()
         page.on("console", lambda message: wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -302,6 +303,11 @@ def opened(browser, folder):
 
 def count(page) -> str:
     return page.locator("#count").inner_text()
+
+
+def wait(page, selector: str, begins: str) -> None:
+    """Until the element's text begins so. (An expression to poll would need eval, which the page's policy forbids.)"""
+    page.locator(selector).filter(has_text=re.compile("^" + re.escape(begins))).wait_for()
 
 
 def total(page) -> int:
@@ -323,8 +329,8 @@ def test_filters_and_clear(opened):
     assert page.locator("#list a").count() == 2
     page.select_option("#f-outcome", "left as it was")
     assert count(page) == f"0 of {every} transcripts"
-    page.click("text=Clear")
-    page.wait_for_function(f"document.getElementById('count').textContent.startsWith('{every} ')")
+    page.click("#controls button")
+    wait(page, "#count", f"{every} of")
 
 
 def test_search_reads_every_text_of_a_row(opened):
@@ -332,7 +338,7 @@ def test_search_reads_every_text_of_a_row(opened):
     for words, n in (("LOOKED deed at", 12), ("rather not deed 11", 1), ("ppo answers harmful 19", 1), ("p0003", 1),
                      ("nothing says this", 0)):
         page.fill("#q", words)
-        page.wait_for_function(f"document.getElementById('count').textContent.startsWith('{n} of')")
+        wait(page, "#count", f"{n} of")
 
 
 def test_a_deep_link_opens_its_row_and_a_missing_one_is_said(opened):
@@ -341,12 +347,12 @@ def test_a_deep_link_opens_its_row_and_a_missing_one_is_said(opened):
     assert page.evaluate("document.activeElement.id") == "detail"
     assert page.locator("#detail").is_visible() and page.locator("[aria-current]").count() == 1
     page.evaluate("location.hash = 't=held-out%3Ah-harmful-19'")
-    page.wait_for_function("document.querySelector('#detail h3').textContent === 'h-harmful-19'")
+    wait(page, "#detail h3", "h-harmful-19")
     assert "ppo answers harmful 19." in page.locator("#detail").inner_text()
     page.evaluate("location.hash = 't=training%3Agone'")
-    page.wait_for_function("document.getElementById('count').textContent.includes('not in this page')")
+    wait(page, "#count", "The transcript training:gone is not in this page")
     page.evaluate("location.hash = 't=%E0%A4%A'")
-    page.wait_for_function("document.getElementById('count').textContent.includes('%E0%A4%A')")
+    wait(page, "#count", "The transcript %E0%A4%A is not")
 
 
 def test_a_round_shows_principle_critique_and_the_words_changed(opened):
@@ -358,7 +364,7 @@ def test_a_round_shows_principle_critique_and_the_words_changed(opened):
     assert "the text was left as it was" in text
     assert "Prefers A with probability 0.800" in text and text.count("preferred") == 1
     page.evaluate("location.hash = 't=training%3Ap0002%2F0'")
-    page.wait_for_function("document.querySelector('#detail h3').textContent === 'p0002/0'")
+    wait(page, "#detail h3", "p0002/0")
     assert "same place in both orders" in page.locator("#detail").inner_text()
 
 
@@ -381,12 +387,12 @@ def test_by_keyboard(opened):
     link = page.evaluate("document.activeElement.hash")
     assert link == "#t=training%3Ap0001%2F0"
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('#detail h3').textContent === 'p0001/0'")
+    wait(page, "#detail h3", "p0001/0")
     assert page.evaluate("document.activeElement.id") == "detail"
     page.keyboard.press("Tab")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('#detail h3').textContent === 'p0002/0'")
+    wait(page, "#detail h3", "p0002/0")
 
 
 def test_the_list_is_shown_in_pages(opened):
