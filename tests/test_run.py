@@ -126,7 +126,7 @@ def test_the_oracle_is_asked_in_evaluations_only(invoke, tmp_path, prompts):
         (["--model", "x", "--input", "train.jsonl", "--heldout", "plain.jsonl"],
          "plain.jsonl:1: a row without 'kind'"),
         (["--model", "x", "--input", "train.jsonl", "--heldout", "heldout.jsonl", "--constitution", "no"],
-         "expected a .yaml file, or one of: harmlessness, property-only"),
+         "expected a .yaml file, or one of: child-safe-tutoring"),
     ],
 )
 def test_bad_input_is_refused_before_the_first_step(invoke, tmp_path, prompts, monkeypatch, arguments, expected):
@@ -245,8 +245,8 @@ def test_the_whole_loop_on_tiny_shrunk(invoke, tmp_path):
     answers = {stage: [row["response"] for _, row in read_jsonl(tmp_path / f"out/evaluation-{stage}.responses.jsonl")]
                for stage in ("base", "sft", "ppo")}
     assert answers["base"] != answers["sft"] != answers["ppo"]
-    # Three responses a prompt, so three pairs, less the identical ones.
-    assert 30 < said["judge"]["pairs"] + said["judge"]["identical"] <= 90
+    # Four responses a prompt and the base model's: of ten pairs five are judged, less the identical ones.
+    assert 30 < said["judge"]["pairs"] + said["judge"]["identical"] <= 5 * 30
     assert said["output"] == str(tmp_path / "out") and said["seconds"] > 0
     made = times(tmp_path / "out")
     assert json.loads(invoke("run", *arguments).stdout)["stages"] == said["stages"]

@@ -242,7 +242,9 @@ def test_a_server_that_goes_away_stops_the_run_and_keeps_the_work(
         error = [line for line in result.stderr.splitlines() if line.startswith("error:")]
         assert len(error) == 1 and "no server has answered" in error[0] and proxy.address in error[0]
         kept = read(tmp_path / "out.jsonl.partial")
-        assert len(kept) == 49 and not output.exists()  # and the greeting
+        # 50 requests went through, the greeting among them; what was still under way when it gave up is asked again.
+        assert len(kept) <= 49 and {row["id"]: row["response"] for row in kept}.items() <= greedy.items()
+        assert not output.exists()
         proxy.dies_after = None
         assert invoke("generate", *arguments).exit_code == 0
     assert {row["id"]: row["response"] for row in read(output)} == greedy

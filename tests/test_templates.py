@@ -15,6 +15,9 @@ VALUES = {
     "revise": {"principle": PRINCIPLE, "prompt": "P?", "response": "R.", "critique": "C."},
     "preference": {"principle": PRINCIPLE, "prompt": "P?", "response_a": "R1.", "response_b": "R2.", "reasoning": ""},
     "preference_cot": {"principle": PRINCIPLE, "prompt": "P?", "response_a": "R1.", "response_b": "R2."},
+    "preference_answer": {"principle": PRINCIPLE, "prompt": "P?", "response_a": "R1.", "response_b": "R2.",
+                          "reasoning": ""},
+    "coverage": {"principle": PRINCIPLE, "prompt": "P?"},
     "classify": {"prompt": "P?", "response": "R."},
 }
 
@@ -31,7 +34,7 @@ def test_renders_with_its_values_and_fails_without_one(name):
         if isinstance(value, str):
             assert value in text
     assert messages[0]["role"] == "user"
-    assert (messages[-1]["role"] == "assistant") == (name in ("preference", "classify"))
+    assert (messages[-1]["role"] == "assistant") == (name in ("preference", "classify", "coverage"))
     for missing in set(VALUES[name]) - {"reasoning"}:
         with pytest.raises(InputError, match=missing):
             load_template(name).render(**{k: v for k, v in VALUES[name].items() if k != missing})

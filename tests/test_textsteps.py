@@ -15,7 +15,7 @@ from conftest import ROOT
 from cai.records import read_jsonl, read_manifest
 
 STEPS = ["generate", "critique", "revise"]
-COUNT = 24
+COUNT = 72
 SHORT = ("--max-new-tokens", 16)
 
 
