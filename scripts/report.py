@@ -111,7 +111,7 @@ def render(run: Run, drawn: list[figures.Figure]) -> tuple[str, int, int]:
 
 
 def page_of(values: dict, payload: dict) -> str:
-    data = {**payload, "principles": {one["id"]: one["text"] for one in values["principles"]}}
+    data = {**payload, "principles": {one["id"]: [one["text"], one["question"]] for one in values["principles"]}}
     return environment(html=True).get_template("page.html.jinja").render(**values, payload=payload, data=data)
 
 

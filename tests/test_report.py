@@ -362,6 +362,7 @@ def test_a_round_shows_principle_critique_and_the_words_changed(opened):
     assert "Sure" in "".join(page.locator("#detail del").all_inner_texts())
     assert "will not do" in "".join(page.locator("#detail ins").all_inner_texts())
     assert "the text was left as it was" in text
+    assert "Principle care – Which response" in text
     assert "Prefers A with probability 0.800" in text and text.count("preferred") == 1
     page.evaluate("location.hash = 't=training%3Ap0002%2F0'")
     wait(page, "#detail h3", "p0002/0")

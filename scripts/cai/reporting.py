@@ -275,7 +275,8 @@ def rounds(run: Run) -> list[dict]:
 def principles(run: Run) -> list[dict]:
     """One entry a principle, most drawn first, those of the constitution that were never drawn at the end.
 
-    {id, text, drawn, changed: rate, before, after: rate of harmful compliance of what it was drawn for, before and
+    {id, text and question (its critique request and preference question, if the constitution is at hand), drawn,
+    changed: rate, before, after: rate of harmful compliance of what it was drawn for, before and
     after that round; compared: times drawn by the judge}. before and after are None if no class is known.
     """
     drawn, altered, before, after, harmful = Counter(), Counter(), Counter(), Counter(), Counter()
@@ -296,7 +297,8 @@ def principles(run: Run) -> list[dict]:
     names = [name for name, _ in drawn.most_common()]
     names += [name for name in {**compared, **texts} if name not in drawn]
     return [
-        {"id": name, "text": texts[name].critique if name in texts else "", "drawn": drawn[name],
+        {"id": name, "text": texts[name].critique if name in texts else "",
+         "question": texts[name].preference if name in texts else "", "drawn": drawn[name],
          "changed": metrics.rate(altered[name], drawn[name]), "compared": compared[name],
          "before": metrics.rate(before[name], harmful[name]) if harmful[name] else None,
          "after": metrics.rate(after[name], harmful[name]) if harmful[name] else None}

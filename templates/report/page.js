@@ -133,13 +133,14 @@
     byId("detail").replaceChildren(...parts);
     walk();
   }
-  function principle(id) {
-    const text = Object.hasOwn(data.principles, id) && data.principles[id];
+  const [REQUEST, QUESTION] = [0, 1];
+  function principle(id, which) {
+    const text = Object.hasOwn(data.principles, id) && data.principles[id][which];
     return label(`Principle ${plain(id)}`, text && `– ${plain(text)}`);
   }
   function round(one, number) {
     const parts = [make("h4", "", `Round ${number}`, " ", ...[one.class, ...one.flags.map((flag) => `flag: ${flag}`)].filter(Boolean).map(badge)),
-      principle(one.principle), label("Critique"), block(T(one.critique), "critique")];
+      principle(one.principle, REQUEST), label("Critique"), block(T(one.critique), "critique")];
     if (one.revision === null) return parts;
     if (one.changes && !one.changes.length) return [...parts, label("Revision: the text was left as it was.")];
     parts.push(label(one.changes ? "Revision, with what was removed and added" : "Revision (too long to mark what changed)"));
@@ -172,7 +173,7 @@
       return make("div", "", label(`Response ${side.toUpperCase()}`, won && badge("preferred")), block(T(pair[side]), `response ${side}`));
     });
     return [label(verdict[0].toUpperCase() + verdict.slice(1), pair.same_position && badge("same place in both orders")),
-      ...(pair.principle ? [principle(pair.principle)] : []), make("div", "pair", ...sides)];
+      ...(pair.principle ? [principle(pair.principle, QUESTION)] : []), make("div", "pair", ...sides)];
   }
   function walkers() {
     const box = make("div", "walk");
