@@ -13,6 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from cai.engines import Sampling, load_engine
 
+# One for all servers: they share the engine that is kept in this process, and one that is over may still answer.
+_LOCK = threading.Lock()
+
 
 class SmallServer:
     """Runs in threads of its own while it is entered.
@@ -32,7 +35,6 @@ class SmallServer:
         self.refuses, self.most_top, self.continues = refuses or {}, most_top, continues
         self.context, self.poison = context, poison
         self.requests: list[dict] = []
-        self._lock = threading.Lock()
 
     def __enter__(self):
         outer = self
@@ -42,7 +44,7 @@ class SmallServer:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer._lock:
+                with _LOCK:
                     outer.requests.append(body)
                     status, answer = outer.answer(body)
                 said = json.dumps(answer).encode()

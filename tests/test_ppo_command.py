@@ -132,7 +132,8 @@ def test_rewards_of_several_kinds_a_judge_and_a_choice(invoke, common, tmp_path,
     for row in rows:
         parts = [row[name] for name in row if name.startswith("score_") and name != "score_std"]
         assert len(parts) == 2 and 0 < row["judge"] <= 1
-        assert row["score"] == pytest.approx(row["score_reward0"] + 2 * row["score_own_rewards:length"], rel=1e-4)
+        reward = next(name for name in row if name.startswith("score_reward"))
+        assert row["score"] == pytest.approx(row[reward] + 2 * row["score_own_rewards:length"], rel=1e-4)
     fingerprint = json.loads((tmp_path / "policy.run.json").read_text())["fingerprint"]
     assert len(fingerprint["reward_model"]) == 2 and fingerprint["judge"]["function"] == "own_rewards:brief"
 
