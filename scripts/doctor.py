@@ -1,6 +1,7 @@
 """Check that this machine can do what the other commands ask: packages, devices, memory, hub, endpoints, a model.
 
     python scripts/doctor.py --model tiny --json
+    python scripts/doctor.py --hardware
 
 Changes nothing but for a small file in each place that is to be written, which it removes. Runs where hardly anything
 is installed, to say so. Leaves out speed, and models on a hub that are not in the local cache.
@@ -41,8 +42,10 @@ LOW_DISK_GB = 5
 @click.option("--output", default=".", show_default=True, metavar="PATH", help="Where results will go.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True,
               help="Seconds to wait for the hub and for each endpoint.")
+@click.option("--hardware", is_flag=True,
+              help="Check nothing: print what each step needs in memory for models of common sizes, and on which GPU.")
 @cli.options("device", "json")
-def main(model, endpoints, output, timeout, device, as_json):
+def main(model, endpoints, output, timeout, hardware, device, as_json):
     """Check Python, packages, devices, memory, places to write, hub and endpoints, and a model.
 
     Ends with 0 if all is well and 3 if there are problems; each has its remedy.
@@ -51,6 +54,10 @@ def main(model, endpoints, output, timeout, device, as_json):
     Example:
       python scripts/doctor.py --model tiny --json
     """
+    if hardware:
+        rows = hardware_rows()
+        click.echo(json.dumps({"rows_of_tokens": TOKENS + NEW, "models": rows}) if as_json else hardware_table(rows))
+        return
     found = Findings()
     report = {
         "python": check_python(found), "packages": check_packages(found), "devices": check_devices(found, device),
@@ -384,44 +391,108 @@ def describe_chat(found: Findings, chat) -> dict:
             "pad_token": pad, "eos_token": end, "vocabulary": len(tokenizer)}
 
 
+def step_memory(shape, gpu: bool) -> dict[str, float]:
+    """{step: GB} of tensors at its peak, for rows of TOKENS + NEW tokens, by `cai.estimate`.
+
+    Text steps with ROWS rows in a batch, training with TRAINING_ROWS; on a GPU in bfloat16 with checkpointing,
+    else in float32.
+    """
+    from cai.estimate import gigabytes, text_memory, training_memory
+
+    size = 2 if gpu else 4
+    text = {"size": size, "rows": ROWS, "longest": TOKENS, "chunk": ROWS * TOKENS}
+    tokens, lora = TRAINING_ROWS * (TOKENS + NEW), {"lora_rank": 16, "frozen_size": size}
+    training = {"autocast": gpu, "checkpointing": gpu}
+    full = training_memory(shape, tokens=tokens, **training)
+    light = training_memory(shape, tokens=tokens, **training, **lora)
+    frozen = shape.parameters * size  # a model without gradients: the reference, the reward model
+    needs = {
+        "generate, critique, revise": text_memory(shape, new=NEW, **text),
+        "judge": text_memory(shape, new=0, **text),
+        # A reward model reads two responses a row, but has no logits over the vocabulary, which take more.
+        "sft, reward_model (--lora)": light,
+        "sft, reward_model (--full)": full,
+        "dpo (--lora)": training_memory(shape, tokens=2 * tokens, **training, **lora),
+        "dpo (--full)": {**training_memory(shape, tokens=2 * tokens, **training), "reference": frozen},
+        # A value model of the policy's size is trained beside it; under LoRA the reference is the policy without
+        # its adapters.
+        "ppo (--lora)": {**light, "value": sum(light.values()), "reward": frozen},
+        "ppo (--full)": {**full, "value": sum(full.values()), "reward": frozen, "reference": frozen},
+    }
+    return {step: gigabytes(parts)["total"] for step, parts in needs.items()}
+
+
 def fits(found: Findings, folder: str, devices: dict) -> dict:
     """{step: {needs_gb, fits}} on the largest device, by `cai.estimate`. {} for an architecture it does not know."""
-    from cai.estimate import gigabytes, shape_of, text_memory, training_memory
+    from cai.estimate import shape_of
 
     shape = shape_of(folder)
     if shape is None:
         found.note("how much memory the model takes can't be told from its config.json")
         return {}
     best = max(devices["accelerators"], key=lambda one: one["free_gb"] or 0, default=None)
-    gpu = best is not None and best["name"] != "mps"
     device = best or {"name": "cpu", **devices["cpu"]}
-    size = 2 if gpu else 4
-    text = {"size": size, "rows": ROWS, "longest": TOKENS, "chunk": ROWS * TOKENS}
-    training = {"tokens": TRAINING_ROWS * (TOKENS + NEW), "autocast": gpu, "checkpointing": gpu}
-    lora = {**training, "lora_rank": 16, "frozen_size": size}
-    full, light = training_memory(shape, **training), training_memory(shape, **lora)
-    writing = text_memory(shape, new=NEW, **text)
-    # PPO holds policy, value model, and without gradients a reference and a reward model.
-    others = 2 * shape.parameters * size
-    needs = {
-        "generate, critique, revise": writing, "judge": text_memory(shape, new=0, **text),
-        "sft, reward_model (--lora)": light, "sft, reward_model (--full)": full,
-        "dpo (--full)": {**full, "reference": shape.parameters * size},
-        "ppo (--lora)": {**light, "value": sum(light.values()), "others": others},
-        "ppo (--full)": {**full, "value": sum(full.values()), "others": others},
-    }
     report = {"device": device["name"], "free_gb": device["free_gb"], "rows_of_tokens": TOKENS + NEW, "steps": {}}
-    for step, parts in needs.items():
-        total = gigabytes(parts)["total"]
+    for step, total in step_memory(shape, gpu=best is not None and best["name"] != "mps").items():
         report["steps"][step] = {"needs_gb": total, "fits": device["free_gb"] is None or total < device["free_gb"]}
     tight = [step for step, one in report["steps"].items() if not one["fits"]]
-    if len(tight) == len(needs):
+    if len(tight) == len(report["steps"]):
         found.problem(f"the model fits for no step ({device['name']} has {device['free_gb']} GB free)",
                       "Take a smaller model or a larger device, or serve it and use openai:NAME with --endpoint")
     elif tight:
         found.note(f"with rows of {TOKENS + NEW} tokens there is too little memory for: {'; '.join(tight)}. "
                    "Smaller batches, --lora or another device help")
     return report
+
+
+# --- models of common sizes ---------------------------------------------------------------------------------
+
+# From the published config.json of each: layers, hidden, inner, heads, key heads, head size, vocabulary, and whether
+# the output layer is the embedding again.
+PUBLISHED = {
+    "Llama 3.2 1B": (16, 2048, 8192, 32, 8, 64, 128_256, True),
+    "Llama 3.2 3B": (28, 3072, 8192, 24, 8, 128, 128_256, True),
+    "Llama 3.1 8B": (32, 4096, 14_336, 32, 8, 128, 128_256, False),
+    "Qwen2.5 14B": (48, 5120, 13_824, 40, 8, 128, 152_064, False),
+    "Qwen2.5 32B": (64, 5120, 27_648, 40, 8, 128, 152_064, False),
+    "Llama 3.1 70B": (80, 8192, 28_672, 64, 8, 128, 128_256, False),
+}
+# What CUDA, its kernels and Python take beside the tensors.
+BESIDE_GB = 2
+
+
+def published_shape(layers, hidden, inner, heads, kv_heads, head_size, vocabulary, tied):
+    """The shape of a Llama-like decoder; its parameters counted matrix by matrix (biases and norms left out)."""
+    from cai.estimate import Shape
+
+    attention = 2 * hidden * head_size * (heads + kv_heads)
+    count = layers * (attention + 3 * hidden * inner) + vocabulary * hidden * (1 if tied else 2)
+    return Shape(count, layers, hidden, inner, heads, kv_heads, head_size, vocabulary)
+
+
+def hardware_rows() -> list[dict]:
+    """[{model, parameters, steps: {step: {needs_gb, gpu}}}]; gpu is the smallest known one that holds it, or None."""
+    from cai.estimate import GPUS
+
+    rows = []
+    for name, sizes in PUBLISHED.items():
+        shape = published_shape(*sizes)
+        steps = {}
+        for step, total in step_memory(shape, gpu=True).items():
+            holding = [(memory, gpu) for gpu, (memory, *_) in GPUS.items() if memory >= total + BESIDE_GB]
+            steps[step] = {"needs_gb": total, "gpu": min(holding)[1] if holding else None}
+        rows.append({"model": name, "parameters": shape.parameters, "steps": steps})
+    return rows
+
+
+def hardware_table(rows: list[dict]) -> str:
+    """The rows in Markdown: GB, and the smallest GPU that holds them."""
+    steps = list(rows[0]["steps"])
+    lines = [["step", *(row["model"] for row in rows)], ["---"] * (1 + len(rows))]
+    for step in steps:
+        found = [row["steps"][step] for row in rows]
+        lines.append([step, *(f"{one['needs_gb']:.0f} GB: {one['gpu'] or 'several'}" for one in found)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # --- for people ---------------------------------------------------------------------------------------------

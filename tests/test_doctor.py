@@ -285,3 +285,45 @@ def test_a_model_too_large_for_the_machine(invoke, tmp_path):
     assert not any(one["fits"] for one in steps.values()) and "fits for no step" in report["problems"][0]
     # 16 bytes a parameter, and more for the activations
     assert steps["sft, reward_model (--full)"]["needs_gb"] > 1_100
+
+
+# --- models of common sizes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("Llama 3.2 1B", 1.236), ("Llama 3.2 3B", 3.213), ("Llama 3.1 8B", 8.030), ("Qwen2.5 14B", 14.770),
+     ("Qwen2.5 32B", 32.764), ("Llama 3.1 70B", 70.554)],
+)
+def test_published_sizes_have_the_published_number_of_parameters(name, billions):
+    """The model cards' figures; ours leave out norms and biases."""
+    assert doctor.published_shape(*doctor.PUBLISHED[name]).parameters == pytest.approx(billions * 1e9, rel=5e-4)
+
+
+def test_the_hardware_table_is_that_of_the_estimator(invoke):
+    result = invoke("doctor", "--hardware", "--json")
+    assert result.exit_code == 0
+    rows = json.loads(result.stdout)["models"]
+    assert [row["model"] for row in rows] == list(doctor.PUBLISHED)
+    eight = rows[2]
+    assert eight["parameters"] == 8_029_995_008
+    # 18 bytes a parameter are exact: weights, gradients, two moments in float32, and autocast's copy.
+    full = eight["steps"]["sft, reward_model (--full)"]
+    assert 18 * 8.03 < full["needs_gb"] < 18 * 8.03 * 1.2 and full["gpu"] == "b200"
+    # 2 bytes a parameter, and 32 rows of 768 tokens at 2 · 32 · 8 · 128 · 2 bytes.
+    assert eight["steps"]["generate, critique, revise"]["needs_gb"] > 2 * 8.03 + 32 * 768 * 131_072 / 1e9
+    for row in rows:
+        steps = {name: one["needs_gb"] for name, one in row["steps"].items()}
+        assert steps["judge"] < steps["sft, reward_model (--lora)"] < steps["ppo (--lora)"] < steps["ppo (--full)"]
+        assert steps["dpo (--lora)"] < steps["dpo (--full)"] < steps["ppo (--full)"]
+    assert rows[-1]["steps"]["ppo (--full)"]["gpu"] is None
+    table = invoke("doctor", "--hardware").stdout
+    assert table.count("\n") == 2 + len(eight["steps"]) and f"{full['needs_gb']:.0f} GB: b200" in table
+
+
+def test_a_model_of_a_published_size_is_told_the_same_as_in_the_table():
+    """`fits` and the table take one way; on a GPU that is."""
+    shape = doctor.published_shape(*doctor.PUBLISHED["Llama 3.2 1B"])
+    on_gpu, on_cpu = doctor.step_memory(shape, gpu=True), doctor.step_memory(shape, gpu=False)
+    assert on_gpu == {name: one["needs_gb"] for name, one in doctor.hardware_rows()[0]["steps"].items()}
+    assert all(on_cpu[name] >= 1.2 * need for name, need in on_gpu.items() if "full" not in name)
