@@ -5,6 +5,8 @@ import os
 import re
 import shlex
 import subprocess
+import sys
+import venv
 from pathlib import Path
 
 import click
@@ -39,18 +41,36 @@ def read(path) -> str:
 
 
 def blocks(path: Path, language: str) -> list[str]:
+    return fenced(read(path), language)
+
+
+def fenced(text: str, language: str) -> list[str]:
     """The fenced code blocks of a language, without their indentation."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", read(path), re.MULTILINE | re.DOTALL)
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
     return [re.sub(f"^{indent}", "", text, flags=re.MULTILINE) for indent, text in found]
+
+
+# What SKILL.md has the reader set once, in cai.env.
+SET = {"$CAI/": "", "$CAI": ".", "$MODEL": "my-org/my-model", "$JUDGE": "my-org/my-judge"}
+
+
+def commands(block: str) -> list[str]:
+    """The lines of a shell block, continued ones put together and the reader's settings filled in."""
+    for name, value in SET.items():
+        block = block.replace(name, value)
+    return block.replace("\\\n", " ").splitlines()
 
 
 def calls(path: Path) -> list[tuple[str, list[str]]]:
     """(name, arguments) of every call of one of our scripts, from shell blocks and inline code alike."""
-    text = read(path)
-    inline = re.findall(r"(?<!`)`(python scripts/[^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-    lines = [line for block in blocks(path, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    text = re.sub(r"```.*?```", "", read(path), flags=re.DOTALL)
+    inline = re.findall(r"(?<!`)`(python (?:\$CAI/)?scripts/[^`\n]+)`", text)
+    return calls_in([line for block in [*inline, *blocks(path, "bash")] for line in commands(block)])
+
+
+def calls_in(lines: list[str]) -> list[tuple[str, list[str]]]:
     found = []
-    for line in [*inline, *lines]:
+    for line in lines:
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
         words = list(lexer)
@@ -212,11 +232,19 @@ def test_the_version_is_that_of_the_package():
 
 def test_skill_is_short_enough():
     text = read(ROOT / "SKILL.md")
-    assert len(text.splitlines()) < 300
+    assert 220 <= len(text.splitlines()) <= 300
     # No tokenizer is at hand in every test run. Words, split every 6 letters, and every mark: that is more
     # tokens than common tokenizers make of Markdown.
     tokens = sum(-(-len(part) // 6) for part in re.findall(r"\w+|[^\w\s]", text))
     assert tokens < 5000
+
+
+def test_skill_says_what_it_is_not_for_and_where_the_four_common_issues_are():
+    _, body = front_matter()
+    said = " ".join(body.split())
+    for other in ("guardrails", "labelled by people", "project's own rules"):
+        assert other in said.partition("## Setup check")[0]
+    assert set(WORKFLOWS) <= set(re.findall(r"^## (.+)$", body, re.MULTILINE))
 
 
 @each(REFERENCES)
@@ -230,6 +258,13 @@ def test_references_are_linked_short_and_have_a_table_of_contents(path):
     assert contents == headings or len(lines) <= 100
 
 
+def test_a_heading_that_is_pointed_to_in_words_is_there():
+    _, body = front_matter()
+    headings = [line.removeprefix("## ") for line in body.splitlines() if line.startswith("## ")]
+    for named in re.findall(r"“([A-Z][a-z][^”]+)”", " ".join(body.split())):
+        assert any(heading.startswith(named) for heading in headings), named
+
+
 def test_nothing_is_told_of_that_does_not_exist():
     """Scripts, constitutions and templates that the documents name are in the tree."""
     for path in DOCUMENTS:
@@ -238,6 +273,107 @@ def test_nothing_is_told_of_that_does_not_exist():
             assert name in {*COMMANDS, *modules}, f"{path.name} names {name}.py"
         for folder, name in re.findall(r"\b(constitutions|templates|references)/([\w-]+\.\w+)", read(path)):
             assert (ROOT / folder / name).exists(), f"{path.name} names {folder}/{name}"
+
+
+# --- the workflows of SKILL.md, on the bundled model --------------------------------------------------------
+
+WORKFLOWS = ["Workflow: SL phase", "Workflow: RL phase", "Workflow: chain-of-thought critique",
+             "Too evasive, preachy, or over-refusing", "Weak critiques", "No improvement", "Noisy judge"]
+# What is made smaller so that it ends soon. The options are those of the document otherwise.
+SMALLER = {"ppo": ["--updates", "1", "--prompts-per-update", "4", "--batch-size", "4", "--epochs", "1"],
+           "sft": ["--epochs", "1"], "reward_model": ["--epochs", "1", "--holdout", "0.25"]}
+# Words of the gates that are values, files or options and no figures.
+NO_FIGURES = {"gold", "kind", "metrics.jsonl", "samples.jsonl", "worse", "better", "VERDICT"}
+
+
+def section(heading: str) -> str:
+    _, body = front_matter()
+    return re.split(r"^## ", body.partition(f"\n## {heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def items(heading: str) -> list[str]:
+    return re.split(r"^- \[ \] ", section(heading), flags=re.MULTILINE)[1:]
+
+
+@pytest.mark.parametrize("heading", WORKFLOWS)
+def test_every_command_of_a_workflow_has_a_gate_after_it(heading):
+    with_commands = [item for item in items(heading) if "```bash" in item]
+    assert with_commands
+    for item in with_commands:
+        assert re.search(r"```\n+ *Gate", item), item
+
+
+def keys(tree) -> set[str]:
+    """All keys in a JSON tree, and with a dot those that lie one below another."""
+    if isinstance(tree, list):
+        return set().union(*map(keys, tree))
+    if not isinstance(tree, dict):
+        return set()
+    below = {name: keys(value) for name, value in tree.items()}
+    return {*tree, *(f"{name}.{one}" for name, found in below.items() for one in found),
+            *(one for found in below.values() for one in found)}
+
+
+def test_the_workflows_run_on_tiny_and_their_gates_name_what_is_there(invoke, tmp_path, monkeypatch):
+    """All commands of the workflows, in their order, with `tiny` as MODEL and JUDGE and fewer rows."""
+    from cai import metrics, world
+    from cai.records import write_jsonl
+
+    monkeypatch.chdir(tmp_path)
+    prompts = [row for kind in metrics.KINDS for row in world.prompt_rows(kind, "train", 5, 2)]
+    write_jsonl("prompts.jsonl", prompts)
+    write_jsonl("heldout.jsonl", [row for kind in metrics.KINDS for row in world.prompt_rows(kind, "heldout", 5, 2)])
+    write_jsonl("helpful.jsonl", [{"prompt": "How do I mend a chair?", "response": "Glue the joint, then wait."}])
+    write_jsonl("gold.jsonl", [{"prompt": f"Say {word}.", "response_a": word, "response_b": f"No, not {word}.",
+                                "gold": "ab"[number % 2]} for number, word in enumerate(("yes", "tea", "up", "oak"))])
+    seen: set[str] = set()
+    gates = ""
+    for heading in WORKFLOWS:
+        gates += " ".join(re.findall(r"^ *Gate.*?(?=^- \[ \]|\Z)", section(heading), re.MULTILINE | re.DOTALL))
+        lines = [line for block in fenced(section(heading), "bash") for line in commands(block)]
+        for name, arguments in calls_in(lines):
+            small = ["tiny" if one.startswith("my-org/") else one for one in arguments]
+            for place, one in enumerate(small):
+                if one == "--max-new-tokens":
+                    small[place + 1] = "24"
+            result = invoke(name, *small, *SMALLER.get(name, []), "--json")
+            # --gate may say worse of a model that saw six rows; what is asked is that it says something
+            assert result.exit_code in ((0, 4) if "--gate" in small else (0,)), f"{name} {small}: {result.stderr}"
+            if "--gate" in small:
+                assert "VERDICT: " in result.stderr
+            seen |= keys(json.loads(result.stdout))
+    for path in (tmp_path / "run").rglob("*.json*"):
+        if path.name.endswith(("run.json", "metrics.jsonl", "audit.json")) or path.name == "7-cot.jsonl":
+            seen |= set().union(*(keys(json.loads(line)) for line in
+                                  ([read(path)] if path.suffix == ".json" else read(path).splitlines())))
+    named = set(re.findall(r"`([a-z][a-z_.]+)`", gates)) - NO_FIGURES
+    assert len(named) > 15
+    assert not sorted(named - seen), "gates name figures that no command gives"
+
+
+def test_the_setup_check_runs_in_a_shell_from_another_folder(tmp_path):
+    """As written, but that the packages of this environment are lent to the new one, which saves a download."""
+    first, second = [text for text in blocks(ROOT / "SKILL.md", "bash") if "doctor.py" in text or "cai.env" in text]
+    install = "python3 -m venv $CAI/.venv && $CAI/.venv/bin/pip install $CAI\n"
+    assert install in first
+    skill, work = tmp_path / "skills" / "constitutional-ai", tmp_path / "work"
+    skill.mkdir(parents=True)
+    work.mkdir()
+    for name in ("scripts", "constitutions", "templates", "pyproject.toml"):
+        (skill / name).symlink_to(ROOT / name)
+    venv.create(skill / ".venv", symlinks=True)
+    [packages] = (skill / ".venv").glob("lib/python*/site-packages")
+    (packages / "lent.pth").write_text("\n".join(one for one in sys.path if one.endswith("site-packages")))
+    first = first.replace(install, "").replace("/path/to/constitutional-ai", str(skill))
+    first = first.replace("my-org/my-model", "tiny")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    for name, script in (("first", first), ("second", f". ./cai.env\n{second}")):
+        done = subprocess.run(["bash", "-euc", script], cwd=work, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, f"{name}: {done.stdout}{done.stderr}"
+    health, check = map(json.loads, done.stdout.splitlines())
+    assert health["ok"] and Path(health["python"]["executable"]).is_relative_to(skill)
+    assert (check["rows"], check["failed"]) == (4, 0)
+    assert (work / "run" / "check.jsonl").is_file()
 
 
 # --- examples in the references -----------------------------------------------------------------------------
@@ -272,6 +408,34 @@ def test_the_variables_told_are_those_the_templates_take():
         given = {one: values.get(one, f"the {one}") for one in re.findall(r"`(\w+)`", variables)}
         text = str(load_template(name).render(**given))
         assert all(f"the {one}" in text for one in given if one != "principle"), name
+
+
+def test_the_hardware_table_is_what_the_command_prints(invoke):
+    printed = invoke("doctor", "--hardware").stdout.strip()
+    assert printed in read(ROOT / "references" / "hardware.md")
+
+
+def test_what_the_hardware_page_advises_follows_from_the_table(invoke):
+    rows = json.loads(invoke("doctor", "--hardware", "--json").stdout)["models"]
+    needs = {row["model"].split()[-1]: {step: one["needs_gb"] for step, one in row["steps"].items()} for row in rows}
+    text, light, ppo = "generate, critique, revise", "sft, reward_model (--lora)", "ppo (--lora)"
+    told = read(ROOT / "references" / "hardware.md").partition("## What to take")[2]
+    for memory, model, steps, words in (
+        (24, "3B", (text, light), "up to 3B with `--lora`"), (40, "8B", (text, light), "SL phase of 8B with `--lora`"),
+        (48, "8B", ("dpo (--lora)",), "DPO of 8B"), (48, "3B", (ppo,), "PPO of 3B"),
+        (80, "8B", (text, light, ppo), "both phases of 8B with"), (80, "14B", (text, light), "SL phase of 14B"),
+        (80, "3B", ("sft, reward_model (--full)",), "all weights of 3B"),
+        (141, "14B", (text, light, ppo), "both phases of 14B with `--lora`"), (141, "32B", (text, light), "of 32B"),
+    ):
+        assert words in told
+        assert all(needs[model][step] + 2 <= memory for step in steps), (memory, model)
+
+
+def test_the_messages_that_troubleshooting_quotes_are_ours():
+    sources = "\n".join(read(path) for path in (ROOT / "scripts").rglob("*.py"))
+    quoted = re.findall(r"^\| “([^”]+)”", read(ROOT / "references" / "troubleshooting.md"), re.MULTILINE)
+    assert len(quoted) >= 6
+    assert not [message for message in quoted if message not in sources]
 
 
 # --- the repository -----------------------------------------------------------------------------------------
