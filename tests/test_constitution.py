@@ -233,6 +233,11 @@ def test_the_schema_is_one():
     json.dumps(json_schema())
 
 
+def test_the_file_beside_the_constitutions_is_the_schema():
+    """Made by `constitution.py schema --output constitutions/constitution.schema.json --overwrite`."""
+    assert json.loads((CONSTITUTIONS / "constitution.schema.json").read_text(encoding="utf-8")) == json_schema()
+
+
 @BUNDLED
 def test_the_schema_accepts_what_is_bundled(path):
     VALIDATOR.validate(yaml.safe_load(path.read_text(encoding="utf-8")))

@@ -271,7 +271,7 @@ def test_nothing_is_told_of_that_does_not_exist():
         for name in re.findall(r"`(?:scripts/)?(\w+)\.py`", read(path)):
             modules = {module.stem for module in (ROOT / "scripts" / "cai").glob("*.py")}
             assert name in {*COMMANDS, *modules}, f"{path.name} names {name}.py"
-        for folder, name in re.findall(r"\b(constitutions|templates|references)/([\w-]+\.\w+)", read(path)):
+        for folder, name in re.findall(r"\b(constitutions|templates|references)/([\w.-]+\.\w+)", read(path)):
             assert (ROOT / folder / name).exists(), f"{path.name} names {folder}/{name}"
 
 
@@ -373,6 +373,7 @@ def test_the_setup_check_runs_in_a_shell_from_another_folder(tmp_path):
     health, check = map(json.loads, done.stdout.splitlines())
     assert health["ok"] and Path(health["python"]["executable"]).is_relative_to(skill)
     assert (check["rows"], check["failed"]) == (4, 0)
+    assert check["next"].startswith(f"python {skill}/scripts/critique.py --input run/check.jsonl ")
     assert (work / "run" / "check.jsonl").is_file()
 
 

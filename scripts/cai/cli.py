@@ -9,12 +9,14 @@ Leaves out what any single command does, and all heavy imports.
 
 import json
 import os
+import shlex
 import sys
 import traceback
 
 import click
 
 from cai.errors import CaiError
+from cai.resources import SCRIPTS
 
 SOME_FAILED = 3
 
@@ -178,7 +180,7 @@ def finish(summary: dict, *, as_json: bool, next_command: str | None = None) -> 
         next_command: the line to run next, shown to people only and under "next" in JSON.
     """
     if next_command:
-        summary = {**summary, "next": next_command}
+        summary = {**summary, "next": as_called(next_command)}
     if as_json:
         click.echo(json.dumps(summary, ensure_ascii=False))
     else:
@@ -191,6 +193,14 @@ def finish(summary: dict, *, as_json: bool, next_command: str | None = None) -> 
             click.echo(f"{name:<{width}}  {value}")
     if summary.get("failed"):
         click.get_current_context().exit(SOME_FAILED)
+
+
+def as_called(command: str) -> str:
+    """A line `python scripts/...` with the folder by which this process was called, so that it runs from here."""
+    folder = os.path.dirname(sys.argv[0])
+    if not folder or os.path.realpath(folder) != str(SCRIPTS):
+        return command
+    return command.replace("python scripts/", f"python {shlex.quote(folder)}/", 1)
 
 
 def progress(total: int, label: str):
