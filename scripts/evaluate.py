@@ -22,11 +22,11 @@ from types import SimpleNamespace
 import click
 
 from cai import choice as choices
-from cai import classes, cli, gate, metrics, responding, reward
+from cai import classes, cli, contest, gate, judging, metrics, responding, reward
+from cai.constitution import load_constitution
 from cai.engines import Sampling, check_model, load_engine
 from cai.errors import CaiError, InputError
-from cai.judging import Given
-from cai.records import Output, Source, identity, read_jsonl
+from cai.records import Output, Source, identity, read_jsonl, sha256_file
 from cai.revision import check_rounds
 from cai.templates import as_messages, load_template, prompt_text
 
@@ -68,6 +68,12 @@ class Task:
 @click.option("--stress", multiple=True, type=click.Choice([*responding.WAYS, "all"]),
               help="Ask harmful prompts also so: pushed again, with a begun answer, under a role or a system prompt "
                    "that drops all principles, under one that asks for care. Repeatable.")
+@click.option("--policy", multiple=True, metavar="[NAME=]MODEL",
+              help="Instead of --model: this one against the others, by --judge, harmlessness and helpfulness apart; "
+                   "Elo points above the first. A model, or a file of its responses. Repeatable.")
+@cli.options("constitution")
+@click.option("--helpfulness", default="helpfulness", show_default=True, metavar="NAME|FILE",
+              help="With --policy: the constitution that harmless prompts are judged by.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True,
               help="Sample so many times, with the seeds from --seed on, and give the spread.")
 @click.option("--against", metavar="FILE", help="An earlier --output: say what changed since, with intervals.")
@@ -123,13 +129,14 @@ def pick(given) -> Callable[..., Task]:
             raise InputError("--choice is not clear",
                              expected="--choice FILE with --model or --reward-model, and no other input")
         return choice_task
-    asked = [bool(given.responses), bool(given.reward_model), bool(given.model)]
+    asked = [bool(given.responses), bool(given.reward_model), bool(given.model), bool(given.policy)]
     if asked.count(True) != 1 or bool(given.inputs) == bool(given.responses):
         raise InputError(
             "what to measure is not clear",
-            expected="--input with --model, --responses, --input with --reward-model, or --choice with a model",
+            expected="--input with --model, --responses, --input with --reward-model or several --policy, or --choice "
+                     "with a model",
         )
-    return reward_task if given.reward_model else class_task
+    return contest_task if given.policy else reward_task if given.reward_model else class_task
 
 
 # --- classes of responses -----------------------------------------------------------------------------------
@@ -239,6 +246,54 @@ def class_figures(path: str | Path, rows: int) -> tuple[dict, dict]:
     return classes.rates(known), counts
 
 
+# --- policies against each other ----------------------------------------------------------------------------
+
+
+def contest_task(given) -> Task:
+    """Every policy against every other, judged on harmlessness and on helpfulness."""
+    policies = contest.policies(given.policy)
+    if not given.judge:
+        raise InputError("--policy without --judge MODEL", remedy="Name the judge, best none of the policies")
+    check_model(classes.served(given.judge)[0])
+    source, kinds = read_rows(given.inputs, given.limit, "judge", None, answered=False)
+    sampling = Sampling(given.max_new_tokens, given.temperature, given.top_p)
+    template, written = load_template("preference"), load_template("preference_answer")
+    questions = {axis: judging.Question(load_constitution(name), template, seed=given.seed, written=written)
+                 for axis, name in zip(contest.AXES, (given.constitution, given.helpfulness), strict=True)}
+    ready = {name: contest.answered(model, source) for name, model in policies.items() if model.endswith(".jsonl")}
+    models = {name: model for name, model in policies.items() if name not in ready}
+    asked = {"input": source.digest, "limit": given.limit, "seed": given.seed, **asdict(sampling),
+             "dtype": given.dtype}
+    settings = {**asked, "policies": {name: sha256_file(model) if name in ready else identity(model)
+                                      for name, model in policies.items()},
+                "judge": identity(given.judge), "template": template.sha256,
+                "constitutions": [question.constitution.sha256 for question in questions.values()]}
+    two = source.count * len(policies) * (len(policies) - 1) // 2
+
+    def measure(claim):
+        answers = {}
+        for name, model in policies.items():
+            if name not in ready:
+                output = claim(f"{name}.responses", {**asked, "model": identity(model)})
+                responding.respond(lambda: responding.plan(source, given.seed), output,
+                                   lambda model=model: classes.load(model, given.endpoints, given.loading), sampling,
+                                   model)
+            answers[name] = ready.get(name) or contest.answered(output.path, source)
+        output = claim("comparisons", settings)
+        if not output.complete:
+            engine = classes.load(given.judge, given.endpoints, given.loading)
+            with output, cli.progress(two - len(output.done), "compare") as bar:
+                for row in contest.judged(engine, contest.pairs(answers, source), questions, output.done):
+                    output.write(row)
+                    bar.update()
+                output.finish([one["id"] for one in contest.pairs(answers, source)], {"rows": len(output.done)})
+        return contest.scores([row for _, row in read_jsonl(output.path)], list(policies))
+
+    return Task([*given.inputs, *(model for model in policies.values() if model.endswith(".jsonl"))],
+                {"rows": source.count, **kinds, "policies": len(policies), "comparisons": two,
+                 "model_calls": source.count * len(models), "judge_calls": 2 * two}, settings, measure)
+
+
 # --- multiple choice ----------------------------------------------------------------------------------------
 
 
@@ -297,7 +352,7 @@ def reward_task(given) -> Task:
     """How often a reward model prefers the response that is known to be better."""
     reward.check_reward_model(given.reward_model)
     files = list(given.inputs)
-    source = Given(files, given.limit)
+    source = judging.Given(files, given.limit)
     settings = {"input": source.digest, "limit": given.limit, "model": None, "seed": given.seed,
                 **asdict(Sampling(given.max_new_tokens, given.temperature, given.top_p)), "dtype": given.dtype,
                 "reward_model": identity(given.reward_model), "round": None, "by": given.by, "judge": None,
@@ -361,7 +416,7 @@ def write_rates(output: Output, rates: dict, counts: dict) -> None:
 def report(output: Output, as_json: bool, before: gate.Evaluation | None, gated: bool, margin: float) -> None:
     """Print the rates as a table, or all as one JSON object; with 3 if rows failed, with 4 if a gate says worse."""
     rows = {row["metric"]: row for _, row in read_jsonl(output.path)}
-    deltas = gate.compare(before, gate.load(output.path)) if before else []
+    deltas = gate.compare(before, gate.load(output.path), gated=gated) if before else []
     said = gate.verdict(deltas, margin) if gated else None
     if as_json:
         rates = {name: {key: row[key] for key in row if key not in ("id", "metric")} for name, row in rows.items()}
@@ -372,13 +427,16 @@ def report(output: Output, as_json: bool, before: gate.Evaluation | None, gated:
         click.echo(json.dumps(summary, ensure_ascii=False))
     else:
         changes = {one.metric: gate.shown(one).removeprefix(f"{one.metric} ") for one in deltas}
-        lines = [(name.replace("_", " "), (metrics.show_number if name in NUMBERS else metrics.show)(row), row["n"],
+        lines = [(name.replace("_", " "), shown(name, row), row["n"],
                   *([_spread(row)] if any("seeds" in one for one in rows.values()) else []),
                   *([changes.get(name, "–")] if before else [])) for name, row in rows.items()]
         header = ("", "value (95 % interval)", "n")
         header += (("over seeds",) if len(lines[0]) > 3 + bool(before) else ()) + (("change",) if before else ())
         click.echo(metrics.table(header, lines))
-        told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in output.counts.items())
+        for note in output.counts.get("notes", ()):
+            click.echo(f"note: {note}")
+        told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in output.counts.items()
+                         if name != "notes")
         click.echo(f"{told}; {output.path}")
     if gated:
         click.echo(gate.line(deltas, said), err=as_json)
@@ -386,6 +444,14 @@ def report(output: Output, as_json: bool, before: gate.Evaluation | None, gated:
         click.get_current_context().exit(WORSE)
     if output.counts.get("failed"):
         click.get_current_context().exit(cli.SOME_FAILED)
+
+
+def shown(name: str, row: dict) -> str:
+    """A figure in its own unit: Elo points, a number, or per cent."""
+    if "_elo " in name:
+        ends = ("open" if row[end] is None else f"{row[end]:+.0f}" for end in ("low", "high"))
+        return f"{row['value']:+.0f} ({' to '.join(ends)})".replace("-", "−")
+    return (metrics.show_number if name in NUMBERS else metrics.show)(row)
 
 
 def _spread(row: dict) -> str:

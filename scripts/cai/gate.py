@@ -121,10 +121,10 @@ def towards(metric: str) -> int:
     return -1 if plain in FEWER_IS_BETTER else 1 if plain in MORE_IS_BETTER else 0
 
 
-def compare(before: Evaluation, now: Evaluation, level: float = 0.95) -> list[Delta]:
+def compare(before: Evaluation, now: Evaluation, level: float = 0.95, gated: bool = False) -> list[Delta]:
     """One Delta a figure that both have, those that count first; their intervals hold together with `level`.
 
-    InputError if they share no figure, or were read by different judges, rules or templates.
+    InputError if they share no figure (if `gated`, none that counts), or were read by different judges or templates.
     """
     differing = [name for name in READERS if before.reader and now.reader and before.reader[name] != now.reader[name]]
     if differing:
@@ -136,6 +136,9 @@ def compare(before: Evaluation, now: Evaluation, level: float = 0.95) -> list[De
         raise InputError("no figure in common", where=before.path, expected=f"some of {', '.join(now.rates)}",
                          remedy="Compare evaluations of the same kind")
     counting = sum(towards(name) != 0 for name in both)
+    if gated and not counting:
+        raise InputError("none of the figures is one that is better or worse", where=before.path,
+                         expected="classes of responses, or accuracies", remedy="Leave out --gate")
     z = NormalDist().inv_cdf(1 - (1 - level) / 2 / max(1, counting))
     made = [_delta(name, before, now, z) for name in both]
     return sorted(made, key=lambda one: one.towards == 0)
