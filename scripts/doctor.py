@@ -60,7 +60,8 @@ def main(model, endpoints, output, timeout, hardware, device, as_json):
         return
     found = Findings()
     report = {
-        "python": check_python(found), "packages": check_packages(found), "devices": check_devices(found, device),
+        "python": check_python(found), "packages": check_packages(found, "openai" if endpoints else None),
+        "devices": check_devices(found, device),
         "places": check_places(found, output), "hub": check_hub(found, timeout),
         "endpoints": [check_endpoint(found, url, model, timeout) for url in endpoints],
     }
@@ -110,10 +111,13 @@ def check_python(found: Findings) -> dict:
             "virtual_environment": sys.prefix != sys.base_prefix}
 
 
-def check_packages(found: Findings) -> dict:
-    """Each dependency: the version installed and the bounds of pyproject.toml. Nothing is imported."""
-    packages = {}
-    for requirement in project()["dependencies"]:
+def check_packages(found: Findings, extra: str | None = None) -> dict:
+    """Each dependency, and those of an extra: the version installed and the bounds of pyproject.toml.
+
+    Nothing is imported.
+    """
+    packages, told = {}, project()
+    for requirement in [*told["dependencies"], *(told["optional-dependencies"][extra] if extra else ())]:
         name, bounds = re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()
         try:
             version = metadata.version(name)
@@ -295,7 +299,8 @@ def check_endpoint(found: Findings, url: str, model: str | None, timeout: float)
     except InputError as error:
         found.problem(str(error).rstrip("."), "Give the base address, such as http://localhost:8000/v1")
         return {"url": None, "reached": False}
-    key = os.environ.get("OPENAI_API_KEY")
+    key_name = cli.key_name()
+    key = os.environ.get(key_name)
     started = time.monotonic()
     report = {"url": address, "reached": False}
     try:
@@ -306,7 +311,7 @@ def check_endpoint(found: Findings, url: str, model: str | None, timeout: float)
     report |= {"reached": True, "status": status, "seconds": round(time.monotonic() - started, 2)}
     if status in (401, 403):
         found.problem(f"{address} refuses the key (HTTP {status})" if key else f"{address} wants a key (HTTP {status})",
-                      "Set OPENAI_API_KEY in the environment")
+                      f"Set {key_name} in the environment")
     elif status != 200:
         found.problem(f"{address}/models answers HTTP {status}", "Check that the address ends like the server's (/v1)")
     else:
@@ -316,9 +321,33 @@ def check_endpoint(found: Findings, url: str, model: str | None, timeout: float)
             found.problem(f"{address}/models is no list of models", "Check that the server is OpenAI-compatible")
             return report
         name = (model or "").removeprefix("openai:")
-        if model and model.startswith("openai:") and name not in report["models"]:
-            found.problem(f"{address} has no model {name!r}", f"It has: {', '.join(report['models']) or 'none'}")
+        if model and model.startswith("openai:"):
+            if name in report["models"]:
+                report |= check_chat(found, address, model, timeout)
+            else:
+                found.problem(f"{address} has no model {name!r}", f"It has: {', '.join(report['models']) or 'none'}")
     return report
+
+
+def check_chat(found: Findings, address: str, model: str, timeout: float) -> dict:
+    """{answers, logprobs}: whether the model answers a small question there, and with log-probabilities.
+
+    Some servers take the field and ignore it in silence; a judge then has to write its letter.
+    """
+    from cai.errors import CaiError
+    from cai.servers import load_server
+
+    try:
+        engine = load_server(model, endpoints=[address], timeout=timeout, patience=timeout)
+        logprobs = engine.scores_choices
+    except CaiError as error:
+        found.problem(f"{address} lists {model} and does not answer as it: {str(error).rstrip('.')}",
+                      "Look at the server's log; with a slow server raise --timeout")
+        return {"answers": False, "logprobs": None}
+    if not logprobs:
+        found.note(f"{address} gives no log-probabilities: as a judge it writes a letter, which says less than a soft "
+                   "label (references/judging.md)")
+    return {"answers": True, "logprobs": logprobs}
 
 
 # --- a model ------------------------------------------------------------------------------------------------
@@ -509,7 +538,8 @@ def show(result: dict) -> None:
     lines += [(name.replace("_", " "), f"{one['path']}: {'writable' if one['writable'] else 'NOT writable'}, "
                f"{one['free_gb']} GB free") for name, one in result["places"].items()]
     lines += [("hub", f"answers in {hub['seconds']} s" if hub.get("reached") else hub["reason"])]
-    lines += [("endpoint", f"{one['url']}: {', '.join(one.get('models', ())) or 'no answer'}")
+    lines += [("endpoint", f"{one['url']}: {', '.join(one.get('models', ())) or 'no answer'}"
+               + ("" if one.get("logprobs") is None else f", log-probabilities {'yes' if one['logprobs'] else 'NO'}"))
               for one in result["endpoints"]]
     if chat := result.get("model"):
         lines += [("model", ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in chat.items()

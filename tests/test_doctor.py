@@ -32,12 +32,16 @@ def diagnose(invoke, *arguments) -> dict:
 
 
 @contextmanager
-def server(answer):
-    """A server on loopback; `answer(handler)` does one GET. Yields its address."""
+def server(answer, chat=None):
+    """A server on loopback; `answer(handler)` does one GET, `chat(handler)` one POST. Yields its address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             answer(self)
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            (chat or says(501))(self)
 
         def log_message(self, *_):
             pass
@@ -182,17 +186,53 @@ def test_a_hub_that_drips_a_byte_now_and_then_is_given_up(invoke, monkeypatch):
 MODELS = json.dumps({"data": [{"id": "qwen"}, {"id": "other"}]})
 
 
-def test_an_endpoint_that_serves_the_model(invoke):
+def completion(logprobs: bool) -> str:
+    """One letter as an OpenAI-compatible server answers it."""
+    listed = {"content": [{"token": "A", "logprob": -0.1, "bytes": [65], "top_logprobs": [
+        {"token": "A", "logprob": -0.1, "bytes": [65]}, {"token": "B", "logprob": -2.4, "bytes": [66]}]}]}
+    choice = {"index": 0, "message": {"role": "assistant", "content": "A"}, "finish_reason": "length",
+              "logprobs": listed if logprobs else None}
+    return json.dumps({"id": "x", "object": "chat.completion", "created": 1, "model": "qwen", "choices": [choice],
+                       "usage": {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}})
+
+
+@pytest.mark.parametrize("logprobs", [True, False])
+def test_an_endpoint_that_serves_the_model(invoke, logprobs):
     asked = []
 
     def answer(handler):
         asked.append(handler.path)
         says(200, MODELS)(handler)
 
-    with server(answer) as address:
+    chat = says(200, completion(logprobs), **{"Content-Type": "application/json"})
+    with server(answer, chat) as address:
         report = diagnose(invoke, "--model", "openai:qwen", "--endpoint", f"{address}/v1")
     assert report["ok"], report["problems"]
-    assert asked == ["/v1/models"] and report["endpoints"][0]["models"] == ["qwen", "other"]
+    assert asked[0] == "/v1/models" and report["endpoints"][0]["models"] == ["qwen", "other"]
+    assert (report["endpoints"][0]["answers"], report["endpoints"][0]["logprobs"]) == (True, logprobs)
+    assert any("no log-probabilities" in note for note in report["notes"]) != logprobs
+    assert report["packages"]["openai"]["version"]  # an extra, wanted here
+
+
+def test_an_endpoint_that_lists_the_model_and_does_not_answer(invoke):
+    with server(says(200, MODELS)) as address:  # 501 to every POST
+        report = diagnose(invoke, "--model", "openai:qwen", "--endpoint", address, "--timeout", "2")
+    [problem] = report["problems"]
+    assert "lists openai:qwen and does not answer" in problem and not report["endpoints"][0]["answers"]
+
+
+def test_the_key_is_that_of_key_name(invoke, monkeypatch):
+    monkeypatch.setenv("OTHER_KEY", "sk-planted-secret")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    seen = []
+
+    def answer(handler):
+        seen.append(handler.headers["Authorization"])
+        says(401)(handler)
+
+    with server(answer) as address:
+        report = diagnose(invoke, "--endpoint", address, "--key-name", "OTHER_KEY")
+    assert seen == ["Bearer sk-planted-secret"] and "OTHER_KEY" in report["remedies"][0]
 
 
 @pytest.mark.parametrize(
