@@ -10,8 +10,12 @@ Leaves out what any single command does, and all heavy imports.
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import click
 
@@ -142,20 +146,76 @@ class Command(click.Command):
         )
 
     def invoke(self, ctx):
-        try:
+        # A command that runs this one in its own process (run.py) takes the error, not a printed line.
+        if ctx.parent is not None and not isinstance(ctx.parent.command, click.Group):
             return super().invoke(ctx)
-        except CaiError as error:
-            if ctx.meta.get("debug"):
-                traceback.print_exc()
-            # A command that runs this one in its own process (run.py) takes the error, not a printed line.
-            if ctx.parent is not None and not isinstance(ctx.parent.command, click.Group):
-                raise
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(error.exit_code)
+        try:
+            with _stopped_by_sigterm():
+                return super().invoke(ctx)
         except BrokenPipeError:
             # The reader went away (`| head`): not our failure, and nothing more can be said.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _let_go(sys.stdout)
             ctx.exit(0)
+        except (Exception, KeyboardInterrupt) as found:
+            error = _told(found)
+            if error is None:
+                raise
+            if ctx.meta.get("debug"):
+                traceback.print_exc()
+            _say(f"error: {error}")
+            ctx.exit(error.exit_code)
+
+
+def _told(found: BaseException) -> CaiError | None:
+    """What is said of an exception that the user or the machine has caused; None for a bug of ours."""
+    if isinstance(found, CaiError):
+        return found
+    kept = f"What is done is kept; go on with: {command_line(again=True)}"
+    if isinstance(found, KeyboardInterrupt):
+        return CaiError(f"stopped by {found or 'Ctrl-C'}. {kept}")
+    kind, said = type(found).__name__, " ".join(str(found).split())[:300]
+    # PyTorch says only in words what became of its memory and its files, and safetensors of its own.
+    if isinstance(found, MemoryError) or kind == "OutOfMemoryError" or "allocate memory" in said:
+        return CaiError(f"the memory is full ({said or kind}). Take a smaller --batch-size. {kept}")
+    files = "PytorchStreamWriter" in said or (kind == "SafetensorError" and "os error" in said)
+    if isinstance(found, OSError) or files:
+        return CaiError(f"the system refuses ({said or kind}); --debug shows where. {kept}")
+    return None
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM stops as Ctrl-C does: files are closed, locks given back. A second one ends the process at once.
+
+    Not where a launcher started several processes: it wants them gone.
+    """
+    if threading.current_thread() is not threading.main_thread() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield
+        return
+
+    def stop(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise KeyboardInterrupt("SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def command_line(*, again: bool = False) -> str:
+    """As typed; a command that run.py calls in its own process leaves its line in click's context.
+
+    again: to go on with what was stopped: with Python in front, and without --overwrite.
+    """
+    context = click.get_current_context(silent=True)
+    typed = (context.meta.get("command_line") if context else None) or shlex.join(sys.argv)
+    if not again:
+        return typed
+    with suppress(ValueError):  # a line that another program made up
+        typed = shlex.join(part for part in shlex.split(typed) if part != "--overwrite")
+    return typed if typed.startswith("python ") else f"python {typed}"
 
 
 def _set_debug(ctx, _param, value):
@@ -164,12 +224,46 @@ def _set_debug(ctx, _param, value):
 
 def warn(message: str) -> None:
     """One line on stderr."""
-    click.echo(f"warning: {message}", err=True)
+    _say(f"warning: {message}")
 
 
 def note(message: str) -> None:
     """One line of progress on stderr."""
-    click.echo(message, err=True)
+    _say(message)
+
+
+def _say(message: str, err: bool = True) -> None:
+    """A line on stderr or stdout; if its reader has gone away, the work goes on all the same."""
+    try:
+        click.echo(message, err=err)
+    except BrokenPipeError:
+        _let_go(sys.stderr if err else sys.stdout)
+
+
+def _let_go(stream) -> None:
+    """What else is written to the stream, and what is still in its buffer, goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+class _Stderr:
+    """stderr for a progress bar, on whose reader the work does not depend."""
+
+    def write(self, text: str) -> None:
+        try:
+            sys.stderr.write(text)
+        except BrokenPipeError:
+            _let_go(sys.stderr)
+
+    def flush(self) -> None:
+        try:
+            sys.stderr.flush()
+        except BrokenPipeError:
+            _let_go(sys.stderr)
+
+    def __getattr__(self, name):
+        return getattr(sys.stderr, name)
 
 
 def finish(summary: dict, *, as_json: bool, next_command: str | None = None) -> None:
@@ -182,7 +276,7 @@ def finish(summary: dict, *, as_json: bool, next_command: str | None = None) -> 
     if next_command:
         summary = {**summary, "next": as_called(next_command)}
     if as_json:
-        click.echo(json.dumps(summary, ensure_ascii=False))
+        _say(json.dumps(summary, ensure_ascii=False), err=False)
     else:
         width = max(len(name) for name in summary)
         for name, value in summary.items():
@@ -190,7 +284,7 @@ def finish(summary: dict, *, as_json: bool, next_command: str | None = None) -> 
                 value = f"{value:.4g}"
             elif isinstance(value, dict | list):
                 value = json.dumps(value, ensure_ascii=False)
-            click.echo(f"{name:<{width}}  {value}")
+            _say(f"{name:<{width}}  {value}", err=False)
     if summary.get("failed"):
         click.get_current_context().exit(SOME_FAILED)
 
@@ -212,7 +306,7 @@ def progress(total: int, label: str):
         total=total,
         desc=label,
         unit="row",
-        file=sys.stderr,
+        file=_Stderr(),
         disable=None if terminal else False,
         mininterval=0.1 if terminal else 30,
         miniters=None if terminal else 1,

@@ -222,6 +222,8 @@ def _parse(raw: bytes, path: Path) -> yaml.Node:
             line=mark.line + 1 if mark else None,
             remedy="Quote text that has a colon",
         ) from None
+    except (ValueError, OverflowError) as error:  # numbers of escapes and directives that are none
+        raise InputError(f"not YAML: {shorten(error, 200)}", where=path, remedy="Write the text out") from None
     if tree is None:
         raise InputError("an empty file", where=path, expected="a list of principles")
     return tree

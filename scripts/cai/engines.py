@@ -151,7 +151,7 @@ class Chat:
             if not found:
                 raise TemplateError("it leaves out the last message")
             return text
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
             roles = ", ".join(m["role"] for m in messages)
             raise InputError(
                 f"the chat template refuses a conversation of {roles}: {shorten(error)}", where=self.name,
@@ -196,7 +196,7 @@ class Chat:
 
         try:
             return self._apply(messages, add_generation_prompt)
-        except (TemplateError, TypeError):
+        except (TemplateError, TypeError, ValueError, ArithmeticError):
             return ""
 
     def _apply(self, messages: list[dict], add_generation_prompt: bool) -> str:
@@ -630,10 +630,13 @@ _TEMPLATE_REMEDY = (
 def _json(folder: Path, name: str) -> dict:
     """A JSON file of a model folder, {} if there is none."""
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+        return found
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON: {error}", where=folder / name, remedy="Copy the folder again") from error
 
 

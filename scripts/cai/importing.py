@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cai.constitution import REQUESTS, Constitution, Principle, phrase
 from cai.errors import InputError, shorten
+from cai.records import doubled
 
 # A preference question that was not in the file but made from the revision request carries this tag.
 PHRASED = "phrased-preference"
@@ -27,11 +28,12 @@ REASONED = "RLMadisonPrecogFewShotPrompts.json"
 _LABELS = re.compile(r"\n\n(Human|Assistant|CritiqueRequest|Critique|RevisionRequest|Revision):")
 _ROUND = ["CritiqueRequest", "Critique", "RevisionRequest", "Revision"]
 _COMPARISON = re.compile(
-    r"\s*Human: Consider the following conversation between a human(?: \(H\))? and an assistant(?: \(A\))?:\s*\n"
-    r"\n(?P<talk>H:.*?)\n\n\{\}\n \(A\) \[\[\[(?P<a>.*?)\]\]\]\n \(B\) \[\[\[(?P<b>.*?)\]\]\]\n\n"
-    r"Assistant: Let's think step by step:\s*(?P<reasoning>.*?)\n\nHuman:\s*So the answer is: \((?P<gold>A|B)\)\s*",
-    re.DOTALL,
+    r"\s*Human: Consider the following conversation between a human(?: \(H\))? and an assistant(?: \(A\))?:"
+    r"\s*\n\n(?=H:)"
 )
+# What stands between the parts of a comparison, in this order.
+_BETWEEN = ("\n\n{}\n (A) [[[", "]]]\n (B) [[[", "]]]\n\nAssistant: Let's think step by step:")
+_GOLD = re.compile(r"\s*So the answer is: \((A|B)\)\s*")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant", "H": "user", "A": "assistant"}
 
 
@@ -130,7 +132,10 @@ class _Parts:
             for number, one in enumerate(_items(tree["constitutions"], path, "constitutions"), 1):
                 critique, revision = _fields(one, ("critic", "revision"), path, f"constitutions, item {number}")
                 self.requests.append((f"principle-{len(self.requests) + 1}", critique, revision))
-            for number, chat in enumerate(tree.get("system_chat", ()), 1):
+            chats = tree.get("system_chat") or []
+            if not isinstance(chats, list):
+                raise _unknown(chats, path, "system_chat", expected="a list of conversations")
+            for number, chat in enumerate(chats, 1):
                 self.examples.append(_from_chat(chat, path, f"system_chat, item {number}"))
             if more := set(tree) - {"constitutions", "system_chat"}:
                 raise InputError(f"unknown key {shorten(min(more))!r}", where=path,
@@ -176,11 +181,12 @@ class _Parts:
         before = ""
         for line in lines:
             item = bullet.match(line)
-            if mark := re.match(r"\s{0,3}#+\s*(.*?)\s*#*$", line):
+            if mark := re.match(r"\s{0,3}#+", line):
+                words = line[mark.end() :].strip().rstrip("#").rstrip()
                 if title:
-                    heading = mark[1]
+                    heading = words
                     headings.append(heading)
-                title = title or mark[1]
+                title = title or words
             elif item or (not listed and line.strip()):
                 found.append((item[1] if item else line.strip(), (heading,) if heading else ()))
             elif line.strip() and found and line[:1].isspace() and before.strip():
@@ -241,10 +247,8 @@ def _read_text(path: Path) -> str:
 
 def _read_json(text: str, path: Path):
     def once(pairs):
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise InputError(f"the key {shorten(key)!r} twice", where=path, remedy="Rename one of the two")
+        if (key := doubled(key for key, _ in pairs)) is not None:
+            raise InputError(f"the key {shorten(key)!r} twice", where=path, remedy="Rename one of the two")
         return dict(pairs)
 
     try:
@@ -333,12 +337,18 @@ def _round(said: list[str], roles: list[str]) -> dict:
 
 def _from_comparison(text: str, path: Path, place: str) -> dict:
     """A worked comparison of the paper, with reasoning."""
-    found = _COMPARISON.fullmatch(text)
-    if not found:
+    begins = _COMPARISON.match(text)
+    parts, rest = [], text[begins.end() :] if begins else ""
+    for mark in _BETWEEN:  # one after the other: a pattern of them all takes time with a power of the length
+        part, _, rest = rest.partition(mark)
+        parts.append(part)
+    reasoning, _, last = rest.rpartition("\n\nHuman:")
+    gold = _GOLD.fullmatch(last)
+    if not gold:
         raise _unknown(text, path, place, expected="a conversation, (A) [[[…]]], (B) [[[…]]], reasoning, an answer")
-    turns = _turns(found["talk"], path, place, re.compile(r"\n\n(H|A):"))
-    return {"prompt": _plain_prompt(turns), "response_a": found["a"], "response_b": found["b"],
-            "gold": found["gold"].lower(), "reasoning": found["reasoning"].strip()}
+    turns = _turns(parts[0], path, place, re.compile(r"\n\n(H|A):"))
+    return {"prompt": _plain_prompt(turns), "response_a": parts[1], "response_b": parts[2],
+            "gold": gold[1].lower(), "reasoning": reasoning.strip()}
 
 
 # --- writing ------------------------------------------------------------------------------------------------

@@ -23,11 +23,10 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
-import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -47,10 +46,16 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sha256_file(path) -> str:
-    """Hex digest of the bytes of a file."""
+def sha256_file(path, size: int | None = None) -> str:
+    """Hex digest of the bytes of a file, or of its first so many."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if size is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while size > 0 and (part := file.read(min(size, 1 << 20))):
+            digest.update(part)
+            size -= len(part)
+        return digest.hexdigest()
 
 
 def identity(model: str) -> str:
@@ -87,14 +92,57 @@ def hashed_seed(*parts) -> int:
 # ---------------------------------------------------------------------------------------------- reading
 
 
+MOST_DEEP = 100  # levels of a row's lists and objects: what reads it later is recursive
+
+
 def _no_constant(name: str):
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if value - value:  # neither of infinity is 0
+        raise ValueError(f"{shorten(digits)} is too large for a number")
+    return value
+
+
+def _once(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"the key {shorten(doubled(name for name, _ in pairs))!r} twice in one object")
+    return found
+
+
+_STRICT = {"parse_constant": _no_constant, "parse_float": _finite, "object_pairs_hook": _once}
+
+
+def doubled(names: Iterable[str]) -> str | None:
+    """The first name that is there twice."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def _check_depth(value) -> None:
+    """ValueError if lists and objects are nested more than `MOST_DEEP` deep."""
+    level = [value]
+    for _ in range(MOST_DEEP + 1):
+        level = [item for one in level if isinstance(one, dict | list)
+                 for item in (one.values() if isinstance(one, dict) else one)]
+        if not level:
+            return
+    raise ValueError(f"nested more than {MOST_DEEP} deep")
 
 
 def _parse(raw: bytes, where, line: int) -> dict:
     """One JSON object from one line; InputError for anything else."""
     try:
-        row = json.loads(_text(raw, line), parse_constant=_no_constant)
+        row = json.loads(_text(raw, line), **_STRICT)
+        if raw.count(b"[") + raw.count(b"{") > MOST_DEEP:
+            _check_depth(row)
         if b"\\u" in raw:
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -165,24 +213,25 @@ def _dump(row: dict) -> bytes:
 
 def _read_json(path) -> Iterator[tuple[int, dict]]:
     """A JSON array of objects (the number is the item's), or JSON Lines under the wrong name."""
-    with _open(path) as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if start != b"[":
+    lines = (raw.removeprefix(b"\xef\xbb\xbf").strip() for _, raw in _lines(path))
+    if not next(filter(None, lines), b"").startswith(b"["):
         yield from read_jsonl(path)
         return
-    with _open(path) as file:
-        try:
-            rows = json.loads(file.read().decode("utf-8-sig"), parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"not JSON ({error})", where=path, expected="an array of objects") from error
+    try:
+        text = b"".join(raw for _, raw in _lines(path)).decode("utf-8-sig")
+        rows = [json.dumps(row).encode() for row in json.loads(text, **_STRICT)]
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON ({error})", where=path, expected="an array of objects") from error
     for number, row in enumerate(rows, 1):
-        yield number, _parse(json.dumps(row).encode(), path, number)
+        yield number, _parse(row, path, number)
 
 
 def _read_csv(path) -> Iterator[tuple[int, dict]]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader((_text(raw, line) for line, raw in _lines(path)), strict=True)
     try:
+        if (name := doubled(reader.fieldnames or ())) is not None:
+            raise InputError(f"the column {shorten(name)!r} twice", where=path, line=1, remedy="Rename one of the two")
         for row in reader:
             if None in row:
                 raise InputError(
@@ -214,11 +263,16 @@ def _read_parquet(path) -> Iterator[tuple[int, dict]]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            if (name := doubled(file.schema_arrow.names)) is not None:
+                raise InputError(f"the column {shorten(name)!r} twice", where=path, remedy="Rename one of the two")
             rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
                 yield number, _plain(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"not Parquet ({shorten(error)})", where=path, line=number + 1) from error
+    except (ValueError, OverflowError, RecursionError) as error:  # text that is not UTF-8, a year 100,000
+        raise InputError(f"a value that can't be read ({shorten(error)})", where=path, line=number + 1,
+                         expected="text in UTF-8, numbers, lists and structs", remedy="Convert the column") from error
 
 
 def _read_dataset(name: str) -> Iterator[tuple[int, dict]]:
@@ -239,13 +293,15 @@ def _read_dataset(name: str) -> Iterator[tuple[int, dict]]:
 
 
 def _plain(value):
-    """Parquet's values as JSON has them; what is not a number is null."""
+    """Parquet's values as JSON has them; what is not a number is null. ValueError for bytes that are not UTF-8."""
     if isinstance(value, dict):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, float):
         return value if value - value == 0 else None
+    if isinstance(value, bytes):
+        return value.decode()
     return value if value is None or isinstance(value, str | int) else str(value)
 
 
@@ -259,14 +315,14 @@ def _read(name: str) -> Iterator[tuple[int, dict]]:
     """(line, row) of one input, read by what its name ends with."""
     path = Path(name)
     suffix = Path(name.removesuffix(".gz")).suffix
-    if path.is_file():
+    if os.path.isfile(name):
         if suffix not in _READERS or (suffix == ".parquet" and name.endswith(".gz")):
             raise InputError(
                 f"unknown kind of file: {path.suffix or 'no suffix'!r}", where=name,
                 expected="one of " + " ".join(_READERS), remedy="Rename or convert it",
             )
         return _READERS[suffix](name)
-    if path.is_dir():
+    if os.path.isdir(name):
         raise InputError("a folder", where=name, expected="a file of rows", remedy="Name a file in it")
     if suffix in _READERS or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^/]+)?", name):
         raise InputError("no such file", where=name, remedy="Check the path")
@@ -280,7 +336,9 @@ _TYPES = {
     "chosen": (str, type(None)), "rejected": (str, type(None)),
 }
 _TEXTS = ("prompt", "response", "response_a", "response_b", "chosen", "rejected")
-_MARKS = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
+# White space with an empty line in it, then the label. Possessive, and from where the white space begins: a text of
+# nothing but line breaks is read once, not once for each of them.
+_MARKS = re.compile(r"(?:\A|(?<!\s)(?:(?!\n\n)\s)*+\n\n\s*+)(Human|Assistant):")
 
 
 def _kind(value) -> str:
@@ -372,7 +430,7 @@ def _check_prompt(prompt, where, line: int):
             raise wrong(f"not a message: {shorten(message)!r}")
         role = message.get("role")
         if role not in ("system", "user", "assistant") or (role == "system" and before is not None):
-            raise wrong(f"the role {role!r} in the prompt", "The roles: system (first only), user, assistant")
+            raise wrong(f"the role {shorten(role)!r} in the prompt", "The roles: system (first only), user, assistant")
         if role == before or (role == "assistant" and before in (None, "system")):
             raise wrong(f"the role {role!r} after {before!r}", "They take turns, the user first")
         before = role
@@ -422,6 +480,12 @@ def _id_of(row: dict, where, line: int) -> tuple[str, bool]:
     return str(given), True
 
 
+def _mark(path: str) -> tuple[int, int, int]:
+    """(size, time of change, inode): whether a file may be another than before."""
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
 class Source:
     """Rows of one or more inputs, all checked when it is made; iterable again and again, streaming.
 
@@ -440,7 +504,8 @@ class Source:
         ids: their ids, in order.
         digest: SHA-256 over the bytes of the files, and the limit.
 
-    Raises InputError with file and line for the first row that is not as it must be.
+    Raises InputError with file and line for the first row that is not as it must be. A file that is another one when
+    it is read again is a CaiError; what was only added to one is left out, with a warning.
     """
 
     def __init__(
@@ -460,8 +525,21 @@ class Source:
             raise InputError("no rows", where=", ".join(self.inputs), expected="at least one row")
 
     def __iter__(self) -> Iterator[dict]:
-        for (where, line, row), row_id in zip(self._raw(), self.ids, strict=True):
-            yield {**_check(row, self.require, where, line), "id": row_id}
+        ids = iter(self.ids)
+        for name in self.inputs:
+            # As many as were counted: of rows added since, none takes the id of another file's row.
+            for row_id, (line, row) in zip(islice(ids, self._counts[name]), _read(name), strict=False):
+                yield {**_check(row, self.require, name, line), "id": row_id}
+            self._still(name)
+
+    def _still(self, name: str) -> None:
+        """CaiError unless the file is what it was when it was checked, or only longer."""
+        if name not in self._marks or _mark(name) == self._marks[name]:
+            return
+        if sha256_file(name, self._marks[name][0]) != self._digests[name]:
+            raise CaiError(f"{name}: it changed while it was read. Put it back as it was and run the same command "
+                           "again, or start anew with --overwrite.")
+        cli.warn(f"{name} has grown since it was checked: what was added is left out")
 
     def _raw(self) -> Iterator[tuple[str, int, dict]]:
         rows = ((name, line, row) for name in self.inputs for line, row in _read(name))
@@ -470,9 +548,12 @@ class Source:
     def _scan(self, check) -> list[str]:
         """Check every row; returns the ids and sets the digest."""
         places: dict[str, tuple[str, int]] = {}
-        hashes = {name: hashlib.sha256() for name in self.inputs if not Path(name).is_file()}
+        self._marks = {name: _mark(name) for name in self.inputs if os.path.isfile(name)}
+        self._counts = Counter()
+        hashes = {name: hashlib.sha256() for name in self.inputs if not os.path.isfile(name)}
         for where, line, row in self._raw():
             row = _check(row, self.require, where, line)
+            self._counts[where] += 1
             if check:
                 check(row, where, line)
             if where in hashes:
@@ -491,8 +572,12 @@ class Source:
                     number += 1
                 row_id = f"{row_id}-{number}"
             places[row_id] = (where, line)
-        digests = [hashes[name].hexdigest() if name in hashes else sha256_file(name) for name in self.inputs]
-        self.digest = sha256_text(json.dumps([digests, self.limit]))
+        self._digests = {name: hashes[name].hexdigest() if name in hashes else sha256_file(name)
+                         for name in self.inputs}
+        for name, mark in self._marks.items():
+            if _mark(name) != mark:
+                raise InputError("it changed while it was read", where=name, remedy="Wait until it is written whole")
+        self.digest = sha256_text(json.dumps([list(self._digests.values()), self.limit]))
         return list(places)
 
 
@@ -506,10 +591,14 @@ def read_manifest(path) -> dict | None:
         return None
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and isinstance(content.get("fingerprint"), dict):
+        kinds = {"fingerprint": dict, "status": str, "counts": dict, "resumed": int, "started": str}
+        if not isinstance(content, dict) or "fingerprint" not in content:
+            problem = "no fingerprint in it"
+        elif wrong := [name for name, kind in kinds.items() if not isinstance(content.get(name, kind()), kind)]:
+            problem = f"its {wrong[0]} is a {_kind(content[wrong[0]])}"
+        else:
             return content
-        problem = "no fingerprint in it"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problem = str(error)
     raise InputError(f"not a manifest ({problem})", where=manifest, remedy="Delete it with its output")
 
@@ -624,7 +713,7 @@ class _Claim:
                 self._started = time.monotonic()
                 self._manifest = {
                     "status": "running", "command": self.command,
-                    "command_line": _command_line(), "fingerprint": self.fingerprint,
+                    "command_line": cli.command_line(), "fingerprint": self.fingerprint,
                     "versions": _versions(), "started": self._earlier.get("started", _now()),
                     "resumed": self._earlier.get("resumed", -1) + 1,
                 }
@@ -682,15 +771,6 @@ class _Claim:
     def _close(self) -> None: ...
 
 
-def _command_line() -> str:
-    """As typed; a command that run.py calls in its own process leaves its line in click's context."""
-    import click
-
-    context = click.get_current_context(silent=True)
-    typed = context.meta.get("command_line") if context else None
-    return typed or shlex.join(sys.argv)
-
-
 class Output(_Claim):
     """One JSONL output with its manifest: `<path>.partial` while it grows, `<path>` when it is finished.
 
@@ -744,7 +824,7 @@ class Output(_Claim):
                     break  # torn: the process was killed while it wrote
                 try:
                     offsets[json.loads(raw)["id"]] = end
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise InputError(
                         f"a damaged row in the journal: {shorten(raw)!r}", where=self.journal, line=line,
                         remedy="Delete this line and those after it, or start anew with --overwrite",

@@ -3,6 +3,7 @@
 Leaves out outputs: those go where the caller says.
 """
 
+import os
 from pathlib import Path
 
 from cai.errors import InputError
@@ -20,10 +21,10 @@ def find(name_or_path: str, folder: Path, suffix: str) -> Path:
     Raises InputError that names what the folder holds.
     """
     path = Path(name_or_path)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     bundled = folder / f"{path.name.removesuffix(suffix)}{suffix}"
-    if path.name == str(path) and bundled.is_file():
+    if path.name == str(path) and os.path.isfile(bundled):
         return bundled
     names = ", ".join(sorted(p.stem for p in folder.glob(f"*{suffix}")))
     raise InputError(

@@ -15,12 +15,12 @@ from typing import Any
 import jinja2
 import jinja2.sandbox
 
-from cai.errors import InputError
+from cai.errors import InputError, shorten
 from cai.resources import TEMPLATES, find
 
 _ROLES = ("system", "user", "prefill")
 _TAG = re.compile(
-    r"<(?=\s*/?\s*(?:prompt|response|response_a|response_b|critique|reasoning|principle)\b)", re.IGNORECASE
+    r"<(?=\s*+/?\s*+(?:prompt|response|response_a|response_b|critique|reasoning|principle)\b)", re.IGNORECASE
 )
 _ENVIRONMENT = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
 
@@ -52,6 +52,9 @@ class Template:
                     raise InputError(
                         str(error), where=self.name, expected=f"only: {', '.join(sorted(values))}"
                     ) from None
+                except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+                    raise InputError(f"the template can't be rendered: {shorten(error, 200)}", where=self.name,
+                                     remedy="Mend the template") from error
                 messages.append({"role": "assistant" if role == "prefill" else role, "content": text})
         return messages
 
@@ -59,7 +62,10 @@ class Template:
 def load_template(name_or_path: str) -> Template:
     """A template file, or the name of one in templates/. Raises InputError with file and line."""
     path = find(name_or_path, TEMPLATES, ".jinja")
-    source = path.read_text(encoding="utf-8")
+    try:
+        source = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 at byte {error.start}", where=path, remedy="Save it as UTF-8") from None
     try:
         template = _ENVIRONMENT.from_string(source)
     except jinja2.TemplateSyntaxError as error:

@@ -116,7 +116,7 @@ def run(
             journal.finish(ids, counts, tokens=dict(tokens), failed_rows=failed)
             for row_id, reason in islice(failed.items(), 5):
                 cli.warn(f"row {row_id}: {reason}")
-    if journal.counts["failed"]:
+    if journal.counts.get("failed"):
         summary["failed_rows"] = f"{journal.manifest_path}"
     cli.finish({**summary, **journal.counts}, as_json=as_json,
                next_command=shlex.join(["python", f"scripts/{next_command[0]}.py", *next_command[1:]]))

@@ -1,0 +1,27 @@
+"""Commands killed at random instants and run again: a fast share of what tests/crash.py does at length."""
+
+import json
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+
+def test_killed_at_random_instants_nothing_is_lost_and_nothing_twice():
+    only = [part for name in ("generate", "revise", "judge", "sft") for part in ("--only", name)]
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "crash.py"), "--kills", "24", "--json", *only],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert not found["failures"] and found["total"]["kills"] == 24
+    assert found["total"]["killed with rows written"], "no kill fell on the work: draw other instants"
+    assert found["total"]["runs"] >= 4
+
+
+def test_help_loads_no_torch():
+    code = "import sys; sys.argv = ['crash', '--help']; import crash\ntry: crash.main()\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules and 'models' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT / "tests")})
+    assert done.returncode == 0 and "--kills" in done.stdout, done.stderr
