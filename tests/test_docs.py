@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import venv
@@ -15,6 +16,7 @@ import yaml
 from conftest import ROOT, load_command
 
 from cai.constitution import load_constitution
+from cai.resources import TINY
 from cai.templates import load_template
 
 REFERENCES = sorted((ROOT / "references").glob("*.md"))
@@ -320,6 +322,7 @@ def test_the_workflows_run_on_tiny_and_their_gates_name_what_is_there(invoke, tm
     from cai.records import write_jsonl
 
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY, "judge")  # another name, for steps that want two judges
     prompts = [row for kind in metrics.KINDS for row in world.prompt_rows(kind, "train", 5, 2)]
     write_jsonl("prompts.jsonl", prompts)
     write_jsonl("heldout.jsonl", [row for kind in metrics.KINDS for row in world.prompt_rows(kind, "heldout", 5, 2)])
@@ -332,7 +335,7 @@ def test_the_workflows_run_on_tiny_and_their_gates_name_what_is_there(invoke, tm
         gates += " ".join(re.findall(r"^ *Gate.*?(?=^- \[ \]|\Z)", section(heading), re.MULTILINE | re.DOTALL))
         lines = [line for block in fenced(section(heading), "bash") for line in commands(block)]
         for name, arguments in calls_in(lines):
-            small = ["tiny" if one.startswith("my-org/") else one for one in arguments]
+            small = [{"my-org/my-model": "tiny", "my-org/my-judge": "judge"}.get(one, one) for one in arguments]
             for place, one in enumerate(small):
                 if one == "--max-new-tokens":
                     small[place + 1] = "24"
