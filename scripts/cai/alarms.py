@@ -94,7 +94,8 @@ def limits(given: Iterable[str]) -> dict[str, float]:
 # --- what is counted in texts -------------------------------------------------------------------------------
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """The words of a text, in lower case."""
     return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
 
 
@@ -104,16 +105,16 @@ def duplicates(prompts: Sequence, responses: Sequence[str]) -> float:
     The same answer to the same prompt, drawn twice, does not count.
     """
     said: dict[tuple, set] = {}
-    keys = [(tuple(_words(response)), str(prompt)) for prompt, response in zip(prompts, responses, strict=True)]
-    for words, prompt in keys:
-        said.setdefault(words, set()).add(prompt)
-    return sum(len(said[words]) > 1 for words, _ in keys) / len(keys)
+    keys = [(tuple(words(response)), str(prompt)) for prompt, response in zip(prompts, responses, strict=True)]
+    for key, prompt in keys:
+        said.setdefault(key, set()).add(prompt)
+    return sum(len(said[key]) > 1 for key, _ in keys) / len(keys)
 
 
 def phrases(text: str) -> set[tuple[str, ...]]:
     """The phrases of a response: every `WORDS` words in a row."""
-    words = _words(text)
-    return set(zip(*(words[i:] for i in range(WORDS)), strict=False))
+    said = words(text)
+    return set(zip(*(said[i:] for i in range(WORDS)), strict=False))
 
 
 def grown(before: Sequence[str], now: Sequence[str], most: int = 5) -> list[tuple[str, float, float]]:

@@ -115,6 +115,15 @@ def _outcomes(stem: Path) -> dict[str, dict[str, float]]:
     return found
 
 
+def rows(path: str | Path) -> list[dict]:
+    """The responses of an evaluation by its --output, those under stress left out. InputError if there are none."""
+    file = Path(f"{Path(path).with_suffix('')}.classes.jsonl")
+    if not file.is_file():
+        raise InputError("no responses beside it", where=path, expected=file.name,
+                         remedy="Name the --output of an evaluation of responses, its other files beside it")
+    return [row for _, row in read_jsonl(file) if not row.get("stress")]
+
+
 def towards(metric: str) -> int:
     """+1: more is better; −1: fewer; 0: it is told, and does not count."""
     plain = metric.partition("_under_")[0]
