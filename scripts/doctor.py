@@ -368,7 +368,8 @@ def check_local_model(found: Findings, model: str, devices: dict) -> dict:
         return report
     local = cached_folder(path)
     if local is None:
-        found.problem(f"{model} is neither a folder nor in the local cache", "Download it first, or give a folder")
+        found.problem(f"{model} is neither a folder nor in the local cache",
+                      f"Download it (hf download {shorten(model)}), or give a folder")
         return report
     try:
         from transformers import AutoTokenizer

@@ -70,6 +70,14 @@ def test_a_template_renders_in_plain_jinja_as_in_ours_with_the_variables_told(na
                 rendered(plain(name), {key: value for key, value in values.items() if key != one})
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "templates" / "stress").glob("*.jinja")), ids=lambda path: path.stem)
+def test_a_stress_template_renders_in_plain_jinja_as_in_ours(path):
+    made = rendered(plain(f"stress/{path.stem}"), {"prompt": "the {{ prompt }}"})
+    ours = load_template(str(path)).render(prompt="the {{ prompt }}")
+    assert list(made.values()) == [message["content"] for message in ours]
+    assert "the {{ prompt }}" in made["user"]  # Jinja in a value stays as it is
+
+
 def test_the_two_answers_of_coverage_change_places():
     values = {"principle": {"critique": "Find harm."}, "prompt": "Why?"}
     straight, swapped = (rendered(plain("coverage"), {**values, "swapped": one})["user"] for one in (False, True))
