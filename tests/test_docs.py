@@ -64,10 +64,11 @@ def commands(block: str) -> list[str]:
 
 
 def calls(path: Path) -> list[tuple[str, list[str]]]:
-    """(name, arguments) of every call of one of our scripts, from shell blocks and inline code alike."""
-    text = re.sub(r"```.*?```", "", read(path), flags=re.DOTALL)
-    inline = re.findall(r"(?<!`)`(python (?:\$CAI/)?scripts/[^`\n]+)`", text)
-    return calls_in([line for block in [*inline, *blocks(path, "bash")] for line in commands(block)])
+    """(name, arguments) of every call of one of our scripts, in their order: shell blocks and inline code alike."""
+    pattern = r"^ *```(\w*)\n(.*?)^ *```$|(?<!`)`(python (?:\$CAI/)?scripts/[^`\n]+)`"
+    found = re.findall(pattern, read(path), re.MULTILINE | re.DOTALL)
+    return calls_in([line for language, block, inline in found if inline or language == "bash"
+                     for line in commands(inline or block)])
 
 
 def calls_in(lines: list[str]) -> list[tuple[str, list[str]]]:
@@ -285,7 +286,7 @@ WORKFLOWS = ["Workflow: SL phase", "Workflow: RL phase", "Workflow: chain-of-tho
 SMALLER = {"ppo": ["--updates", "1", "--prompts-per-update", "4", "--batch-size", "4", "--epochs", "1"],
            "sft": ["--epochs", "1"], "reward_model": ["--epochs", "1", "--holdout", "0.25"]}
 # Words of the gates that are values, files or options and no figures.
-NO_FIGURES = {"gold", "kind", "metrics.jsonl", "samples.jsonl", "worse", "better", "VERDICT"}
+NO_FIGURES = {"gold", "kind", "metrics.jsonl", "samples.jsonl", "worse", "better", "same", "VERDICT"}
 
 
 def section(heading: str) -> str:
