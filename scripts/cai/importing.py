@@ -76,7 +76,7 @@ def write_foreign(constitution: Constitution, kind: str) -> tuple[dict[str, obje
         left["requests"] = sum(getattr(p, k) != v for p in constitution.principles if p.principle
                                for k, v in phrase(p.principle).items())
         left["examples"] = len(rounds) + len(pairs)
-        return {f"{constitution.name}.md": _markdown(constitution)}, +left
+        return {f"{_file_name(constitution.name)}.md": _markdown(constitution)}, +left
     left["tags"] = sum(len(set(p.tags) - {PHRASED}) for p in constitution.principles)
     whole = [one for one in rounds if {"critique_request", "revision_request", "revision"} <= set(one)]
     left["examples"] = len(rounds) - len(whole)
@@ -85,7 +85,7 @@ def write_foreign(constitution: Constitution, kind: str) -> tuple[dict[str, obje
         left["examples"] += len(pairs)
         listed = [{"critic": p.critique, "revision": p.revision} for p in constitution.principles]
         chats = [[*_talk(one["prompt"]), *_swarm(one)] for one in whole]
-        return {f"{constitution.name}.json": {"constitutions": listed, "system_chat": chats}}, +left
+        return {f"{_file_name(constitution.name)}.json": {"constitutions": listed, "system_chat": chats}}, +left
     reasoned = [one for one in pairs if "reasoning" in one]
     files = {
         CRITIQUES: {p.id: {"prompt": [f"\n\nCritiqueRequest: {p.critique}\n\nCritique:"],
@@ -97,6 +97,11 @@ def write_foreign(constitution: Constitution, kind: str) -> tuple[dict[str, obje
         REASONED: [{"prompt": _comparison_text(one)} for one in reasoned],
     }
     return {name: content for name, content in files.items() if content}, +left
+
+
+def _file_name(name: str) -> str:
+    """A name out of a constitution as that of a file in the folder it is written to, and nowhere else."""
+    return re.sub(r"[^\w. -]", "-", name).lstrip(". -")[:100] or "constitution"
 
 
 # --- reading ------------------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def load_chat(path: str) -> Chat:
 
     folder = engines.check_model(path, classifier=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"the tokenizer can't be loaded: {shorten(error, 200)}", where=path,
@@ -214,7 +214,7 @@ def _config(path: str, dropout: bool):
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model_path(path))
+        config = AutoConfig.from_pretrained(model_path(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _not_loaded(path, error) from error
     if not dropout:  # in the configuration, because attention reads its rate there and is no module of its own
@@ -237,7 +237,7 @@ def _load(auto_class, path: str, config, dtype: str):
     try:
         model, info = auto_class.from_pretrained(
             model_path(path), config=config, dtype=getattr(torch, dtype), use_safetensors=True,
-            output_loading_info=True,
+            output_loading_info=True, trust_remote_code=False,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(path, error) from error
