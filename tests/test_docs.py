@@ -43,12 +43,8 @@ def read(path) -> str:
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    return fenced(read(path), language)
-
-
-def fenced(text: str, language: str) -> list[str]:
     """The fenced code blocks of a language, without their indentation."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", read(path), re.MULTILINE | re.DOTALL)
     return [re.sub(f"^{indent}", "", text, flags=re.MULTILINE) for indent, text in found]
 
 
@@ -64,14 +60,15 @@ def commands(block: str) -> list[str]:
 
 
 def calls(path: Path) -> list[tuple[str, list[str]]]:
+    return calls_in(read(path))
+
+
+def calls_in(text: str) -> list[tuple[str, list[str]]]:
     """(name, arguments) of every call of one of our scripts, in their order: shell blocks and inline code alike."""
     pattern = r"^ *```(\w*)\n(.*?)^ *```$|(?<!`)`(python (?:\$CAI/)?scripts/[^`\n]+)`"
-    found = re.findall(pattern, read(path), re.MULTILINE | re.DOTALL)
-    return calls_in([line for language, block, inline in found if inline or language == "bash"
-                     for line in commands(inline or block)])
-
-
-def calls_in(lines: list[str]) -> list[tuple[str, list[str]]]:
+    shown = re.findall(pattern, text, re.MULTILINE | re.DOTALL)
+    lines = [line for language, block, inline in shown if inline or language == "bash"
+             for line in commands(inline or block)]
     found = []
     for line in lines:
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
@@ -284,7 +281,8 @@ WORKFLOWS = ["Workflow: SL phase", "Workflow: RL phase", "Workflow: chain-of-tho
              "Too evasive, preachy, or over-refusing", "Weak critiques", "No improvement", "Noisy judge"]
 # What is made smaller so that it ends soon. The options are those of the document otherwise.
 SMALLER = {"ppo": ["--updates", "1", "--prompts-per-update", "4", "--batch-size", "4", "--epochs", "1"],
-           "sft": ["--epochs", "1"], "reward_model": ["--epochs", "1", "--holdout", "0.25"]}
+           "sft": ["--epochs", "1"], "dpo": ["--batch-size", "4"],
+           "reward_model": ["--epochs", "1", "--holdout", "0.25"]}
 # Words of the gates that are values, files or options and no figures.
 NO_FIGURES = {"gold", "kind", "metrics.jsonl", "samples.jsonl", "worse", "better", "same", "VERDICT"}
 
@@ -317,6 +315,7 @@ def keys(tree) -> set[str]:
             *(one for found in below.values() for one in found)}
 
 
+@pytest.mark.timeout(900)  # two dozen commands, whatever else the machine has to do
 def test_the_workflows_run_on_tiny_and_their_gates_name_what_is_there(invoke, tmp_path, monkeypatch):
     """All commands of the workflows, in their order, with `tiny` as MODEL and JUDGE and fewer rows."""
     from cai import metrics, world
@@ -334,8 +333,7 @@ def test_the_workflows_run_on_tiny_and_their_gates_name_what_is_there(invoke, tm
     gates = ""
     for heading in WORKFLOWS:
         gates += " ".join(re.findall(r"^ *Gate.*?(?=^- \[ \]|\Z)", section(heading), re.MULTILINE | re.DOTALL))
-        lines = [line for block in fenced(section(heading), "bash") for line in commands(block)]
-        for name, arguments in calls_in(lines):
+        for name, arguments in calls_in(section(heading)):
             small = [{"my-org/my-model": "tiny", "my-org/my-judge": "judge"}.get(one, one) for one in arguments]
             for place, one in enumerate(small):
                 if one == "--max-new-tokens":
@@ -355,6 +353,7 @@ def test_the_workflows_run_on_tiny_and_their_gates_name_what_is_there(invoke, tm
     assert not sorted(named - seen), "gates name figures that no command gives"
 
 
+@pytest.mark.timeout(900)
 def test_the_setup_check_runs_in_a_shell_from_another_folder(tmp_path):
     """As written, but that the packages of this environment are lent to the new one, which saves a download."""
     first, second = [text for text in blocks(ROOT / "SKILL.md", "bash") if "doctor.py" in text or "cai.env" in text]
