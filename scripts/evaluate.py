@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import click
 
 from cai import choice as choices
-from cai import cli, evaluating, gate, goodhart, metrics, responding
+from cai import cli, evaluating, gate, goodhart, metrics, paper, publicsets, responding
 from cai.errors import InputError
 from cai.records import Output, read_jsonl
 
@@ -37,6 +37,8 @@ NUMBERS = ("log_loss", "ece", "length_correlation", "drift_kl", "drift_kl_token"
 @cli.options("endpoint")
 @click.option("--responses", multiple=True, metavar="FILE",
               help="Instead of --input and --model: rows that have a response already. Repeatable.")
+@click.option("--set", "form", type=click.Choice(list(publicsets.FORMATS)),
+              help="The public set that the rows are of. Default: told by their columns.")
 @click.option("--round", "round_", type=click.IntRange(min=0), default=None,
               help="Of revised rows, the revision of this round; 0 is the first response. Default: the last.")
 @click.option("--by", type=click.Choice(["oracle", "judge"]), default="judge", show_default=True,
@@ -60,6 +62,10 @@ NUMBERS = ("log_loss", "ece", "length_correlation", "drift_kl", "drift_kl_token"
 @cli.options("constitution")
 @click.option("--helpfulness", default="helpfulness", show_default=True, metavar="NAME|FILE",
               help="With --policy: the constitution that harmless prompts are judged by.")
+@click.option("--figure", type=click.Choice(list(paper.FIGURES)),
+              help="Make this figure of the paper from --run: 2 the plane in Elo points, 5 scores by revision round, 6 "
+                   "by number of principles, 7 with and without critiques, 9 calibration, 10 harmfulness 0 to 4.")
+@click.option("--run", multiple=True, metavar="FOLDER", help="With --figure: the folder of a run. Repeatable.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True,
               help="Sample so many times, with the seeds from --seed on, and give the spread.")
 @click.option("--against", metavar="FILE", help="An earlier --output: say what changed since, with intervals.")
@@ -108,6 +114,8 @@ def main(output, against, watch, gated, margin, as_json, dry_run, overwrite, **o
         rates, counts = task.measure(
             lambda ending, settings: Output(f"{stem}.{ending}.jsonl", fingerprint=settings, **claim))
         write_rates(final, rates, counts)
+    if given.figure:
+        paper.save(given.figure, (row for _, row in read_jsonl(output)), Path(output).with_suffix(""))
     signs = goodhart.watch(gate.rows(against), gate.rows(output)) if watch else None
     report(final, as_json, before, gated, margin / 100, signs)
 
@@ -165,7 +173,7 @@ def shown(name: str, row: dict) -> str:
     if "_elo " in name:
         ends = ("open" if row[end] is None else f"{row[end]:+.0f}" for end in ("low", "high"))
         return f"{row['value']:+.0f} ({' to '.join(ends)})".replace("-", "−")
-    return (metrics.show_number if name in NUMBERS else metrics.show)(row)
+    return (metrics.show_number if name in NUMBERS or "series" in row else metrics.show)(row)
 
 
 def _spread(row: dict) -> str:

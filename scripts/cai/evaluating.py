@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cai import choice as choices
-from cai import classes, cli, contest, faults, goodhart, judging, metrics, responding, reward
+from cai import classes, cli, contest, faults, goodhart, judging, metrics, paper, responding, reward
 from cai.constitution import load_constitution
 from cai.engines import Sampling, check_model, load_engine
 from cai.errors import CaiError, InputError
+from cai.publicsets import PublicSource
 from cai.records import Output, Source, identity, read_jsonl, sha256_file
 from cai.revision import check_rounds
 from cai.templates import as_messages, load_template, prompt_text
@@ -35,6 +36,12 @@ class Task:
 
 def pick(given) -> Callable[..., Task]:
     """What is to be measured; InputError unless that is clear."""
+    if given.figure:
+        if not given.run or given.inputs or given.responses or given.model or given.choice or given.policy:
+            raise InputError("--figure is not clear", expected="--figure N with --run FOLDER, and no other input")
+        return figure_task
+    if given.run:
+        raise InputError("--run without --figure N", remedy="Say which figure to make of it")
     if given.choice:
         if given.inputs or given.responses or bool(given.model) == bool(given.reward_model):
             raise InputError("--choice is not clear",
@@ -70,7 +77,7 @@ def class_task(given) -> Task:
         check_model(classes.served(given.model)[0])
     ways = responding.WAYS if "all" in given.stress else tuple(way for way in responding.WAYS if way in given.stress)
     files = [*given.inputs, *given.responses]
-    source, kinds = read_rows(files, given.limit, by, given.round_, answered=bool(given.responses))
+    source, kinds = read_rows(files, given.limit, by, given.round_, answered=bool(given.responses), form=given.form)
     calls = given.seeds * (source.count + sum(kinds["harmful"] if way not in responding.ALL_KINDS else source.count
                                               for way in ways))
     sampling = Sampling(given.max_new_tokens, given.temperature, given.top_p)
@@ -79,6 +86,8 @@ def class_task(given) -> Task:
              **({"seeds": given.seeds} if given.seeds > 1 else {}),
              **({"stress": ways, "stress_templates": responding.digest(ways)} if ways else {}),
              **asdict(sampling), "dtype": given.dtype}
+    if given.form:
+        asked["set"] = given.form
     settings = {**asked, "reward_model": None, "round": given.round_, "by": by,
                 "judge": identity(given.judge) if given.judge else None,
                 "template": load_template("classify").sha256}
@@ -110,7 +119,8 @@ def class_task(given) -> Task:
                         "judge_calls": calls if given.judge else 0}, settings, measure)
 
 
-def read_rows(files, limit, by: str, round_: int | None, *, answered: bool) -> tuple[Source, dict[str, int]]:
+def read_rows(files, limit, by: str, round_: int | None, *, answered: bool, form: str | None
+              ) -> tuple[Source, dict[str, int]]:
     """(the rows, how many of each kind). InputError with file and line for one that can't be measured."""
     kinds = dict.fromkeys(metrics.KINDS, 0)
 
@@ -126,7 +136,7 @@ def read_rows(files, limit, by: str, round_: int | None, *, answered: bool) -> t
         kinds[row["kind"]] += 1
 
     fields = ("prompt", "kind", "response") if answered else ("prompt", "kind")
-    return Source(files, require=fields, limit=limit, check=check), kinds
+    return PublicSource(files, form=form, require=fields, limit=limit, check=check), kinds
 
 
 def classify(rows: Iterable[dict], ids: list[str], output: Output, by: str, given, judge: str | None) -> None:
@@ -224,7 +234,7 @@ def contest_task(given) -> Task:
     if not given.judge:
         raise InputError("--policy without --judge MODEL", remedy="Name the judge, best none of the policies")
     check_model(classes.served(given.judge)[0])
-    source, kinds = read_rows(given.inputs, given.limit, "judge", None, answered=False)
+    source, kinds = read_rows(given.inputs, given.limit, "judge", None, answered=False, form=given.form)
     sampling = Sampling(given.max_new_tokens, given.temperature, given.top_p)
     template, written = load_template("preference"), load_template("preference_answer")
     questions = {axis: judging.Question(load_constitution(name), template, seed=given.seed, written=written)
@@ -368,3 +378,17 @@ def pair_figures(rows: list[dict], scorer: reward.Scorer) -> tuple[dict, dict]:
     counts = {"pairs": len(pairs), "no_gold": len(rows) - len(pairs), "ties": sum(a == b for _, a, b in scored),
               "failed": len(pairs) - len(scored)}
     return rates, counts
+
+
+# --- figures of the paper -----------------------------------------------------------------------------------
+
+
+def figure_task(given) -> Task:
+    """The points of one of the paper's figures, from run folders."""
+    settings, make = paper.FIGURES[given.figure].points(given.run, given)
+
+    def measure(claim):
+        rows = make()
+        return {paper.name_of(row): row for row in rows}, {"points": len(rows)}
+
+    return Task([], {"figure": given.figure, "runs": len(given.run)}, {"figure": given.figure, **settings}, measure)

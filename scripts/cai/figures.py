@@ -63,18 +63,21 @@ class Figure:
 
 def draw(run: Run) -> list[Figure]:
     """Every figure that the run has the numbers for."""
+    with _style():
+        made = [_stages(run), _plane(run), *_elo_planes(run), _rounds(run), _judge(run), *map(_training, run.trainings)]
+    return [one for one in made if one]
+
+
+def _style():
     import matplotlib
 
     # Names come from files: no formulas in them. Text stays text in SVG: smaller, and the reader's own font.
-    style = {
+    return matplotlib.rc_context({
         "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 10,
         "font.family": "sans-serif", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
         "xtick.color": INK, "ytick.color": INK, "axes.facecolor": PAPER, "figure.facecolor": PAPER,
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlesize": 10,
-    }
-    with matplotlib.rc_context(style):
-        made = [_stages(run), _plane(run), _rounds(run), _judge(run), *map(_training, run.trainings)]
-    return [one for one in made if one]
+    })
 
 
 def _canvas(height: float, rows: int = 1, columns: int = 1):
@@ -168,6 +171,94 @@ def _plane(run: Run) -> Figure | None:
     front = ", ".join(shown[i][1].label for i in pareto(points))
     return _finish(canvas, "plane", "Helpful and harmless: up and to the right is better",
                    f"{says}. On the front (nothing measured is better in both): {front}.")
+
+
+def elo_points(rates: dict[str, dict]) -> list[dict]:
+    """One row a policy that `evaluate.py --policy` scored on both sides: x helpfulness, value harmlessness."""
+    result = []
+    for name, one in rates.items():
+        axis, _, policy = name.partition("_elo ")
+        other = rates.get(f"helpfulness_elo {policy}")
+        if axis == "harmlessness" and other:
+            result.append({"series": policy, **one,
+                           "x": other["value"], "x_low": other["low"], "x_high": other["high"]})
+    return result
+
+
+def _elo_planes(run: Run) -> list[Figure]:
+    """A plane in Elo points for each comparison of policies in the folder."""
+    return [elo_plane(f"elo-{slug(name)}", "Policies against each other, judged in pairs", rows,
+                      "helpfulness, Elo points", "harmlessness, Elo points")
+            for name, rates in run.others if len(rows := elo_points(rates)) > 1]
+
+
+def elo_plane(name: str, title: str, rows: list[dict], x: str, y: str) -> Figure:
+    """Points with intervals on both axes (an end that is not known is left off), the Pareto front joined."""
+    with _style():
+        canvas, ((axes,),) = _canvas(3.8)
+        for number, row in enumerate(rows):
+            bars = {side: _arms(row[one], row[f"{one}_low" if one == "x" else "low"],
+                                row[f"{one}_high" if one == "x" else "high"])
+                    for side, one in (("xerr", "x"), ("yerr", "value"))}
+            axes.errorbar(row["x"], row["value"], **bars, fmt="o", markersize=6, linewidth=1.2,
+                          color=COLOURS[number % len(COLOURS)], label=row["series"])
+        best = sorted((rows[i]["x"], rows[i]["value"]) for i in pareto([(row["x"], row["value"]) for row in rows]))
+        axes.plot(*zip(*best, strict=True), linestyle="--", linewidth=1, color=INK, alpha=0.5, zorder=0)
+        axes.set(xlabel=x, ylabel=y)
+        axes.grid(color=INK, alpha=0.15)
+        canvas.legend(loc="outside upper center", ncols=min(3, len(rows)))
+        says = "; ".join(f"{row['series']}: helpfulness {row['x']:+.0f}, harmlessness {row['value']:+.0f}"
+                         for row in rows)
+        front = ", ".join(rows[i]["series"] for i in pareto([(row["x"], row["value"]) for row in rows]))
+        return _finish(canvas, name, title, f"{says}. On the front (nothing is better in both): {front}.")
+
+
+def _arms(value: float, low: float | None, high: float | None) -> list[list[float]]:
+    """Error bars; none towards an end that is not known."""
+    return [[0.0 if low is None else max(0.0, value - low)], [0.0 if high is None else max(0.0, high - value)]]
+
+
+def lines(name: str, title: str, rows: list[dict], x: str, y: str, limits: tuple[float, float] | None = None) -> Figure:
+    """A line with intervals for each series; where rows have a `label` it stands for the number on the x axis.
+    limits: of the y axis, where it is a scale with ends."""
+    with _style():
+        canvas, ((axes,),) = _canvas(3.4)
+        series = list(dict.fromkeys(row["series"] for row in rows))
+        for number, one in enumerate(series):
+            ones = sorted((row for row in rows if row["series"] == one), key=lambda row: row["x"])
+            arms = [_arms(row["value"], row["low"], row["high"]) for row in ones]
+            axes.errorbar([row["x"] for row in ones], [row["value"] for row in ones],
+                          yerr=[[arm[side][0] for arm in arms] for side in (0, 1)], marker="o", markersize=4,
+                          linewidth=1.5, capsize=2, color=COLOURS[number % len(COLOURS)], label=one)
+        places = sorted({row["x"] for row in rows})
+        labels = {row["x"]: row["label"] for row in rows if row.get("label")}
+        axes.set_xticks(places, [labels.get(place, f"{place:g}") for place in places])
+        axes.margins(x=0.08)
+        axes.set(xlabel=x, ylabel=y, **({"ylim": limits} if limits else {}))
+        axes.grid(axis="y", color=INK, alpha=0.15)
+        canvas.legend(loc="outside upper center", ncols=2)
+        says = "; ".join(f"{row['series']}, {row.get('label') or format(row['x'], 'g')}: {metrics.show_number(row)}"
+                         for row in rows)
+        return _finish(canvas, name, title, f"{says}.")
+
+
+def calibration_lines(name: str, title: str, rows: list[dict], x: str, y: str) -> Figure:
+    """The share that was right against the probability said, a line for each series; the diagonal is calibrated."""
+    with _style():
+        canvas, ((axes,),) = _canvas(4.2)
+        axes.plot([0, 1], [0, 1], color=INK, alpha=0.35, linewidth=1, linestyle="--", zorder=0)
+        series = list(dict.fromkeys(row["series"] for row in rows))
+        for number, one in enumerate(series):
+            ones = [row for row in rows if row["series"] == one]
+            arms = [_arms(row["value"], row["low"], row["high"]) for row in ones]
+            axes.errorbar([row["x"] for row in ones], [row["value"] for row in ones],
+                          yerr=[[arm[side][0] for arm in arms] for side in (0, 1)], marker="o", markersize=4,
+                          linewidth=1.3, capsize=2, color=COLOURS[number % len(COLOURS)], label=one)
+        axes.set(xlabel=x, ylabel=y, ylim=(-0.02, 1.02), xlim=(min(0.48, *(row["x"] - 0.02 for row in rows)), 1.02))
+        axes.grid(color=INK, alpha=0.15)
+        canvas.legend(loc="outside upper center", ncols=1 if max(map(len, series)) > 24 else 2)
+        says = "; ".join(f"{row['series']}, {row['x']:.2f}: {metrics.show_number(row)}" for row in rows)
+        return _finish(canvas, name, title, f"{says}.")
 
 
 def _rounds(run: Run) -> Figure | None:
