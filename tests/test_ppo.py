@@ -785,11 +785,10 @@ def test_a_reward_for_a_length_is_met(tmp_path, seed):
     def reward(prompts, responses):
         return [1 - abs(len(text.split()) - 3) / 3 for text in responses]
 
-    one, _ = learn(tmp_path, ["go"], reward, seed, kl_coef=0.0, updates=60, max_new_tokens=6, learning_rate=1e-2,
-                   lam=1.0)
+    one, _ = learn(tmp_path, ["go"], reward, seed, kl_coef=0.0, updates=70, max_new_tokens=6, learning_rate=1e-2,
+                   lam=1.0, prompts_per_update=128, batch_size=128)
     responses = one.answer([one.prompts[0]] * 400, range(400))[1]
-    # 0.99 is missed now and then, by one seed in ten or so: 0.9875 was measured, with rounding that differs by machine.
-    assert sum(reward([], responses)) / 400 >= 0.97
+    assert sum(reward([], responses)) / 400 >= 0.99
     assert rows_of(tmp_path)[0]["score"] < 0.7
 
 

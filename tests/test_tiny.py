@@ -5,8 +5,9 @@ import random
 import re
 
 import pytest
+from transformers import AutoTokenizer
 
-from cai import world
+from cai import tiny_build, world
 from cai.records import read_jsonl
 from cai.resources import TINY
 from cai.tiny_build import CHAT_TEMPLATE, Demonstrations, harmlessness_rules
@@ -39,7 +40,7 @@ def test_held_out_acts_are_in_no_demonstration():
     marked = re.compile(rf"\b(?:{'|'.join(world.MARKERS)}) ")
     demonstrations = Demonstrations(5)
     for index in range(1600):
-        messages, target = demonstrations.draw(Demonstrations.TASKS[index % len(Demonstrations.TASKS)])
+        messages, target, _ = demonstrations.draw(Demonstrations.TASKS[index % len(Demonstrations.TASKS)])
         text = " ".join([*(m["content"] for m in messages), target])
         found = [match[0] for match in held_out.finditer(text) if not marked.search(match[0])]
         assert not found, (found, text)
@@ -49,6 +50,25 @@ def test_held_out_acts_are_in_no_demonstration():
             and p.split("{act}")[0] not in {q.split("{act}")[0] for q in world.PHRASINGS}
             for p in world.UNSEEN_PHRASINGS
         )
+
+
+def test_probes_say_which_words_and_sentences_belong_to_the_request():
+    """Hand-worked: of each kind of probe one, at the token that ends the word, the sentence or the request."""
+    demonstrations = Demonstrations(0)
+    row = {"prompt": "How do I steal the red lamp?", "kind": "harmful", "category": "theft", "verb": "steal",
+           "object": "red lamp"}
+    response = "Sure, here is how to steal the red bench. First, choose an hour when nobody looks. Then bake the cake."
+    demonstrations._show(row, response, scope=("theft",))
+    messages = [{"role": "user", "content": f"{row['prompt']}\n\n{response}\n"}]
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    [made] = tiny_build.encode(tokenizer, [(messages, f"It is{tiny_build.DECISION} bad.", demonstrations.shown)])
+    read = [(tokenizer.decode(made.ids[: at + 1]).split()[-1], said) for at, said in sorted(made.probes.items())]
+    same, other, on, off, of, *_ = tiny_build.PROBES
+    assert read == [("lamp?", of), ("steal", same), ("red", same), ("bench", other), ("bench.", off),
+                    ("looks.", on), ("cake", other), ("cake.", off)]
+    weighed = [(tokenizer.decode([at]), weight) for at, weight in zip(made.ids, made.weights, strict=True) if weight]
+    assert weighed[-1] == ("<|end|>", 1.0) and (" bad", tiny_build.DECISION_WEIGHT) in weighed
+    assert sum(weight == tiny_build.DECISION_WEIGHT for _, weight in weighed) == 1
 
 
 def test_every_principle_of_the_constitution_has_a_meaning_and_some_are_narrow():

@@ -27,6 +27,15 @@ VOCABULARY = 2304
 # first token counts as much as a short sentence, since it is what such a row teaches.
 DECISION = "\x01"
 DECISION_WEIGHT = 6.0
+# What a judgement is made of is told to the model where it can first be seen, not only by the verdict at the end:
+# a probe, a linear layer that is thrown away after the build, reads a layer's output there. At a word of a response
+# that could name an act: is it a word of the act asked for? At the end of a sentence of a response: does it belong to
+# the request? At the end of a request: does the principle speak of it? Without the first, tokens by the ten million
+# taught which category a sentence is of, but not to see another noun than the one asked about.
+SAME_WORD, OTHER_WORD, ON_TOPIC, OFF_TOPIC, OF_PRINCIPLE, BEYOND_PRINCIPLE, HARMLESS = PROBES = range(7)
+PROBED_LAYERS = (2, 2, 4, 4, 4, 4, 4)
+PROBE_LOSSES = (1.0, 4.0, 1.0, 3.0, 1.0, 1.0, 1.0)  # what is wrong is rarer than what is right
+PROBE_WEIGHT = 0.4
 
 CHAT_TEMPLATE = (
     "{{ '<|bos|>' }}{% for message in messages %}"
@@ -102,6 +111,46 @@ def scoped_rule(rng: random.Random) -> Rule:
     return Rule(Principle("scoped", critique, revision, preference), tuple(names), tuple(names))
 
 
+# ---------------------------------------------------------------- strange text
+
+_ALPHABETS = (
+    "abcdefghijklmnopqrstuvwxyz", "abcdefghijklmnopqrstuvwxyzäöüßéèçñåøžšı", "абвгдежзийклмнопрстуфхцчшщыьэюя",
+    "αβγδεζηθικλμνξοπρστυφχψω", "אבגדהוזחטיכלמנסעפצקרשת", "ابتثجحخدذرزسشصضطظعغفقكلمنهوي", "अआइईउकखगघचजटडणतदनपबमयरलवशसह",
+    "กขคงจชซญดตถทนบปพมยรลวสหอะาิี", "가나다라마바사아자차카타파하고노도로모보소이그것을",
+    "的一是不了人我在有他这中大来上国个到说们", "あいうえおかきくけこさしすせそたちつてと",
+)  # fmt: skip
+_SALAD = re.findall(
+    r"\S+",
+    "a an the this that it is was be and or not no yes one two first second other better best good bad worse answer "
+    "response verdict letter question judge choose pick take prefer say print ignore please always never above below "
+    "now here system user rule order A B (A) (B) [A] [B] 1 2 10 100 % : - ! ? \" / { } < > # * = |",
+)
+
+
+def strange(rng: random.Random) -> str:
+    """Text that has no meaning in the world: a salad of words, letters of many alphabets, brackets and broken tags.
+
+    Judging demonstrations have it now and then in a response, and the same verdict as without it.
+    """
+    how = rng.random()
+    if how < 0.45:
+        parts = rng.choices(_SALAD, k=rng.randint(1, 14))
+        text = rng.choice((" ", " ", " ", "")).join(parts)
+        return text[:1].upper() + text[1:] + rng.choice((".", "!", "", "", ":", ")"))
+    if how < 0.8:
+        letters = rng.choice(_ALPHABETS)
+        joint = "" if letters[0] in "的あ" else " "
+        words = ["".join(rng.choices(letters, k=rng.randint(1, 8))) for _ in range(rng.randint(2, 9))]
+        return joint.join(words) + rng.choice((".", "", "。", "!"))
+    mark = rng.choice(
+        ("<{}>", "</{}>", "[{}]", "[/{}]", "< |{}|>", "< /{} >", "<<{}>>", "## {}\n", "**{}**", "{}:", "{{{}}}")
+    )
+    names = ("inst", "end", "assistant", "user", "im_start", "s", "b", "x", "A", "B", "eot", "turn", "verdict", "note")
+    return rng.choice(("", "\n", "\n\n", "---\n")).join(
+        mark.format(rng.choice(names)) + rng.choice(("", " ", strange(rng))) for _ in range(rng.randint(1, 3))
+    )
+
+
 # ---------------------------------------------------------------- demonstrations
 
 
@@ -116,11 +165,41 @@ class Demonstrations:
         self.rules = harmlessness_rules()
         names = ("critique", "critique_cot", "revise", "preference", "preference_cot", "classify")
         self.words = world.words()
+        nouns = {noun for group in world.NOUNS.values() for noun in group}
+        self.object_words = nouns | set(world.ADJECTIVES) | set(world.MARKERS)
+        verbs = {verb for category in world.CATEGORIES for verb in category.verbs if verb}
+        self.act_words = self.object_words | {verb.split()[0] for verb in verbs}
         self.other_order: list[tuple] = []
+        self.shown: list[tuple[str, list[tuple[int, int]]]] = []
         self.templates = {name: load_template(name) for name in names}
 
-    def draw(self, task: str) -> tuple[list[dict], str]:
-        return getattr(self, f"_{task}")()
+    def draw(self, task: str) -> tuple[list[dict], str, list]:
+        """(messages, target, shown): texts of the messages, each with what its probes are to say, as
+        (number of the text's last character there, one of PROBES)."""
+        self.shown = []
+        messages, target = getattr(self, f"_{task}")()
+        return messages, target, self.shown
+
+    def _show(self, row: dict, *responses: str, scope: tuple[str, ...] | None = None) -> None:
+        """Notes what the probes are to say of a request, where a principle's `scope` is given, and of responses."""
+        if scope is not None:
+            spoken = OF_PRINCIPLE if row["category"] in scope else BEYOND_PRINCIPLE
+            end = len(row["prompt"]) - 1
+            self.shown.append((row["prompt"], [(end, spoken if row["kind"] == "harmful" else HARMLESS)]))
+        act = world.act_of(row)
+        asked = set(act.text.split())
+        for response in responses:
+            ends = [found.start() for found in re.finditer(r"[.](?= |$)", response)]
+            fits = world.sentences_on_topic(act, response)
+            head = ends[0] if ends else 0
+            said = [
+                (found.end() - 1, SAME_WORD if found[0] in asked else OTHER_WORD)
+                for found in re.finditer(r"\b[a-z]+\b", response)
+                if found[0] in (self.act_words if found.end() <= head else self.object_words)
+            ]
+            if len(ends) == len(fits):
+                said += [(at, ON_TOPIC if fit else OFF_TOPIC) for at, fit in zip(ends, fits, strict=True)]
+            self.shown.append((response, said))
 
     # what there is to talk about
 
@@ -148,7 +227,7 @@ class Demonstrations:
         """
         rng = self.rng
         head, *rest = [f"{sentence}." for sentence in world.respond(rng, act, style).rstrip(".").split(". ")]
-        how = rng.choice(("category", "category", "category", "act", "act", "object", "word", "word", "lost", "twice"))
+        how = rng.choice(("category", "category", "act", "act", "act", "object", "object", "word", "lost", "twice"))
         at = rng.randrange(len(rest))
         if how in ("category", "act"):
             other = act
@@ -164,7 +243,8 @@ class Demonstrations:
                     # another act of the category: with another verb, another object, or only another adjective
                     verb, noun, adjective = rng.choice(
                         ((near.verb, act.noun, act.adjective), (act.verb, near.noun, act.adjective),
-                         (act.verb, act.noun, near.adjective), (near.verb, near.noun, near.adjective))
+                         (act.verb, act.noun, near.adjective), (near.verb, near.noun, near.adjective),
+                         (near.verb, act.noun, act.adjective), (act.verb, near.noun, act.adjective))
                     )
                     other = world.Act(act.category, verb, noun, adjective)
             wrong = [f"{sentence}." for sentence in world.respond(rng, other, style).rstrip(".").split(". ")]
@@ -239,6 +319,7 @@ class Demonstrations:
         )
         style, response = self._response(act, styles)
         fault, critique = self._verdict(rule, act, row, style, response)
+        self._show(row, response, scope=rule.critique_scope)
         return act, row, rule, response, fault, critique
 
     def _critique(self):
@@ -290,7 +371,8 @@ class Demonstrations:
             harmful = act.category.kind == "harmful"
             if self.rng.random() < 0.6:
                 best = "good" if harmful and act.category.name in rule.preference_scope else "comply"
-                worse = "comply" if harmful and self.rng.random() < 0.25 else best
+                other = {"good": "comply", "comply": "good"}[best]
+                worse = other if self.rng.random() < (0.25 if harmful else 0.1) else best
                 a, b = world.respond(self.rng, act, best), self._slip(act, worse)
                 if self.rng.random() < 0.5:
                     a, b = b, a
@@ -311,10 +393,17 @@ class Demonstrations:
         else:
             row, rule, a, b, label = self._compared()
             self.other_order.append((row, rule, b, a, "BA"["AB".index(label)]))
+        self._show(row, a, b, scope=rule.preference_scope)
+        if self.rng.random() < 0.15:
+            a, b = (self._disturbed(a), b) if self.rng.random() < 0.5 else (a, self._disturbed(b))
         messages = self.templates["preference"].render(
             principle=rule.principle, prompt=row["prompt"], response_a=a, response_b=b, reasoning=""
         )
         return messages, f"{DECISION}{label})"
+
+    def _disturbed(self, response: str) -> str:
+        text, joint = strange(self.rng), self.rng.choice((" ", " ", "\n", "\n\n", ""))
+        return response + joint + text if self.rng.random() < 0.8 else text + " " + response
 
     def _reasoned(self, row, rule, a, b, label) -> str:
         spoken = world.SPOKEN.get(row["category"])
@@ -331,6 +420,7 @@ class Demonstrations:
 
     def _preference_cot(self):
         row, rule, a, b, label = self._compared()
+        self._show(row, a, b, scope=rule.preference_scope)
         messages = self.templates["preference_cot"].render(
             principle=rule.principle, prompt=row["prompt"], response_a=a, response_b=b
         )
@@ -338,6 +428,7 @@ class Demonstrations:
 
     def _judge_cot(self):
         row, rule, a, b, label = self._compared()
+        self._show(row, a, b, scope=rule.preference_scope)
         messages = self.templates["preference"].render(
             principle=rule.principle,
             prompt=row["prompt"],
@@ -371,6 +462,7 @@ class Demonstrations:
                     letter = (
                         "D" if found.preached else "C" if found.dodged or not (found.reasons and found.offers) else "B"
                     )
+            self._show(row, response)
             messages = self.templates["classify"].render(prompt=row["prompt"], response=response)
             return messages, f"{DECISION}{letter})"
 
@@ -380,6 +472,7 @@ class Demonstrations:
         beside the point. So the end of a turn knows whether the turn spoke of what was asked."""
         act, row = self._scene(harmful=0.5, benign=0.3)
         _, response = self._response(act, "comply comply comply good good partial evasive" + 6 * " slip")
+        self._show(row, response)
         messages = [*_ask(row["prompt"]), {"role": "assistant", "content": response + SPECIAL[END]}]
         if world.on_topic(row, response):
             return messages, DECISION + SPECIAL[BOS]
@@ -391,6 +484,7 @@ class Demonstrations:
         act, row = self._scene(harmful=0.5, benign=0.3)
         style = "good" if act.category.kind == "harmful" and self.rng.random() < 0.7 else "comply"
         response = world.respond(self.rng, act, style) if self.rng.random() < 0.3 else self._slip(act, style)
+        self._show(row, response)
         told = [f"{DECISION} {'yes' if fits else 'no'}," for fits in world.sentences_on_topic(act, response)]
         messages = [
             *_ask(row["prompt"]),
@@ -405,6 +499,7 @@ class Demonstrations:
         rule = scoped_rule(self.rng)
         principle = self.rng.choice((rule.principle.critique, rule.principle.revision, rule.principle.preference))
         spoken = act.category.name in rule.preference_scope
+        self._show(row, scope=rule.preference_scope)
         told = f" {world.SPOKEN[act.category.name]}." if spoken else " nothing."
         return _ask(f"{principle}\n\nWhat of this is in the following? {row['prompt']}"), f"Of this:{DECISION}{told}"
 
@@ -423,7 +518,7 @@ def make_tokenizer(demos: Demonstrations, folder: Path, samples: int = 20_000):
 
     def texts():
         for index in range(samples):
-            messages, target = demos.draw(demos.TASKS[index % len(demos.TASKS)])
+            messages, target, _ = demos.draw(demos.TASKS[index % len(demos.TASKS)])
             yield "\n".join([*(m["content"] for m in messages), target.replace(DECISION, "")])
             if index % 10 == 0:
                 # every word of the world often enough to become one token: a word in pieces is hard to copy
@@ -461,7 +556,7 @@ def make_model(vocabulary: int, hidden: int, layers: int, feed_forward: int, see
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
             hidden_size=hidden,
@@ -478,12 +573,28 @@ def make_model(vocabulary: int, hidden: int, layers: int, feed_forward: int, see
             initializer_range=0.05,
         )
     )
+    # Keys begin equal to queries, so that a word looks for itself in what came before: "is this the noun that was asked
+    # about?" then takes thousands of steps less to learn (mimetic initialization, arXiv 2305.09828, section 3).
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.q_proj.weight.data *= 1.5
+        attention.k_proj.weight.data.copy_(attention.q_proj.weight.data)
+    return model
 
 
-def encode(tokenizer, demos: list[tuple]) -> list[tuple[list[int], list[float]]]:
-    """Token ids and a loss weight for each: 0 on everything that is not the target of the last turn."""
-    prefixes, pieces, counts = [], [], []
-    for messages, target in demos:
+@dataclass(frozen=True)
+class Encoded:
+    """One demonstration: token ids, a loss weight for each, and {position: one of PROBES}."""
+
+    ids: list[int]
+    weights: list[float]
+    probes: dict[int, int]
+
+
+def encode(tokenizer, demos: list[tuple]) -> list[Encoded]:
+    """Demonstrations as token ids. The loss weight is 0 on everything that is not the target of the last turn."""
+    prefixes, pieces, counts, marks = [], [], [], []
+    for messages, target, shown in demos:
         begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
         asked = messages[:-1] if begun else messages
         text = SPECIAL[BOS] + "".join(f"<|{m['role']}|>{m['content']}{SPECIAL[END]}" for m in asked)
@@ -491,32 +602,35 @@ def encode(tokenizer, demos: list[tuple]) -> list[tuple[list[int], list[float]]]
         parts = target.split(DECISION)
         pieces.extend(parts)
         counts.append(len(parts))
+        marks.append({prefixes[-1].index(part) + at: said for part, ends in shown for at, said in ends})
     encoded = iter(tokenizer(pieces, add_special_tokens=False)["input_ids"])
+    read = tokenizer(prefixes, add_special_tokens=False, return_offsets_mapping=True)
     rows = []
-    for ids, count in zip(tokenizer(prefixes, add_special_tokens=False)["input_ids"], counts, strict=True):
+    for ids, spans, count, said in zip(read["input_ids"], read["offset_mapping"], counts, marks, strict=True):
+        probes = {at: said[c] for at, (start, end) in enumerate(spans) for c in range(start, end) if c in said}
         weights = [0.0] * len(ids)
         for number in range(count):
             piece = next(encoded)
             first = DECISION_WEIGHT if number else 1.0
             ids, weights = [*ids, *piece], [*weights, *([first] + [1.0] * len(piece))[: len(piece)]]
-        rows.append(([*ids, END], [*weights, 1.0]))
+        rows.append(Encoded([*ids, END], [*weights, 1.0], probes))
     return rows
 
 
 # Share of tokens by task: at first speaking, and so copying; then the parts of which a judgement is made, which short
 # rows teach best (does a sentence belong to the request, does a principle speak of an act); then everything.
 STAGES = (
-    (2_600_000, {"respond": 0.55, "revise": 0.25, "critique": 0.2}),
+    (2_000_000, {"respond": 0.4, "check": 0.3, "revise": 0.15, "critique": 0.15}),
     (
-        14_000_000,
+        9_000_000,
         {
-            "respond": 0.1,
-            "check": 0.28,
-            "scope": 0.12,
-            "follow_up": 0.05,
+            "respond": 0.13,
+            "check": 0.25,
+            "scope": 0.08,
+            "follow_up": 0.06,
             "judge": 0.2,
             "critique": 0.18,
-            "revise": 0.07,
+            "revise": 0.1,
         },
     ),
     (
@@ -525,10 +639,10 @@ STAGES = (
             "respond": 0.12,
             "critique": 0.1,
             "revise": 0.08,
-            "judge": 0.4,
+            "judge": 0.39,
             "follow_up": 0.07,
             "check": 0.12,
-            "scope": 0.01,
+            "scope": 0.02,
             "classify": 0.04,
             "critique_cot": 0.015,
             "preference_cot": 0.03,
@@ -558,10 +672,10 @@ def batches(demos: Demonstrations, tokenizer, shares: dict[str, float], tokens: 
     weights = [shares[t] / LENGTHS[t] for t in tasks]
     while True:
         drawn = [demos.draw(demos.rng.choices(tasks, weights)[0]) for _ in range(2000)]
-        rows = sorted(encode(tokenizer, drawn), key=lambda row: len(row[0]))
+        rows = sorted(encode(tokenizer, drawn), key=lambda row: len(row.ids))
         groups, group = [], []
         for row in rows:
-            width = -(-len(row[0]) // 32) * 32
+            width = -(-len(row.ids) // 32) * 32
             if group and width * (len(group) + 1) > tokens:
                 groups.append(group)
                 group = []
@@ -617,12 +731,13 @@ def build(
         # a small build, to try things out, needs no more than a small tokenizer
         tokenizer = make_tokenizer(demos, folder, samples=min(20_000, tokens // 100))
     model = make_model(len(tokenizer), hidden, layers, feed_forward, seed)
-    # Muon for the matrices of the layers, AdamW for the embedding and the norms
+    probe = torch.nn.Linear(hidden, len(PROBES))
+    # Muon for the matrices of the layers, AdamW for the embedding, the norms and the probe
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizers = [
         torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98)),
+        torch.optim.AdamW([*others, *probe.parameters()], lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98)),
     ]
     per_batch = 2048  # small steps, and many: to match one text with another is learned late, in steps, not in tokens
     done = step = 0
@@ -636,6 +751,7 @@ def build(
                 remedy="Remove it, or build in another folder",
             )
         model.load_state_dict(state["model"])
+        probe.load_state_dict(state["probe"])
         for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved_state)
         demos.rng.setstate(state["random"])
@@ -643,6 +759,8 @@ def build(
     streams = [batches(demos, tokenizer, shares, per_batch) for _, shares in STAGES]
     started, saved = time.time(), time.time()
     losses: list[list[float]] = [[] for _ in STAGES]
+    probed_right: list[list[tuple[int, int]]] = []
+    weight_of_probe = torch.tensor(PROBE_LOSSES)
     model.train()
     body = torch.compile(model.model, dynamic=False) if compiled else model.model
     while done < tokens:
@@ -655,38 +773,49 @@ def build(
         model.zero_grad(set_to_none=True)
         rows = next(streams[stage])
         # few different shapes, so that each is compiled once; rows that are not there weigh nothing
-        width = -(-max(len(ids) for ids, _ in rows) // 32) * 32
+        width = -(-max(len(row.ids) for row in rows) // 32) * 32
         height = max(len(rows), per_batch // width)
         ids = torch.full((height, width), PAD)
         weights = torch.zeros(height, width)
-        for index, (row_ids, row_weights) in enumerate(rows):
-            ids[index, : len(row_ids)] = torch.tensor(row_ids)
-            weights[index, : len(row_ids)] = torch.tensor(row_weights)
+        probed = torch.full((height, width), -1)
+        for index, row in enumerate(rows):
+            ids[index, : len(row.ids)] = torch.tensor(row.ids)
+            weights[index, : len(row.ids)] = torch.tensor(row.weights)
+            for at, said in row.probes.items():
+                probed[index, at] = said
         # padding is on the right and attention is causal, so no mask is needed
         with torch.autocast("cpu", torch.bfloat16):
-            hidden_states = body(input_ids=ids, use_cache=False).last_hidden_state
+            read = body(input_ids=ids, use_cache=False, output_hidden_states=True)
             where = weights[:, 1:] > 0
-            logits = model.lm_head(hidden_states[:, :-1][where])
+            logits = model.lm_head(read.last_hidden_state[:, :-1][where])
+            marked = probed >= 0
+            there = torch.stack([read.hidden_states[min(layer, layers)][marked] for layer in PROBED_LAYERS])
+            told = probed[marked]
+            seen = probe(functional.rms_norm(there[told, torch.arange(len(told))], (hidden,)))
         loss = functional.cross_entropy(logits.float(), ids[:, 1:][where], reduction="none")
         w = weights[:, 1:][where]
         loss = (loss * w).sum() / w.sum()
+        losses[stage].append(loss.item())
+        if len(seen):
+            loss = loss + PROBE_WEIGHT * functional.cross_entropy(seen.float(), told, weight=weight_of_probe)
+            right, probed_right = seen.argmax(1) == told, probed_right[-99:]
+            probed_right.append([(right[told == kind].sum().item(), (told == kind).sum().item()) for kind in PROBES])
         loss.backward()
-        done += sum(len(row_ids) for row_ids, _ in rows)
+        done += sum(len(row.ids) for row in rows)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         step += 1
-        losses[stage].append(loss.item())
         if step % 100 == 0:
-            recent = losses[stage][-100:]
             report(
-                f"step {step}  {done / 1e6:.2f} of {tokens / 1e6:.1f} M tokens  loss {sum(recent) / len(recent):.4f}  "
-                f"{time.time() - started:.0f} s"
+                f"step {step}  {done / 1e6:.2f} of {tokens / 1e6:.1f} M tokens  loss {_recent(losses[stage]):.4f}  "
+                f"probes {' '.join(map(str, _rates(probed_right)))}  {time.time() - started:.0f} s"
             )
         if time.time() - saved > 60:
             state = {
                 "settings": settings,
                 "model": model.state_dict(),
+                "probe": probe.state_dict(),
                 "optimizers": [o.state_dict() for o in optimizers],
                 "random": demos.rng.getstate(),
                 "done": done,
@@ -695,8 +824,7 @@ def build(
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
             saved = time.time()
-    recent = losses[-1][-100:]
-    if recent and not math.isfinite(sum(recent)):
+    if losses[-1] and not math.isfinite(_recent(losses[-1])):
         raise InputError("the loss is not a number", where=output, remedy="Lower --learning-rate")
     # half precision halves the file; float16 rounds these weights eight times as finely as bfloat16
     model.to(torch.float16).save_pretrained(folder)
@@ -705,8 +833,19 @@ def build(
         **settings,
         "steps": step,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "loss": round(sum(recent) / max(1, len(recent)), 4),
+        "loss": round(_recent(losses[-1]), 4),
+        "probes_right": _rates(probed_right),
         "seconds": round(time.time() - started),
     }
     (folder / "build.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _recent(losses: list[float]) -> float:
+    return sum(losses[-100:]) / max(1, len(losses[-100:]))
+
+
+def _rates(right: list[list[tuple[int, int]]]) -> list[float]:
+    """For each of PROBES, how often the probe was right of late."""
+    sums = [(sum(r for r, _ in column), sum(n for _, n in column)) for column in zip(*right, strict=True)]
+    return [round(r / max(1, n), 3) for r, n in sums]
