@@ -114,8 +114,9 @@ def test_every_relative_link_resolves(path):
 
 @each(DOCUMENTS)
 def test_every_command_parses(path):
-    found = calls(path)
-    assert len(found) >= 3, f"{path.name} shows hardly any command, or they are not found"
+    found, programs = calls(path), re.findall(r"\bpython (tests/[\w/]+\.py)\b", read(path))
+    assert len(found) + len(programs) >= 3, f"{path.name} shows hardly any command, or they are not found"
+    assert not [program for program in programs if not (ROOT / program).is_file()]
     for name, arguments in found:
         assert name in COMMANDS, f"{path.name} calls scripts/{name}.py"
         try:
@@ -269,7 +270,7 @@ def test_nothing_is_told_of_that_does_not_exist():
     """Scripts, constitutions and templates that the documents name are in the tree."""
     for path in DOCUMENTS:
         for name in re.findall(r"`(?:scripts/)?(\w+)\.py`", read(path)):
-            modules = {module.stem for module in (ROOT / "scripts" / "cai").glob("*.py")}
+            modules = {module.stem for place in ("scripts/cai", "tests") for module in (ROOT / place).glob("*.py")}
             assert name in {*COMMANDS, *modules}, f"{path.name} names {name}.py"
         for folder, name in re.findall(r"\b(constitutions|templates|references)/([\w.-]+\.\w+)", read(path)):
             assert (ROOT / folder / name).exists(), f"{path.name} names {folder}/{name}"
