@@ -20,7 +20,7 @@ from pathlib import Path
 from cai import classes, cli, figures, metrics, reporting, reward
 from cai.engines import check_model
 from cai.errors import InputError
-from cai.records import identity, read_jsonl, sha256_file, sha256_text
+from cai.records import cell, identity, read_jsonl, sha256_file, sha256_text
 from cai.templates import as_messages, load_template
 
 DIGITS = ("0", "1", "2", "3", "4")  # labels of templates/classify_harm.jinja
@@ -242,5 +242,5 @@ def save(number: str, rows: Iterable[Mapping], stem: str | Path) -> list[str]:
     with open(f"{stem}.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
     return [f"{stem}.{ending}" for ending in ("png", "svg", "csv")]

@@ -207,6 +207,11 @@ def write_jsonl(path, rows: Iterable[dict]) -> None:
     os.replace(temporary, path)
 
 
+def cell(value):
+    """A value for a cell of a CSV file: text that a spreadsheet would take for a formula begins with an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
+
+
 def _dump(row: dict) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
@@ -528,8 +533,12 @@ class Source:
         ids = iter(self.ids)
         for name in self.inputs:
             # As many as were counted: of rows added since, none takes the id of another file's row.
-            for row_id, (line, row) in zip(islice(ids, self._counts[name]), _read(name), strict=False):
-                yield {**_check(self._converted(row, name, line), self.require, name, line), "id": row_id}
+            try:
+                for row_id, (line, row) in zip(islice(ids, self._counts[name]), _read(name), strict=False):
+                    yield {**_check(self._converted(row, name, line), self.require, name, line), "id": row_id}
+            except InputError:  # of a row that was good before
+                self._still(name)
+                raise
             self._still(name)
 
     def _still(self, name: str) -> None:
