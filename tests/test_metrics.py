@@ -212,3 +212,40 @@ def test_what_is_no_probability_is_refused(p, y):
 def test_calibration_of_nothing():
     found = metrics.calibration([], [])
     assert found["ece"]["value"] is None and len(found["bins"]) == 10
+
+
+# --- intervals hold the truth as often as they say --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "n"), [(0.5, 300), (0.9, 300), (0.04, 300), (0.3, 60)])
+def test_intervals_of_rates_hold_the_truth_as_often_as_they_say(share, n):
+    """Exactly, by the binomial distribution: no simulation is needed."""
+    weights = [math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(n + 1)]
+    held = sum(w for k, w in enumerate(weights) if metrics.rate(k, n)["low"] <= share <= metrics.rate(k, n)["high"])
+    assert 0.93 <= held <= 0.97
+
+
+def test_clustered_intervals_hold_the_truth_as_often_as_they_say():
+    """100 prompts with 5 responses each, whose chance differs by prompt; 2,000 simulations."""
+    draw, held, independent = random.Random(0), 0, 0
+    for _ in range(2000):
+        rows = [(draw.random() < p, prompt) for prompt in range(100) for p in [draw.betavariate(1.2, 0.8)]
+                for _ in range(5)]
+        found = metrics.clustered_rate([success for success, _ in rows], [prompt for _, prompt in rows])
+        held += found["low"] <= 0.6 <= found["high"]
+        plain = metrics.rate(sum(success for success, _ in rows), 500)
+        independent += plain["low"] <= 0.6 <= plain["high"]
+    assert 0.93 <= held / 2000 <= 0.97
+    assert independent / 2000 < 0.85, "rows of one prompt are no independent rows"
+
+
+def test_intervals_of_means_hold_the_truth_as_often_as_they_say():
+    draw, held, clustered = random.Random(1), 0, 0
+    for _ in range(2000):
+        values = [draw.gammavariate(4, 1) for _ in range(150)]
+        found = metrics.mean(values)
+        held += found["low"] <= 4 <= found["high"]
+        values = [centre + draw.gauss(0, 1) for centre in (draw.gauss(2, 1) for _ in range(80)) for _ in range(4)]
+        found = metrics.clustered_mean(values, [i // 4 for i in range(320)])
+        clustered += found["low"] <= 2 <= found["high"]
+    assert 0.93 <= held / 2000 <= 0.97 and 0.93 <= clustered / 2000 <= 0.97

@@ -107,9 +107,9 @@ def scores(rows: Sequence[dict], names: Sequence[str]) -> tuple[dict, dict]:
         anchor = next(name for name in names if any(name in (one.a, one.b) for one in compared))
         found, said = elo.rate(compared, anchor=anchor)
         notes += [f"{axis}: {note}" for note in said]
-        for one in found:
+        for one in sorted(found, key=lambda one: names.index(one.policy)):
             rates[f"{axis}_elo {one.policy}"] = {
                 "value": one.score, "low": one.low, "high": one.high, "n": one.wins + one.losses + one.ties,
                 "axis": axis, "policy": one.policy, "wins": one.wins, "losses": one.losses, "ties": one.ties,
-                "group": one.group, "model": names.index(one.policy)}
+                "group": one.group}
     return rates, {**counts, "notes": notes}

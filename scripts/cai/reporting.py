@@ -277,8 +277,11 @@ def principles(run: Run) -> list[dict]:
 
     {id, text and question (its critique request and preference question, if the constitution is at hand), drawn,
     changed: rate, before, after: rate of harmful compliance of what it was drawn for, before and
-    after that round; compared: times drawn by the judge}. before and after are None if no class is known.
+    after that round; compared: times drawn by the judge; fault: rate of critiques in which a judge read a fault
+    (`evaluate.py --faults`)}. before, after and fault are None where nobody knows.
     """
+    faults = {name.removeprefix("fault "): rate for _, rates in run.others for name, rate in rates.items()
+              if name.startswith("fault ")}
     drawn, altered, before, after, harmful = Counter(), Counter(), Counter(), Counter(), Counter()
     for row in run.rows:
         for number, one in enumerate(row.get("rounds") or (), 1):
@@ -299,7 +302,7 @@ def principles(run: Run) -> list[dict]:
     return [
         {"id": name, "text": texts[name].critique if name in texts else "",
          "question": texts[name].preference if name in texts else "", "drawn": drawn[name],
-         "changed": metrics.rate(altered[name], drawn[name]), "compared": compared[name],
+         "changed": metrics.rate(altered[name], drawn[name]), "compared": compared[name], "fault": faults.get(name),
          "before": metrics.rate(before[name], harmful[name]) if harmful[name] else None,
          "after": metrics.rate(after[name], harmful[name]) if harmful[name] else None}
         for name in names
