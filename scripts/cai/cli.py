@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import click
 
@@ -207,15 +207,12 @@ def _stopped_by_sigterm() -> Iterator[None]:
 def command_line(*, again: bool = False) -> str:
     """As typed; a command that run.py calls in its own process leaves its line in click's context.
 
-    again: to go on with what was stopped: with Python in front, and without --overwrite.
+    again: to go on with what was stopped, the process' own: with Python in front, and without --overwrite.
     """
+    if again:
+        return shlex.join(["python", *(part for part in sys.argv if part != "--overwrite")])
     context = click.get_current_context(silent=True)
-    typed = (context.meta.get("command_line") if context else None) or shlex.join(sys.argv)
-    if not again:
-        return typed
-    with suppress(ValueError):  # a line that another program made up
-        typed = shlex.join(part for part in shlex.split(typed) if part != "--overwrite")
-    return typed if typed.startswith("python ") else f"python {typed}"
+    return (context.meta.get("command_line") if context else None) or shlex.join(sys.argv)
 
 
 def _set_debug(ctx, _param, value):

@@ -541,7 +541,10 @@ def save_trained(trainer, tokenizer, folder: str | Path) -> None:
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if trainer.is_world_process_zero():
         save_checkpoint(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder, state_dict)
-        shutil.rmtree(Path(folder) / CHECKPOINTS, ignore_errors=True)
+        states = Path(folder) / CHECKPOINTS
+        for last_written in states.glob("checkpoint-*/trainer_state.json"):
+            last_written.unlink()  # killed within the next line, what is left of a state is not taken for a whole one
+        shutil.rmtree(states, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
 
