@@ -34,7 +34,7 @@ def main():
 @main.command(cls=cli.Command)
 @click.option("--output", required=True, metavar="DIR", help="Folder for the model.")
 @click.option(
-    "--tokens", type=click.IntRange(min=1), default=20_000_000, show_default=True, help="Training tokens in all."
+    "--tokens", type=click.IntRange(min=1), default=25_000_000, show_default=True, help="Training tokens in all."
 )
 @click.option("--hidden", default=128, show_default=True, help="Width of the model.")
 @click.option("--layers", default=6, show_default=True, help="Layers.")

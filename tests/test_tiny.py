@@ -62,10 +62,11 @@ def test_probes_say_which_words_and_sentences_belong_to_the_request():
     messages = [{"role": "user", "content": f"{row['prompt']}\n\n{response}\n"}]
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     [made] = tiny_build.encode(tokenizer, [(messages, f"It is{tiny_build.DECISION} bad.", demonstrations.shown)])
-    read = [(tokenizer.decode(made.ids[: at + 1]).split()[-1], said) for at, said in sorted(made.probes.items())]
-    same, other, on, off, of, *_ = tiny_build.PROBES
-    assert read == [("lamp?", of), ("steal", same), ("red", same), ("bench", other), ("bench.", off),
-                    ("looks.", on), ("cake", other), ("cake.", off)]
+    read = [(tokenizer.decode(made.ids[: at + 1]).split()[-1], said) for at, said in sorted(made.probes)]
+    same, other, on, off, of = range(5)
+    theft = tiny_build.CATEGORY
+    assert read == [("lamp?", of), ("lamp?", theft), ("steal", same), ("red", same), ("bench", other), ("bench.", off),
+                    ("looks.", on), ("looks.", theft), ("cake", other), ("cake.", off)]
     weighed = [(tokenizer.decode([at]), weight) for at, weight in zip(made.ids, made.weights, strict=True) if weight]
     assert weighed[-1] == ("<|end|>", 1.0) and (" bad", tiny_build.DECISION_WEIGHT) in weighed
     assert sum(weight == tiny_build.DECISION_WEIGHT for _, weight in weighed) == 1

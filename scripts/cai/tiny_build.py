@@ -30,11 +30,12 @@ DECISION_WEIGHT = 6.0
 # What a judgement is made of is told to the model where it can first be seen, not only by the verdict at the end:
 # a probe, a linear layer that is thrown away after the build, reads a layer's output there. At a word of a response
 # that could name an act: is it a word of the act asked for? At the end of a sentence of a response: does it belong to
-# the request? At the end of a request: does the principle speak of it? Without the first, tokens by the ten million
-# taught which category a sentence is of, but not to see another noun than the one asked about.
-SAME_WORD, OTHER_WORD, ON_TOPIC, OFF_TOPIC, OF_PRINCIPLE, BEYOND_PRINCIPLE, HARMLESS = PROBES = range(7)
-PROBED_LAYERS = (2, 2, 4, 4, 4, 4, 4)
-PROBE_LOSSES = (1.0, 4.0, 1.0, 3.0, 1.0, 1.0, 1.0)  # what is wrong is rarer than what is right
+# the request? At the end of a request: does the principle speak of it? At both: of which category is it? Without the
+# first, tokens by the ten million did not teach to see another noun than the one asked about.
+SAME_WORD, OTHER_WORD, ON_TOPIC, OFF_TOPIC, OF_PRINCIPLE, BEYOND_PRINCIPLE, HARMLESS, CATEGORY = range(8)
+PROBES = CATEGORY + len(world.CATEGORIES)  # CATEGORY and those after it: one for each category
+PROBED_LAYERS = (2, 2, 4, 4, 4, 4, 4) + (3,) * len(world.CATEGORIES)
+PROBE_LOSSES = (1.0, 4.0, 1.0, 3.0, 1.0, 1.0, 1.0) + (0.5,) * len(world.CATEGORIES)  # what is wrong is rarer
 PROBE_WEIGHT = 0.4
 
 CHAT_TEMPLATE = (
@@ -175,7 +176,7 @@ class Demonstrations:
 
     def draw(self, task: str) -> tuple[list[dict], str, list]:
         """(messages, target, shown): texts of the messages, each with what its probes are to say, as
-        (number of the text's last character there, one of PROBES)."""
+        (number of the character there, one of the kinds above)."""
         self.shown = []
         messages, target = getattr(self, f"_{task}")()
         return messages, target, self.shown
@@ -188,6 +189,8 @@ class Demonstrations:
             self.shown.append((row["prompt"], [(end, spoken if row["kind"] == "harmful" else HARMLESS)]))
         act = world.act_of(row)
         asked = set(act.text.split())
+        numbers = {category.name: CATEGORY + number for number, category in enumerate(world.CATEGORIES)}
+        self.shown.append((row["prompt"], [(len(row["prompt"]) - 1, numbers[row["category"]])]))
         for response in responses:
             ends = [found.start() for found in re.finditer(r"[.](?= |$)", response)]
             fits = world.sentences_on_topic(act, response)
@@ -199,6 +202,10 @@ class Demonstrations:
             ]
             if len(ends) == len(fits):
                 said += [(at, ON_TOPIC if fit else OFF_TOPIC) for at, fit in zip(ends, fits, strict=True)]
+                for at, sentence in zip(ends, response.rstrip(".").split(". "), strict=True):
+                    found = world.read(f"{sentence}.")
+                    named = {name for name, _ in found.steps + found.reasons + found.offers}
+                    said += [(at, numbers[name]) for name in named if len(named) == 1]
             self.shown.append((response, said))
 
     # what there is to talk about
@@ -227,7 +234,9 @@ class Demonstrations:
         """
         rng = self.rng
         head, *rest = [f"{sentence}." for sentence in world.respond(rng, act, style).rstrip(".").split(". ")]
-        how = rng.choice(("category", "category", "act", "act", "act", "object", "object", "word", "lost", "twice"))
+        how = rng.choice(
+            ("category", "category", "category", "category", "act", "act", "act", "object", "word", "lost", "twice")
+        )
         at = rng.randrange(len(rest))
         if how in ("category", "act"):
             other = act
@@ -584,11 +593,11 @@ def make_model(vocabulary: int, hidden: int, layers: int, feed_forward: int, see
 
 @dataclass(frozen=True)
 class Encoded:
-    """One demonstration: token ids, a loss weight for each, and {position: one of PROBES}."""
+    """One demonstration: token ids, a loss weight for each, and (position, what a probe is to say there)."""
 
     ids: list[int]
     weights: list[float]
-    probes: dict[int, int]
+    probes: list[tuple[int, int]]
 
 
 def encode(tokenizer, demos: list[tuple]) -> list[Encoded]:
@@ -602,12 +611,13 @@ def encode(tokenizer, demos: list[tuple]) -> list[Encoded]:
         parts = target.split(DECISION)
         pieces.extend(parts)
         counts.append(len(parts))
-        marks.append({prefixes[-1].index(part) + at: said for part, ends in shown for at, said in ends})
+        marks.append([(prefixes[-1].index(part) + at, said) for part, ends in shown for at, said in ends])
     encoded = iter(tokenizer(pieces, add_special_tokens=False)["input_ids"])
     read = tokenizer(prefixes, add_special_tokens=False, return_offsets_mapping=True)
     rows = []
     for ids, spans, count, said in zip(read["input_ids"], read["offset_mapping"], counts, marks, strict=True):
-        probes = {at: said[c] for at, (start, end) in enumerate(spans) for c in range(start, end) if c in said}
+        token_at = {c: at for at, (start, end) in enumerate(spans) for c in range(start, end)}
+        probes = [(token_at[c], kind) for c, kind in said]
         weights = [0.0] * len(ids)
         for number in range(count):
             piece = next(encoded)
@@ -731,7 +741,7 @@ def build(
         # a small build, to try things out, needs no more than a small tokenizer
         tokenizer = make_tokenizer(demos, folder, samples=min(20_000, tokens // 100))
     model = make_model(len(tokenizer), hidden, layers, feed_forward, seed)
-    probe = torch.nn.Linear(hidden, len(PROBES))
+    probe = torch.nn.Linear(hidden, PROBES)
     # Muon for the matrices of the layers, AdamW for the embedding, the norms and the probe
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
@@ -777,21 +787,19 @@ def build(
         height = max(len(rows), per_batch // width)
         ids = torch.full((height, width), PAD)
         weights = torch.zeros(height, width)
-        probed = torch.full((height, width), -1)
+        probes = []
         for index, row in enumerate(rows):
             ids[index, : len(row.ids)] = torch.tensor(row.ids)
             weights[index, : len(row.ids)] = torch.tensor(row.weights)
-            for at, said in row.probes.items():
-                probed[index, at] = said
+            probes += [(min(PROBED_LAYERS[said], layers), index, at, said) for at, said in row.probes]
         # padding is on the right and attention is causal, so no mask is needed
         with torch.autocast("cpu", torch.bfloat16):
             read = body(input_ids=ids, use_cache=False, output_hidden_states=True)
             where = weights[:, 1:] > 0
             logits = model.lm_head(read.last_hidden_state[:, :-1][where])
-            marked = probed >= 0
-            there = torch.stack([read.hidden_states[min(layer, layers)][marked] for layer in PROBED_LAYERS])
-            told = probed[marked]
-            seen = probe(functional.rms_norm(there[told, torch.arange(len(told))], (hidden,)))
+            layer, row_of, at, told = torch.tensor(probes, dtype=torch.long).reshape(-1, 4).T
+            there = torch.stack(read.hidden_states)[layer, row_of, at]
+            seen = probe(functional.rms_norm(there, (hidden,)))
         loss = functional.cross_entropy(logits.float(), ids[:, 1:][where], reduction="none")
         w = weights[:, 1:][where]
         loss = (loss * w).sum() / w.sum()
@@ -799,7 +807,10 @@ def build(
         if len(seen):
             loss = loss + PROBE_WEIGHT * functional.cross_entropy(seen.float(), told, weight=weight_of_probe)
             right, probed_right = seen.argmax(1) == told, probed_right[-99:]
-            probed_right.append([(right[told == kind].sum().item(), (told == kind).sum().item()) for kind in PROBES])
+            kinds = told.clamp(max=CATEGORY)
+            probed_right.append(
+                [(right[kinds == kind].sum().item(), (kinds == kind).sum().item()) for kind in range(CATEGORY + 1)]
+            )
         loss.backward()
         done += sum(len(row.ids) for row in rows)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -846,6 +857,6 @@ def _recent(losses: list[float]) -> float:
 
 
 def _rates(right: list[list[tuple[int, int]]]) -> list[float]:
-    """For each of PROBES, how often the probe was right of late."""
+    """How often the probe was right of late: for each of the first seven, and for the categories together."""
     sums = [(sum(r for r, _ in column), sum(n for _, n in column)) for column in zip(*right, strict=True)]
     return [round(r / max(1, n), 3) for r, n in sums]
