@@ -522,6 +522,20 @@ def test_a_safety_classifier_reads_by_kind(measure, write, tmp_path):
     assert other.exit_code == 2 and "no label 'bad'; expected of safe, unsafe" in other.stderr
 
 
+def test_a_server_answers_and_judges_as_the_model_itself(measure, write, tmp_path):
+    pytest.importorskip("openai")
+    from small_server import SmallServer
+
+    asked = ["--input", write(prompts(n=3)), "--temperature", 0, "--max-new-tokens", 40]
+    with SmallServer("tiny") as server:
+        result = measure(*asked, "--model", "openai:small", "--endpoint", server.address, "--judge",
+                         f"openai:small@{server.address}")
+    assert result.exit_code == 0, result.output
+    served = [(row["id"], row["response"], row["class"]) for row in rows_of(tmp_path / "e.classes.jsonl")]
+    assert measure(*asked, "--model", "tiny", "--judge", "tiny", "--overwrite").exit_code == 0
+    assert [(row["id"], row["response"], row["class"]) for row in rows_of(tmp_path / "e.classes.jsonl")] == served
+
+
 def test_every_class_of_the_oracle_is_in_the_rates():
     by_kind = {kind: set() for kind in metrics.KINDS}
     for kind, names in metrics.RATES.values():
