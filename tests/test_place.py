@@ -35,6 +35,8 @@ def launch(*arguments, before=(), command="generate", **more):
     """The command in a process of its own."""
     return subprocess.Popen([*before, sys.executable, str(ROOT / "scripts" / f"{command}.py"), *arguments],
                             env=ENVIRONMENT, text=True,
+                            # A shell starts what runs in its background with Ctrl-C ignored.
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more})
 
 
