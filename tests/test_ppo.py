@@ -540,6 +540,8 @@ def test_stopped_and_resumed_the_next_20_updates_are_those_of_a_run_that_was_not
     assert found == expected and len(found[4:]) == 20
     assert len({row["kl_coef"] for row in expected}) == len({row["score_scale"] for row in expected}) == 24
     assert (whole / "samples.jsonl").read_text() == (stopped / "samples.jsonl").read_text()
+    # stopped after the last state and before the weights were written: nothing is left to train
+    assert run(stopped).state.global_step == 24 * 4 and not calls and len(rows_of(stopped)) == 24
 
 
 def test_moments_put_together_are_those_of_all_numbers():

@@ -508,7 +508,7 @@ class PPOTrainer(Trainer):
             self.watch.restore(json.loads(state.read_text(encoding="utf-8")))
         else:
             self._candidate()
-        while True:
+        while self.state.global_step < self.args.max_steps:
             update = self.state.global_step // self.settings.steps_per_update
             rollout, epochs = self.rollout(update)
             # 8. Several epochs of minibatches over the same rows, one optimizer step a minibatch.
