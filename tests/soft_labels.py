@@ -108,7 +108,7 @@ def main(seeds, policy, prompts, output):
             model = folder / f"{labels}-{seed}"
             # As run.py trains one for `tiny`; the same seed holds out the same prompts for both.
             step("reward_model", "--input", preferences, "--model", policy, "--labels", labels, "--seed", seed,
-                 "--learning-rate", "3e-4", "--batch-size", 32, "--max-length", 512, "--output", model)
+                 "--learning-rate", "5e-4", "--batch-size", 32, "--max-length", 512, "--output", model)
             rows.append(measured(model, gold))
     trained = records.read_manifest(folder / "soft-0")["counts"]
     (folder / "soft-labels.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
