@@ -19,7 +19,11 @@ VALUES = {
                           "reasoning": ""},
     "coverage": {"principle": PRINCIPLE, "prompt": "P?"},
     "classify": {"prompt": "P?", "response": "R."},
+    "classify_answer": {"prompt": "P?", "response": "R."},
+    "classify_critique": {"prompt": "P?", "response": "R.", "critique": "C."},
+    "classify_harm": {"prompt": "P?", "response": "R."},
 }
+PREFILLED = ("preference", "classify", "classify_critique", "classify_harm", "coverage")
 
 
 def test_every_template_is_known_here():
@@ -34,7 +38,7 @@ def test_renders_with_its_values_and_fails_without_one(name):
         if isinstance(value, str):
             assert value in text
     assert messages[0]["role"] == "user"
-    assert (messages[-1]["role"] == "assistant") == (name in ("preference", "classify", "coverage"))
+    assert (messages[-1]["role"] == "assistant") == (name in PREFILLED)
     for missing in set(VALUES[name]) - {"reasoning"}:
         with pytest.raises(InputError, match=missing):
             load_template(name).render(**{k: v for k, v in VALUES[name].items() if k != missing})

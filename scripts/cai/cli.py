@@ -151,7 +151,9 @@ class Command(click.Command):
             return super().invoke(ctx)
         try:
             with _stopped_by_sigterm():
-                return super().invoke(ctx)
+                result = super().invoke(ctx)
+            _leave_the_others()
+            return result
         except BrokenPipeError:
             # The reader went away (`| head`): not our failure, and nothing more can be said.
             _let_go(sys.stdout)
@@ -166,13 +168,21 @@ class Command(click.Command):
             ctx.exit(error.exit_code)
 
 
+def _leave_the_others() -> None:
+    """Takes this process out of those that a launcher started: an interpreter that ends with PyTorch's threads for
+    them still at work is aborted now and then, and a whole run counts as failed."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def _told(found: BaseException) -> CaiError | None:
     """What is said of an exception that the user or the machine has caused; None for a bug of ours."""
     if isinstance(found, CaiError):
         return found
     kept = f"What is done is kept; go on with: {command_line(again=True)}"
     if isinstance(found, KeyboardInterrupt):
-        return CaiError(f"stopped by {found or 'Ctrl-C'}. {kept}")
+        return CaiError(f"stopped by {str(found) or 'Ctrl-C'}. {kept}")
     kind, said = type(found).__name__, " ".join(str(found).split())[:300]
     # PyTorch says only in words what became of its memory and its files, and safetensors of its own.
     if isinstance(found, MemoryError) or kind == "OutOfMemoryError" or "allocate memory" in said:

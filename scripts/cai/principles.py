@@ -56,10 +56,11 @@ def coverage(engine, prompts: Sequence[dict], constitution: Constitution, thresh
         by[place][principle.id] = by[place].get(principle.id, 0.0) + yes / 2
         masses[place] += sum(map(math.exp, logprobs)) / (2 * len(constitution.principles))
     for place, row in enumerate(prompts):
-        found = {} if place in too_long else dict(sorted(by[place].items(), key=lambda one: -one[1]))
+        said = {} if place in too_long else {name: round(p, 4) for name, p in by[place].items()}
+        found = dict(sorted(said.items(), key=lambda one: -one[1]))
         covered = None if place in too_long else any(p >= threshold for p in found.values())
         yield {"id": row["id"], "prompt": row["prompt"], "covered": covered,
-               "by": {name: round(p, 4) for name, p in found.items()},
+               "by": found,
                "label_mass": None if place in too_long else round(masses[place], 4)}
 
 
