@@ -182,15 +182,15 @@ class Demonstrations:
         return messages, target, self.shown
 
     def _show(self, row: dict, *responses: str, scope: tuple[str, ...] | None = None) -> None:
-        """Notes what the probes are to say of a request, where a principle's `scope` is given, and of responses."""
-        if scope is not None:
-            spoken = OF_PRINCIPLE if row["category"] in scope else BEYOND_PRINCIPLE
-            end = len(row["prompt"]) - 1
-            self.shown.append((row["prompt"], [(end, spoken if row["kind"] == "harmful" else HARMLESS)]))
+        """Notes what the probes are to say of a request, under a principle if its `scope` is given, and of responses."""
         act = world.act_of(row)
         asked = set(act.text.split())
         numbers = {category.name: CATEGORY + number for number, category in enumerate(world.CATEGORIES)}
-        self.shown.append((row["prompt"], [(len(row["prompt"]) - 1, numbers[row["category"]])]))
+        of_request = [numbers[row["category"]]]
+        if scope is not None:
+            spoken = OF_PRINCIPLE if row["category"] in scope else BEYOND_PRINCIPLE
+            of_request.append(spoken if row["kind"] == "harmful" else HARMLESS)
+        self.shown.append((row["prompt"], [(len(row["prompt"]) - 1, kind) for kind in of_request]))
         for response in responses:
             ends = [found.start() for found in re.finditer(r"[.](?= |$)", response)]
             fits = world.sentences_on_topic(act, response)
@@ -583,7 +583,7 @@ def make_model(vocabulary: int, hidden: int, layers: int, feed_forward: int, see
         )
     )
     # Keys begin equal to queries, so that a word looks for itself in what came before: "is this the noun that was asked
-    # about?" then takes thousands of steps less to learn (mimetic initialization, arXiv 2305.09828, section 3).
+    # about?" then takes thousands of steps less to learn (mimetic initialization, arXiv 2305.09828).
     for layer in model.model.layers:
         attention = layer.self_attn
         attention.q_proj.weight.data *= 1.5
