@@ -233,13 +233,19 @@ def parts(lengths: Sequence[int], overhead: int) -> list[range]:
         lengths: tokens of each row; sorted, there is most to gain.
         overhead: what a forward pass more costs, in tokens.
     """
-    best: list[tuple[int, list[range]]] = [(0, [])]  # of the first n rows
+    best = [(0, 0)]  # of the first n rows: tokens, and where the last part begins
     for end in range(1, len(lengths) + 1):
-        best.append(min(
-            ((best[start][0] + (end - start) * max(lengths[start:end]) + overhead, [*best[start][1], range(start, end)])
-             for start in range(end)), key=lambda found: found[0],
-        ))
-    return best[-1][1]
+        widest, found = 0, []
+        for start in range(end - 1, -1, -1):
+            widest = max(widest, lengths[start])
+            found.append((best[start][0] + (end - start) * widest + overhead, start))
+        best.append(min(found))
+    found, end = [], len(lengths)
+    while end:
+        start = best[end][1]
+        found.append(range(start, end))
+        end = start
+    return found[::-1]
 
 
 def trimmed(input_ids: Tensor, response_mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -182,7 +182,7 @@ class Demonstrations:
         return messages, target, self.shown
 
     def _show(self, row: dict, *responses: str, scope: tuple[str, ...] | None = None) -> None:
-        """Notes what the probes are to say of a request, under a principle if its `scope` is given, and of responses."""
+        """Notes what the probes are to say of a request (with a principle's `scope`, under that) and of responses."""
         act = world.act_of(row)
         asked = set(act.text.split())
         numbers = {category.name: CATEGORY + number for number, category in enumerate(world.CATEGORIES)}
