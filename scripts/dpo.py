@@ -10,7 +10,7 @@ the judge could not decide.
 
 import click
 
-from cai import cli, engines, preferences, records, training
+from cai import cli, engines, hub, preferences, records, training
 from cai.errors import CaiError, InputError
 from cai.templates import as_messages, prompt_text
 
@@ -24,6 +24,7 @@ from cai.templates import as_messages, prompt_text
 @click.option("--beta", type=click.FloatRange(min=0, min_open=True), default=0.1, show_default=True,
               help="How firmly the policy is held near the reference.")
 @training.training_options(epochs=1, learning_rate=1e-6, batch_size=8, max_length=1024)
+@hub.option
 @cli.options("seed", "limit", "json", "dry_run", "overwrite")
 def main(inputs, output, model, ref_model, labels, beta, epochs, learning_rate, batch_size, gradient_accumulation,
          max_length, lora, lora_rank, save_steps, device, dtype, seed, limit, as_json, dry_run, overwrite):
@@ -47,10 +48,10 @@ def main(inputs, output, model, ref_model, labels, beta, epochs, learning_rate, 
     following = f"python scripts/evaluate.py --model {output} --input PROMPTS --output FIGURES"
     if dry_run:
         found = plan(model, ref_model, pairs, epochs, batch_size * gradient_accumulation, lora)
-        cli.finish({"output": output, **counts, **found}, as_json=as_json, next_command=following)
+        cli.finish({"output": output, **counts, **found, **hub.planned()}, as_json=as_json, next_command=following)
         return
     if folder.complete:
-        cli.finish({"output": output, **folder.counts}, as_json=as_json, next_command=following)
+        cli.finish({"output": output, **folder.counts, **hub.push(output)}, as_json=as_json, next_command=following)
         return
 
     training.choose_device(device)
@@ -78,7 +79,7 @@ def main(inputs, output, model, ref_model, labels, beta, epochs, learning_rate, 
                    **last_figures(trainer.state.log_history)}
         manifest = folder.finish(counts)
     if training.is_main_process():
-        cli.finish({"output": output, **counts, "seconds": manifest["seconds"]}, as_json=as_json,
+        cli.finish({"output": output, **counts, "seconds": manifest["seconds"], **hub.push(output)}, as_json=as_json,
                    next_command=following)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 
-from cai import alarms, cli, engines, judging, records, training
+from cai import alarms, cli, engines, hub, judging, records, training
 from cai.constitution import load_constitution
 from cai.errors import CaiError, InputError, shorten
 from cai.records import hashed_seed
@@ -84,6 +84,7 @@ FIGURES = {
 @click.option("--samples-every", type=_positive, default=10, show_default=True,
               help="Updates between two looks at the responses, in samples.jsonl.")
 @alarms.options
+@hub.option
 @cli.options("seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
 def main(inputs, output, model, algorithm, reward_model, judge, against, constitution, template, trl, lora, lora_rank,
          save_every, alarm, stop_on, limit, device, dtype, as_json, dry_run, overwrite, **chosen):
@@ -116,10 +117,10 @@ def main(inputs, output, model, algorithm, reward_model, judge, against, constit
     following = f"python scripts/evaluate.py --model {output} --input PROMPTS --output FIGURES"
     if dry_run:
         found = plan(model, reward_model or judge, source.count, chosen, sizes, lora)
-        cli.finish({"output": output, **found}, as_json=as_json, next_command=following)
+        cli.finish({"output": output, **found, **hub.planned()}, as_json=as_json, next_command=following)
         return
     if folder.complete:
-        cli.finish({"output": output, **folder.counts}, as_json=as_json, next_command=following)
+        cli.finish({"output": output, **folder.counts, **hub.push(output)}, as_json=as_json, next_command=following)
         return
 
     training.choose_device(device)
@@ -152,7 +153,7 @@ def main(inputs, output, model, algorithm, reward_model, judge, against, constit
             counts = {"prompts": source.count, **summary(output, trainer.state.global_step)}
             manifest = folder.finish(counts)
     if training.is_main_process():
-        cli.finish({"output": output, **counts, "seconds": manifest["seconds"]}, as_json=as_json,
+        cli.finish({"output": output, **counts, "seconds": manifest["seconds"], **hub.push(output)}, as_json=as_json,
                    next_command=following)
 
 

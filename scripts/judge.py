@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from cai import audit, cli, ensemble, judging, textsteps
+from cai import audit, cli, ensemble, hub, judging, textsteps
 from cai.constitution import load_constitution
 from cai.engines import Sampling, check_model, load_engine
 from cai.errors import InputError
@@ -53,6 +53,7 @@ COT_LIMITS = (0.4, 0.6)  # paper, section 4.1: reasoning makes the probabilities
               help="Keep probabilities within these; 0 1 is off.  [default: 0.4 0.6 with --cot, else off]")
 @click.option("--audit", "audit_path", metavar="FILE", help="Measure what the labels are worth, with intervals, and "
               "write it here as JSON; with gold labels a reliability diagram (PNG) beside it.")
+@hub.option
 @textsteps.options
 def main(inputs, output, model, judge, combine, constitution, principles, no_examples, against, pairs_per_prompt,
          template, answer_template, cot, clamp, audit_path, endpoints, temperature, top_p, max_new_tokens, seed, limit,
@@ -116,7 +117,7 @@ def main(inputs, output, model, judge, combine, constitution, principles, no_exa
         plans = {name: estimate(pairs, journal, question, name, plan)
                  for name, journal in zip(names, journals, strict=True)}
         found = plans[names[0]] if alone else {"judges": plans}
-        cli.finish({**summary, "pairs": len(pairs.ids), **found}, as_json=as_json)
+        cli.finish({**summary, "pairs": len(pairs.ids), **found, **hub.planned()}, as_json=as_json)
         return
     if team.tell(final.complete):
         cli.note(f"{output} is done already; --overwrite makes it anew")
@@ -130,7 +131,7 @@ def main(inputs, output, model, judge, combine, constitution, principles, no_exa
         measured = audit.measure((row for _, row in read_jsonl(output)), names)
         summary["audit"] = audit.write(audit_path, measured, title=", ".join(names))
     then = ["scripts/reward_model.py", "--input", output, "--model", names[0], "--output", "REWARD_MODEL"]
-    cli.finish(summary, as_json=as_json, next_command=shlex.join(["python", *then]))
+    cli.finish({**summary, **hub.push(output)}, as_json=as_json, next_command=shlex.join(["python", *then]))
 
 
 def read_judges(model: str | None, further: Iterable[str], endpoints: tuple[str, ...]) -> dict[str, tuple[str, ...]]:

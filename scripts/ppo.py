@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from cai import alarms, cli, records, scoring, training
+from cai import alarms, cli, hub, records, scoring, training
 from cai.engines import check_model, load_engine
 from cai.errors import InputError, shorten
 from cai.resources import TINY, model_path
@@ -93,6 +93,7 @@ _share = click.FloatRange(0, 1)
 @alarms.options
 @click.option("--report-to", multiple=True, type=click.Choice(["tensorboard", "wandb", "trackio"]),
               help="Send the figures to a tracker as well, which must be installed. Repeatable.")
+@hub.option
 @cli.options("seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
 def main(inputs, output, model, reward_model, weights, ref_model, value_head, lora, lora_rank, merge, save_every, judge,
          select, alarm, stop_on, report_to, limit, device, dtype, as_json, dry_run, overwrite, **chosen):
@@ -123,10 +124,10 @@ def main(inputs, output, model, reward_model, weights, ref_model, value_head, lo
     following = f"python scripts/evaluate.py --model {output} --input PROMPTS --output FIGURES"
     if dry_run:
         found = plan(model, list(rewards), source.count, chosen, lora, value_head, ref_model is not None)
-        cli.finish({"output": output, **found}, as_json=as_json, next_command=following)
+        cli.finish({"output": output, **found, **hub.planned()}, as_json=as_json, next_command=following)
         return
     if folder.complete:
-        cli.finish({"output": output, **folder.counts}, as_json=as_json, next_command=following)
+        cli.finish({"output": output, **folder.counts, **hub.push(output)}, as_json=as_json, next_command=following)
         return
 
     training.choose_device(device)
@@ -158,7 +159,7 @@ def main(inputs, output, model, reward_model, weights, ref_model, value_head, lo
         counts = {"prompts": source.count, **save(trainer, output, merge=merge), **stopped}
         manifest = folder.finish(counts)
     if training.is_main_process():
-        cli.finish({"output": output, **counts, "seconds": manifest["seconds"]}, as_json=as_json,
+        cli.finish({"output": output, **counts, "seconds": manifest["seconds"], **hub.push(output)}, as_json=as_json,
                    next_command=following)
 
 

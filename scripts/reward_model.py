@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from cai import cli, engines, metrics, plots, preferences, records, reward, training
+from cai import cli, engines, hub, metrics, plots, preferences, records, reward, training
 from cai.errors import InputError
 from cai.templates import prompt_text
 
@@ -83,6 +83,7 @@ def looks(eval_steps: int | None, patience: int, steps: int, test_rows: list[dic
 @click.option("--center", type=click.FloatRange(min=0), default=0.0, show_default=True,
               help="Weight of a penalty that keeps the scores near 0; 0.01 is usual.")
 @training.training_options(epochs=1, learning_rate=1e-5, batch_size=8, max_length=1024)
+@hub.option
 @cli.options("seed", "limit", "json", "dry_run", "overwrite")
 def main(inputs, output, model, mix, labels, default_label, min_margin, holdout, eval_steps, patience, center,
          epochs, learning_rate, batch_size, gradient_accumulation, max_length, lora, lora_rank, save_steps, device,
@@ -120,10 +121,10 @@ def main(inputs, output, model, mix, labels, default_label, min_margin, holdout,
         plan = training.plan(model, lengths, epochs=epochs, lora=lora,
                              batch=batch_size * gradient_accumulation)
         counts |= {name: len(found) for name, found in parts.items()}
-        cli.finish({"output": output, **counts, **plan}, as_json=as_json, next_command=following)
+        cli.finish({"output": output, **counts, **plan, **hub.planned()}, as_json=as_json, next_command=following)
         return
     if folder.complete:
-        finish({"output": output, **folder.counts}, as_json, following)
+        finish({"output": output, **folder.counts, **hub.push(output)}, as_json, following)
         return
 
     from transformers import set_seed
@@ -165,7 +166,7 @@ def main(inputs, output, model, mix, labels, default_label, min_margin, holdout,
                                   "Reward model against held-out labels")
         manifest = folder.finish(counts)
     if training.is_main_process():
-        finish({"output": output, **counts, "seconds": manifest["seconds"]}, as_json, following)
+        finish({"output": output, **counts, "seconds": manifest["seconds"], **hub.push(output)}, as_json, following)
 
 
 def finish(summary: dict, as_json: bool, following: str) -> None:

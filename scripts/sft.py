@@ -10,7 +10,7 @@ from collections import Counter
 
 import click
 
-from cai import cli, engines, records, revision, training
+from cai import cli, engines, hub, records, revision, training
 from cai.errors import InputError, shorten
 from cai.templates import as_messages
 
@@ -103,6 +103,7 @@ def tokenized(rows: list[dict], chat, max_length: int) -> tuple[list[dict], int]
 @click.option("--keep", multiple=True, type=click.Choice([*revision.REASONS, "all"]),
               help="Train on revisions with this flag too. Repeatable.")
 @training.training_options(epochs=2, learning_rate=1e-5, batch_size=8, max_length=1024)
+@hub.option
 @cli.options("seed", "limit", "json", "dry_run", "overwrite")
 def main(inputs, helpful, output, model, rounds, keep, epochs, learning_rate, batch_size,
          gradient_accumulation, max_length, lora, lora_rank, save_steps, device, dtype, seed, limit,
@@ -129,10 +130,10 @@ def main(inputs, helpful, output, model, rounds, keep, epochs, learning_rate, ba
         lengths = [sum(len(m["content"]) for m in row["prompt"] + row["completion"]) for row in rows]
         plan = training.plan(model, lengths, epochs=epochs, lora=lora,
                              batch=batch_size * gradient_accumulation)
-        cli.finish({"output": output, **counts, **plan}, as_json=as_json, next_command=following)
+        cli.finish({"output": output, **counts, **plan, **hub.planned()}, as_json=as_json, next_command=following)
         return
     if folder.complete:
-        cli.finish({"output": output, **folder.counts}, as_json=as_json, next_command=following)
+        cli.finish({"output": output, **folder.counts, **hub.push(output)}, as_json=as_json, next_command=following)
         return
 
     training.choose_device(device)
@@ -153,7 +154,7 @@ def main(inputs, helpful, output, model, rounds, keep, epochs, learning_rate, ba
         counts |= {"steps": trainer.state.global_step, "loss": round(figures.training_loss, 4)}
         manifest = folder.finish(counts)
     if training.is_main_process():
-        cli.finish({"output": output, **counts, "seconds": manifest["seconds"]}, as_json=as_json,
+        cli.finish({"output": output, **counts, "seconds": manifest["seconds"], **hub.push(output)}, as_json=as_json,
                    next_command=following)
 
 

@@ -54,6 +54,23 @@ def test_what_was_not_measured_is_said(tmp_path):
     assert "It was not measured" not in made["model-reward-model.md"], "no such measure applies to it"
 
 
+def test_the_card_of_one_output_speaks_of_what_led_to_it_alone(tmp_path):
+    path = runs.make_run(tmp_path / "run", hostile=False)
+    runs.manifest(path, "others.jsonl", "generate", "--model another-model", {}, 5)
+    (path / "others.jsonl").write_text("no rows of ours")
+    (path / "settings.json").write_text("// somebody else's")
+    for name, more in (("sft", "--input 05-revision-2.jsonl"), ("ppo", f"--model {path}/sft")):
+        manifest = path / f"{name}.run.json"
+        manifest.write_text(manifest.read_text().replace("--model my-model", more if name == "ppo" else
+                                                         f"--model my-model {more}"))
+    text = cards.of(path / "ppo")
+    assert "| base model | my-model |" in text and "another-model" not in text
+    assert "| constitution | harmlessness, SHA-256" in text, "of the revisions that the policy before was trained on"
+    assert "| revised rows | 12 |" in text and "| compared pairs |" not in text, "its reward model is not of this run"
+    assert "harmful: harmful compliance | 100.0 % (83.9–100.0) | 10.0 % (2.8–30.1) |" in text
+    assert "| rows in the file | 12 |" in cards.of(path / "07-preferences.jsonl")
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("my-org/my-model", "my-org/my-model"), ("tiny", None), ("runs/a/sft", None), ("../x", None), (None, None),

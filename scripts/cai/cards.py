@@ -3,7 +3,7 @@
     for name, text in write(collect("runs/tiny")).items(): ...
 
 One for every trained model, one for the revisions and one for the preferences. A card says what the manifests know;
-what they don't (a licence above all) it says is missing. Leaves out pushing anything anywhere.
+what they don't (a licence above all) it says is missing. Leaves out the upload: cai/hub.py.
 """
 
 import re
@@ -52,6 +52,14 @@ def write(run: Run) -> dict[str, str]:
         if name:
             made[f"dataset-{file_name(name.removesuffix('.jsonl'))}.md"] = dataset_card(run, name, kind)
     return made
+
+
+def of(path: Path) -> str:
+    """The card of one output, a model's folder or a file of preferences, from its manifest and those beside it that
+    led to it."""
+    run = reporting.collect(path.parent, of=path.name)
+    training = next((one for one in run.trainings if one.name == path.name), None)
+    return model_card(run, training) if training else dataset_card(run, path.name, "preferences")
 
 
 def file_name(name: str) -> str:
@@ -105,7 +113,7 @@ def dataset_card(run: Run, name: str, kind: str) -> str:
     from huggingface_hub import DatasetCardData
 
     step = next(one for one in run.steps if one["name"] == name)
-    rows = run.preferences if kind == "preferences" else run.rows
+    rows = list(reporting.rows_of(run, name))
     data = DatasetCardData(tags=["constitutional-ai", "rlaif", kind], pretty_name=f"{run.name} {kind}",
                            task_categories=["text-generation"])
     purpose = {

@@ -274,7 +274,7 @@ class _Stderr:
 
 
 def finish(summary: dict, *, as_json: bool, next_command: str | None = None) -> None:
-    """Print the summary and leave with 3 if `summary["failed"]` counts any record, else return.
+    """Print the summary and leave with 1 if it was `not_pushed`, with 3 if `failed` counts any record, else return.
 
     Args:
         summary: flat names to values, in the order to show them; nested values are shown as JSON.
@@ -292,6 +292,8 @@ def finish(summary: dict, *, as_json: bool, next_command: str | None = None) -> 
             elif isinstance(value, dict | list):
                 value = json.dumps(value, ensure_ascii=False)
             _say(f"{name:<{width}}  {value}", err=False)
+    if summary.get("not_pushed"):
+        click.get_current_context().exit(1)
     if summary.get("failed"):
         click.get_current_context().exit(SOME_FAILED)
 

@@ -96,19 +96,23 @@ class Run:
         return self.folder / name
 
 
-def collect(folder: str | Path) -> Run:
-    """Read a run folder. InputError if it has no manifest, or a file in it can't be read."""
+def collect(folder: str | Path, of: str | None = None) -> Run:
+    """Read a run folder. InputError if it has no manifest, or a file in it can't be read.
+
+    of: the name of one output in it: only what led to that, and what measured it, is read.
+    """
     run = Run(Path(folder))
     if not run.folder.is_dir():
         raise InputError("no such folder", where=folder, expected="a folder that run.py wrote", remedy="Check the path")
-    run.steps = _steps(run)
+    run.steps = _steps(run) if of is None else _leading_to(_steps(run), of)
     if not run.steps:
         raise InputError("no manifest (*.run.json) in it", where=folder, expected="a folder that run.py wrote",
                          remedy="Name the folder that holds the rows and the model folders")
     _evaluations(run)
     _rows(run)
     _judged(run)
-    _audits(run)
+    if of is None:
+        _audits(run)
     run.trainings = [_training(run, step) for step in run.of(*TRAINING)]
     run.constitution = _constitution(run)
     _classes(run)
@@ -129,21 +133,43 @@ def _steps(run: Run) -> list[dict]:
     return sorted(steps, key=lambda step: (str(step.get("started")), step["name"]))
 
 
+def _leading_to(steps: list[dict], name: str) -> list[dict]:
+    """The step that made `name`, those whose outputs it or they were given, and the evaluations of their models."""
+    by_name, found, left = {step["name"]: step for step in steps}, set(), [name]
+    while left:
+        one = left.pop()
+        if one in by_name and one not in found:
+            found.add(one)
+            left += [Path(word).name for word in _words(by_name[one])]
+    base = next((model for step in steps if step["name"] in found and (model := argument(step, "--model"))), None)
+
+    def measures(step: dict) -> bool:
+        model = argument(step, "--model")
+        return step["command"] == "evaluate" and model is not None and (model == base or Path(model).name in found)
+
+    return [step for step in steps if step["name"] in found or measures(step)]
+
+
+def _words(step: dict) -> list[str]:
+    try:
+        return shlex.split(str(step.get("command_line", "")))
+    except ValueError:
+        return []
+
+
 def argument(step: dict, flag: str) -> str | None:
     """What followed the flag on the step's command line, or None."""
-    try:
-        words = shlex.split(str(step.get("command_line", "")))
-    except ValueError:
-        return None
+    words = _words(step)
     return next((words[i + 1] for i, word in enumerate(words[:-1]) if word == flag), None)
 
 
-def _rows_of(run: Run, name: str) -> Iterable[dict]:
+def rows_of(run: Run, name: str) -> Iterable[dict]:
+    """The rows of a file of the run."""
     return (row for _, row in read_jsonl(run.path(name)))
 
 
 def _first(run: Run, name: str) -> dict:
-    return next(iter(_rows_of(run, name)), {}) if run.path(name).is_file() else {}
+    return next(iter(rows_of(run, name)), {}) if run.path(name).is_file() else {}
 
 
 # --- evaluations ---------------------------------------------------------------------------------------------
@@ -178,7 +204,7 @@ def _stage(run: Run, step: dict) -> Stage:
     for ending in ("responses", "classes"):
         name = f"{beside}.{ending}.jsonl"
         if run.path(name).is_file():
-            for row in _rows_of(run, name):
+            for row in rows_of(run, name):
                 stage.responses.setdefault(str(row["id"]), {}).update(row)
     return stage
 
@@ -203,7 +229,7 @@ def _rows(run: Run) -> None:
         run.missing.append("No responses and no revisions: run generate.py, critique.py and revise.py.")
         return
     run.rows_file = steps[0]["name"]
-    run.rows = list(_rows_of(run, run.rows_file))
+    run.rows = list(rows_of(run, run.rows_file))
     if not revised:
         run.missing.append("No revisions: run critique.py and revise.py.")
 
@@ -214,7 +240,7 @@ def _classes(run: Run) -> None:
     for step in run.of("evaluate"):
         number = step["fingerprint"].get("round")
         if number is not None and "class" in _first(run, step["name"]):
-            for row in _rows_of(run, step["name"]):
+            for row in rows_of(run, step["name"]):
                 if row["id"] in ids and row["class"] is not None:
                     run.classes[row["id"], number] = row["class"]
                     run.classes_by = _reader(step)
@@ -318,7 +344,7 @@ def _judged(run: Run) -> None:
     run.judged = [(_stem(step["name"]), step["counts"]) for step in steps]
     if steps:
         run.preferences_file = steps[0]["name"]
-        run.preferences = list(_rows_of(run, run.preferences_file))
+        run.preferences = list(rows_of(run, run.preferences_file))
     else:
         run.missing.append("No preferences: run judge.py.")
 
