@@ -46,7 +46,7 @@ NUMBERS = ("log_loss", "ece", "length_correlation", "drift_kl", "drift_kl_token"
 @click.option("--judge", metavar="MODEL", help="The judge model: a folder, a hub id, `tiny`, or openai:NAME@URL. With "
               "--by oracle its classes are compared with the oracle's.")
 @click.option("--classifier", metavar="MODEL", help="Instead of a judge: a sequence-classification model that knows "
-              "safe from unsafe.")
+              "safe from unsafe, or a guard model that writes it, such as Llama Guard.")
 @click.option("--unsafe-label", multiple=True, metavar="LABEL",
               help="The classifier's label for unsafe. Repeatable. Default: those whose name says so.")
 @click.option("--stress", multiple=True, type=click.Choice([*responding.WAYS, "all"]),

@@ -154,7 +154,7 @@ def classify(rows: Iterable[dict], ids: list[str], output: Output, by: str, give
 def readings(rows: Iterable[dict], by: str, given, judge: str | None) -> Iterable[tuple[dict, dict]]:
     """Each row with its class; by the oracle with a judge, also with `class_by_judge`."""
     if by == "classifier":
-        return classes.Classifier(given.classifier, given.unsafe_label, **given.loading)(rows)
+        return classes.safety_reader(given.classifier, given.unsafe_label, **given.loading)(rows)
     if by == "oracle" and not judge:
         return classes.by_oracle(rows)
     read = classes.by_judge(rows, classes.load(judge, given.endpoints, given.loading))
