@@ -206,7 +206,9 @@ def test_every_row_once_and_in_order_through_a_faulty_proxy(address, prompts, gr
     assert result.exit_code == 0, result.stderr
     assert [row["id"] for row in read(output)] == [f"p{n}/0" for n in range(ROWS)]
     assert {row["id"]: row["response"] for row in read(output)} == greedy
-    assert set(FAULTS) <= proxy.counts.keys() and proxy.counts["most"] == 64
+    assert set(FAULTS) <= proxy.counts.keys()
+    # The bound is never passed; a quick server may answer the first before the last is on its way.
+    assert 32 < proxy.counts["most"] <= 64
 
 
 def test_killed_and_resumed_it_ends_with_the_same_rows(address, prompts, greedy, invoke, tmp_path):
