@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def test_the_queries_are_twenty_or_more_with_near_misses():
 
 
 def write(name: str, text: str) -> None:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
     Path(name).write_text(text, encoding="utf-8")
 
 
@@ -121,6 +123,68 @@ def answers(run):
     run("generate", "--input", "transcripts.jsonl", *TINY, "--output", "answers.jsonl")
 
 
+def change(file: str, pattern: str, by: str) -> None:
+    """Put `by` in the place of whatever fits; something must."""
+    text, times = re.subn(pattern, by, Path(file).read_text(encoding="utf-8"))
+    assert times, f"nothing in {file} fits {pattern}"
+    write(file, text)
+
+
+def each_row(file: str, spoil) -> None:
+    """Let `spoil` change every row of a file."""
+    rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        spoil(row)
+    write(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def gone(path: str) -> None:
+    shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+
+
+# What an agent may do wrong, by task: the assertions that must then fail (all others hold), and the deed.
+WRONG = {
+    1: [({0, 1, 2}, write, "health.json", "All is well."),
+        ({1, 2}, write, "health.json", '{"ok": true, "problems": [], "remedies": []}')],
+    2: [({0, 1}, change, "out/revisions.jsonl", r"\A.*\n", ""),  # a prompt was lost
+        ({0, 1}, each_row, "out/revisions.jsonl", lambda row: row["rounds"].pop()),  # one round
+        ({1}, each_row, "out/revisions.jsonl", lambda row: row["rounds"][0].update(principle="")),
+        ({2}, gone, "out/revisions.jsonl.run.json"),  # written by hand
+        ({2}, change, "out/revisions.jsonl.run.json", '"failed": 0', '"failed": 1'),
+        ({3}, write, "out/sft/model.safetensors", ""), ({4}, write, "prompts.jsonl", "{}")],
+    3: [({0}, each_row, "preferences.jsonl", lambda row: row.pop("p_chosen")),
+        ({1}, each_row, "preferences.jsonl", lambda row: row["verdicts"].pop()),
+        ({2}, gone, "preferences.jsonl.run.json")],
+    4: [({0}, write, "kitchen.yaml", "# For: a cook\n- Never play down an allergy\n"),
+        ({0}, change, "kitchen.yaml", r"\Z", "  - Answer briefly\n  - Answer at length\n"),
+        ({1}, change, "kitchen.yaml", "(?i)allerg", "nut"),
+        ({2}, change, "kitchen.yaml", "(?im)^(# )?for:", "# Whom:")],
+    5: [({0, 1, 3}, shutil.copy, FOLDER / "files" / "broken.yaml", "."),  # nothing was done
+        ({0, 2}, change, "broken.yaml", r"(?s)  - id: laws.*?(?=  - id)", ""),
+        ({1}, change, "broken.yaml", "id: prices", "id: cost"),
+        ({0, 3}, change, "broken.yaml", r"\Z", "  - principle: Answer in great detail\n")],
+    6: [({0}, change, "hotel.yaml", "secrets0", "secrets"),
+        ({1}, change, "hotel.yaml", "treated more kindly", "better off"),
+        ({2}, gone, "swarm"), ({2}, write, "swarm/hotel.json", '{"constitutions": []}')],
+    7: [({0}, change, "after-figures.jsonl.run.json", '"by": "oracle"', '"by": "judge"'),
+        ({1}, each_row, "after-figures.jsonl", lambda row: row.pop("low")),
+        ({2}, write, "report.md", "Training helped: harmful compliance fell from 100 % to 0 %. The harmless model now "
+                                "refuses harmful requests."),
+        ({2}, write, "report.md", "It got worse: harm rose by 5 %."),
+        ({3}, write, "report.md", "Harm fell, but it got worse: harmless requests are all refused now.")],
+    8: [({0}, change, "audit.json", "always_a", "always"), ({1}, write, "trust.md", "It was right on 17 of 18 pairs."),
+        ({1}, write, "trust.md", "Trust it."), ({2}, write, "gold-pairs.jsonl", "{}")],
+    9: [({0}, gone, "model/tokenizer.json"), ({0, 1}, lambda: [gone("model"), gone("model.run.json")]),
+        ({1}, change, "model.run.json", '"rows_left_out": 0', '"rows_left_out": 8'),
+        ({2}, write, "revisions.jsonl", "{}")],
+    10: [({0, 1}, shutil.copy, "mine.yaml", "better.yaml"), ({0}, change, "better.yaml", "id: dosage", "id: dose"),
+         ({1}, change, "better.yaml", "(?i)lectur|scold|preach|talks? down", "hum"),
+         ({2}, write, "mine.yaml", "- Be kind")],
+    11: [({0}, change, "plan.sh", "dpo.py", "ppo.py"), ({0}, write, "plan.sh", "python run.py --model my-org/my-model"),
+         ({1}, write, "runs/mine/01-responses.jsonl.run.json", "{}")],
+    12: [({0}, each_row, "answers.jsonl", lambda row: row.update(response="")),
+         ({1}, each_row, "answers.jsonl", lambda row: row.update(prompt=row["prompt"][-1:]))],
+}
 SOLUTIONS = [health, revisions, preferences, kitchen, repaired, hotel, verdict, trust, fine_tuned, better, plan,
              answers]
 
@@ -145,12 +209,28 @@ def test_a_folder_with_the_task_done_passes_and_one_without_does_not(number, sol
     assert code == 3 and not all(one["passed"] for one in found)
     monkeypatch.chdir(folder)
     solve(run)
+    # The skill may be installed in the project it works on; what it brings along is nobody's doing.
+    skill = folder / ".claude" / "skills" / "constitutional-ai"
+    skill.mkdir(parents=True)
+    (skill / "model.safetensors").write_bytes(b"")
+    (skill / "x.run.json").write_text("{}")
     code, found = grade()
     assert code == 0, [one for one in found if not one["passed"]]
+    unseen = set(range(len(found)))
+    for place, (failing, *deed) in enumerate(WRONG[number]):
+        spoilt = tmp_path / f"wrong-{place}"
+        shutil.copytree(folder, spoilt)
+        monkeypatch.chdir(spoilt)
+        deed[0](*deed[1:])
+        results = check.graded(check.tasks()[number], spoilt)["assertion_results"]
+        assert {i for i, one in enumerate(results) if not one["passed"]} == failing, (deed, results)
+        unseen -= failing
+    assert not unseen, "no wrong deed shows that these assertions can fail"
 
 
-def test_every_task_has_a_solution_here():
+def test_every_task_has_a_solution_and_wrong_deeds_here():
     assert len(SOLUTIONS) == len(EVALS["evals"])
+    assert sorted(WRONG) == list(check.tasks())
 
 
 # --- what the checker refuses -------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ is in the published form too; its `checks` say, assertion by assertion, how a pr
 queries which should and should not bring the skill up: ANSWERS is a list of {"query", "triggered": true, false, or
 the share of runs}.
 
-Only reads: nothing in the folder is executed, and no link is followed out of it. Leaves out running agents, and
-whatever only a reader can tell (`expected_output` is for that reader).
+Only reads: nothing in the folder is executed, and no link is followed out of it. What lies in folders that begin with
+a dot is not the agent's work: the skill itself may be installed there. Leaves out running agents, and whatever only a
+reader can tell (`expected_output` is for that reader).
 """
 
 import json
@@ -42,9 +43,15 @@ class NotMet(Exception):
 # --- reading ------------------------------------------------------------------------------------------------
 
 
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """What fits the pattern, but for what is in a folder whose name begins with a dot."""
+    return [path for path in sorted(folder.glob(pattern))
+            if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
 def find(folder: Path, pattern: str) -> Path:
-    """The one file of the folder that fits the pattern. NotMet if there is none, or it leads out of the folder."""
-    found = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+    """The first file of the folder that fits the pattern. NotMet if there is none, or it leads out of the folder."""
+    found = [path for path in matching(folder, pattern) if path.is_file()]
     if not found:
         raise NotMet(f"no file {pattern}")
     if not found[0].resolve().is_relative_to(folder.resolve()):
@@ -152,7 +159,7 @@ def check_model(folder: Path, folder_name: str) -> str:
 
 
 def check_absent(folder: Path, glob: str) -> str:
-    if found := sorted(folder.glob(glob)):
+    if found := matching(folder, glob):
         raise NotMet(f"there is {found[0].relative_to(folder)}")
     return f"no {glob}"
 
