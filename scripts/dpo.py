@@ -10,9 +10,9 @@ the judge could not decide.
 
 import click
 
-from cai import cli, engines, hub, preferences, records, training
+from cai import cli, engines, estimate, hub, preferences, records, training
 from cai.errors import CaiError, InputError
-from cai.templates import as_messages, prompt_text
+from cai.templates import as_messages
 
 
 @click.command(cls=cli.Command)
@@ -27,7 +27,7 @@ from cai.templates import as_messages, prompt_text
 @hub.option
 @cli.options("seed", "limit", "json", "dry_run", "overwrite")
 def main(inputs, output, model, ref_model, labels, beta, epochs, learning_rate, batch_size, gradient_accumulation,
-         max_length, lora, lora_rank, save_steps, device, dtype, seed, limit, as_json, dry_run, overwrite):
+         max_length, lora, lora_rank, save_steps, device, dtype, gpu, seed, limit, as_json, dry_run, overwrite):
     """Train a policy on preferences directly, with soft labels and no reward model.
 
     \b
@@ -47,7 +47,13 @@ def main(inputs, output, model, ref_model, labels, beta, epochs, learning_rate, 
     folder = records.claim_folder(output, command="dpo", fingerprint=settings, overwrite=overwrite, inputs=inputs)
     following = f"python scripts/evaluate.py --model {output} --input PROMPTS --output FIGURES"
     if dry_run:
-        found = plan(model, ref_model, pairs, epochs, batch_size * gradient_accumulation, lora)
+        # Under LoRA the policy without its adapters is the reference, unless another is named.
+        frozen = [ref_model or model] if ref_model is not None or not lora else []
+        found = estimate.training_plan(
+            model, estimate.lengths_of(model, [(as_messages(pair["prompt"]), [pair["chosen"], pair["rejected"]])
+                                               for pair in pairs]),
+            epochs=epochs, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
+            lora_rank=lora_rank if lora else None, frozen=frozen, gpu=gpu, device=device)
         cli.finish({"output": output, **counts, **found, **hub.planned()}, as_json=as_json, next_command=following)
         return
     if folder.complete:
@@ -81,16 +87,6 @@ def main(inputs, output, model, ref_model, labels, beta, epochs, learning_rate, 
     if training.is_main_process():
         cli.finish({"output": output, **counts, "seconds": manifest["seconds"], **hub.push(output)}, as_json=as_json,
                    next_command=following)
-
-
-def plan(model: str, ref_model: str | None, pairs: list[dict], epochs: float, batch: int, lora: bool) -> dict:
-    """What `--dry-run` says: as of any training, with the reference model in the memory."""
-    lengths = [2 * len(prompt_text(p["prompt"])) + len(p["chosen"]) + len(p["rejected"]) for p in pairs]
-    found = training.plan(model, lengths, epochs=epochs, lora=lora, batch=batch)
-    frozen = training.parameters(ref_model or model) if ref_model is not None or not lora else None
-    if frozen and "memory_gb_about" in found:
-        found["memory_gb_about"] = round(found["memory_gb_about"] + frozen * (2 if lora else 4) / 2**30, 2)
-    return found
 
 
 def check_vocabulary(reference, policy, name: str) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 
-from cai import alarms, cli, engines, hub, judging, records, training
+from cai import alarms, cli, engines, estimate, hub, judging, records, training
 from cai.constitution import load_constitution
 from cai.errors import CaiError, InputError, shorten
 from cai.records import hashed_seed
@@ -85,9 +85,10 @@ FIGURES = {
               help="Updates between two looks at the responses, in samples.jsonl.")
 @alarms.options
 @hub.option
+@estimate.gpu_option
 @cli.options("seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
 def main(inputs, output, model, algorithm, reward_model, judge, against, constitution, template, trl, lora, lora_rank,
-         save_every, alarm, stop_on, limit, device, dtype, as_json, dry_run, overwrite, **chosen):
+         save_every, alarm, stop_on, gpu, limit, device, dtype, as_json, dry_run, overwrite, **chosen):
     """Train a policy by comparing its own responses to one prompt: GRPO or RLOO.
 
     \b
@@ -116,7 +117,8 @@ def main(inputs, output, model, algorithm, reward_model, judge, against, constit
                                   inputs=[*inputs, *filter(None, [against])])
     following = f"python scripts/evaluate.py --model {output} --input PROMPTS --output FIGURES"
     if dry_run:
-        found = plan(model, reward_model or judge, source.count, chosen, sizes, lora)
+        found = plan(model, reward_model or judge, [as_messages(row["prompt"]) for row in source], chosen, sizes,
+                     lora_rank=lora_rank if lora else None, gpu=gpu, device=device)
         cli.finish({"output": output, **found, **hub.planned()}, as_json=as_json, next_command=following)
         return
     if folder.complete:
@@ -198,20 +200,18 @@ def batch_sizes(chosen: dict) -> dict:
     }
 
 
-def plan(model: str, rewarding: str, prompts: int, chosen: dict, sizes: dict, lora: bool) -> dict:
-    """What `--dry-run` says: rows, optimizer steps, the most tokens that can be sampled, memory (about)."""
+def plan(model: str, rewarding: str, prompts: list, chosen: dict, sizes: dict, **sizing) -> dict:
+    """What `--dry-run` says: updates, optimizer steps, and `estimate.rl_plan`."""
     episodes = chosen["updates"] * sizes["rows"]
-    found = {
-        "prompts": prompts, "updates": chosen["updates"], "episodes": episodes,
-        "steps": chosen["updates"] * sizes["per_update"], "new_tokens_at_most": episodes * chosen["max_new_tokens"],
+    # Under LoRA the policy without its adapters is the reference.
+    reference = [] if sizing["lora_rank"] or not chosen["kl_coef"] else [model]
+    return {
+        "prompts": len(prompts), "updates": chosen["updates"], "episodes": episodes,
+        "steps": chosen["updates"] * sizes["per_update"],
+        **estimate.rl_plan(model, prompts, episodes=episodes, new_tokens=chosen["max_new_tokens"],
+                           epochs=chosen["epochs"], batch_size=sizes["batch"],
+                           sampled=sizes["batch"] * sizes["generations"], frozen=[rewarding, *reference], **sizing),
     }
-    policy, scorer = training.parameters(model), training.parameters(rewarding)
-    if policy is not None and scorer is not None:
-        # Bytes a parameter: trained 16 (weights, gradient, two moments), frozen 4; under LoRA 3 and 2.
-        trained, frozen = (3, 2) if lora else (16, 4)
-        reference = 0 if lora or not chosen["kl_coef"] else policy
-        found["memory_gb_about"] = round((trained * policy + frozen * (scorer + reference)) / 2**30, 2)
-    return found
 
 
 def sampling_arguments(chosen: dict, sizes: dict) -> dict:

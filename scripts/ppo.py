@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from cai import alarms, cli, hub, records, scoring, training
+from cai import alarms, cli, estimate, hub, records, scoring, training
 from cai.engines import check_model, load_engine
 from cai.errors import InputError, shorten
 from cai.resources import TINY, model_path
@@ -94,9 +94,10 @@ _share = click.FloatRange(0, 1)
 @click.option("--report-to", multiple=True, type=click.Choice(["tensorboard", "wandb", "trackio"]),
               help="Send the figures to a tracker as well, which must be installed. Repeatable.")
 @hub.option
+@estimate.gpu_option
 @cli.options("seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
 def main(inputs, output, model, reward_model, weights, ref_model, value_head, lora, lora_rank, merge, save_every, judge,
-         select, alarm, stop_on, report_to, limit, device, dtype, as_json, dry_run, overwrite, **chosen):
+         select, alarm, stop_on, report_to, gpu, limit, device, dtype, as_json, dry_run, overwrite, **chosen):
     """Train a policy against a reward model with PPO.
 
     \b
@@ -123,7 +124,9 @@ def main(inputs, output, model, reward_model, weights, ref_model, value_head, lo
     folder = records.claim_folder(output, command="ppo", fingerprint=fingerprint, overwrite=overwrite, inputs=inputs)
     following = f"python scripts/evaluate.py --model {output} --input PROMPTS --output FIGURES"
     if dry_run:
-        found = plan(model, list(rewards), source.count, chosen, lora, value_head, ref_model is not None)
+        prompts = [as_messages(row["prompt"]) for row in source]
+        found = plan(model, list(rewards), prompts, chosen, value_head, ref_model,
+                     lora_rank=lora_rank if lora else None, gpu=gpu, device=device)
         cli.finish({"output": output, **found, **hub.planned()}, as_json=as_json, next_command=following)
         return
     if folder.complete:
@@ -234,24 +237,21 @@ def read_selection(select: str, source, seed: int) -> list[dict]:
     return chosen
 
 
-def plan(model, rewards: list[str], prompts: int, chosen: dict, lora: bool, value_head: bool, ref_model: bool) -> dict:
-    """What `--dry-run` says: rows, optimizer steps, the most tokens that can be sampled, memory (about)."""
+def plan(model, rewards: list[str], prompts: list, chosen: dict, value_head: bool, ref_model, **sizing) -> dict:
+    """What `--dry-run` says: updates, optimizer steps, and `estimate.rl_plan`."""
     from cai.ppo import Settings
 
     settings = Settings(**chosen)
-    found = {
-        "prompts": prompts, "updates": settings.updates, "episodes": settings.episodes, "steps": settings.steps,
-        "new_tokens_at_most": settings.episodes * settings.max_new_tokens,
+    scorers = [spec for spec in rewards if not scoring.is_function(spec)]
+    # Under LoRA the policy without its adapters is the reference, unless another is named.
+    reference = [] if sizing["lora_rank"] and ref_model is None else [ref_model or model]
+    return {
+        "prompts": len(prompts), "updates": settings.updates, "episodes": settings.episodes, "steps": settings.steps,
+        **estimate.rl_plan(model, prompts, episodes=settings.episodes, new_tokens=settings.max_new_tokens,
+                           epochs=settings.epochs, batch_size=settings.batch_size,
+                           sampled=settings.generation_batch_size, value_model=None if value_head else scorers[0],
+                           frozen=[*scorers, *reference], **sizing),
     }
-    policy = training.parameters(model)
-    scorers = [training.parameters(spec) for spec in rewards if not scoring.is_function(spec)]
-    if policy is not None and None not in scorers:
-        # Bytes a parameter: trained 16 (weights, gradient, two moments), frozen 4; under LoRA 3 and 2.
-        trained, frozen = (3, 2) if lora else (16, 4)
-        size = trained * (policy + (0 if value_head else scorers[0])) + frozen * sum(scorers)
-        size += 0 if lora and not ref_model else frozen * policy
-        found["memory_gb_about"] = round(size / 2**30, 2)
-    return found
 
 
 # --- the parts, and what is left of them -----------------------------------------------------------------

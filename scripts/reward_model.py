@@ -15,9 +15,9 @@ from pathlib import Path
 
 import click
 
-from cai import cli, engines, hub, metrics, plots, preferences, records, reward, training
+from cai import cli, engines, estimate, hub, metrics, plots, preferences, records, reward, training
 from cai.errors import InputError
-from cai.templates import prompt_text
+from cai.templates import as_messages
 
 # What the summary shows of `reward.measured`; all of it is in holdout.json.
 SHOWN = ("pairs", "accuracy", "longer", "log_loss", "least", "ece", "temperature", "scaled_log_loss", "scaled_ece",
@@ -87,7 +87,7 @@ def looks(eval_steps: int | None, patience: int, steps: int, test_rows: list[dic
 @cli.options("seed", "limit", "json", "dry_run", "overwrite")
 def main(inputs, output, model, mix, labels, default_label, min_margin, holdout, eval_steps, patience, center,
          epochs, learning_rate, batch_size, gradient_accumulation, max_length, lora, lora_rank, save_steps, device,
-         dtype, seed, limit, as_json, dry_run, overwrite):
+         dtype, gpu, seed, limit, as_json, dry_run, overwrite):
     """Train a reward model on preferences with soft labels.
 
     With several files, --limit reads the first rows of each. Every row read is accounted for: train + held_out +
@@ -117,9 +117,11 @@ def main(inputs, output, model, mix, labels, default_label, min_margin, holdout,
                                   inputs=list(weights))
     following = f"python scripts/ppo.py --model {model} --reward-model {output} --input PROMPTS --output NEW"
     if dry_run:
-        lengths = [2 * len(prompt_text(p["prompt"])) + len(p["chosen"]) + len(p["rejected"]) for p in parts["train"]]
-        plan = training.plan(model, lengths, epochs=epochs, lora=lora,
-                             batch=batch_size * gradient_accumulation)
+        plan = estimate.training_plan(
+            model, estimate.lengths_of(model, [(as_messages(pair["prompt"]), [pair["chosen"], pair["rejected"]])
+                                               for pair in parts["train"]]),
+            epochs=epochs, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
+            lora_rank=lora_rank if lora else None, gpu=gpu, device=device)
         counts |= {name: len(found) for name, found in parts.items()}
         cli.finish({"output": output, **counts, **plan, **hub.planned()}, as_json=as_json, next_command=following)
         return

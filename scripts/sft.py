@@ -10,7 +10,7 @@ from collections import Counter
 
 import click
 
-from cai import cli, engines, hub, records, revision, training
+from cai import cli, engines, estimate, hub, records, revision, training
 from cai.errors import InputError, shorten
 from cai.templates import as_messages
 
@@ -106,7 +106,7 @@ def tokenized(rows: list[dict], chat, max_length: int) -> tuple[list[dict], int]
 @hub.option
 @cli.options("seed", "limit", "json", "dry_run", "overwrite")
 def main(inputs, helpful, output, model, rounds, keep, epochs, learning_rate, batch_size,
-         gradient_accumulation, max_length, lora, lora_rank, save_steps, device, dtype, seed, limit,
+         gradient_accumulation, max_length, lora, lora_rank, save_steps, device, dtype, gpu, seed, limit,
          as_json, dry_run, overwrite):
     """Fine-tune a model on revised responses, with helpful ones mixed in.
 
@@ -127,9 +127,10 @@ def main(inputs, helpful, output, model, rounds, keep, epochs, learning_rate, ba
                                   inputs=[*inputs, *helpful])
     following = f"python scripts/generate.py --model {output} --input PROMPTS --output RESPONSES --samples 2"
     if dry_run:
-        lengths = [sum(len(m["content"]) for m in row["prompt"] + row["completion"]) for row in rows]
-        plan = training.plan(model, lengths, epochs=epochs, lora=lora,
-                             batch=batch_size * gradient_accumulation)
+        lengths = estimate.lengths_of(model, [(row["prompt"], [row["completion"][0]["content"]]) for row in rows])
+        plan = estimate.training_plan(
+            model, lengths, epochs=epochs, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
+            lora_rank=lora_rank if lora else None, gpu=gpu, device=device)
         cli.finish({"output": output, **counts, **plan, **hub.planned()}, as_json=as_json, next_command=following)
         return
     if folder.complete:

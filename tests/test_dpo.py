@@ -210,7 +210,7 @@ def test_a_dry_run_writes_nothing(invoke, tmp_path):
                     tmp_path / "out", "--dry-run", "--json")
     said = json.loads(result.stdout)
     assert result.exit_code == 0 and said["rows"] == 48 and said["undecided"] == 1 and said["steps"] == 6
-    assert said["memory_gb_about"] >= 0 and [p.name for p in tmp_path.iterdir()] == ["preferences.jsonl"]
+    assert said["memory_gb"]["frozen_models"] > 0 and [p.name for p in tmp_path.iterdir()] == ["preferences.jsonl"]
 
 
 def test_bad_input_is_refused_and_nothing_written(invoke, tmp_path):

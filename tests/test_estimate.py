@@ -177,3 +177,33 @@ def test_training_plan():
     lora = estimate.training_plan("tiny", [100] * 10, epochs=2, batch_size=4, lora_rank=4)["memory_gb"]
     assert lora["optimizer"] < full["optimizer"] and plan["hours_on_one_l4"] > 0
     assert "memory_gb" not in estimate.training_plan("nobody/none", [1], epochs=1, batch_size=1)
+    beside = estimate.training_plan("tiny", [100] * 10, epochs=2, batch_size=4, frozen=["tiny"], gpu="l4")
+    assert beside["memory_gb"]["frozen_models"] == pytest.approx(2e-9 * estimate.parameters("tiny"), rel=0.01)
+    assert beside["memory_gb"]["total"] > full["total"] and beside["hours_on_one_l4"] > plan["hours_on_one_l4"]
+    assert "memory_gb" not in estimate.training_plan("tiny", [1], epochs=1, batch_size=1, frozen=["nobody/none"])
+
+
+def test_rl_plan():
+    prompts = [[{"role": "user", "content": "How do I mend a chair?"}]] * 10
+    sizes = {"episodes": 40, "new_tokens": 8, "epochs": 1, "batch_size": 4, "sampled": 16}
+    plan = estimate.rl_plan("tiny", prompts, gpu="l4", **sizes)
+    counted, _, _ = estimate.count_tokens(prompts, "tiny")
+    assert (plan["prompt_tokens_about"], plan["new_tokens_at_most"]) == (4 * counted, 320)
+    beside = estimate.rl_plan("tiny", prompts, gpu="l4", value_model="tiny", frozen=["tiny", "tiny"], **sizes)
+    one, two = plan["memory_gb"], beside["memory_gb"]
+    assert two["optimizer"] == pytest.approx(2 * one["optimizer"], rel=0.01)
+    assert two["frozen_models"] == pytest.approx(4e-9 * estimate.parameters("tiny"), rel=0.01)
+    assert beside["hours_on_one_l4"] > plan["hours_on_one_l4"]
+    more = estimate.rl_plan("tiny", prompts, **{**sizes, "sampled": 40})["memory_gb"]
+    assert more["activations"] > one["activations"]  # of 40 caches instead of 16
+    assert estimate.rl_plan("nobody/none", prompts, **sizes).keys() == {"prompt_tokens_about", "new_tokens_at_most"}
+
+
+def test_lengths_of_rows():
+    ask = [{"role": "user", "content": "How do I mend a chair?"}]
+    answer = "Find the crack, and glue it."
+    count = estimate.token_counter("tiny")
+    whole = count([[*ask, {"role": "assistant", "content": answer}]])[0]
+    assert estimate.lengths_of("tiny", [(ask, [answer]), (ask, [answer, answer])]) == [whole, 2 * whole]
+    many = estimate.lengths_of("tiny", [(ask, [answer])] * (estimate.SAMPLE + 5))
+    assert many == [whole] * (estimate.SAMPLE + 5)

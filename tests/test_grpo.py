@@ -348,7 +348,7 @@ def test_a_dry_run_counts_and_writes_nothing(invoke, common, tmp_path):
     said = json.loads(result.stdout)
     assert result.exit_code == 0
     assert (said["prompts"], said["updates"], said["episodes"], said["steps"]) == (3, 2, 32, 4)
-    assert said["new_tokens_at_most"] == 32 * 6 and said["memory_gb_about"] >= 0
+    assert said["new_tokens_at_most"] == 32 * 6 and said["memory_gb"]["frozen_models"] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl"]
 
 

@@ -199,7 +199,7 @@ def test_a_dry_run_counts_and_writes_nothing(invoke, common, tmp_path):
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
     assert (plan["prompts"], plan["updates"], plan["episodes"], plan["steps"]) == (3, 2, 16, 4)
-    assert plan["new_tokens_at_most"] == 16 * 6 and plan["memory_gb_about"] >= 0
+    assert plan["new_tokens_at_most"] == 16 * 6 and plan["memory_gb"]["frozen_models"] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl"]
 
 

@@ -1,8 +1,6 @@
 """cai/training.py: the order of rows, token ids of a row, loading, saving, scoring, the metrics log."""
 
 import json
-import math
-import shutil
 import warnings
 from types import SimpleNamespace
 
@@ -270,17 +268,3 @@ def test_a_score_depends_on_its_sequence_alone():
     alone = [training.score(model, pad, [ids], 1)[0] for ids in sequences]
     assert training.score(model, pad, sequences, 3) == pytest.approx(alone, abs=1e-4)
     assert len({round(value, 3) for value in alone}) == 4
-
-
-# --- before the start ------------------------------------------------------------------------------------
-
-
-def test_the_plan_of_a_dry_run(tmp_path):
-    source = str(models.folder("gemma2"))
-    assert training.parameters(source) == training.load_policy(source).num_parameters()
-    assert training.parameters("owner/name") is None
-    found = training.plan(source, [400] * 10, epochs=3, batch=8, lora=False)
-    assert found["rows"] == 10 and found["steps"] == math.ceil(30 / 8) and found["tokens_about"] == 3000
-    shutil.copytree(source, tmp_path / "model")
-    assert "memory_gb_about" in found and "memory_gb_about" not in training.plan(
-        "owner/name", [1], epochs=1, batch=1, lora=True)

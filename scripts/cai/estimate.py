@@ -38,13 +38,16 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SAMPLE = 512
 
 
+gpu_option = click.option("--gpu", type=click.Choice(list(GPUS)), default=None,
+                          help="With --dry-run: estimate the hours on this GPU.")
+
+
 def plan_options(function):
-    """Decorator: what `--dry-run` can be told."""
+    """Decorator: what `--dry-run` of a step that writes text can be told."""
     for option in reversed((
         click.option("--like", metavar="FILE", default=None,
                      help="With --dry-run: a finished output of a smaller run, for the length of the answers."),
-        click.option("--gpu", type=click.Choice(list(GPUS)), default=None,
-                     help="With --dry-run: estimate the hours on this GPU."),
+        gpu_option,
         click.option("--price", nargs=2, type=click.FloatRange(min=0), default=None, metavar="IN OUT",
                      help="With --dry-run: what a million tokens cost, read and written."),
     )):
@@ -343,26 +346,96 @@ def mean_answer(output: str) -> float:
 
 def training_plan(
     model: str, lengths: Sequence[int], *, epochs: float, batch_size: int, gradient_accumulation: int = 1,
-    lora_rank: int | None = None, gpu: str | None = None, cpu: bool = False,
+    lora_rank: int | None = None, frozen: Sequence[str] = (), gpu: str | None = None, device: str | None = None,
 ) -> dict:
     """What `--dry-run` says of a training: rows, optimizer steps, tokens, memory, hours.
 
     Args:
-        lengths: tokens of each row (`token_counter`).
+        lengths: tokens of each row, both sides of a pair together (`lengths_of`).
         batch_size: rows in one forward pass; rows of like length go together.
-        cpu: float32 without checkpointing; else as on a GPU, bfloat16 over float32 weights, with it.
+        frozen: folders of models that every row also goes through, such as a reference.
+        device: cpu is taken for float32 without checkpointing; else bfloat16 over float32 weights, with it.
     """
-    rows = round(epochs * len(lengths))
-    tokens = round(epochs * sum(lengths))
+    rows, tokens = round(epochs * len(lengths)), round(epochs * sum(lengths))
     plan = {"rows": len(lengths), "steps": max(1, math.ceil(rows / batch_size / gradient_accumulation)),
             "tokens_about": tokens}
-    shape = shape_of(model)
-    if shape is not None:
-        widest = max((max(lengths) * min(batch_size, len(lengths))), 1)
-        memory = training_memory(shape, tokens=widest, lora_rank=lora_rank, autocast=not cpu, checkpointing=not cpu,
-                                 frozen_size=4 if cpu else 2)
-        plan["memory_gb"] = gigabytes(memory)
-        if gpu:
-            hours = training_hours(shape, gpu, tokens=tokens, lora=bool(lora_rank), checkpointing=True)
-            plan[f"hours_on_one_{gpu}"] = float(f"{hours:.3g}")
+    shape, others = shape_of(model), [shape_of(name) for name in frozen]
+    if shape is None or None in others or not lengths:
+        return plan
+    widest = max(lengths) * min(batch_size, len(lengths))
+    memory = _trained([shape], others, tokens=widest, lora_rank=lora_rank, cpu=device == "cpu")
+    plan["memory_gb"] = gigabytes(memory)
+    if gpu:
+        hours = training_hours(shape, gpu, tokens=tokens, lora=bool(lora_rank), checkpointing=True)
+        hours += sum(text_hours(other, gpu, size=2, rows=1, prompt_tokens=tokens, new_tokens=0, length=0)
+                     for other in others)
+        plan[f"hours_on_one_{gpu}"] = float(f"{hours:.3g}")
     return plan
+
+
+def rl_plan(
+    model: str, prompts: Iterable[Sequence[dict]], *, episodes: int, new_tokens: int, epochs: int, batch_size: int,
+    sampled: int, value_model: str | None = None, frozen: Sequence[str] = (), lora_rank: int | None = None,
+    gpu: str | None = None, device: str | None = None,
+) -> dict:
+    """What `--dry-run` says of PPO, GRPO and RLOO beside their updates: tokens, memory, hours.
+
+    Args:
+        prompts: conversations, each sampled equally often, `episodes` responses in all.
+        epochs: passes over the responses of an update.
+        batch_size: responses in one forward pass of the training.
+        sampled: responses that are written at once.
+        value_model: folder of a model that is trained beside the policy.
+        frozen: folders of the models that only read: reward models, a reference.
+    """
+    told, longest, count = count_tokens(prompts, model)
+    read, new = round(episodes * told / max(1, count)), episodes * new_tokens
+    plan = {"prompt_tokens_about": read, "new_tokens_at_most": new}
+    trained = [shape_of(name) for name in (model, value_model) if name]
+    others = [shape_of(name) for name in frozen]
+    if None in (*trained, *others) or not count:
+        return plan
+    cpu, policy = device == "cpu", trained[0]
+    memory = _trained(trained, others, tokens=batch_size * (longest + new_tokens), lora_rank=lora_rank, cpu=cpu)
+    size, rows = (4 if cpu else 2), min(sampled, episodes)
+    # Weights, gradients and moments stay where they are while the policy writes.
+    writing = text_memory(policy, size=size, rows=rows, longest=longest, new=new_tokens,
+                          chunk=CHUNK_TOKENS["cpu"] if cpu else OTHER_CHUNK_TOKENS)
+    memory["activations"] = max(memory["activations"], writing["kv_cache"] + writing["activations"])
+    plan["memory_gb"] = gigabytes(memory)
+    if gpu:
+        reading = {"size": size, "rows": 1, "prompt_tokens": read + new, "new_tokens": 0, "length": 0}
+        hours = text_hours(policy, gpu, size=size, rows=rows, prompt_tokens=read, new_tokens=new,
+                           length=(read + new / 2) / episodes)
+        hours += sum(text_hours(shape, gpu, **reading) for shape in (*trained, *others))
+        hours += sum(training_hours(shape, gpu, tokens=epochs * (read + new), lora=bool(lora_rank),
+                                    checkpointing=True) for shape in trained)
+        plan[f"hours_on_one_{gpu}"] = float(f"{hours:.3g}")
+    return plan
+
+
+def _trained(trained: Sequence[Shape], frozen: Sequence[Shape], *, tokens: int, lora_rank: int | None,
+             cpu: bool) -> dict[str, int]:
+    """`training_memory` of all that is trained, and the weights that are only read."""
+    parts = [training_memory(shape, tokens=tokens, lora_rank=lora_rank, autocast=not cpu, checkpointing=not cpu,
+                             frozen_size=4 if cpu else 2) for shape in trained]
+    memory = {name: sum(part[name] for part in parts) for name in parts[0]}
+    if frozen:
+        memory["frozen_models"] = (4 if cpu else 2) * sum(shape.parameters for shape in frozen)
+    return memory
+
+
+def lengths_of(model: str, rows: Sequence[tuple[Sequence[dict], Sequence[str]]]) -> list[int]:
+    """Tokens of each row (a conversation and answers to it): of the conversation with each answer, added up.
+
+    Those of `SAMPLE` rows drawn at random are counted, the others told from their characters.
+    """
+    def with_each(row):
+        return [[*row[0], {"role": "assistant", "content": answer}] for answer in row[1]]
+
+    characters = [sum(map(_characters, with_each(row))) for row in rows]
+    sample = random.Random(0).sample(range(len(rows)), min(SAMPLE, len(rows)))
+    counted = iter(token_counter(model)([one for at in sample for one in with_each(rows[at])]))
+    known = {at: sum(next(counted) for _ in rows[at][1]) for at in sample}
+    rate = sum(known.values()) / max(1, sum(characters[at] for at in sample))
+    return [known.get(at, round(rate * length)) for at, length in enumerate(characters)]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 
-from cai import cli, engines
+from cai import cli, engines, estimate
 from cai.engines import Chat
 from cai.errors import CaiError, InputError, shorten
 from cai.resources import model_path
@@ -42,7 +42,7 @@ def training_options(
     """Decorator that adds the options all training commands share; a command gives its own defaults.
 
     The function gets epochs, learning_rate, batch_size, gradient_accumulation, max_length, lora (bool),
-    lora_rank, save_steps, device and dtype.
+    lora_rank, save_steps, device, dtype and gpu.
     """
     positive = click.IntRange(min=1)
     added = (
@@ -63,6 +63,7 @@ def training_options(
         click.option("--save-steps", type=click.IntRange(min=0), default=save_steps, show_default=True,
                      help="Optimizer steps between two saved states to resume from; 0: none."),
         cli.options("device", "dtype"),
+        estimate.gpu_option,
     )
 
     def decorate(function):
@@ -546,34 +547,3 @@ def save_trained(trainer, tokenizer, folder: str | Path) -> None:
             last_written.unlink()  # killed within the next line, what is left of a state is not taken for a whole one
         shutil.rmtree(states, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-
-
-# --- before the start ------------------------------------------------------------------------------------
-
-
-def parameters(path: str) -> int | None:
-    """Number of parameters in a local folder's safetensors files, read from their headers; None elsewhere."""
-    folder = Path(model_path(path))
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as handle:
-            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total or None
-
-
-def plan(model: str, lengths: Sequence[int], *, epochs: float, batch: int, lora: bool) -> dict:
-    """What `--dry-run` says of a training: rows, optimizer steps, tokens (about), memory (about).
-
-    Args:
-        lengths: characters of each row, four to a token.
-        batch: rows to one optimizer step.
-    """
-    found = {"rows": len(lengths), "steps": max(1, math.ceil(round(epochs * len(lengths)) / batch)),
-             "tokens_about": round(epochs * sum(lengths) / 4)}
-    count = parameters(model)
-    if count is not None:
-        # float32 weights, gradients and two moments of AdamW, or bfloat16 weights and small adapters;
-        # activations come on top.
-        found["memory_gb_about"] = round(count * (3 if lora else 16) / 2**30, 2)
-    return found
