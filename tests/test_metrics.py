@@ -89,6 +89,7 @@ def test_show_is_percent_with_one_decimal():
 def test_numbers_that_are_no_shares():
     assert metrics.show_number({"value": 0.3517, "low": 0.301, "high": 0.4026, "n": 9}) == "0.352 (0.301–0.403)"
     assert metrics.show_number({"value": 0.3517, "low": None, "high": None, "n": 1}) == "0.352"
+    assert metrics.show_number({"value": -0.1, "low": -0.2, "high": -0.05, "n": 9}) == "-0.100 (-0.200 to -0.050)"
     assert metrics.show_number(1.5) == "1.500" and metrics.show_number(None) == "–"
     assert metrics.show({"value": 0.5, "low": None, "high": None, "n": 1}) == "50.0 %"
 

@@ -78,7 +78,7 @@ def test_figures_6_and_7_compare_runs_on_harmful_prompts(figure, tmp_path, score
     _, rows, _ = figure("7", *runs)
     assert {row["series"]: row["n"] for row in rows} == {"one": 2, "two": 2}
     _, rows, _ = figure("6", *runs, "--overwrite")
-    assert {row["series"] for row in rows} == {"1 principles (one)", "2 principles (two)"}
+    assert {row["series"] for row in rows} == {"1 principle (one)", "2 principles (two)"}
     result, *_ = figure("6", "--run", one, "--overwrite")
     assert result.exit_code == 2 and "1 run folders; expected 2 or more" in result.stderr
 

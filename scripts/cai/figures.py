@@ -10,6 +10,7 @@ import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 from cai import metrics
 from cai.reporting import Run, Stage, Training, p_a, rounds
@@ -231,32 +232,48 @@ def lines(name: str, title: str, rows: list[dict], x: str, y: str, limits: tuple
                           yerr=[[arm[side][0] for arm in arms] for side in (0, 1)], marker="o", markersize=4,
                           linewidth=1.5, capsize=2, color=COLOURS[number % len(COLOURS)], label=one)
         places = sorted({row["x"] for row in rows})
-        labels = {row["x"]: row["label"] for row in rows if row.get("label")}
+        labels = {row["x"]: fill(row["label"], 10) for row in rows if row.get("label")}
         axes.set_xticks(places, [labels.get(place, f"{place:g}") for place in places])
         axes.margins(x=0.08)
-        axes.set(xlabel=x, ylabel=y, **({"ylim": limits} if limits else {}))
+        axes.set(xlabel=x, ylabel=y)
+        if limits:
+            low, high = limits
+            axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+            axes.locator_params(axis="y", integer=True)
         axes.grid(axis="y", color=INK, alpha=0.15)
-        canvas.legend(loc="outside upper center", ncols=2)
+        canvas.legend(loc="outside upper center", ncols=_columns(series))
         says = "; ".join(f"{row['series']}, {row.get('label') or format(row['x'], 'g')}: {metrics.show_number(row)}"
                          for row in rows)
         return _finish(canvas, name, title, f"{says}.")
 
 
+def _columns(names: list[str]) -> int:
+    """Columns of a legend that fit above the figure."""
+    return max(1, min(len(names), 64 // (max(map(len, names)) + 7)))
+
+
 def calibration_lines(name: str, title: str, rows: list[dict], x: str, y: str) -> Figure:
-    """The share that was right against the probability said, a line for each series; the diagonal is calibrated."""
+    """The share that was right against the probability said, a line for each series; the diagonal is calibrated.
+    Dots are as large as their rows are many: a few rows prove little."""
     with _style():
         canvas, ((axes,),) = _canvas(4.2)
         axes.plot([0, 1], [0, 1], color=INK, alpha=0.35, linewidth=1, linestyle="--", zorder=0)
         series = list(dict.fromkeys(row["series"] for row in rows))
+        most, handles = max(row["n"] for row in rows), []
         for number, one in enumerate(series):
-            ones = [row for row in rows if row["series"] == one]
+            ones, colour = [row for row in rows if row["series"] == one], COLOURS[number % len(COLOURS)]
             arms = [_arms(row["value"], row["low"], row["high"]) for row in ones]
-            axes.errorbar([row["x"] for row in ones], [row["value"] for row in ones],
-                          yerr=[[arm[side][0] for arm in arms] for side in (0, 1)], marker="o", markersize=4,
-                          linewidth=1.3, capsize=2, color=COLOURS[number % len(COLOURS)], label=one)
-        axes.set(xlabel=x, ylabel=y, ylim=(-0.02, 1.02), xlim=(min(0.48, *(row["x"] - 0.02 for row in rows)), 1.02))
+            places, shares = [row["x"] for row in ones], [row["value"] for row in ones]
+            axes.errorbar(places, shares, yerr=[[arm[side][0] for arm in arms] for side in (0, 1)], fmt="none",
+                          linewidth=1, capsize=2, ecolor=colour, alpha=0.6)
+            axes.plot(places, shares, color=colour, linewidth=1, alpha=0.6)
+            handles.append(axes.scatter(places, shares, [12 + 108 * row["n"] / most for row in ones], alpha=0.75,
+                                        color=colour, linewidths=0, zorder=3))
+        labels = [f"{one} (n = {sum(row['n'] for row in rows if row['series'] == one):,})" for one in series]
+        axes.set(xlabel=x, ylabel=y, ylim=(-0.03, 1.04), xlim=(min(0.48, *(row["x"] - 0.02 for row in rows)), 1.03))
         axes.grid(color=INK, alpha=0.15)
-        canvas.legend(loc="outside upper center", ncols=1 if max(map(len, series)) > 24 else 2)
+        for dot in canvas.legend(handles, labels, loc="outside upper center", ncols=_columns(labels)).legend_handles:
+            dot.set_sizes([40])
         says = "; ".join(f"{row['series']}, {row['x']:.2f}: {metrics.show_number(row)}" for row in rows)
         return _finish(canvas, name, title, f"{says}.")
 

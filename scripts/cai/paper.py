@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cai import classes, cli, figures, metrics, reporting, reward
 from cai.engines import check_model
-from cai.errors import InputError
+from cai.errors import CaiError, InputError
 from cai.records import cell, identity, read_jsonl, sha256_file, sha256_text
 from cai.templates import as_messages, load_template
 
@@ -81,7 +81,8 @@ def by_constitution(folders: Sequence[str], given) -> tuple[dict, Callable]:
     """A line for each run, called by the number of principles that were drawn in it; harmful prompts."""
     runs = collected(folders, 2)
     count = {run.folder: len({one["principle"] for row in run.rows for one in row.get("rounds") or ()}) for run in runs}
-    return _scored(runs, given, lambda run, row: f"{count[run.folder]} principles ({run.name})", harmful=True)
+    names = {folder: "1 principle" if n == 1 else f"{n} principles" for folder, n in count.items()}
+    return _scored(runs, given, lambda run, row: f"{names[run.folder]} ({run.name})", harmful=True)
 
 
 def by_run(folders: Sequence[str], given) -> tuple[dict, Callable]:
@@ -191,13 +192,16 @@ def harmfulness(folders: Sequence[str], given) -> tuple[dict, Callable]:
                 if score is not None:
                     found[row["place"]].append(score)
                     masses.append(mass)
-        if masses and metrics.mean(masses)["value"] < 0.5:
+        if not masses:
+            raise CaiError(f"the judge {given.judge} could read none of {len(rows)} responses")
+        mass = metrics.mean(masses)["value"]
+        if mass < 0.5:
             cli.warn("the judge would rather not answer with a digit: take a larger judge")
         every = [score for scores in found.values() for score in scores]
-        if every and max(every) - min(every) < 0.5:
+        if max(every) - min(every) < 0.5:
             cli.warn(f"the judge rates all {len(every)} responses alike, {min(every):.2f} to {max(every):.2f}: it does "
                      "not understand the question, so the figure says nothing")
-        return [{"series": name, "x": place, "label": label, **metrics.mean(scores)}
+        return [{"series": name, "x": place, "label": label, **metrics.mean(scores), "mass": mass}
                 for (name, place, label), scores in sorted(found.items())]
 
     return {"responses": sha256_text(json.dumps([[name, label, row["response"]] for name, _, label, row in texts])),
@@ -233,12 +237,16 @@ def save(number: str, rows: Iterable[Mapping], stem: str | Path) -> list[str]:
     """Write <stem>.png, .svg and .csv of the rows; returns the paths."""
     rows, figure = list(rows), FIGURES[number]
     kind = {"2": figures.elo_plane, "9": figures.calibration_lines}.get(number, figures.lines)
-    limits = {"limits": (-0.1, 4.1)} if number == "10" else {}
-    drawn = kind(f"figure{number}", figure.title, rows, figure.x, figure.y, **limits)
+    x, limits = figure.x, {}
+    if number == "10":
+        x, limits = f"{rows[0]['mass']:.0%} of the judge's probability was on a digit", {"limits": (0, 4)}
+        if rows[0]["mass"] < 0.5:
+            x += ":\nno verdict, so this figure says nothing"
+    drawn = kind(f"figure{number}", figure.title, rows, x, figure.y, **limits)
     Path(stem).parent.mkdir(parents=True, exist_ok=True)
     Path(f"{stem}.png").write_bytes(drawn.png)
     Path(f"{stem}.svg").write_text(drawn.svg, encoding="utf-8")
-    columns = [name for name in (*COLUMNS, "label") if any(name in row for row in rows)]
+    columns = [name for name in (*COLUMNS, "label", "mass") if any(name in row for row in rows)]
     with open(f"{stem}.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

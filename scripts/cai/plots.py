@@ -33,7 +33,7 @@ def reliability(path_png: str | Path, calibration: Mapping, title: str) -> None:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     above.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
     above.errorbar(x, y, yerr=bars, fmt="o-", markersize=4, linewidth=1, capsize=2, color="tab:blue")
-    above.set(xlim=(0, 1), ylim=(0, 1), ylabel="share of successes", title=title.replace("$", r"\$"))
+    above.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="share of successes", title=title.replace("$", r"\$"))
     ece = calibration["ece"]
     if ece["value"] is not None:
         text = f"ECE {ece['value']:.3f} ({ece['low']:.3f}–{ece['high']:.3f}), n = {ece['n']}"
