@@ -203,3 +203,39 @@ def test_no_key_in_the_manifest_the_report_or_the_title_of_the_process(tmp_path)
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) == 3
     assert not [text for text in (said, *titles, *written) if KEY.encode() in text]
+
+
+SERVED = {
+    "critique": ("critique", "--model", "openai:m", "--endpoint"),
+    "judge": ("judge", "--model", "openai:m", "--endpoint"),
+    "evaluate": ("evaluate", "--judge", "openai:m@"),
+    "coverage": ("constitution", "coverage", "--model", "openai:m", "--endpoint"),
+    "doctor": ("doctor", "--model", "openai:m", "--endpoint"),
+}
+
+
+@pytest.mark.parametrize("fault", ["passed", "status 401", "status 500", "garbage"])
+@pytest.mark.parametrize("command", SERVED)
+def test_no_key_of_a_server_in_any_command_that_asks_one(command, fault, tmp_path, invoke, monkeypatch):
+    """The server echoes the key with its errors. generate.py, and more faults: tests/test_servers.py."""
+    from faulty_proxy import FaultyProxy
+    from small_server import SmallServer
+
+    from cai import servers
+
+    for name, value in (("PATIENCE", 1.0), ("GREETINGS", 2), ("TRIES", 2)):
+        monkeypatch.setattr(servers, name, value)
+    monkeypatch.setenv("MY_KEY", KEY)
+    rows = tmp_path / "in.jsonl"
+    write_jsonl(rows, [{"id": str(n), "prompt": f"A or B, {n}?", "kind": "harmful", "response": f"A, {n}.",
+                        "response_a": f"A, {n}.", "response_b": f"B, {n}."} for n in range(2)])
+    with SmallServer() as server, FaultyProxy(server.address, rate=1, faults=[fault]) as proxy:
+        *words, last = SERVED[command]
+        line = [*words, last + proxy.address] if last.endswith("@") else [*words, last, proxy.address]
+        line += {"doctor": [], "evaluate": ["--responses", rows]}.get(command, ["--input", rows])
+        result = invoke(*line, "--output", tmp_path / "out.jsonl", "--key-name", "MY_KEY", "--debug", "--json")
+        assert proxy.headers["authorization"] == f"Bearer {KEY}"
+    assert result.exit_code in ((0,) if fault == "passed" and command != "doctor" else (1, 2, 3)), result.output
+    assert KEY not in result.output + result.stdout + result.stderr
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
