@@ -29,16 +29,30 @@ from hypothesis import strategies as st
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "scripts"), str(HERE)]
 
-from cai import choice, importing, judging, preferences, records, revision  # noqa: E402
+from cai import choice, importing, judging, metrics, preferences, publicsets, records, revision  # noqa: E402
 from cai.constitution import PRINCIPLE_KEYS, TOP_KEYS, load_constitution, to_yaml  # noqa: E402
 from cai.errors import InputError  # noqa: E402
 from cai.records import Output, Source, read_jsonl, write_jsonl  # noqa: E402
 from cai.templates import load_template, neutralise  # noqa: E402
 
 EXAMPLES = int(os.environ.get("BAD_INPUT_EXAMPLES", "40"))  # of each property
-SEEN: Counter = Counter()
+SEEN: dict[str, Counter] = {}  # what happened, by test
+
+
+def note(what: str) -> None:
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").partition("::test_")[2].partition(" ")[0]
+    SEEN.setdefault(test, Counter())[what] += 1
+
+
+def summary() -> None:
+    """A line for each reader, and one for all."""
+    lines = {**SEEN, "all": sum(SEEN.values(), Counter())}
+    for name, found in lines.items():
+        print(f"{name:<45} {found['examples']:>6} inputs: {found['read']} read, {found['refused']} refused")
+
+
 if "BAD_INPUT_EXAMPLES" in os.environ:
-    atexit.register(lambda: print(f"inputs: {dict(SEEN)}"))
+    atexit.register(summary)
 
 # Generous: what takes this long on a few kilobytes would take for ever on more.
 bad_input = settings(
@@ -151,6 +165,18 @@ ROW = st.fixed_dictionaries(
         "more": VALUE,
     },
 )
+# The columns of the public sets, one set or a mixture.
+PUBLIC = st.one_of(
+    *(
+        st.fixed_dictionaries({name: st.one_of(TEXT, VALUE) for name in one.needs})
+        for one in publicsets.FORMATS.values()
+    ),
+    st.fixed_dictionaries({"prompt": TEXT, "type": TEXT, "label": st.sampled_from(["safe", "unsafe", "x", None])}),
+    st.fixed_dictionaries({"prompt": TEXT, "response": TEXT, "is_safe": st.sampled_from([True, "False", 1, None])}),
+    st.fixed_dictionaries({"transcript": st.one_of(SPOKEN, VALUE)}),
+    st.fixed_dictionaries({"Behavior": TEXT, "ContextString": VALUE, "BehaviorID": VALUE}),
+    ROW,
+)
 GOOD = st.fixed_dictionaries(
     {"prompt": st.text(min_size=1, max_size=20).filter(str.strip)}, optional={"more": st.text(max_size=5)}
 )
@@ -220,7 +246,7 @@ def csv_file(draw):
 
 def reading(name: str, raw: bytes, read):
     """What `read(path)` gives of a file with these bytes, as a list; None where it refuses them as it should."""
-    SEEN["examples"] += 1
+    note("examples")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(raw)
@@ -231,9 +257,9 @@ def reading(name: str, raw: bytes, read):
             said.encode()
             assert name in said and len(said) < 1000 + len(folder), said
             assert sorted(p.name for p in Path(folder).iterdir()) == [name], "a refusal wrote something"
-            SEEN["refused"] += 1
+            note("refused")
             return None
-        SEEN["read"] += 1
+        note("read")
         return found
 
 
@@ -349,7 +375,8 @@ def test_gzip(raw, cut, name):
 @bad_input
 @given(SPOKEN, SPOKEN)
 def test_transcripts_keep_every_word(one, other):
-    SEEN["examples"] += 1
+    note("examples")
+    note("read")
     turns = records._turns(one)
     if turns is not None:
         said = "".join(turn["content"] for turn in turns)
@@ -388,6 +415,26 @@ def test_rows_of_the_commands_and_evaluation_sets(raw, kind):
     if rows and kind in ("choice", "transcripts"):
         for row in rows:
             assert isinstance(choice.context(row), str)
+
+
+@bad_input
+@given(spoilt(json_lines(PUBLIC)), st.sampled_from([None, *publicsets.FORMATS]))
+def test_public_sets(raw, form):
+    rows = reading("in.jsonl", raw, lambda path: publicsets.PublicSource([path], form=form, require=()))
+    if rows is not None:
+        assert len(rows) == sum(bool(line.strip()) for line in raw.split(b"\n"))
+        assert all(row.get("prompt") is None or isinstance(row["prompt"], str | list) for row in rows)
+
+
+RATE = st.fixed_dictionaries(
+    {"metric": st.one_of(st.just("harmful_compliance"), VALUE)},
+    optional={name: st.one_of(st.floats(0, 1), VALUE) for name in ("value", "low", "high", "n")},
+)
+@bad_input
+@given(spoilt(json_lines(RATE)))
+def test_rates_of_an_evaluation(raw):
+    rates = reading("e.jsonl", raw, lambda path: [metrics.read_rates(path)])
+    assert rates is None or all(one["n"] is None or one["n"] + 0 == one["n"] for one in rates[0].values())
 
 
 @bad_input
@@ -553,6 +600,14 @@ def test_long_lines_and_long_runs_of_one_character():
         )
         is None
     )
+
+
+def test_a_system_turn_in_an_answer_is_refused_by_name():
+    row = {"prompt": "a", "chosen": [{"role": "system", "content": "x"}], "rejected": "y"}
+    assert reading("in.jsonl", as_json(row, True), dict(checks())["preferences"]) is None
+    turns = [{"role": role, "content": role} for role in ("user", "system", "assistant")]
+    row = {"chosen": turns, "rejected": turns[:1] + turns[2:]}
+    assert reading("in.jsonl", as_json(row, True), dict(checks())["preferences"]) is None
 
 
 def test_the_same_name_twice_is_never_the_last_alone():

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from cai.errors import InputError, shorten
 from cai.records import read_jsonl
 
 Z = 1.959963984540054  # two-sided 95 % of the normal distribution
@@ -200,9 +201,18 @@ def calibration(probabilities: Sequence[float], outcomes: Sequence[bool | float]
 
 
 def read_rates(path: str | Path) -> dict[str, dict]:
-    """{metric: {value, low, high, n}} from the file that `evaluate.py` wrote."""
-    return {row["metric"]: {key: row[key] for key in ("value", "low", "high", "n")}
-            for _, row in read_jsonl(path)}
+    """{metric: {value, low, high, n}} from the file that `evaluate.py` wrote. InputError if it is another."""
+    rates = {}
+    for line, row in read_jsonl(path):
+        expected = {"where": path, "line": line, "expected": "rows of {metric, value, low, high, n}",
+                    "remedy": "Name the --output of an evaluation"}
+        for key in ("metric", "value", "low", "high", "n"):
+            if key not in row:
+                raise InputError(f"a row without {key!r}", **expected)
+            if not isinstance(row[key], str if key == "metric" else int | float | None):
+                raise InputError(f"{key!r} is {shorten(row[key])!r}", **expected)
+        rates[row["metric"]] = {key: row[key] for key in ("value", "low", "high", "n")}
+    return rates
 
 
 def show(measured: Mapping | None) -> str:

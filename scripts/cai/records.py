@@ -382,8 +382,9 @@ def _spoken(side: str | list) -> list[dict] | None:
     """One side of a pair as messages: of a transcript, or TRL's list of them; None if it is neither."""
     if isinstance(side, str):
         return _turns(side)
-    known = all(isinstance(one, dict) and one.get("role") in ("system", "user", "assistant")
-                and isinstance(one.get("content"), str) for one in side)
+    known = all(isinstance(one, dict) and isinstance(one.get("content"), str)
+                and (one.get("role") in ("user", "assistant") or (one.get("role") == "system" and place == 0))
+                for place, one in enumerate(side))
     return side if side and known else None
 
 
@@ -452,7 +453,8 @@ def _check(row: dict, require: Sequence[str], where, line: int) -> dict:
     if row.get("prompt") is None and all(isinstance(side, str | list) for side in pair):
         row = split_pair(row)
     for name, side in zip(("chosen", "rejected"), pair, strict=True):  # TRL's answer as messages
-        if row.get("prompt") is not None and isinstance(row.get(name), list) and (turns := _spoken(side)):
+        turns = _spoken(side) if row.get("prompt") is not None and isinstance(row.get(name), list) else None
+        if turns and turns[0]["role"] != "system":
             row = {**row, name: _rest(turns)}
     for name in require:
         if name not in row or (row[name] is None and type(None) not in _TYPES.get(name, ())):
