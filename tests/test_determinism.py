@@ -27,6 +27,7 @@ def place(tmp_path):
             "prompt_id": f"p{n // 2}",
             "sample": n % 2,
             "prompt": f"How do I open gate {n // 2}? " * (1 + n // 2 % 4),
+            "kind": "benign",
             "response": f"Lift bar {n}. " * (1 + n % 3),
             "rounds": [
                 {
@@ -60,6 +61,22 @@ def place(tmp_path):
     return tmp_path
 
 
+def reward_model(place):
+    """A random one."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from cai import training
+
+    folder = place / "reward"
+    if not folder.exists():
+        torch.manual_seed(0)
+        base = models.folder("llama")
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(folder)
+        training.load_chat(str(base)).tokenizer.save_pretrained(folder)
+    return folder
+
+
 def line(command, place, output, *more):
     source = {"revise": "undone", "reward_model": "pairs", "dpo": "pairs"}.get(command, "rows")
     text = command in ("generate", "critique", "revise", "judge")
@@ -79,7 +96,13 @@ def line(command, place, output, *more):
     ]
     if command in ("critique", "revise", "judge"):
         arguments += ["--constitution", place / "rules.yaml"]
-    if command == "judge":
+    if command in ("ppo", "grpo"):
+        arguments += ["--reward-model", reward_model(place), "--updates", 2, "--prompts-per-update", 4, "--epochs", 1,
+                      "--minibatches", 2, "--max-new-tokens", 6, "--learning-rate", 1e-3]
+        arguments += ["--samples", 4] if command == "grpo" else []
+    elif command == "evaluate":
+        arguments += ["--judge", models.folder("llama"), "--max-new-tokens", 6]
+    elif command == "judge":
         arguments += ["--cot", "--max-new-tokens", 6]
     elif text:
         arguments += ["--temperature", 1.0, "--top-p", 0.9, "--max-new-tokens", 12]
@@ -97,7 +120,8 @@ def written(path) -> dict[str, bytes]:
     return {str(one.relative_to(path)): one.read_bytes() for one in names}
 
 
-@pytest.mark.parametrize("command", ["generate", "critique", "revise", "judge", "sft", "reward_model", "dpo"])
+@pytest.mark.parametrize("command", ["generate", "critique", "revise", "judge", "sft", "reward_model", "dpo", "ppo",
+                                     "grpo", "evaluate"])
 def test_twice_the_same_bytes(command, place, invoke):
     for name in ("one", "two"):
         result = invoke(command, *line(command, place, place / name))
