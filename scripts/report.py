@@ -124,14 +124,21 @@ def markdown(run: Run, drawn: list[figures.Figure]) -> str:
 def tables(run: Run, drawn: list[figures.Figure]) -> dict:
     """What both forms of the report show."""
     every = reporting.rounds(run)
-    judged = [(name, [(JUDGE_NAMES.get(key, key.replace("_", " ")), value) for key, value in reporting.flatten(counts)])
-              for name, counts in [*run.judged]]
+    judged = [judge_table(name, reporting.flatten(counts)) for name, counts in run.judged]
+    judged += [judge_table(name, counts) for name, counts in run.audits]
     return {
         "run": run, "figures": drawn, "summary": summary_of(run, every), "rounds": every, "names": NAMES,
         "known_rates": set(metrics.RATES), "stage_rows": stage_rows(run),
         "round_rates": [name for name in ROUND_RATES if any(one["rates"].get(name) for one in every)],
-        "principles": reporting.principles(run), "judge_tables": [*judged, *run.audits],
+        "principles": reporting.principles(run), "judge_tables": judged,
     }
+
+
+def judge_table(name: str, counted: list[tuple[str, object]]) -> tuple[str, list, list]:
+    """(name, figures, figures of single principles), each figure as [label, value]."""
+    named = [(JUDGE_NAMES.get(key, key.replace("_", " ")), value) for key, value in counted]
+    single = [(label.removeprefix("principles "), value) for label, value in named if label.startswith("principles ")]
+    return name, [one for one in named if not one[0].startswith("principles ")], single
 
 
 def stage_rows(run: Run) -> list[tuple[str, list]]:
@@ -167,8 +174,9 @@ def summary_of(run: Run, every: list[dict]) -> list[str]:
             lines.append("Only one model was measured, so nothing can be said of a change.")
     if len(every) > 1:
         one = every[-1]
-        lines.append(f"{len(run.rows):,} responses went through {len(every) - 1} round(s) of critique and revision; "
-                     f"the first changed {percent(every[1]['changed'])} of them, the last {percent(one['changed'])}.")
+        times = "1 round" if len(every) == 2 else f"{len(every) - 1} rounds"
+        lines.append(f"{len(run.rows):,} responses went through {times} of critique and revision; the first changed "
+                     f"{percent(every[1]['changed'])} of them, the last {percent(one['changed'])}.")
     unused = [one["id"] for one in reporting.principles(run) if not one["drawn"] and not one["compared"]]
     if unused and len(every) > 1:
         lines.append(f"Never used: {', '.join(unused[:8])}{' …' if len(unused) > 8 else ''} ({len(unused)} in all).")
@@ -178,10 +186,10 @@ def summary_of(run: Run, every: list[dict]) -> list[str]:
                      f"place in {percent(same)}.")
     alarms = sum(len(training.alarms) for training in run.trainings)
     if alarms:
-        lines.append(f"{alarms} alarm(s) were raised in training; see below.")
+        lines.append(f"Alarms raised in training: {alarms:,}; see below.")
     failed = sum(step["counts"].get("failed") or 0 for step in run.steps)
     if failed:
-        lines.append(f"{failed:,} record(s) failed; their steps' manifests name them.")
+        lines.append(f"Records that failed: {failed:,}; their steps' manifests name them.")
     return lines
 
 

@@ -3,9 +3,11 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import conftest
 import pytest
 import run_folders as runs
 
@@ -18,10 +20,9 @@ from cai.rendering import markdown, visible
 def folder(tmp_path_factory):
     """A run with its report: 12 plain rows and those with hostile text."""
     from click.testing import CliRunner
-    from conftest import load_command
 
     made = runs.make_run(tmp_path_factory.mktemp("report") / "my-run")
-    result = CliRunner().invoke(load_command("report"), [str(made), "--json"])
+    result = CliRunner().invoke(conftest.load_command("report"), [str(made), "--json"])
     assert result.exit_code == 0, result.output
     (made / "summary.json.txt").write_text(result.stdout)
     return made
@@ -99,6 +100,12 @@ def test_audits_and_reliability(tmp_path):
     write_jsonl(path / "07-preferences.jsonl", rows)
     run = reporting.collect(path)
     assert run.audits == [("audit", [("same_position", rate), ("principles harm win_rate", rate)])]
+    conftest.load_command("report")
+    command = sys.modules["command_report"]
+    assert command.judge_table(*run.audits[0]) == (
+        "audit", [("same position in both orders", rate)], [("harm win rate", rate)]), "a fold of its own on the page"
+    assert reporting.flatten({"alarms": [], "raised": ["kl", "eos"], "bins": [{}]}) == [
+        ("alarms", "none"), ("raised", "kl, eos"), ("bins", "1 entries")]
     [full] = [one for one in reporting.reliability(run)["bins"] if one["outcome"]["n"]]
     assert full["probability"] == pytest.approx(0.8) and full["outcome"]["value"] == 0.75
     assert not reporting.same_position(rows[0])

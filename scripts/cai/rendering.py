@@ -41,7 +41,9 @@ def plain(value) -> str:
         number, low, high = (value[name] for name in ("value", "low", "high"))
         if number is None:
             return "–"
-        return f"{number:.3g}" if low is None or high is None else f"{number:.3g} ({low:.3g}–{high:.3g})"
+        if low is None or high is None:
+            return f"{number:.3g}"
+        return f"{number:.3g} ({low:.3g}{'–' if low >= 0 else ' to '}{high:.3g})"
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):

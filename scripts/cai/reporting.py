@@ -385,11 +385,13 @@ def _audits(run: Run) -> None:
 
 
 def flatten(content, name: str = "") -> list[tuple[str, object]]:
-    """(name, value) of every figure in nested JSON; a rate {value, low, high, ...} stays whole, lists are counted."""
+    """(name, value) of every figure in nested JSON; a rate {value, low, high, ...} stays whole, and of
+    a list its words, or how many entries it has."""
     if isinstance(content, dict) and not {"value", "low", "high"} <= set(content):
         return [pair for key, value in content.items() for pair in flatten(value, f"{name} {key}".strip())]
     if isinstance(content, list):
-        return [(name, f"{len(content)} entries")]
+        words = len(content) < 6 and all(isinstance(one, str) for one in content)
+        return [(name, ", ".join(content) or "none" if words else f"{len(content)} entries")]
     return [(name, content)]
 
 

@@ -92,7 +92,7 @@
     listed = PAGE;
     byId("list").replaceChildren();
     list();
-    byId("count").textContent = `${found.length} of ${items.length} transcripts`;
+    byId("count").textContent = `${found.length.toLocaleString("en")} of ${items.length.toLocaleString("en")} transcripts`;
     walk();
   }
   function list() {
