@@ -8,7 +8,8 @@ an instant drawn at random over the time that the whole run took, until it comes
 same bytes. After each kill the files are read as they lie: JSON whole, no row twice, none gone that was there before.
 Now and then the last line is torn in addition, as a power cut would, or the process is only stopped and a second one
 is sent at the same output. The processes are forked from this one, which has the libraries loaded, so that instants
-fall on the work and not on the imports. Leaves out power cuts (what the disk had not yet written is not lost here).
+fall on the work and not on the imports. A long run can be taken in parts: by `--only`, or by `--seed`, which draws
+other instants. Leaves out power cuts (what the disk had not yet written is not lost here).
 """
 
 import json
@@ -320,7 +321,7 @@ def main(kills, only, seed, as_json):
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    draw, results, failures = random.Random(seed), {}, {}
+    draw, results, failures, spared = random.Random(seed), {}, {}, []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         if {"ppo", "grpo"} & set(commands):
@@ -328,6 +329,7 @@ def main(kills, only, seed, as_json):
         for number, command in enumerate(commands):
             share = kills * (number + 1) // len(commands) - kills * number // len(commands)
             if not share:
+                spared.append(command)
                 continue
             place = Path(folder) / command
             place.mkdir()
@@ -341,9 +343,10 @@ def main(kills, only, seed, as_json):
     for one in results.values():
         total.update({name: value for name, value in one.items() if isinstance(value, int)})
     if as_json:
-        click.echo(json.dumps({"total": total, "commands": results, "failures": failures}))
+        click.echo(json.dumps({"total": total, "commands": results, "failures": failures, "never killed": spared}))
     else:
-        click.echo(f"all: {dict(total)}; failures: {len(failures)}")
+        click.echo(f"all: {dict(total)}; failures: {len(failures)}"
+                   + (f"; never killed, for want of kills: {', '.join(spared)}" if spared else ""))
     raise SystemExit(bool(failures))
 
 

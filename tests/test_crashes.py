@@ -25,3 +25,14 @@ def test_help_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT / "tests")})
     assert done.returncode == 0 and "--kills" in done.stdout, done.stderr
+
+
+def test_what_a_long_run_found_is_set_against_the_promises():
+    import long_run
+
+    step = {"growth": 0.1, "last_tenth_per_row_to_second": 1.5, "seconds_to_first_new_row": 9.9, "same_bytes": True}
+    assert all(held for _, held in long_run.promises([step, step]).values())
+    worse = {"growth": 0.11, "last_tenth_per_row_to_second": 1.6, "seconds_to_first_new_row": 10, "same_bytes": False}
+    for name, value in worse.items():
+        kept = long_run.promises([step, {**step, name: value}])
+        assert [figure for figure, held in kept.values() if not held] == [value]
