@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-WATCHED = ("trl", "transformers", "datasets", "accelerate", "peft")
+WATCHED = ("trl", "transformers", "datasets", "accelerate", "peft", "huggingface_hub")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
 
@@ -58,7 +58,7 @@ def installed(package: str) -> str:
 
 def moved(place: str, package: str) -> str:
     """What a failing canary says."""
-    versions = next(str(one.specifier) for one in NEEDED if one.name == package)
+    versions = next((str(one.specifier) for one in NEEDED if one.name == package), "what transformers needs")
     return (f"{place} is not in {installed(package)} (the project says {versions}): it was moved, renamed or removed. "
             "Look for it in the release notes, mend its use, and narrow the range in pyproject.toml if need be.")
 
@@ -80,6 +80,24 @@ def names_used() -> dict[str, str]:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in whole:
                 found.setdefault(f"{node.value.id}.{node.attr}", f"{path.relative_to(ROOT)}:{node.lineno}")
     return found
+
+
+def imported() -> dict[str, str]:
+    """{distribution: a file that imports it} of all that is neither Python's own nor ours, over all of scripts/."""
+    ours = {"cai", *sys.stdlib_module_names}
+    distributions = importlib.metadata.packages_distributions()
+    found: dict[str, str] = {}
+    for path in sorted((ROOT / "scripts").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            for top in {name.partition(".")[0] for name in names} - ours:
+                found.setdefault(canonical(distributions.get(top, [top])[0]), path.name)
+    return found
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def look_up(place: str):
@@ -128,6 +146,16 @@ def test_a_field_that_we_set_is_there(place, name):
 # --- the ranges and the lock -------------------------------------------------------------------------------------
 
 
+def test_whatever_is_imported_is_stated_or_comes_with_what_is():
+    stated = [*NEEDED, *map(Requirement, PROJECT["optional-dependencies"]["openai"])]
+    brought = {canonical(one.name) for one in stated}
+    for need in stated:
+        brought |= {canonical(Requirement(line).name) for line in importlib.metadata.requires(need.name) or ()
+                    if "extra ==" not in line}
+    assert len(imported()) > 10
+    assert not {name: file for name, file in imported().items() if name not in brought}
+
+
 @pytest.mark.parametrize("need", NEEDED, ids=lambda need: need.name)
 def test_every_range_has_both_ends_and_what_is_installed_within(need):
     operators = {one.operator for one in need.specifier}
@@ -158,7 +186,7 @@ def test_the_lock_is_closed():
             continue  # of another platform
         for need in map(Requirement, needs):
             if need.marker is None or need.marker.evaluate({"extra": ""}):
-                assert re.sub(r"[-_.]+", "-", need.name).lower() in locked, f"{name} needs {need}"
+                assert canonical(need.name) in locked, f"{name} needs {need}"
 
 
 def test_the_lowest_versions_are_those_of_the_ranges():
