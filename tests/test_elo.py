@@ -4,26 +4,15 @@ import math
 
 import numpy as np
 import pytest
+import simulations
 
-from cai.elo import ELO, Comparison, fit, rate
+from cai.elo import Comparison, fit, rate
 
 
 def outcomes(a, b, wins, losses, ties=0, start=0):
     """One comparison a prompt."""
     ps = [1.0] * wins + [0.0] * losses + [0.5] * ties
     return [Comparison(a, b, p, f"p{start + i}") for i, p in enumerate(ps)]
-
-
-def simulate(strengths, prompts, rng, spread=0.0):
-    """Every pair on every prompt; on a prompt each policy may be better or worse than it is on the whole."""
-    rows, names = [], list(strengths)
-    for prompt in range(prompts):
-        here = {name: strengths[name] / ELO + spread * rng.standard_normal() for name in names}
-        for i, a in enumerate(names):
-            for b in names[i + 1 :]:
-                p = 1 / (1 + math.exp(here[b] - here[a]))
-                rows.append(Comparison(a, b, float(rng.random() < p), f"p{prompt}"))
-    return rows
 
 
 def by_name(scores):
@@ -71,19 +60,9 @@ def test_an_extreme_and_long_chain_converges():
 
 def test_known_strengths_are_found_within_the_interval():
     """Over 200 simulations the 95 % intervals hold the truth as often as they say."""
-    strengths = {"base": 0.0, "sft": 150.0, "rl": 260.0}
-    rng = np.random.default_rng(1)
-    held = n = 0
-    errors = []
-    for number in range(200):
-        scores, _ = rate(simulate(strengths, 150, rng), resamples=300, seed=number)
-        for one in scores:
-            if one.policy != "base":
-                held += one.low <= strengths[one.policy] <= one.high
-                errors.append(one.score - strengths[one.policy])
-                n += 1
+    held, errors = simulations.strengths()
     # 400 intervals, two a simulation: 0.95 within three standard errors of 200 independent ones
-    assert 0.904 <= held / n <= 0.996
+    assert 0.904 <= held <= 0.996
     assert abs(np.mean(errors)) < 4, "no bias to speak of: the standard error of one score is about 26"
 
 
@@ -144,7 +123,7 @@ def test_one_prompt_gives_no_interval():
 
 
 def test_the_same_seed_gives_the_same_interval_and_order_does_not_matter_to_scores():
-    rows = simulate({"a": 0, "b": 50, "c": 90}, 30, np.random.default_rng(2))
+    rows = simulations.simulate({"a": 0, "b": 50, "c": 90}, 30, np.random.default_rng(2))
     assert rate(rows, seed=3) == rate(rows, seed=3)
     assert rate(rows, seed=3) != rate(rows, seed=4)
     back = by_name(rate(rows[::-1], anchor="a")[0])

@@ -5,6 +5,7 @@ import math
 import random
 
 import pytest
+import simulations
 
 from cai import classes, gate, metrics
 from cai.errors import InputError
@@ -29,13 +30,7 @@ def test_unpaired_interval_is_that_of_newcombe():
 
 @pytest.mark.parametrize(("both", "before", "now"), [(0.7, 0.1, 0.05), (0.02, 0.02, 0.02), (0.3, 0.3, 0.1)])
 def test_paired_intervals_hold_the_truth_as_often_as_they_say(both, before, now):
-    """Prompts on which both succeed, one does, or none; 4,000 simulations of 300 prompts."""
-    draw, held = random.Random(0), 0
-    for _ in range(4000):
-        found = draw.choices((0, -1, 1, 0), (both, before, now, 1 - both - before - now), k=300)
-        low, high = gate.paired(found)
-        held += low <= now - before <= high
-    assert 0.93 <= held / 4000 <= 0.97
+    assert 0.93 <= simulations.changes(both, before, now) <= 0.97
 
 
 def rows(wins: dict[str, int], n: int = 60):

@@ -4,6 +4,7 @@ import math
 import random
 
 import pytest
+import simulations
 
 from cai import metrics
 
@@ -227,26 +228,10 @@ def test_intervals_of_rates_hold_the_truth_as_often_as_they_say(share, n):
 
 
 def test_clustered_intervals_hold_the_truth_as_often_as_they_say():
-    """100 prompts with 5 responses each, whose chance differs by prompt; 2,000 simulations."""
-    draw, held, independent = random.Random(0), 0, 0
-    for _ in range(2000):
-        rows = [(draw.random() < p, prompt) for prompt in range(100) for p in [draw.betavariate(1.2, 0.8)]
-                for _ in range(5)]
-        found = metrics.clustered_rate([success for success, _ in rows], [prompt for _, prompt in rows])
-        held += found["low"] <= 0.6 <= found["high"]
-        plain = metrics.rate(sum(success for success, _ in rows), 500)
-        independent += plain["low"] <= 0.6 <= plain["high"]
-    assert 0.93 <= held / 2000 <= 0.97
-    assert independent / 2000 < 0.85, "rows of one prompt are no independent rows"
+    held, independent = simulations.clustered_rates()
+    assert 0.93 <= held <= 0.97
+    assert independent < 0.85, "rows of one prompt are no independent rows"
 
 
 def test_intervals_of_means_hold_the_truth_as_often_as_they_say():
-    draw, held, clustered = random.Random(1), 0, 0
-    for _ in range(2000):
-        values = [draw.gammavariate(4, 1) for _ in range(150)]
-        found = metrics.mean(values)
-        held += found["low"] <= 4 <= found["high"]
-        values = [centre + draw.gauss(0, 1) for centre in (draw.gauss(2, 1) for _ in range(80)) for _ in range(4)]
-        found = metrics.clustered_mean(values, [i // 4 for i in range(320)])
-        clustered += found["low"] <= 2 <= found["high"]
-    assert 0.93 <= held / 2000 <= 0.97 and 0.93 <= clustered / 2000 <= 0.97
+    assert all(0.93 <= held <= 0.97 for held in simulations.means())

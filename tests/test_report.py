@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import bench_report
 import conftest
 import pytest
 import run_folders as runs
@@ -154,6 +155,15 @@ def test_a_run_too_large_is_drawn_from_evenly_within_the_limit(tmp_path, invoke)
     shares = [sum(item["kind"] == kind and item["set"] == "training" for item in data["items"])
               for kind in metrics.KINDS]
     assert max(shares) - min(shares) < 0.3 * max(shares), "every kind has its share"
+
+
+def test_the_benchmark_of_the_report_runs():
+    from click.testing import CliRunner
+
+    done = CliRunner().invoke(bench_report.main, ["--rows", "20"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["rows"] == 20 and said["transcripts"] == said["of"] == 20 + 750
 
 
 def test_what_is_embedded_fits_and_says_what_was_cut():
