@@ -75,6 +75,25 @@ def test_a_signal_stops_cleanly_and_says_how_to_go_on(number, name, rows, tmp_pa
     assert read_manifest(output)["tokens"]["rows"] == 64 - done
 
 
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_signal_stops_a_training_and_it_goes_on_from_its_last_state(number, name, tmp_path, invoke):
+    source, output = tmp_path / "in.jsonl", tmp_path / "sft"
+    write_jsonl(source, [{"id": str(n), "prompt": f"Gate {n}?", "response": "x", "rounds": [
+        {"principle": "p", "critique": "c", "revision": f"Ask the owner of {n}.", "flags": []}]} for n in range(16)])
+    arguments = [str(part) for part in ("--input", source, "--output", output, "--model", models.folder("llama"),
+                                        "--device", "cpu", "--batch-size", 2, "--epochs", 3, "--save-steps", 1)]
+    process = launch(*arguments, command="sft")
+    until(lambda: any(output.glob("checkpoints/checkpoint-*/trainer_state.json")), process)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 1 and "Traceback" not in said
+    assert f"error: stopped by {name}. What is done is kept; go on with: python " in said
+    assert not (tmp_path / "sft.lock").exists() and read_manifest(output)["status"] == "running"
+    assert invoke("sft", *arguments).exit_code == 0
+    manifest = read_manifest(output)
+    assert manifest["status"] == "done" and manifest["resumed"] == 1 and manifest["counts"]["steps"] == 24
+
+
 # --- pipes -------------------------------------------------------------------------------------------------------
 
 
