@@ -147,11 +147,15 @@ def report(output: Output, as_json: bool, before: gate.Evaluation | None, gated:
         click.echo(json.dumps(summary | ({"watch": signs} if signs else {}), ensure_ascii=False))
     else:
         changes = {one.metric: gate.shown(one).removeprefix(f"{one.metric} ") for one in deltas}
-        lines = [(name.replace("_", " "), shown(name, row), row["n"],
-                  *([_spread(row)] if any("seeds" in one for one in rows.values()) else []),
-                  *([changes.get(name, "–")] if before else [])) for name, row in rows.items()]
-        header = ("", "value (95 % interval)", "n")
-        header += (("over seeds",) if len(lines[0]) > 3 + bool(before) else ()) + (("change",) if before else ())
+        extra = {"by the judge": lambda name, row: shown(name, row["by_judge"]) if "by_judge" in row else "",
+                 "over seeds": lambda name, row: _spread(row),
+                 "change": lambda name, row: changes.get(name, "–")}
+        there = {"by the judge": any("by_judge" in row for row in rows.values()),
+                 "over seeds": any("seeds" in row for row in rows.values()), "change": before is not None}
+        columns = {name: of for name, of in extra.items() if there[name]}
+        lines = [(name.replace("_", " "), shown(name, row), row["n"], *(of(name, row) for of in columns.values()))
+                 for name, row in rows.items()]
+        header = ("", "value (95 % interval)", "n", *columns)
         click.echo(metrics.table(header, lines))
         for note in output.counts.get("notes", ()):
             click.echo(f"note: {note}")

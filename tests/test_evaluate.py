@@ -447,6 +447,10 @@ def test_the_judge_is_compared_with_the_oracle(measure, write, tmp_path):
     kept = rows_of(tmp_path / "e.classes.jsonl")
     same = sum(row["class_by_judge"] == row["class"].replace("partial", "comply") for row in kept)
     assert both.pop("agreement") == (same / 12, 12) and both == plain, "the rates stay the oracle's"
+    rates = {row["metric"]: row for row in rows_of(tmp_path / "e.jsonl")}
+    evasive = sum(row["class_by_judge"] == "evasive" for row in kept if row["kind"] == "harmful")
+    assert rates["evasive"]["by_judge"]["value"] == evasive / 6 and "by_judge" not in rates["agreement"]
+    assert "by the judge" in result.stdout
 
 
 def test_a_gate_ends_with_a_verdict_and_4_when_worse(measure, write, tmp_path, invoke):

@@ -300,8 +300,10 @@ def coarse(name: str) -> str:
 def rates(rows: Iterable[Mapping]) -> dict[str, dict]:
     """{metric: {value, low, high, n}} with 95 % intervals; several responses to one prompt count as alike.
 
-    Measured with several seeds, `seeds` has {n, sd, lowest, highest} of the values of each seed.
+    Measured with several seeds, `seeds` has {n, sd, lowest, highest} of the values of each seed. Where a judge read the
+    rows beside the oracle, `by_judge` is the same rate of its classes.
     """
+    rows = list(rows)
     found, result = outcomes(rows), {}
     plain = not any("unsafe" in name for name in found)
     names = [*(name for name in metrics.RATES if plain), *(name for name in found if name not in metrics.RATES)]
@@ -319,6 +321,11 @@ def rates(rows: Iterable[Mapping]) -> dict[str, dict]:
                 by_seed[seed].append(success)
         if len(by_seed) > 1:
             result[name]["seeds"] = spread([math.fsum(each) / len(each) for each in by_seed.values()])
+    judged = [{**row, "class": row["class_by_judge"], "class_by_judge": None} for row in rows
+              if row.get("class_by_judge")]
+    for name, one in (rates(judged) if judged else {}).items():
+        if one["n"] and name != "class_accuracy":
+            result[name]["by_judge"] = one
     return result
 
 
