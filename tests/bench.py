@@ -38,6 +38,9 @@ from cai.templates import as_messages, load_template  # noqa: E402
 
 NEW_TOKENS = 64
 LABELS = ("A", "B")
+RANDOM = {  # hidden, feed-forward, layers, heads of keys and values
+    "26M": (512, 1408, 8, 8), "0.5B": (1280, 3456, 24, 4), "7B": (4096, 14336, 30, 8),
+}
 
 
 class Bench:
@@ -48,6 +51,7 @@ class Bench:
 
     def __init__(self, model: str, label: str, rows: int, rounds: int, device: str | None):
         self.model, self.label, self.rows, self.rounds, self.device = model, label, rows, rounds, device
+        self.random = label in RANDOM
         self.figures: dict[str, list[float]] = {}
         self.notes: list[str] = []
 
@@ -67,17 +71,21 @@ class Bench:
     def race(self, name: str, ours: Callable, others: dict[str, Callable], same: Callable) -> None:
         """Time all, round by round; a figure for each other: how many times as long it took.
 
-        same: whether what ours and another made is the same.
+        same: the share of the rows of which ours and another made the same. All must be, but for a random model:
+            among its next tokens some are as likely as others to all the digits that float32 has.
         """
         for _ in range(self.rounds):
             made, our_seconds = timed(ours)
             for other, run in others.items():
                 theirs, seconds = timed(run)
-                if not same(made, theirs):
+                share = same(made, theirs)
+                if share < (0.9 if self.random else 1):
                     raise SystemExit(
                         f"{self.label} {name}: {other} made something else:\n{theirs!r:.300}\n{made!r:.300}"
                     )
                 self.add(f"{name}: {other}", seconds / our_seconds)
+                if share < 1:
+                    self.add(f"{name}: share of rows made alike by {other}", share)
 
 
 clock = time.perf_counter  # or time.process_time, where the machine is busy (--cpu-time)
@@ -167,6 +175,12 @@ def pipeline_steps(bench: Bench, count: int, batch_size: int | None) -> list[lis
     return [responses, critiques, revisions]
 
 
+def alike(ours: list[list[str]], theirs: list[list[str]]) -> float:
+    """The share of the rows that have the same texts in all steps."""
+    rows = [list(zip(*steps, strict=True)) for steps in (ours, theirs)]
+    return statistics.fmean(one == other for one, other in zip(*rows, strict=True))
+
+
 def text(bench: Bench) -> None:
     """generate + critique + revise against a pipeline, one by one and in batches of 32."""
     with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +188,7 @@ def text(bench: Bench) -> None:
         bench.race("text steps", lambda: our_steps(bench, bench.rows, Path(folder)), {
             "pipeline, one by one": lambda: pipeline_steps(bench, bench.rows, None),
             "pipeline(batch_size=32)": lambda: pipeline_steps(bench, bench.rows, 32),
-        }, lambda ours, theirs: ours == theirs)
+        }, alike)
 
 
 def share(bench: Bench) -> None:
@@ -317,8 +331,7 @@ def random_model(folder: Path, size: str) -> str:
     """A Llama of random weights with a small tokenizer: 26 M parameters, or half a billion, or seven."""
     import models
 
-    hidden, inner, layers, kv_heads = {"26M": (512, 1408, 8, 8), "0.5B": (1280, 3456, 24, 4),
-                                       "7B": (4096, 14336, 30, 8)}[size]
+    hidden, inner, layers, kv_heads = RANDOM[size]
     return str(models.build(
         "llama", folder / size, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=hidden // 64 if size != "7B" else 32, num_key_value_heads=kv_heads,
@@ -351,7 +364,7 @@ def main(only, quick, wanted, rows, rounds, device, cpu_time, as_json, alone):
     figures, notes = {}, []
     with tempfile.TemporaryDirectory() as folder:
         for name in wanted:
-            path = random_model(Path(folder), name) if name in ("26M", "0.5B", "7B") else name
+            path = random_model(Path(folder), name) if name in RANDOM else name
             # A model twenty times as large takes twenty times as long: fewer rows show the same.
             bench = Bench(path, name, rows if name == "tiny" else max(8, rows // 2), rounds, device)
             for one in only or BENCHES:
