@@ -165,6 +165,28 @@ ROW = st.fixed_dictionaries(
         "more": VALUE,
     },
 )
+# A row that every command takes, and one with a field that is as it comes.
+WHOLE = {
+    "prompt": "Why?",
+    "response": "So.",
+    "response_a": "So.",
+    "response_b": "No.",
+    "chosen": "So.",
+    "rejected": "No.",
+    "gold": "a",
+    "p_chosen": 0.75,
+    "rounds": [{"principle": "p", "critique": "c", "revision": "r", "flags": []}],
+    "corrects": [" a"],
+    "incorrects": [" b", " c"],
+    "text_correct": "\n\nHuman: a\n\nAssistant: b",
+    "text_incorrect": "\n\nHuman: a\n\nAssistant: c",
+    "kind": "harmful",
+}
+NEARLY = st.builds(
+    lambda name, value: {**WHOLE, name: value},
+    st.sampled_from(["id", *WHOLE]),
+    st.one_of(TEXT, SPOKEN, VALUE, PROMPT, SIDE, st.lists(ROUND, max_size=2)),
+)
 # The columns of the public sets, one set or a mixture.
 PUBLIC = st.one_of(
     *(
@@ -409,7 +431,9 @@ def checks():
 
 
 @bad_input
-@given(spoilt(json_lines()), st.sampled_from(sorted(dict(checks()))))
+@given(
+    st.one_of(json_lines(NEARLY), spoilt(json_lines(st.one_of(ROW, NEARLY)))), st.sampled_from(sorted(dict(checks())))
+)
 def test_rows_of_the_commands_and_evaluation_sets(raw, kind):
     rows = reading("in.jsonl", raw, dict(checks())[kind])
     if rows and kind in ("choice", "transcripts"):
