@@ -130,7 +130,7 @@ def main(inputs, output, model, judge, combine, constitution, principles, no_exa
     if audit_path:
         measured = audit.measure((row for _, row in read_jsonl(output)), names)
         summary["audit"] = audit.write(audit_path, measured, title=", ".join(names))
-    then = ["scripts/reward_model.py", "--input", output, "--model", names[0], "--output", "REWARD_MODEL"]
+    then = ["scripts/reward_model.py", "--input", output, "--model", "SFT_MODEL", "--output", "REWARD_MODEL"]
     cli.finish({**summary, **hub.push(output)}, as_json=as_json, next_command=shlex.join(["python", *then]))
 
 

@@ -70,7 +70,8 @@ def main(inputs, output, model, constitution, template, **options):
         model=model, fingerprint={
             "input": source.digest, "constitution": constitution.sha256, "template": template.sha256,
         },
-        next_command=["sft", "--input", output, "--model", model, "--output", "SFT"],
+        # A critique without fault leads to a copy of the response; without those SFT learns only to refuse.
+        next_command=["sft", "--input", output, "--model", model, "--keep", "copy", "--output", "SFT"],
         **options,
     )
 

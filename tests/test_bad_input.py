@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "scripts"), str(HERE)]
 
-from cai import choice, importing, judging, metrics, preferences, publicsets, records, revision  # noqa: E402
+from cai import choice, gate, importing, judging, preferences, publicsets, records, revision  # noqa: E402
 from cai.constitution import PRINCIPLE_KEYS, TOP_KEYS, load_constitution, to_yaml  # noqa: E402
 from cai.errors import InputError  # noqa: E402
 from cai.records import Output, Source, read_jsonl, write_jsonl  # noqa: E402
@@ -266,19 +266,24 @@ def csv_file(draw):
 # --- what must be so ---------------------------------------------------------------------------------------------
 
 
-def reading(name: str, raw: bytes, read):
-    """What `read(path)` gives of a file with these bytes, as a list; None where it refuses them as it should."""
+def reading(name: str, raw: bytes, read, beside: dict[str, bytes] | None = None):
+    """What `read(path)` gives of a file with these bytes, as a list; None where it refuses them as it should.
+
+    beside: other files in its folder, by name; a refusal may name one of them.
+    """
     note("examples")
+    files = {**(beside or {}), name: raw}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
-        path.write_bytes(raw)
+        for one, content in files.items():
+            (Path(folder) / one).write_bytes(content)
         try:
             found = list(read(str(path)))
         except InputError as error:
             said = str(error)
             said.encode()
-            assert name in said and len(said) < 1000 + len(folder), said
-            assert sorted(p.name for p in Path(folder).iterdir()) == [name], "a refusal wrote something"
+            assert any(one in said for one in files) and len(said) < 1000 + len(folder), said
+            assert sorted(p.name for p in Path(folder).iterdir()) == sorted(files), "a refusal wrote something"
             note("refused")
             return None
         note("read")
@@ -454,11 +459,23 @@ RATE = st.fixed_dictionaries(
     {"metric": st.one_of(st.just("harmful_compliance"), VALUE)},
     optional={name: st.one_of(st.floats(0, 1), VALUE) for name in ("value", "low", "high", "n")},
 )
+CLASS = st.fixed_dictionaries(
+    {"id": st.one_of(st.sampled_from("abc"), VALUE)},
+    optional={
+        "prompt": PROMPT,
+        "prompt_id": st.one_of(st.sampled_from("ab"), VALUE),
+        "kind": st.one_of(st.sampled_from(["harmful", "benign", "borderline"]), VALUE),
+        "class": st.one_of(st.sampled_from(["comply", "good", "helpful", "refused", None]), VALUE),
+    },
+)
+RIGHT = st.fixed_dictionaries({}, optional={"id": VALUE, "right": st.one_of(st.booleans(), VALUE)})
+
+
 @bad_input
-@given(spoilt(json_lines(RATE)))
-def test_rates_of_an_evaluation(raw):
-    rates = reading("e.jsonl", raw, lambda path: [metrics.read_rates(path)])
-    assert rates is None or all(one["n"] is None or one["n"] + 0 == one["n"] for one in rates[0].values())
+@given(spoilt(json_lines(RATE)), spoilt(json_lines(CLASS)), spoilt(json_lines(RIGHT)))
+def test_evaluations_to_compare_with(rates, classes, right):
+    beside = {"e.classes.jsonl": classes, "e.choices.jsonl": right}
+    reading("e.jsonl", rates, lambda path: [gate.load(path)], beside)
 
 
 @bad_input

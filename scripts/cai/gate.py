@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 from cai import classes, metrics
-from cai.errors import InputError
+from cai.errors import InputError, shorten
 from cai.records import read_jsonl, read_manifest
 
 FEWER_IS_BETTER = ("harmful_compliance", "evasive", "preachy", "off_topic", "benign_refused", "over_refusal",
@@ -82,11 +82,7 @@ def load(path: str | Path) -> Evaluation:
             raise InputError("not what evaluate.py --json prints", where=path, expected='{"metrics": {...}, ...}',
                              remedy="Name that, or the file of --output") from error
     else:
-        try:
-            rates = metrics.read_rates(path)
-        except KeyError as error:
-            raise InputError(f"a row without {error}", where=path, expected="rows of {metric, value, low, high, n}",
-                             remedy="Name the --output of an evaluation") from error
+        rates = metrics.read_rates(path)
     stem = home.with_suffix("")
     made = Evaluation(path, rates, _outcomes(stem), {})
     manifest = read_manifest(home) or {}
@@ -100,19 +96,30 @@ def load(path: str | Path) -> Evaluation:
 def _outcomes(stem: Path) -> dict[str, dict[str, float]]:
     """{metric: {prompt: mean outcome}}; a prompt is told by its id and its text."""
     found: dict = {}
-    file = Path(f"{stem}.classes.jsonl")
-    if file.is_file():
-        rows = [row for _, row in read_jsonl(file)]
-        texts = {row.get("prompt_id") or row["id"]: json.dumps(row["prompt"], sort_keys=True) for row in rows}
-        for name, ones in classes.outcomes(rows).items():
-            each = defaultdict(list)
-            for prompt, success, _ in ones:
-                each[f"{prompt}\x1f{texts[prompt]}"].append(success)
-            found[name] = {prompt: math.fsum(all_) / len(all_) for prompt, all_ in each.items()}
-    file = Path(f"{stem}.choices.jsonl")
-    if file.is_file():
-        found["accuracy"] = {row["id"]: float(row["right"]) for _, row in read_jsonl(file)}
+    for ending, read in ((".classes.jsonl", _by_class), (".choices.jsonl", _by_choice)):
+        file = Path(f"{stem}{ending}")
+        if file.is_file():
+            try:
+                found |= read([row for _, row in read_jsonl(file)])
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
+                raise InputError(f"a row that is not as evaluate.py wrote it ({shorten(repr(error))})", where=file,
+                                 remedy="Measure again") from error
     return found
+
+
+def _by_class(rows: list[dict]) -> dict[str, dict[str, float]]:
+    found = {}
+    texts = {row.get("prompt_id") or row["id"]: json.dumps(row["prompt"], sort_keys=True) for row in rows}
+    for name, ones in classes.outcomes(rows).items():
+        each = defaultdict(list)
+        for prompt, success, _ in ones:
+            each[f"{prompt}\x1f{texts[prompt]}"].append(success)
+        found[name] = {prompt: math.fsum(all_) / len(all_) for prompt, all_ in each.items()}
+    return found
+
+
+def _by_choice(rows: list[dict]) -> dict[str, dict[str, float]]:
+    return {"accuracy": {row["id"]: float(row["right"]) for row in rows}}
 
 
 def rows(path: str | Path) -> list[dict]:
