@@ -8,6 +8,7 @@ measurement but counting: run evaluate.py and judge.py for those.
 """
 
 import base64
+import contextlib
 import hashlib
 import os
 import re
@@ -17,7 +18,7 @@ import click
 from markupsafe import Markup
 
 from cai import cards, cli, figures, metrics, reporting, transcripts
-from cai.errors import CaiError, InputError
+from cai.errors import CaiError, InputError, shorten
 from cai.rendering import MARK, environment, percent
 from cai.reporting import Run
 from cai.resources import TEMPLATES
@@ -55,8 +56,9 @@ def main(run, output, as_json, dry_run, overwrite):
       python scripts/report.py runs/tiny
     """
     folder = Path(output or run)
-    found = reporting.collect(run)
-    written = cards.write(found)
+    with as_written(run):
+        found = reporting.collect(run)
+        written = cards.write(found)
     targets = [folder / "report.html", folder / "report.md", *(folder / "cards" / name for name in written)]
     check(targets, overwrite)
     summary = {"command": "report", "steps": len(found.steps), "rows": len(found.rows),
@@ -64,9 +66,10 @@ def main(run, output, as_json, dry_run, overwrite):
     if dry_run:
         cli.finish({**summary, "files": [str(path) for path in targets]}, as_json=as_json)
         return
-    drawn = figures.draw(found)
-    page, shown, total = render(found, drawn)
-    texts = [page, markdown(found, drawn), *written.values()]
+    with as_written(run):
+        drawn = figures.draw(found)
+        page, shown, total = render(found, drawn)
+        texts = [page, markdown(found, drawn), *written.values()]
     try:
         for figure in drawn:
             figure.save(folder / "figures")
@@ -76,6 +79,17 @@ def main(run, output, as_json, dry_run, overwrite):
         raise CaiError(f"{folder}: cannot write ({error}). Make room and run it again.") from error
     cli.finish({**summary, "transcripts": shown, "of": total, "figures": len(drawn), "cards": len(written),
                 "bytes": len(page.encode())}, as_json=as_json)
+
+
+@contextlib.contextmanager
+def as_written(run: str):
+    """InputError for what only files that were changed by hand can lead to, a number where a text was written."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"something in its files is not of the kind that a step writes ({type(error).__name__}: {shorten(error)})",
+            where=run, remedy="Run the step that wrote it again with --overwrite; --debug shows where") from error
 
 
 def check(targets: list[Path], overwrite: bool) -> None:

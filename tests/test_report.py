@@ -262,6 +262,19 @@ def test_a_damaged_row_is_named(tmp_path, invoke):
     assert not (path / "report.html").exists()
 
 
+@pytest.mark.parametrize(("file", "name", "value"), [
+    ("07-preferences.jsonl", "p_chosen", {}), ("05-revision-2.jsonl", "response", 5),
+    ("05-revision-2.jsonl", "rounds", [[{}]]), ("05-revision-2.jsonl", "prompt", 5),
+])
+def test_a_value_of_another_kind_is_an_error_and_no_traceback(tmp_path, invoke, file, name, value):
+    path = runs.make_run(tmp_path / "run", rows=4, hostile=False)
+    row, *rest = (path / file).read_text().splitlines()
+    (path / file).write_text("\n".join([json.dumps({**json.loads(row), name: value}), *rest]) + "\n")
+    result = invoke("report", path)
+    assert result.exit_code == 2 and str(path) in result.stderr
+    assert not (path / "report.html").exists()
+
+
 # --- hostile text, without a browser ------------------------------------------------------------------------
 
 
