@@ -23,7 +23,7 @@ from pathlib import Path
 
 import click
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 HERE = Path(__file__).resolve().parent
@@ -612,6 +612,7 @@ def test_foreign_constitutions(raw, name):
     ),
     TEXT,
 )
+@example(raw=b"{% block user %}{{ " + b"9" * 5000 + b" }}{% endblock %}", prompt="")
 def test_templates(raw, prompt):
     reading("my.jinja", raw, lambda path: load_template(path).render(prompt=prompt))
 

@@ -70,6 +70,8 @@ def load_template(name_or_path: str) -> Template:
         template = _ENVIRONMENT.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise InputError(error.message, where=path, line=error.lineno, remedy="Mend the template") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise InputError(shorten(error), where=path, remedy="Mend the template") from None
     if "user" not in template.blocks:
         raise InputError("no `{% block user %}`", where=path, expected="blocks out of: " + ", ".join(_ROLES))
     return Template(str(path), hashlib.sha256(source.encode()).hexdigest(), template)
