@@ -612,6 +612,7 @@ def test_foreign_constitutions(raw, name):
     ),
     TEXT,
 )
+@example(raw=b"{% b" + b"9" * 5000 + b" %}", prompt="")
 @example(raw=b"{% block user %}{{ " + b"9" * 5000 + b" }}{% endblock %}", prompt="")
 def test_templates(raw, prompt):
     reading("my.jinja", raw, lambda path: load_template(path).render(prompt=prompt))

@@ -69,7 +69,7 @@ def load_template(name_or_path: str) -> Template:
     try:
         template = _ENVIRONMENT.from_string(source)
     except jinja2.TemplateSyntaxError as error:
-        raise InputError(error.message, where=path, line=error.lineno, remedy="Mend the template") from None
+        raise InputError(shorten(error.message), where=path, line=error.lineno, remedy="Mend the template") from None
     except ValueError as error:  # a number of more digits than Python reads
         raise InputError(shorten(error), where=path, remedy="Mend the template") from None
     if "user" not in template.blocks:
