@@ -147,6 +147,7 @@ def test_a_field_that_we_set_is_there(place, name):
 
 
 def test_whatever_is_imported_is_stated_or_comes_with_what_is():
+    pytest.importorskip("openai", reason="the extra `openai` is not installed")
     stated = [*NEEDED, *map(Requirement, PROJECT["optional-dependencies"]["openai"])]
     brought = {canonical(one.name) for one in stated}
     for need in stated:
@@ -181,10 +182,11 @@ def test_the_lock_is_closed():
     locked = pins()
     for name in locked:
         try:
-            needs = importlib.metadata.requires(name) or []
+            if importlib.metadata.version(name) != locked[name]:
+                continue  # another version may need other packages
         except importlib.metadata.PackageNotFoundError:
             continue  # of another platform
-        for need in map(Requirement, needs):
+        for need in map(Requirement, importlib.metadata.requires(name) or []):
             if need.marker is None or need.marker.evaluate({"extra": ""}):
                 assert canonical(need.name) in locked, f"{name} needs {need}"
 

@@ -280,7 +280,7 @@ def test_two_processes_train_what_one_does(invoke, tmp_path):
     assert done.returncode == 0, done.stderr
     one = invoke("dpo", *args, "--output", tmp_path / "one", "--gradient-accumulation", "2")
     assert one.exit_code == 0, one.output
-    two, one = json.loads(done.stdout), json.loads(one.stdout)
+    two, one = json.loads(done.stdout.splitlines()[-1]), json.loads(one.stdout)
     assert two["steps"] == one["steps"] and two["overlong"] == one["overlong"] == 1
     assert two["margin"] == pytest.approx(one["margin"], rel=2e-2)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("two", "one")]

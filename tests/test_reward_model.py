@@ -99,7 +99,7 @@ def test_two_processes_train_what_one_does(invoke, tmp_path):
                           capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     one = invoke("reward_model", *args, "--output", tmp_path / "one", "--gradient-accumulation", "2")
-    two, one = json.loads(done.stdout), json.loads(one.stdout)
+    two, one = json.loads(done.stdout.splitlines()[-1]), json.loads(one.stdout)
     assert two["steps"] == one["steps"] and two["train"] == one["train"] < 40
     assert two["holdout"]["log_loss"] == pytest.approx(one["holdout"]["log_loss"], rel=1e-2)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("two", "one")]

@@ -275,10 +275,10 @@ def test_two_processes_train_what_one_does(invoke, tmp_path, revised, helpful):
               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
               "--main_process_port", "0"]
     process = command(*args, "--output", tmp_path / "two", launch=launch)
-    out, errors = process.communicate(timeout=240)
+    out, errors = process.communicate(timeout=240)  # where torch 2.8's gloo has its say first
     assert process.returncode == 0, errors
     result = invoke("sft", *args, "--output", tmp_path / "one", "--gradient-accumulation", "2")
-    assert json.loads(out)["steps"] == json.loads(result.stdout)["steps"] == 3
+    assert json.loads(out.splitlines()[-1])["steps"] == json.loads(result.stdout)["steps"] == 3
     two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
     start = weights(models.folder("qwen"))
     assert all(torch.allclose(two[name], one[name], atol=1e-5) for name in one)
