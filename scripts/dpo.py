@@ -50,9 +50,8 @@ def main(inputs, output, model, ref_model, labels, beta, epochs, learning_rate, 
         # Under LoRA the policy without its adapters is the reference, unless another is named.
         frozen = [ref_model or model] if ref_model is not None or not lora else []
         found = estimate.training_plan(
-            model, estimate.lengths_of(model, [(as_messages(pair["prompt"]), [pair["chosen"], pair["rejected"]])
-                                               for pair in pairs]),
-            epochs=epochs, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
+            model, estimate.lengths_of(model, preferences.sides(pairs)), epochs=epochs,
+            batch_size=batch_size, gradient_accumulation=gradient_accumulation,
             lora_rank=lora_rank if lora else None, frozen=frozen, gpu=gpu, device=device)
         cli.finish({"output": output, **counts, **found, **hub.planned()}, as_json=as_json, next_command=following)
         return

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from cai import audit, cli, ensemble, hub, judging, textsteps
+from cai import audit, cli, ensemble, hub, judging, metrics, textsteps
 from cai.constitution import load_constitution
 from cai.engines import Sampling, check_model, load_engine
 from cai.errors import InputError
@@ -130,6 +130,9 @@ def main(inputs, output, model, judge, combine, constitution, principles, no_exa
     if audit_path:
         measured = audit.measure((row for _, row in read_jsonl(output)), names)
         summary["audit"] = audit.write(audit_path, measured, title=", ".join(names))
+    if not as_json:
+        summary = {name: metrics.show(value) if isinstance(value, dict) and "low" in value else value
+                   for name, value in summary.items()}
     then = ["scripts/reward_model.py", "--input", output, "--model", "SFT_MODEL", "--output", "REWARD_MODEL"]
     cli.finish({**summary, **hub.push(output)}, as_json=as_json, next_command=shlex.join(["python", *then]))
 

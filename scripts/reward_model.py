@@ -17,7 +17,6 @@ import click
 
 from cai import cli, engines, estimate, hub, metrics, plots, preferences, records, reward, training
 from cai.errors import InputError
-from cai.templates import as_messages
 
 # What the summary shows of `reward.measured`; all of it is in holdout.json.
 SHOWN = ("pairs", "accuracy", "longer", "log_loss", "least", "ece", "temperature", "scaled_log_loss", "scaled_ece",
@@ -118,9 +117,8 @@ def main(inputs, output, model, mix, labels, default_label, min_margin, holdout,
     following = f"python scripts/ppo.py --model {model} --reward-model {output} --input PROMPTS --output NEW"
     if dry_run:
         plan = estimate.training_plan(
-            model, estimate.lengths_of(model, [(as_messages(pair["prompt"]), [pair["chosen"], pair["rejected"]])
-                                               for pair in parts["train"]]),
-            epochs=epochs, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
+            model, estimate.lengths_of(model, preferences.sides(parts["train"])), epochs=epochs,
+            batch_size=batch_size, gradient_accumulation=gradient_accumulation,
             lora_rank=lora_rank if lora else None, gpu=gpu, device=device)
         counts |= {name: len(found) for name, found in parts.items()}
         cli.finish({"output": output, **counts, **plan, **hub.planned()}, as_json=as_json, next_command=following)

@@ -25,6 +25,7 @@ class FaultyProxy:
         faults: of FAULTS, or "location URL" (a redirect), or "status N" (an error that echoes the request's headers).
         delay: seconds that a "delay" lasts before the request is passed on.
         dies_after, spoils_after: requests after which all are dropped; before which none is spoiled.
+        gather: requests that are not alone wait until so many have once been under way together.
     Attributes:
         address: where it listens, as `http://127.0.0.1:PORT`.
         counts: how often each fault was done; under "passed" what went through, under "most" the most at once.
@@ -32,11 +33,11 @@ class FaultyProxy:
     """
 
     def __init__(self, upstream: str, *, rate: float = 0.2, seed: int = 0, faults=FAULTS, delay: float = 1.0,
-                 port: int = 0, dies_after: int | None = None, spoils_after: int = 0):
+                 port: int = 0, dies_after: int | None = None, spoils_after: int = 0, gather: int = 0):
         parts = urlsplit(upstream)
         self.upstream = (parts.hostname, parts.port)
         self.rate, self.faults, self.delay, self.port = rate, tuple(faults), delay, port
-        self.dies_after, self.spoils_after = dies_after, spoils_after
+        self.dies_after, self.spoils_after, self.gather = dies_after, spoils_after, gather
         self.draws = random.Random(seed)
         self.counts: Counter = Counter()
         self.under_way, self.headers = 0, {}
@@ -79,6 +80,8 @@ class FaultyProxy:
             headers = dict(line.split(": ", 1) for line in lines[1:] if ": " in line)
             self.headers = headers = {name.lower(): value for name, value in headers.items()}
             body = await reader.readexactly(int(headers.get("content-length", 0)))
+            while self.under_way > 1 and self.counts["most"] < self.gather:
+                await asyncio.sleep(0.01)
             fault = self._draw()
             self.counts[fault] += 1
             writer.write(await self._reply(fault, lines, headers, body))

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +80,8 @@ def test_samples_become_preferences(judge):
     assert manifest["status"] == "done" and manifest["counts"]["pairs"] == 14
     again, _ = judge(given, "--json", "--batch-size", "4")
     assert json.loads(again.stdout) == summary
+    to_people, _ = judge(given, "--batch-size", "4")
+    assert re.search(r"^nulls +0\.0 % \(0\.0–\d+\.\d\)$", to_people.stdout, re.MULTILINE)
 
 
 def test_gold_gives_an_accuracy_and_what_it_is_worth(judge):

@@ -224,7 +224,8 @@ def test_no_key_of_a_server_in_any_command_that_asks_one(command, fault, tmp_pat
     from cai import servers
 
     for name, value in (("PATIENCE", 1.0), ("GREETINGS", 2), ("TRIES", 2)):
-        monkeypatch.setattr(servers, name, value)
+        if fault != "passed":  # where all is well, a busy machine may take its time
+            monkeypatch.setattr(servers, name, value)
     monkeypatch.setenv("MY_KEY", KEY)
     rows = tmp_path / "in.jsonl"
     write_jsonl(rows, [{"id": str(n), "prompt": f"A or B, {n}?", "kind": "harmful", "response": f"A, {n}.",

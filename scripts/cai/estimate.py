@@ -353,7 +353,8 @@ def training_plan(
     Args:
         lengths: tokens of each row, both sides of a pair together (`lengths_of`).
         batch_size: rows in one forward pass; rows of like length go together.
-        frozen: folders of models that every row also goes through, such as a reference.
+        frozen: folders of models that every row also goes through, such as a reference. (That under LoRA, the policy
+            without its adapters, takes no memory; the time of its pass is not counted.)
         device: cpu is taken for float32 without checkpointing; else bfloat16 over float32 weights, with it.
     """
     rows, tokens = round(epochs * len(lengths)), round(epochs * sum(lengths))
@@ -416,7 +417,8 @@ def rl_plan(
 
 def _trained(trained: Sequence[Shape], frozen: Sequence[Shape], *, tokens: int, lora_rank: int | None,
              cpu: bool) -> dict[str, int]:
-    """`training_memory` of all that is trained, and the weights that are only read."""
+    """`training_memory` of all that is trained, and the weights that are only read. Logits are counted for a reward
+    or value model too, which has none: on the careful side."""
     parts = [training_memory(shape, tokens=tokens, lora_rank=lora_rank, autocast=not cpu, checkpointing=not cpu,
                              frozen_size=4 if cpu else 2) for shape in trained]
     memory = {name: sum(part[name] for part in parts) for name in parts[0]}

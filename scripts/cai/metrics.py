@@ -232,8 +232,12 @@ def show_number(measured: Mapping | float | None) -> str:
     if not measured or measured["value"] is None:
         return "–"
     value, low, high = (measured[key] for key in ("value", "low", "high"))
-    between = "–" if low is None or low >= 0 else " to "  # beside a minus a dash can't be told from one
-    return f"{value:.3f}" if low is None else f"{value:.3f} ({low:.3f}{between}{high:.3f})"
+    return f"{value:.3f}" if low is None else f"{value:.3f} ({low:.3f}{between(low)}{high:.3f})"
+
+
+def between(low: float) -> str:
+    """What stands between the ends of an interval: beside a minus a dash can't be told from one."""
+    return "–" if low >= 0 else " to "
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -9,6 +9,7 @@ responses, labels nearer to a toss-up than `min_margin`. What a trainer makes of
 
 from cai.errors import InputError, shorten
 from cai.records import Source
+from cai.templates import as_messages
 
 
 def check_sides(row: dict, where, line: int) -> None:
@@ -77,3 +78,8 @@ def read_pairs(inputs, labels: str, limit: int | None, *, min_margin: float = 0.
         raise InputError(f"no decided pair that differs ({counts})", where=", ".join(map(str, inputs)),
                          expected="rows with `chosen` and `rejected`")
     return pairs, counts, source.digest
+
+
+def sides(pairs: list[dict]) -> list[tuple[list[dict], list[str]]]:
+    """(the prompt's messages, [chosen, rejected]) of each pair: rows of `estimate.lengths_of`."""
+    return [(as_messages(pair["prompt"]), [pair["chosen"], pair["rejected"]]) for pair in pairs]

@@ -43,7 +43,7 @@ def plain(value) -> str:
             return "–"
         if low is None or high is None:
             return f"{number:.3g}"
-        return f"{number:.3g} ({low:.3g}{'–' if low >= 0 else ' to '}{high:.3g})"
+        return f"{number:.3g} ({low:.3g}{metrics.between(low)}{high:.3g})"
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
