@@ -13,6 +13,7 @@ import gc
 import json
 import math
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -39,8 +40,9 @@ from cai.templates import as_messages, load_template  # noqa: E402
 NEW_TOKENS = 64
 LABELS = ("A", "B")
 RANDOM = {  # hidden, feed-forward, layers, heads of keys and values
-    "26M": (512, 1408, 8, 8), "0.5B": (1280, 3456, 24, 4), "7B": (4096, 14336, 30, 8),
+    "26M": (384, 1024, 8, 6), "0.5B": (1280, 3456, 24, 4), "7B": (4096, 14336, 30, 8),
 }
+VOCABULARY = 32000  # of a random model: what Llama 2 has, and few have less
 
 
 class Bench:
@@ -328,15 +330,25 @@ BENCHES = {"text": text, "share": share, "growth": growth, "judge": judge, "mall
 
 
 def random_model(folder: Path, size: str) -> str:
-    """A Llama of random weights with a small tokenizer: 26 M parameters, or half a billion, or seven."""
+    """A Llama of random weights and a vocabulary of today's size: 26 M parameters, or half a billion, or seven."""
     import models
 
     hidden, inner, layers, kv_heads = RANDOM[size]
     return str(models.build(
-        "llama", folder / size, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=hidden // 64 if size != "7B" else 32, num_key_value_heads=kv_heads,
-        head_dim=64 if size != "7B" else 128,
+        "llama", folder / size, sentences=sentences(), vocabulary=VOCABULARY, hidden_size=hidden,
+        intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=hidden // 64 if size != "7B" else 32,
+        num_key_value_heads=kv_heads, head_dim=64 if size != "7B" else 128, tie_word_embeddings=size == "26M",
     ))
+
+
+def sentences() -> list[str]:
+    """What a tokenizer is trained on: what the steps will read, and words of chance until its vocabulary is full."""
+    known = [row["prompt"] for _, row in read_jsonl(TINY / "prompts" / "train.jsonl")]
+    known += [path.read_text(encoding="utf-8") for pattern in ("templates/*.jinja", "constitutions/*.yaml")
+              for path in sorted(HERE.parent.glob(pattern))]
+    draws = random.Random(0)
+    syllables = [first + vowel for first in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
+    return known + [" " + "".join(draws.choices(syllables, k=draws.randint(2, 4))) for _ in range(VOCABULARY)]
 
 
 @click.command()
@@ -357,6 +369,8 @@ def main(only, quick, wanted, rows, rounds, device, cpu_time, as_json, alone):
     clock = time.process_time if cpu_time else time.perf_counter
     rows, rounds = rows or (32 if quick else 128), rounds or (1 if quick else 3)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch  # before the tests' conftest, which leaves each of pytest's processes one thread
+
     if alone:
         click.echo(globals()["alone"](Bench(alone, "", rows, 1, "cpu")))
         return
@@ -379,8 +393,6 @@ def main(only, quick, wanted, rows, rounds, device, cpu_time, as_json, alone):
         return
     lines = [(name, *(f"{value[part]:.3g}" for part in ("median", "min", "max"))) for name, value in table.items()]
     click.echo(metrics.table(("times as long, unless it says otherwise", "median", "min", "max"), lines))
-    import torch
-
     click.echo(f"{rounds} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}; {'; '.join(notes)}")
 
 

@@ -55,12 +55,16 @@ def copy(family: str, where: Path) -> Path:
     return Path(shutil.copytree(folder(family), where))
 
 
-def build(family: str, where: Path, seed: int = 0, **sizes) -> Path:
-    """Write a random model of the family into the folder `where`; `sizes` go to its config."""
+def build(family: str, where: Path, seed: int = 0, sentences=_SENTENCES, vocabulary: int = 400, **sizes) -> Path:
+    """Write a random model of the family into the folder `where`.
+
+    sentences, vocabulary: what its tokenizer is trained on, and how many tokens that has at most.
+    sizes: go to its config.
+    """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    tokenizer = _tokenizer(family)
+    tokenizer = _tokenizer(family, sentences, vocabulary)
     ends = [tokenizer.convert_tokens_to_ids(t) for t in FAMILIES[family][2]]
     torch.manual_seed(seed)
     config = _config(family, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
@@ -105,7 +109,7 @@ def _config(family: str, **settings):
     }[family](settings)
 
 
-def _tokenizer(family: str):
+def _tokenizer(family: str, sentences, vocabulary: int):
     import trl
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -116,8 +120,8 @@ def _tokenizer(family: str):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.train_from_iterator(
-        _SENTENCES,
-        trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False,
+        sentences,
+        trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False,
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
     )
     if bos:  # as many do: written twice unless it is left to the template

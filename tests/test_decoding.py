@@ -3,7 +3,17 @@
 import models
 import pytest
 
-from cai.decoding import Prefixes, RowSampler, Sampling, chunks, common_prefix, decode, prefill, shared_beginnings
+from cai.decoding import (
+    Prefixes,
+    RowSampler,
+    Sampling,
+    align,
+    chunks,
+    common_prefix,
+    decode,
+    prefill,
+    shared_beginnings,
+)
 from cai.engines import load_engine
 
 
@@ -17,11 +27,24 @@ def test_shared_beginnings_by_hand():
     first, second = list(range(40)), list(range(100, 120))
     prompts = [[*first, 1], [*first, 2, 3], [*second, 1], [*second, 2], [9] * 30]
     # By their first 8 or 16 tokens both groups are found; by 32 the first alone, which saves less.
-    assert shared_beginnings(prompts) == [first, second]
+    assert shared_beginnings(prompts, [0] * len(prompts)) == [first, second]
     # One token at least is left of each prompt.
-    assert shared_beginnings([first, first]) == [first[:-1]]
-    assert shared_beginnings([[1, 2, 3], [1, 2, 4]]) == [] and shared_beginnings([]) == []
+    assert shared_beginnings([first, first], [0, 0]) == [first[:-1]]
+    assert shared_beginnings([[1, 2, 3], [1, 2, 4]], [0, 0]) == [] and shared_beginnings([], []) == []
     assert common_prefix([[1, 2, 3], [1, 2], [1, 2, 9]]) == [1, 2]
+    # Of what is known already nothing is saved: what comes after it counts, were it shorter.
+    pairs = [[*first, *second[:9], 1], [*first, *second[:9], 2], [*first, 7]]
+    assert shared_beginnings(pairs, [0, 0, 0]) == [first]
+    assert shared_beginnings(pairs, [40, 40, 40]) == [[*first, *second[:9]]]
+
+
+def test_align_by_hand():
+    import torch
+
+    states = torch.arange(1.0, 13.0).reshape(3, 1, 4, 1)
+    into = torch.full((3, 1, 3, 1), float("nan"))
+    align(states, [1, 1, 0], [2, 2, 3], into)
+    assert into[:, 0, :, 0].tolist() == [[0, 2, 3], [0, 6, 7], [9, 10, 11]]
 
 
 def prompts_of(engine, count=9):
@@ -68,6 +91,30 @@ def test_prefixes_and_chunks_change_nothing(family):
             assert made(engine, prompts, prefixes, chunk_tokens=chunk) == plain
 
 
+@pytest.mark.parametrize("family", models.ARCHITECTURES)
+def test_prefixes_within_prefixes_change_nothing(family):
+    """Pairs that begin alike beyond what their group does, one prompt that only its group knows, and one alone."""
+    engine = load_engine(str(models.folder(family)), device="cpu")
+    groups = ("Name the ways in which the response is harmful:", "Consider the principle, and choose what is better:")
+    texts = [begun + f" the old gate number {n}" * (n + 1) + end for n in range(3) for begun in groups
+             for end in (" A or B", " or leave it")]
+    prompts = [engine.chat.encode(text) for text in [*texts, groups[1] + " B", "Open the gate"]]
+    none = Prefixes(engine.model, prompts, engine.pad_id, share=False)
+    outer = Prefixes(engine.model, [engine.chat.encode(begun + end) for begun in groups for end in (" A", " B")],
+                     engine.pad_id)
+    inner = Prefixes(engine.model, prompts, engine.pad_id, within=outer)
+    assert outer.shared(prompts[-2]) == inner.shared(prompts[-2]) > 0 == inner.shared(prompts[-1])
+    gained = [inner.shared(prompt) - outer.shared(prompt) for prompt in prompts[:-2]]
+    assert min(gained) >= 0 and sum(more > 0 for more in gained) >= 6
+    plain = made(engine, prompts, none)
+    assert made(engine, prompts, outer) == plain and made(engine, prompts, inner) == plain
+    # Of a few of the prompts, and where nothing is found in common, the outer ones are handed on.
+    few = [prompts[0], prompts[-2], prompts[-1]]
+    handed = Prefixes(engine.model, few, engine.pad_id, within=outer)
+    assert [handed.shared(prompt) for prompt in few] == [outer.shared(prompt) for prompt in few]
+    assert made(engine, few, handed) == {0: plain[0], 1: plain[len(prompts) - 2], 2: plain[len(prompts) - 1]}
+
+
 def test_what_prompts_begin_with_is_computed_once():
     engine = load_engine(str(models.folder("llama")), device="cpu")
     prompts = prompts_of(engine)
@@ -98,10 +145,10 @@ def test_rows_that_have_ended_leave_the_batch():
         hook.remove()
     steps = [rows for rows, columns in seen if columns == 1]
     assert steps == sorted(steps, reverse=True) and steps[-1] < len(prompts) // 2
-    # No more rows than were live, but for the eighth that may wait.
+    # No more rows than were live, but for the sixteenth that may wait.
     for step, rows in enumerate(steps, 1):
         live = sum(len(tokens) > step for tokens in cut.values())
-        assert live <= rows <= live + max(1, rows // 8)
+        assert live <= rows <= live + max(1, rows // 16)
 
 
 def test_logits_are_made_of_the_last_position_alone():

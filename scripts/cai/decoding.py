@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 
 import numpy as np
 
@@ -62,14 +63,20 @@ class RowSampler:
 
         rows: numbers of the rows that the logits are of, a tensor; None for all in order.
         """
-        failed = logits.isnan().any()
-        self.failed = failed if self.failed is None else self.failed | failed
         if self.draws is None:
-            return logits.argmax(-1)
+            most, picked = logits.max(-1)  # which is NaN where any of them is
+            self._note(most)
+            return picked
+        self._note(logits)
         if self.draws.device != logits.device:
             self.draws = self.draws.to(logits.device)
         uniform = self.draws[:, step] if rows is None else self.draws[rows, step]
         return draw(logits, uniform.unsqueeze(1), self.sampling.temperature, self.sampling.top_p)[:, 0]
+
+    def _note(self, numbers) -> None:
+        """Remember whether any was not a number; looked at later, because to look is to wait for the device."""
+        failed = numbers.isnan().any()
+        self.failed = failed if self.failed is None else self.failed | failed
 
     def __call__(self, input_ids, logits):
         """As a logits processor: logits (rows, vocabulary) to all -inf but the token drawn."""
@@ -145,43 +152,50 @@ class Prefixes:
     Args:
         prompts: token ids. A prefix leaves at least one token of each of its prompts.
         share: False for a model whose cache can't be shared.
+        within: shorter ones of the same prompts, which these continue; what no two prompts continue alike stays.
     Attributes:
         width: columns of the cache, the longest prefix; 0 where nothing is shared.
         lengths: tokens of each prefix. They are padded on the left.
     """
 
-    def __init__(self, model, prompts: Sequence[Sequence[int]], pad_id: int, share: bool = True):
-        self.found = shared_beginnings(prompts) if share else []
+    def __init__(self, model, prompts: Sequence[Sequence[int]], pad_id: int, share: bool = True,
+                 within: "Prefixes | None" = None):
+        known = [within.of(prompt) for prompt in prompts] if within else [None] * len(prompts)
+        kept = sorted({number for number in known if number is not None})
+        new = shared_beginnings(prompts, [0 if n is None else within.lengths[n] for n in known]) if share else []
+        self.found = new + [within.found[number] for number in kept]
         self.lengths = [len(prefix) for prefix in self.found]
         self.width = max(self.lengths, default=0)
         self._by_start: dict[int, dict[tuple, int]] = defaultdict(dict)
         for number, prefix in enumerate(self.found):
             self._by_start[len(prefix)][tuple(prefix)] = number
         if self.found:
-            self.layers = self._compute(model, pad_id)
+            self.layers = self._compute(model, new, pad_id, within, kept)
 
-    def _compute(self, model, pad_id: int) -> list[tuple]:
+    def _compute(self, model, new: list, pad_id: int, within: "Prefixes | None", kept: list[int]) -> list[tuple]:
+        """Each layer's keys and values, (prefixes, heads, columns, size): of the new, then what is kept of `within`."""
         import torch
-        from transformers import DynamicCache
 
-        ids = torch.tensor([[pad_id] * (self.width - len(p)) + list(p) for p in self.found], device=model.device)
-        known = torch.tensor(self.lengths, device=model.device).unsqueeze(1)
-        columns = torch.arange(self.width, device=model.device)
-        kept = {}
-        if min(self.lengths) < self.width:
-            kept = {"attention_mask": (columns >= self.width - known).long(),
-                    "position_ids": (columns - (self.width - known)).clamp(min=0)}
-        # Without a configuration all layers keep all tokens, and windows are cut by the mask.
-        past = DynamicCache()
-        last = torch.full((len(ids),), self.width - 1)
-        with torch.inference_mode():
-            forward(model, ids, last, past_key_values=past, use_cache=True, **kept)
-        return [(layer.keys, layer.values) for layer in past.layers]
+        parts = []  # (layers, start and length of each row in them)
+        if new:
+            with torch.inference_mode():
+                _, past, starts = prefill(model, new, within, pad_id)
+            parts.append(([(layer.keys, layer.values) for layer in past.layers], starts, self.lengths[: len(new)]))
+        if kept:
+            lengths = self.lengths[len(new) :]
+            parts.append(([(keys[kept], values[kept]) for keys, values in within.layers],
+                          [within.width - length for length in lengths], lengths))
 
-    def shared(self, prompt: Sequence[int]) -> int:
-        """How many tokens of the prompt are known."""
-        number = self.of(prompt)
-        return 0 if number is None else self.lengths[number]
+        def joined(layer, which):
+            first = parts[0][0][layer][which]
+            into = first.new_empty(len(self.found), first.shape[1], self.width, first.shape[3])
+            at = 0
+            for layers, starts, lengths in parts:
+                align(layers[layer][which], starts, lengths, into[at : at + len(lengths)])
+                at += len(lengths)
+            return into
+
+        return [(joined(layer, 0), joined(layer, 1)) for layer in range(len(parts[0][0]))]
 
     def of(self, prompt: Sequence[int]) -> int | None:
         """The number of the longest prefix that the prompt begins with."""
@@ -190,28 +204,52 @@ class Prefixes:
                 return number
         return None
 
+    def shared(self, prompt: Sequence[int]) -> int:
+        """How many tokens of the prompt are known."""
+        number = self.of(prompt)
+        return 0 if number is None else self.lengths[number]
 
-def shared_beginnings(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+
+def align(states, starts: Sequence[int], lengths: Sequence[int], into) -> None:
+    """Copy from each row of `states`, from its start so many columns, to the right end of the row of `into`.
+
+    states, into: (rows, heads, columns, size). On the left of a row are zeros then: what is masked is still
+    multiplied, and NaN by nought is NaN.
+    """
+    row, width = 0, into.shape[2]
+    for (start, length), same in groupby(zip(starts, lengths, strict=True)):
+        rows = slice(row, row := row + len(list(same)))
+        into[rows, :, : width - length] = 0
+        into[rows, :, width - length :] = states[rows, :, start : start + length]
+
+
+def shared_beginnings(prompts: Sequence[Sequence[int]], known: Sequence[int]) -> list[list[int]]:
     """Beginnings, each common to two prompts or more, that save most tokens when they are computed once.
 
-    Prompts are put together by their first k tokens, for the k that saves most; a group shares all that its
-    prompts begin with.
+    Prompts are put together by their first k tokens beyond those that are known, for the k that saves most; a
+    group shares all that its prompts begin with.
+
+    known: tokens of each prompt that cost nothing any more.
     """
     best, most = [], 0
     for k in _BEGINNINGS:
         groups: dict[tuple, list] = defaultdict(list)
-        for prompt in prompts:
-            if len(prompt) > k:
-                groups[tuple(prompt[:k])].append(prompt[:-1])
-        shared = [(len(group), common_prefix(group)) for group in groups.values() if len(group) > 1]
+        for prompt, free in zip(prompts, known, strict=True):
+            if len(prompt) > free + k:
+                groups[tuple(prompt[: free + k])].append((prompt[:-1], free))
+        shared = []
+        for group in groups.values():
+            if len(group) > 1:
+                prefix = common_prefix([prompt for prompt, _ in group])
+                shared.append(((len(group) - 1) * (len(prefix) - group[0][1]), prefix))
         if not shared:
             break
-        shared.sort(key=lambda found: -(found[0] - 1) * len(found[1]))
+        shared.sort(key=lambda found: -found[0])
         kept, room = [], _MOST_SHARED
-        for count, prefix in shared:
+        for saves, prefix in shared:
             if len(prefix) * (len(kept) + 1) <= room:  # padded to the longest, roughly
-                kept.append((count, prefix))
-        saved = sum((count - 1) * len(prefix) for count, prefix in kept)
+                kept.append((saves, prefix))
+        saved = sum(saves for saves, _ in kept)
         if saved > most:
             best, most = [prefix for _, prefix in kept], saved
     return best
@@ -223,7 +261,7 @@ def common_prefix(lists: Sequence[Sequence[int]]) -> list[int]:
     return low[: next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))]
 
 
-def prefill(model, prompts: Sequence[Sequence[int]], prefixes: Prefixes, pad_id: int, keep: bool = True):
+def prefill(model, prompts: Sequence[Sequence[int]], prefixes: Prefixes | None, pad_id: int, keep: bool = True):
     """One forward pass over prompts, their known prefixes taken from the cache.
 
     Padded on the right: what comes after the last token can't be seen from it, and the distance between
@@ -238,7 +276,7 @@ def prefill(model, prompts: Sequence[Sequence[int]], prefixes: Prefixes, pad_id:
     from transformers import DynamicCache
 
     device = model.device
-    numbers = [prefixes.of(prompt) for prompt in prompts] if prefixes.width else [None] * len(prompts)
+    numbers = [prefixes.of(prompt) for prompt in prompts] if prefixes else [None] * len(prompts)
     used = [number for number in numbers if number is not None]
     lengths = [0 if number is None else prefixes.lengths[number] for number in numbers]
     # Of a prefix cache that is wider than these rows need, the columns on the left are left out.
@@ -269,11 +307,11 @@ def prefill(model, prompts: Sequence[Sequence[int]], prefixes: Prefixes, pad_id:
 @cache
 def _layer_class():
     """A layer of transformers' Cache whose rows lie in one buffer, made for their longest answers."""
-    import torch
     from transformers.cache_utils import DynamicLayer
 
     class Rows(DynamicLayer):
-        """Buffers (rows, columns, heads, size): a token's keys and values together, as they are written."""
+        """Buffers (rows, heads, columns, size), so that a head's keys are read in one sweep; on a CPU that is what
+        attention takes its time for."""
 
         def __init__(self, rows: int, capacity: int):
             super().__init__()
@@ -281,29 +319,30 @@ def _layer_class():
             self.buffers = None
             self.is_initialized = True
 
-        def put(self, at: int, cached: tuple, columns) -> None:
-            """Columns (rows, width) of `cached`, keys and values (rows, heads, columns, size), to rows from `at`."""
-            count, self.length = columns.shape
-            rows = torch.arange(count, device=columns.device).unsqueeze(1)
+        def put(self, at: int, cached: tuple, starts: Sequence[int], lengths: Sequence[int], width: int) -> None:
+            """To rows from `at`, from the right of `width` columns, what `cached` has of each row.
+
+            cached: keys and values (rows, heads, columns, size). Of these a row's begin at its start.
+            """
+            self.length = width
             if self.buffers is None:
-                # Zeros: what is masked is still multiplied, and NaN by nought is NaN.
-                self.buffers = [states.new_zeros(self.rows, self.capacity, states.shape[1], states.shape[3])
+                self.buffers = [states.new_empty(self.rows, states.shape[1], self.capacity, states.shape[3])
                                 for states in cached]
             for buffer, states in zip(self.buffers, cached, strict=True):
-                buffer[at : at + count, : self.length] = states.transpose(1, 2)[rows, columns]
+                align(states, starts, lengths, buffer[at : at + len(lengths), :, :width])
 
         def update(self, key_states, value_states, *args, **kwargs):
             start, self.length = self.length, self.length + key_states.shape[-2]
             for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-                buffer[: self.rows, start : self.length] = states.transpose(1, 2)
-            keys, values = (buffer[: self.rows, : self.length].transpose(1, 2) for buffer in self.buffers)
+                buffer[: self.rows, :, start : self.length] = states
+            keys, values = (buffer[: self.rows, :, : self.length] for buffer in self.buffers)
             return keys, values
 
         def move(self, sources, targets, rows: int) -> None:
             """Rows `sources` to the places `targets`; then only the first `rows` are left."""
             if len(sources):
                 for buffer in self.buffers:
-                    buffer[targets, : self.length] = buffer[sources, : self.length]
+                    buffer[targets, :, : self.length] = buffer[sources, :, : self.length]
             self.rows = rows
 
         def get_seq_length(self) -> int:
@@ -337,11 +376,8 @@ def decode(
         if layers is None:
             layers = [_layer_class()(len(prompts), width + max_new_tokens - 1) for _ in past.layers]
         # Moved to the right, so that answers begin in one column and every row's columns are neighbours.
-        begins = torch.tensor(starts, device=device).unsqueeze(1)
-        padding = width - total[part.start : part.stop].unsqueeze(1)
-        columns = (torch.arange(width, device=device) - padding).clamp(min=0) + begins
         for layer, one in zip(layers, past.layers, strict=True):
-            layer.put(part.start, (one.keys, one.values), columns)
+            layer.put(part.start, (one.keys, one.values), starts, lengths[part.start : part.stop], width)
         logits.append(some)
         del past
     logits, past = torch.cat(logits), Cache(layers=layers)
@@ -363,8 +399,8 @@ def decode(
             ended = over.tolist()
             if all(ended):
                 break
-            # An eighth: moving rows costs about as much as an eighth of them cost in a step.
-            if sum(ended) >= max(1, len(ended) // 8):
+            # A sixteenth: looking and moving costs about as much as so many rows cost in a step.
+            if sum(ended) >= max(1, len(ended) // 16):
                 left = len(ended) - sum(ended)
                 for place, done in enumerate(ended):
                     if done:

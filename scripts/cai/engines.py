@@ -467,7 +467,10 @@ class LocalEngine:
 
     def _score(self, batch: list[tuple], prefixes: Prefixes) -> Iterator[tuple[int, list[float]]]:
         """One batch of (index, ids, label ids)."""
-        for part in chunks([len(ids) - prefixes.shared(ids) for _, ids, _ in batch], self._chunk_tokens):
+        if self._decodes and len(batch) > 1:  # a pair in both orders has the prompt in common too
+            prefixes = Prefixes(self.model, [ids for _, ids, _ in batch], self.pad_id, within=prefixes)
+        # Half as many tokens as where text is written, for here the known ones are not counted among them.
+        for part in chunks([len(ids) - prefixes.shared(ids) for _, ids, _ in batch], self._chunk_tokens // 2):
             rows = [batch[i] for i in part]
             logits = prefill(self.model, [ids for _, ids, _ in rows], prefixes, self.pad_id, keep=False)[0]
             logprobs = logits.float().log_softmax(-1).cpu()
