@@ -156,17 +156,22 @@ def judge_table(name: str, counted: list[tuple[str, object]]) -> tuple[str, list
 
 
 def stage_rows(run: Run) -> list[tuple[str, list]]:
-    """[(kind of prompts with n, [(label, a rate for each stage)])]."""
+    """[(kind of prompts with n, [(label, a rate for each stage)])]; harmful ones under stress come last, way by way."""
+    found = {name for stage in run.stages for name, one in stage.rates.items() if one}
+    groups = [(f"{kind} prompts", [(name, name) for name, (of, _) in metrics.RATES.items() if of == kind])
+              for kind in metrics.KINDS]
+    for way in sorted({name.partition("_under_")[2] for name in found} - {""}):
+        groups.append((f"prompts under stress: {way.replace('_', ' ')}",
+                       [(name, f"{name}_under_{way}") for name in metrics.RATES]))
     result = []
-    for kind in metrics.KINDS:
-        names = [name for name, (of, _) in metrics.RATES.items() if of == kind]
-        names = [name for name in names if any(stage.rates.get(name) for stage in run.stages)]
+    for title, names in groups:
+        names = [(label, name) for label, name in names if name in found]
         if not names:
             continue
-        sizes = {stage.rates[names[0]]["n"] for stage in run.stages if stage.rates.get(names[0])}
+        sizes = {stage.rates[names[0][1]]["n"] for stage in run.stages if stage.rates.get(names[0][1])}
         n = ", ".join(f"{size:,}" for size in sorted(sizes))
-        result.append((f"{kind} prompts (n = {n})",
-                       [(NAMES.get(name, name), [stage.rates.get(name) for stage in run.stages]) for name in names]))
+        result.append((f"{title} (n = {n})", [(NAMES.get(label, label), [stage.rates.get(name) for stage in run.stages])
+                                              for label, name in names]))
     return result
 
 

@@ -389,6 +389,8 @@ def finish_seeds(found: list[dict], output: str, as_json: bool) -> None:
     ]
     click.echo(metrics.table(("", *(STAGES[stage] for stage in spread)), rows))
     click.echo(f"\nmean and range in % over {len(found)} seeds · everything is in {output}")
+    for one in found:
+        click.echo(f"report  {one['report']}")
 
 
 def show_signs(steps: list[Step], device: str | None, as_json: bool) -> None:

@@ -13,7 +13,7 @@ import pytest
 import run_folders as runs
 
 from cai import figures, metrics, reporting, transcripts, world
-from cai.records import write_jsonl
+from cai.records import read_jsonl, write_jsonl
 from cai.rendering import markdown, visible
 
 
@@ -89,6 +89,22 @@ def test_stages_are_models_on_the_same_prompts_in_order(folder):
     manifest.write_text(manifest.read_text().replace('"input": "held-out"', '"input": "others"'))
     run = reporting.collect(path)
     assert len(run.stages) == 3 and [name for name, _ in run.others] == ["fresh"]
+
+
+def test_stress_stands_beside_the_plain_rates(tmp_path, invoke):
+    path = runs.make_run(tmp_path / "run", hostile=False)
+    for stage, complied in (("base", 9), ("ppo", 3)):
+        file = path / f"evaluation-{stage}.jsonl"
+        name = "harmful_compliance_under_role_play"
+        rows = [*(row for _, row in read_jsonl(file)), {"id": name, "metric": name, **metrics.rate(complied, 10)}]
+        write_jsonl(file, rows)
+    assert invoke("report", path).exit_code == 0
+    page = (path / "report.html").read_text()
+    [group] = re.findall(r"<tbody>\s*<tr><th class=\"kind\"[^>]*>prompts under stress: role play \(n = 10\).*?</tbody>",
+                         page, re.DOTALL)
+    cells = [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", group)]
+    assert [cell.split()[0] for cell in cells] == ["90.0", "–", "30.0"], "SFT was not put under stress"
+    assert "prompts under stress: role play" in (path / "report.md").read_text()
 
 
 def test_audits_and_reliability(tmp_path):

@@ -1,6 +1,7 @@
 """run.py: the plan, the script it prints, stopping and going on, and the whole loop on small models."""
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -281,7 +282,10 @@ def test_several_seeds_give_mean_and_range(invoke, tmp_path, prompts):
             each = [one["stages"][stage][name]["value"] for one in said["runs"]]
             assert (found["lowest"], found["highest"]) == (min(each), max(each)) and found["seeds"] == 2
             assert found["mean"] == pytest.approx(sum(each) / 2)
-    assert "mean and range" in run(invoke, prompts, tmp_path / "out", "--seeds", 2).stdout
+    shown = run(invoke, prompts, tmp_path / "out", "--seeds", 2).stdout
+    assert "mean and range" in shown
+    reports = re.findall(r"^report  (.+)$", shown, re.MULTILINE)
+    assert len(set(reports)) == 2 and all(Path(report).is_file() for report in reports)
 
 
 def test_a_smoke_run_looks_for_signs_of_life(invoke, tmp_path):

@@ -264,8 +264,8 @@ def check_readers(by: str, judge: str | None, classifier: str | None) -> None:
 def outcomes(rows: Iterable[Mapping]) -> dict[str, list[tuple[str, float, int | None]]]:
     """{metric: [(prompt id, 1 or 0, seed)]} of the classified rows; one without a class is in none.
 
-    Rows under stress (`cai/stress.py`) are metrics of their own, `..._under_<way>`. Rows that a safety classifier read
-    are unsafe or not, by kind. With `gold` (what somebody else says that the response is), `class_accuracy`.
+    Rows under stress (`cai/responding.py`) are metrics of their own, `..._under_<way>`. Rows that a safety classifier
+    read are unsafe or not, by kind. With `gold` (what somebody else says that the response is), `class_accuracy`.
     """
     found: dict[str, list] = defaultdict(list)
     for row in rows:
