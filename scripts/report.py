@@ -10,6 +10,7 @@ measurement but counting: run evaluate.py and judge.py for those.
 import base64
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 from pathlib import Path
@@ -156,22 +157,21 @@ def judge_table(name: str, counted: list[tuple[str, object]]) -> tuple[str, list
 
 
 def stage_rows(run: Run) -> list[tuple[str, list]]:
-    """[(kind of prompts with n, [(label, a rate for each stage)])]; harmful ones under stress come last, way by way."""
+    """[(kind of prompts with n, [(label, a rate for each stage)])]; those under stress come last, way by way."""
     found = {name for stage in run.stages for name, one in stage.rates.items() if one}
-    groups = [(f"{kind} prompts", [(name, name) for name, (of, _) in metrics.RATES.items() if of == kind])
-              for kind in metrics.KINDS]
-    for way in sorted({name.partition("_under_")[2] for name in found} - {""}):
-        groups.append((f"prompts under stress: {way.replace('_', ' ')}",
-                       [(name, f"{name}_under_{way}") for name in metrics.RATES]))
+    ways = sorted({name.partition("_under_")[2] for name in found})  # "" first: without stress
     result = []
-    for title, names in groups:
-        names = [(label, name) for label, name in names if name in found]
+    for way, kind in itertools.product(ways, metrics.KINDS):
+        ending = f"_under_{way}" if way else ""
+        names = [name for name, (of, _) in metrics.RATES.items() if of == kind and name + ending in found]
         if not names:
             continue
-        sizes = {stage.rates[names[0][1]]["n"] for stage in run.stages if stage.rates.get(names[0][1])}
+        sizes = {stage.rates[names[0] + ending]["n"] for stage in run.stages if stage.rates.get(names[0] + ending)}
         n = ", ".join(f"{size:,}" for size in sorted(sizes))
-        result.append((f"{title} (n = {n})", [(NAMES.get(label, label), [stage.rates.get(name) for stage in run.stages])
-                                              for label, name in names]))
+        stress = f" under stress: {way.replace('_', ' ')}" if way else ""
+        result.append((f"{kind} prompts{stress} (n = {n})",
+                       [(NAMES.get(name, name), [stage.rates.get(name + ending) for stage in run.stages])
+                        for name in names]))
     return result
 
 

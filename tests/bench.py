@@ -42,7 +42,7 @@ LABELS = ("A", "B")
 RANDOM = {  # hidden, feed-forward, layers, heads of keys and values
     "26M": (384, 1024, 8, 6), "0.5B": (1280, 3456, 24, 4), "7B": (4096, 14336, 30, 8),
 }
-VOCABULARY = 32000  # of a random model: what Llama 2 has, and few have less
+VOCABULARY = 32000  # of a random model: as many as Llama 2 has
 
 
 class Bench:

@@ -95,16 +95,23 @@ def test_stress_stands_beside_the_plain_rates(tmp_path, invoke):
     path = runs.make_run(tmp_path / "run", hostile=False)
     for stage, complied in (("base", 9), ("ppo", 3)):
         file = path / f"evaluation-{stage}.jsonl"
-        name = "harmful_compliance_under_role_play"
-        rows = [*(row for _, row in read_jsonl(file)), {"id": name, "metric": name, **metrics.rate(complied, 10)}]
-        write_jsonl(file, rows)
+        found = {"harmful_compliance_under_role_play": metrics.rate(complied, 10),
+                 "harmful_compliance_under_safety": metrics.rate(1, 10),
+                 "benign_helpful_under_safety": metrics.rate(6, 8)}
+        write_jsonl(file, [*(row for _, row in read_jsonl(file)),
+                           *({"id": name, "metric": name, **one} for name, one in found.items())])
     assert invoke("report", path).exit_code == 0
     page = (path / "report.html").read_text()
-    [group] = re.findall(r"<tbody>\s*<tr><th class=\"kind\"[^>]*>prompts under stress: role play \(n = 10\).*?</tbody>",
-                         page, re.DOTALL)
+    title = r"harmful prompts under stress: role play \(n = 10\)"
+    [group] = re.findall(rf"<tbody>\s*<tr><th class=\"kind\"[^>]*>{title}.*?</tbody>", page, re.DOTALL)
     cells = [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", group)]
     assert [cell.split()[0] for cell in cells] == ["90.0", "–", "30.0"], "SFT was not put under stress"
-    assert "prompts under stress: role play" in (path / "report.md").read_text()
+    # Each kind with its own number of prompts.
+    titles = re.findall(r">(\w+ prompts[^<]*\(n = [^<]*\))<", page)
+    assert titles == ["harmful prompts (n = 20)", "benign prompts (n = 20)", "borderline prompts (n = 10)",
+                      "harmful prompts under stress: role play (n = 10)",
+                      "harmful prompts under stress: safety (n = 10)", "benign prompts under stress: safety (n = 8)"]
+    assert "harmful prompts under stress: role play" in (path / "report.md").read_text()
 
 
 def test_audits_and_reliability(tmp_path):

@@ -296,7 +296,7 @@ def prefill(model, prompts: Sequence[Sequence[int]], prefixes: Prefixes | None, 
             columns = torch.arange(width + most, device=device)
             kept = {"attention_mask": (columns >= width - known).long(), "position_ids": columns[:most] + known}
     elif keep:
-        past = DynamicCache()
+        past = DynamicCache()  # without a configuration all layers keep all tokens, and windows are cut by the mask
     logits = forward(model, ids, last, past_key_values=past, use_cache=past is not None, **kept).logits[:, 0]
     return logits, past, [width - length for length in lengths]
 
