@@ -17,7 +17,7 @@ import click
 
 from cai import cli, metrics
 from cai.constitution import Constitution, Principle, json_schema, load_constitution, phrase, to_yaml
-from cai.engines import Sampling, check_model, load_engine
+from cai.engines import Sampling, check_model, fast_path, load_engine
 from cai.errors import CaiError, InputError
 from cai.importing import PHRASED, read_foreign, write_foreign
 from cai.lint import NOT_JUDGED, is_english
@@ -320,7 +320,7 @@ def coverage(inputs, output, model, endpoints, constitution, threshold, limit, b
                         journal.write(row)
                         bar.update(1)
             rows = (row for _, row in read_jsonl(journal.journal))
-            journal.finish(source.ids, coverage_counts(rows, loaded, threshold))
+            journal.finish(source.ids, coverage_counts(rows, loaded, threshold), **fast_path(engine))
     counts = journal.counts
     if counts["label_mass"] is not None and counts["label_mass"] < 0.5:
         cli.warn(f"the judge would rather not answer with a letter (they have {counts['label_mass']:.0%} of its "
@@ -427,7 +427,7 @@ def _redo(journal: Output, rows: list[dict], constitutions, model: str, sampling
                 journal.write(row)
                 bar.update(1)
         short = sum(len(row["rounds"]) < row["wanted"] for _, row in read_jsonl(journal.journal))
-        journal.finish([row["id"] for row in rows], {"rows": len(rows), "failed": short})
+        journal.finish([row["id"] for row in rows], {"rows": len(rows), "failed": short}, **fast_path(engine))
 
 
 def _classes(stem, source: Source, redone: Output, by, judge, batch_size, device, dtype, overwrite) -> dict:

@@ -383,6 +383,7 @@ def check_local_model(found: Findings, model: str, devices: dict) -> dict:
         found.problem(f"the tokenizer of {model} can't be loaded: {shorten(error)}", "Copy the model's folder again")
         return report
     report |= describe_chat(found, chat)
+    report["fast_path"] = check_fast_path(found, local)
     report["fits"] = fits(found, local, devices)
     return report
 
@@ -419,6 +420,29 @@ def describe_chat(found: Findings, chat) -> dict:
             "ends_turns_with": chat.stop_text or (end if chat.stop_id is None else
                                                   tokenizer.convert_ids_to_tokens(chat.stop_id)),
             "pad_token": pad, "eos_token": end, "vocabulary": len(tokenizer)}
+
+
+def check_fast_path(found: Findings, folder: str) -> bool | str | None:
+    """Whether the fast decoding loop can run the model, or "no: " and why not; None if its config does not say.
+
+    The model is made without memory for its weights.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from cai.decoding import slow_reason
+    from cai.engines import fast_path_field
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except Exception as error:  # whatever a foreign config.json makes the library raise
+        found.note(f"whether the fast decoding loop can run the model can't be told: {shorten(error)}")
+        return None
+    if reason := slow_reason(model):
+        found.note(f"the fast decoding loop can't run the model, because {reason}: writing text and judging take "
+                   "several times as long")
+    return fast_path_field(reason)
 
 
 def step_memory(shape, gpu: bool) -> dict[str, float]:

@@ -140,6 +140,7 @@ def main(inputs, output, model, algorithm, reward_model, judge, against, constit
         engine = engines.load_engine(judge, batch_size=4 * chosen["batch_size"], device=device, dtype=dtype)
         scorer = JudgeReward(engine, question, references)
     else:
+        engine = None
         scorer = ModelReward(reward_model, chat, device, dtype, 4 * chosen["batch_size"])
     order = training.training_order([1] * len(prompts), 1, sizes["prompts"] / len(prompts), chosen["seed"])
     with folder:
@@ -153,7 +154,7 @@ def main(inputs, output, model, algorithm, reward_model, judge, against, constit
         training.save_trained(trainer, chat.tokenizer, output)
         if training.is_main_process():
             counts = {"prompts": source.count, **summary(output, trainer.state.global_step)}
-            manifest = folder.finish(counts)
+            manifest = folder.finish(counts, **engines.fast_path(engine))
     if training.is_main_process():
         cli.finish({"output": output, **counts, "seconds": manifest["seconds"], **hub.push(output)}, as_json=as_json,
                    next_command=following)

@@ -18,7 +18,7 @@ import click
 
 from cai import audit, cli, ensemble, hub, judging, metrics, textsteps
 from cai.constitution import load_constitution
-from cai.engines import Sampling, check_model, load_engine
+from cai.engines import Sampling, check_model, fast_path, load_engine
 from cai.errors import InputError
 from cai.estimate import text_plan
 from cai.processes import Team
@@ -194,13 +194,14 @@ def fill(team, journal, pairs, name, question, limits, **loading) -> None:
         place = team.begin(journal)
         if place is None:
             return
-        failed = judge_share(team, place, pairs, engine or load_engine(name, **loading), question, limits)
+        engine = engine or load_engine(name, **loading)
+        failed = judge_share(team, place, pairs, engine, question, limits)
         found = team.gather(place, failed)
         if team.first:
             for pair in pairs:
                 if judging.identical(pair) and pair["id"] not in journal.done:
                     journal.write(judging.tie(pair))
-            close(journal, pairs, {key: why for one in found for key, why in one.items()}, {})
+            close(journal, pairs, {key: why for one in found for key, why in one.items()}, {}, **fast_path(engine))
 
 
 def judge_share(team, journal, pairs, engine, question, limits) -> dict[str, str]:
@@ -224,12 +225,12 @@ def judge_share(team, journal, pairs, engine, question, limits) -> dict[str, str
     return failed
 
 
-def close(journal, pairs, failed: dict, more: dict) -> None:
-    """Finish an output with what its rows say together, and warn of what failed."""
+def close(journal, pairs, failed: dict, more: dict, **info) -> None:
+    """Finish an output with what its rows say together (`info`: more for its manifest), and warn of what failed."""
     counts = {**judging.summary(row for _, row in read_jsonl(journal.journal)), **more, "failed": len(failed)}
     if pairs.unpaired:
         counts["unpaired"] = pairs.unpaired
-    journal.finish(pairs.ids, counts, failed_rows=failed)
+    journal.finish(pairs.ids, counts, failed_rows=failed, **info)
     for pair_id, reason in islice(failed.items(), 5):
         cli.warn(f"pair {pair_id}: {reason}")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from cai import alarms, cli, estimate, hub, records, scoring, training
-from cai.engines import check_model, load_engine
+from cai.engines import check_model, fast_path_field, load_engine
 from cai.errors import InputError, shorten
 from cai.resources import TINY, model_path
 from cai.templates import as_messages
@@ -160,7 +160,7 @@ def main(inputs, output, model, reward_model, weights, ref_model, value_head, lo
             stopped = {"stopped": str(error)}
         draw_curves(trainer, output)
         counts = {"prompts": source.count, **save(trainer, output, merge=merge), **stopped}
-        manifest = folder.finish(counts)
+        manifest = folder.finish(counts, fast_path=fast_path_field(trainer.slow_reason))
     if training.is_main_process():
         cli.finish({"output": output, **counts, "seconds": manifest["seconds"], **hub.push(output)}, as_json=as_json,
                    next_command=following)

@@ -5,7 +5,8 @@
     python tests/lowest.py --dry-run               # say what would be installed and run
 
 Runs the canary (tests/test_dependencies.py) and a share of the suite that touches every library. Leaves out the
-browser's tests, and versions of what the dependencies themselves need: pip chooses those.
+browser's tests, and versions of what the dependencies themselves need: pip chooses those. Releases beyond the ranges
+are newest.py's.
 """
 
 import shlex
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -32,6 +35,30 @@ def lowest(need: str) -> str:
     return f"{name}=={rest.partition(',')[0]}"
 
 
+def run(line: list[str], *, dry_run: bool = False) -> int:
+    """Print a command and run it in the project's folder; its exit code."""
+    click.echo(shlex.join(line))
+    return 0 if dry_run else subprocess.run(line, cwd=ROOT).returncode
+
+
+@contextmanager
+def environment(venv: str | None, wanted: list[str], *, upgrade: bool = False, dry_run: bool = False) -> Iterator[str]:
+    """The Python of a virtual environment with the packages `wanted`; ends the program if they can't be installed.
+
+    venv: where to make it; None takes a temporary folder.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(venv or temporary)
+        python = str(folder / "bin" / "python")
+        for line in (
+            [sys.executable, "-m", "venv", str(folder)],
+            [python, "-m", "pip", "install", "--quiet", *(["--upgrade"] if upgrade else []), *wanted],
+        ):
+            if code := run(line, dry_run=dry_run):
+                raise SystemExit(code)
+        yield python
+
+
 @click.command()
 @click.option("--highest", is_flag=True, help="The newest versions of the ranges instead.")
 @click.option("--venv", metavar="FOLDER", default=None, help="Where to make the environment.  [default: a temporary "
@@ -42,20 +69,12 @@ def main(highest, venv, tests, dry_run):
     """Install one end of the dependencies' ranges and run the tests with it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needs = [*project["dependencies"], *project["optional-dependencies"]["openai"]]
-    wanted = needs if highest else [lowest(need) for need in needs]
-    with tempfile.TemporaryDirectory() as temporary:
-        python = Path(venv or temporary) / "bin" / "python"
+    wanted = [*(needs if highest else map(lowest, needs)), *TOOLS]
+    with environment(venv, wanted, upgrade=highest, dry_run=dry_run) as python:
         files = [str(ROOT / "tests" / name) for name in tests or SHARE]
-        lines = [
-            [sys.executable, "-m", "venv", str(python.parent.parent)],
-            [str(python), "-m", "pip", "install", "--quiet", *(["--upgrade"] if highest else []), *wanted, *TOOLS],
-            [str(python), "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), *files,
-             *([] if highest else LEFT_OUT)],
-        ]
-        for line in lines:
-            click.echo(shlex.join(line))
-            if not dry_run and (code := subprocess.run(line, cwd=ROOT).returncode):
-                raise SystemExit(code)
+        code = run([python, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), *files,
+                    *([] if highest else LEFT_OUT)], dry_run=dry_run)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """The decoding loop, on small random models: the plain loop's tokens, with less work."""
 
+import json
+from types import SimpleNamespace
+
 import models
 import pytest
 
@@ -8,11 +11,13 @@ from cai.decoding import (
     RowSampler,
     Sampling,
     align,
+    cache_parameter,
     chunks,
     common_prefix,
     decode,
     prefill,
     shared_beginnings,
+    slow_reason,
 )
 from cai.engines import load_engine
 
@@ -166,3 +171,89 @@ def test_logits_are_made_of_the_last_position_alone():
     finally:
         hook.remove()
     assert shapes == [(9, 1)] and logits.shape[0] == 9 and past is None and starts == [0] * 9
+
+
+# --- which models it can run ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [*models.ARCHITECTURES, "thinker"])
+def test_attention_over_tokens_takes_the_fast_path(family):
+    assert load_engine(str(models.folder(family)), device="cpu").slow_reason is None
+
+
+class Model:
+    """What `slow_reason` reads of a model; its classes say the arguments of `forward`."""
+
+    config = SimpleNamespace(is_encoder_decoder=False)
+    config.get_text_config = lambda: Model.config
+
+
+class Before(Model):
+    def forward(self, input_ids, position_ids, attention_mask, past_key_values): ...
+
+
+class Since(Model):
+    def forward(self, input_ids, position_ids, attention_mask, cache): ...
+
+
+class Renamed(Model):
+    def forward(self, input_ids, position_ids, attention_mask, memory): ...
+
+
+def test_the_cache_is_found_by_either_name():
+    """transformers 5.24 renamed it; a name that is not known is no fast path, with the reason."""
+    assert [cache_parameter(kind) for kind in (Before, Since, Renamed)] == ["past_key_values", "cache", None]
+    assert slow_reason(Before()) is None and slow_reason(Since()) is None
+    assert slow_reason(Renamed()) == "Renamed.forward takes no cache or past_key_values"
+
+
+def recurrent():
+    """A small model that remembers a recurrent state beside keys and values, for which no cache of rows stands."""
+    from transformers import BambaConfig, BambaForCausalLM
+
+    return BambaForCausalLM(BambaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, attn_layer_indices=[1], mamba_n_heads=2, mamba_d_head=32, mamba_d_state=8,
+    ))
+
+
+def test_a_recurrent_model_is_left_to_generate_with_a_reason():
+    assert slow_reason(recurrent()) == "it keeps a recurrent state"
+
+
+def test_layers_of_another_kind_are_named():
+    engine = load_engine(str(models.folder("gemma2")), device="cpu")
+    kinds = engine.model.config.layer_types
+    try:
+        engine.model.config.layer_types = ["chunked_attention", "full_attention"]
+        assert slow_reason(engine.model) == "it has layers of type chunked_attention"
+    finally:
+        engine.model.config.layer_types = kinds
+
+
+def test_a_slow_path_is_warned_of_and_recorded(tmp_path, invoke):
+    """A model with a recurrent state: a warning, a field of the manifest, a line of doctor.py."""
+    from transformers import AutoTokenizer
+
+    from cai.records import read_manifest
+
+    folder = tmp_path / "recurrent"
+    recurrent().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(models.folder("llama")).save_pretrained(folder)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"id": "one", "prompt": "Name the ways in."}\n')
+
+    def generate(model, output):
+        made = invoke("generate", "--input", prompts, "--output", tmp_path / output, "--model", model, "--device",
+                      "cpu", "--max-new-tokens", 2)
+        assert made.exit_code == 0, made.output
+        return made.stderr.count("the fast decoding loop is off"), read_manifest(tmp_path / output)["fast_path"]
+
+    assert generate(models.folder("llama"), "fast.jsonl") == (0, True)
+    assert generate(folder, "slow.jsonl") == (1, "no: it keeps a recurrent state")
+
+    said = invoke("doctor", "--model", folder, "--json")
+    report = json.loads(said.stdout)
+    assert report["model"]["fast_path"] == "no: it keeps a recurrent state"
+    assert any("it keeps a recurrent state" in note for note in report["notes"])
+    assert "fast path no: it keeps a recurrent state" in invoke("doctor", "--model", folder).stdout

@@ -7,7 +7,7 @@ What transformers' `generate` does not do: what groups of prompts begin with is 
 position's logits are made; keys and values lie in one buffer that nothing is copied to grow; rows that have
 ended leave the batch. The tokens are those of the plain loop (in float32; in bfloat16 batches round).
 
-For attention over tokens, full or by sliding window (`can_decode`); recurrent states, shared layers and the
+For attention over tokens, full or by sliding window (`slow_reason`); recurrent states, shared layers and the
 like are left to `generate`. Leaves out beams, speculation, and rows that join a batch already under way: with
 fixed batches a resumed run makes the same ones. torch and transformers are imported inside functions.
 """
@@ -118,18 +118,44 @@ def not_a_number(name: str) -> CaiError:
 # --- one forward pass ---------------------------------------------------------------------------------------
 
 
-def can_decode(model) -> bool:
-    """Whether a cache of keys and values, row by row, stands for all that the model remembers."""
+# What transformers calls the cache among the arguments of `forward`, the newest name first (5.24 renamed it).
+CACHE_PARAMETERS = ("cache", "past_key_values")
+
+
+@cache
+def cache_parameter(model_class: type) -> str | None:
+    """The name of the cache among the arguments of a model class's `forward`; None if it takes no known one."""
+    parameters = inspect.signature(model_class.forward).parameters
+    return next((name for name in CACHE_PARAMETERS if name in parameters), None)
+
+
+def slow_reason(model) -> str | None:
+    """Why `decode` can't run this model; None where a cache of keys and values is all that the model remembers.
+
+    model: only its class and configuration are read, so one on the meta device will do.
+    """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    takes = inspect.signature(model.forward).parameters
-    return (
-        not getattr(model, "_is_stateful", False)
-        and kinds <= {"full_attention", "sliding_attention"}
-        and not getattr(config, "num_kv_shared_layers", None)
-        and not config.is_encoder_decoder
-        and {"position_ids", "past_key_values", "attention_mask"} <= set(takes)
-    )
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    missing = {"position_ids", "attention_mask"} - set(inspect.signature(type(model).forward).parameters)
+    if cache_parameter(type(model)) is None:
+        missing.add(" or ".join(CACHE_PARAMETERS))
+    if config.is_encoder_decoder:
+        return "it has an encoder"
+    if getattr(model, "_is_stateful", False):
+        return "it keeps a recurrent state"
+    if kinds:
+        return f"it has layers of type {', '.join(sorted(kinds))}"
+    if getattr(config, "num_kv_shared_layers", None):
+        return "its layers share keys and values"
+    if missing:
+        return f"{type(model).__name__}.forward takes no {', no '.join(sorted(missing))}"
+    return None
+
+
+def slow_warning(name: str, reason: str) -> str:
+    """The warning of a model that `decode` can't run."""
+    return (f"{name}: the fast decoding loop is off, because {reason}. Text comes from transformers' generate and "
+            "nothing is shared among prompts, which takes several times as long")
 
 
 def forward(model, ids, last, **kwargs):
@@ -297,7 +323,9 @@ def prefill(model, prompts: Sequence[Sequence[int]], prefixes: Prefixes | None, 
             kept = {"attention_mask": (columns >= width - known).long(), "position_ids": columns[:most] + known}
     elif keep:
         past = DynamicCache()  # without a configuration all layers keep all tokens, and windows are cut by the mask
-    logits = forward(model, ids, last, past_key_values=past, use_cache=past is not None, **kept).logits[:, 0]
+    if past is not None:
+        kept[cache_parameter(type(model))] = past
+    logits = forward(model, ids, last, use_cache=past is not None, **kept).logits[:, 0]
     return logits, past, [width - length for length in lengths]
 
 
@@ -386,6 +414,7 @@ def decode(
     order = torch.arange(len(prompts), device=device)  # which row lies in each place of the cache
     live = list(range(len(prompts)))
     over = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # by place
+    cache_name = cache_parameter(type(model))
     every = 1 if device.type == "cpu" else 8  # to look is to wait for the device
     for step in range(max_new_tokens):
         picked = sampler.pick(logits, step, order)
@@ -419,8 +448,8 @@ def decode(
         columns = torch.arange(width + step + 1, device=device)
         same = len({lengths[row] for row in live}) == 1 and lengths[live[0]] == width
         logits = model(
-            input_ids=picked.unsqueeze(1), position_ids=known + step, past_key_values=past, use_cache=True,
-            attention_mask=None if same else (columns >= width - known).long(),
+            input_ids=picked.unsqueeze(1), position_ids=known + step, use_cache=True,
+            attention_mask=None if same else (columns >= width - known).long(), **{cache_name: past},
         ).logits[:, -1]
     for row in live:
         yield row, _until(new[row, : step + 1].tolist(), stop_ids)

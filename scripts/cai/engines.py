@@ -29,13 +29,14 @@ from cai.decoding import (
     Prefixes,
     RowSampler,
     Sampling,
-    can_decode,
     chunks,
     common_prefix,
     decode,
     draw,
     not_a_number,
     prefill,
+    slow_reason,
+    slow_warning,
 )
 from cai.errors import CaiError, InputError, shorten
 
@@ -227,6 +228,7 @@ class LocalEngine:
 
     Attributes:
         name, model, tokenizer, chat.
+        slow_reason: why the fast decoding loop is off, or None.
         context: tokens the model can hold, or None.
         batch_size: most rows in one forward pass.
         batch_tokens: most tokens in one batch, prompts with padding and new ones together.
@@ -239,7 +241,8 @@ class LocalEngine:
         self.chat = Chat(tokenizer, name)
         config = model.config.get_text_config()
         self.context = getattr(config, "max_position_embeddings", None)
-        self._decodes = can_decode(model)
+        self.slow_reason = slow_reason(model)
+        self._decodes = self.slow_reason is None
         found = model.generation_config.eos_token_id
         ends = [*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id, self.chat.stop_id]
         self.stop_ids = sorted({int(i) for i in ends if i is not None and i < config.vocab_size})
@@ -585,6 +588,16 @@ def load_engine(
     return engine
 
 
+def fast_path(engine) -> dict[str, bool | str]:
+    """The manifest's field of a local engine: {"fast_path": True, or "no: " and the reason}. {} for a server."""
+    return {"fast_path": fast_path_field(engine.slow_reason)} if isinstance(engine, LocalEngine) else {}
+
+
+def fast_path_field(reason: str | None) -> bool | str:
+    """What manifests and doctor.py say of a model's `slow_reason`."""
+    return f"no: {reason}" if reason else True
+
+
 def release_engines() -> None:
     """Forget the engine kept in this process, so that its memory is free for training."""
     _loaded.clear()
@@ -681,7 +694,10 @@ def _load(name: str, path: str, device: str | None, dtype: str) -> LocalEngine:
         if isinstance(error, torch.OutOfMemoryError):
             raise CaiError(f"{name} does not fit the memory of {device}") from error
         raise InputError(f"{device!r} can't be used: {shorten(error)}", where="--device") from error
-    return LocalEngine(name, model, tokenizer)
+    engine = LocalEngine(name, model, tokenizer)
+    if engine.slow_reason:
+        cli.warn(slow_warning(name, engine.slow_reason))
+    return engine
 
 
 def _control_pattern(tokenizer) -> re.Pattern | None:

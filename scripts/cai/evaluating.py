@@ -15,7 +15,7 @@ from pathlib import Path
 from cai import choice as choices
 from cai import classes, cli, contest, faults, goodhart, judging, metrics, paper, responding, reward
 from cai.constitution import load_constitution
-from cai.engines import Sampling, check_model, load_engine
+from cai.engines import Sampling, check_model, fast_path, load_engine
 from cai.errors import CaiError, InputError
 from cai.publicsets import PublicSource
 from cai.records import Output, Source, identity, read_jsonl, sha256_file
@@ -145,23 +145,27 @@ def classify(rows: Iterable[dict], ids: list[str], output: Output, by: str, give
         return
     kept = ("id", "kind", "prompt", "response", "prompt_id", "seed", "stress", "gold")
     with output, cli.progress(len(ids) - len(output.done), "classify") as bar:
-        for row, found in readings(rows, by, given, judge):
+        read, engine = readings(rows, by, given, judge)
+        for row, found in read:
             output.write({name: row[name] for name in kept if row.get(name) is not None} | found)
             bar.update()
-        output.finish(ids, {"rows": len(ids)})
+        output.finish(ids, {"rows": len(ids)}, **fast_path(engine))
 
 
-def readings(rows: Iterable[dict], by: str, given, judge: str | None) -> Iterable[tuple[dict, dict]]:
-    """Each row with its class; by the oracle with a judge, also with `class_by_judge`."""
+def readings(rows: Iterable[dict], by: str, given, judge: str | None) -> tuple[Iterable[tuple[dict, dict]], object]:
+    """(each row with its class, the engine that reads or None); by the oracle with a judge, also `class_by_judge`."""
     if by == "classifier":
-        return classes.safety_reader(given.classifier, given.unsafe_label, **given.loading)(rows)
+        reader = classes.safety_reader(given.classifier, given.unsafe_label, **given.loading)
+        return reader(rows), getattr(reader, "engine", None)
     if by == "oracle" and not judge:
-        return classes.by_oracle(rows)
-    read = classes.by_judge(rows, classes.load(judge, given.endpoints, given.loading))
+        return classes.by_oracle(rows), None
+    engine = classes.load(judge, given.endpoints, given.loading)
+    read = classes.by_judge(rows, engine)
     if by == "judge":
-        return read
-    return ((row, {**true, "class_by_judge": found["class"], "letter_mass": found["letter_mass"]})
+        return read, engine
+    both = ((row, {**true, "class_by_judge": found["class"], "letter_mass": found["letter_mass"]})
             for row, found in read for _, true in classes.by_oracle([row]))
+    return both, engine
 
 
 def class_figures(path: str | Path, rows: int) -> tuple[dict, dict]:
@@ -216,7 +220,7 @@ def faults_task(given) -> Task:
                     for row in faults.found(engine, left):
                         output.write(row)
                         bar.update()
-                    output.finish([row["id"] for row in faults.critiques(source)], {"rows": steps})
+                    output.finish([row["id"] for row in faults.critiques(source)], {"rows": steps}, **fast_path(engine))
             critiqued = [row for _, row in read_jsonl(output.path)]
         return faults.figures(critiqued, class_of, {row["id"]: row.get("kind") for row in source}, constitution)
 
@@ -265,7 +269,8 @@ def contest_task(given) -> Task:
                 for row in contest.judged(engine, contest.pairs(answers, source), questions, output.done):
                     output.write(row)
                     bar.update()
-                output.finish([one["id"] for one in contest.pairs(answers, source)], {"rows": len(output.done)})
+                output.finish([one["id"] for one in contest.pairs(answers, source)], {"rows": len(output.done)},
+                              **fast_path(engine))
         return contest.scores([row for _, row in read_jsonl(output.path)], list(policies))
 
     return Task([*given.inputs, *(model for model in policies.values() if model.endswith(".jsonl"))],
@@ -307,16 +312,17 @@ def choice_figures(source: Source, output: Output, model: str | None, reward_mod
         with output:
             rows = (row for row in source if row["id"] not in output.done)
             if reward_model:
-                scorer = reward.load_scorer(reward_model, **loading)
+                engine, scorer = None, reward.load_scorer(reward_model, **loading)
                 read, temperature = choices.by_reward_model(rows, scorer), scorer.temperature
             else:
-                read, temperature = choices.by_model(rows, load_engine(model, **loading), form), None
+                engine = load_engine(model, **loading)
+                read, temperature = choices.by_model(rows, engine, form), None
             with cli.progress(source.count - len(output.done), "choose") as bar:
                 for row, scores in read:
                     if scores is not None:
                         output.write(choices.result(row, scores, temperature))
                     bar.update()
-            output.finish(source.ids, {"rows": source.count})
+            output.finish(source.ids, {"rows": source.count}, **fast_path(engine))
     results = [row for _, row in read_jsonl(output.path)]
     if not results:
         raise CaiError(f"all {source.count} rows of {', '.join(source.inputs)} are longer than the model's context")

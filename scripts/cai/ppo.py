@@ -35,7 +35,7 @@ from transformers import GenerationConfig, Trainer, TrainingArguments
 
 from cai import cli, records, scoring, training
 from cai.alarms import Watch
-from cai.decoding import Prefixes, RowSampler, Sampling, can_decode, decode
+from cai.decoding import Prefixes, RowSampler, Sampling, decode, slow_reason, slow_warning
 from cai.engines import Chat
 from cai.errors import CaiError, InputError, shorten
 from cai.records import hashed_seed
@@ -502,6 +502,9 @@ class PPOTrainer(Trainer):
         policy = base_of(model.policy)
         self.stops = set(chat_stops(chat, policy) if stops is None else stops)
         self.pad_id = chat.tokenizer.pad_token_id
+        self.slow_reason = slow_reason(policy)
+        if self.slow_reason and self.is_world_process_zero():
+            cli.warn(slow_warning("the policy", self.slow_reason))
         self.figures: dict[str, float] = {}
         self.sums = None
 
@@ -787,7 +790,7 @@ class PPOTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         settings, found = self.settings, [None] * len(prompts)
         sampling = Sampling(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature)
-        make = self._decode if can_decode(base_of(model.policy)) else self._generate
+        make = self._generate if self.slow_reason else self._decode
         model.eval()
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), settings.generation_batch_size):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from cai import cli
-from cai.engines import Sampling
+from cai.engines import Sampling, fast_path
 from cai.records import Output, hashed_seed, read_jsonl, sha256_text
 from cai.resources import TEMPLATES
 from cai.templates import Template, as_messages, load_template
@@ -96,7 +96,7 @@ def respond(asks: Callable[[], Iterable[Ask]], output: Output, load: Callable[[]
                         firsts[row["id"]] = row["response"]
                 pushed = [ask for ask in later if firsts[ask.plain_id] is not None]
                 _answer(pushed, output, engine, sampling, model, bar, firsts)
-        output.finish(order, {"rows": len(output.done)})
+        output.finish(order, {"rows": len(output.done)}, **fast_path(engine))
 
 
 def _answer(asks: list[Ask], output: Output, engine, sampling: Sampling, model: str, bar, firsts: dict) -> None:

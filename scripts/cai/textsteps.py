@@ -17,7 +17,7 @@ from itertools import islice, tee
 import click
 
 from cai import cli
-from cai.engines import Generation, Sampling, check_model, load_engine
+from cai.engines import Generation, Sampling, check_model, fast_path, load_engine
 from cai.estimate import plan_options, text_plan
 from cai.processes import Team
 from cai.records import Output, hashed_seed, identity, read_jsonl
@@ -113,7 +113,7 @@ def run(
                 tokens.update(one_tokens)
             counts = {"rows": len(ids) - len(failed), "failed": len(failed),
                       **tally(row for _, row in read_jsonl(journal.journal))}
-            journal.finish(ids, counts, tokens=dict(tokens), failed_rows=failed)
+            journal.finish(ids, counts, tokens=dict(tokens), failed_rows=failed, **fast_path(engine))
             for row_id, reason in islice(failed.items(), 5):
                 cli.warn(f"row {row_id}: {reason}")
     if journal.counts.get("failed"):
