@@ -15,23 +15,30 @@ from pathlib import Path
 
 import click
 
-from cai import cli, metrics
-from cai.constitution import Constitution, Principle, json_schema, load_constitution, phrase, to_yaml
-from cai.engines import Sampling, check_model, fast_path, load_engine
-from cai.errors import CaiError, InputError
-from cai.importing import PHRASED, read_foreign, write_foreign
-from cai.lint import NOT_JUDGED, is_english
-from cai.lint import lint as find_faults
-from cai.principles import check_drawn, coverage_counts, differences, redo, without_each
-from cai.principles import coverage as ask_coverage
-from cai.records import Output, Source, identity, read_jsonl, read_manifest, write_jsonl
-from cai.resources import CONSTITUTIONS, SCRIPTS
-from cai.revision import check_rounds
-from cai.templates import load_template
+from cai.base import cli
+from cai.base.errors import CaiError, InputError
+from cai.base.hashing import identity
+from cai.base.paths import CONSTITUTIONS, SCRIPTS
+from cai.constitution.files import Constitution, Principle, json_schema, load_constitution, phrase, to_yaml
+from cai.constitution.importing import PHRASED, read_foreign, write_foreign
+from cai.constitution.lint import NOT_JUDGED, is_english
+from cai.constitution.lint import lint as find_faults
+from cai.constitution.templates import load_template
+from cai.data.outputs import Output, read_manifest, write_jsonl
+from cai.data.readers import read_jsonl
+from cai.data.rounds import check_rounds
+from cai.data.sources import Source
+from cai.evaluate.ablation import check_drawn, coverage_counts, differences, redo, without_each
+from cai.evaluate.ablation import coverage as ask_coverage
+from cai.models.engine import Sampling
+from cai.models.loading import check_model, load_engine
+from cai.models.local import fast_path
+from cai.stats import tables
 
 NAME = click.option("--name", metavar="NAME", help="The constitution's name.  [default: that of the output]")
-PRINCIPLE = click.option("--principle", "principles", multiple=True, metavar="ID",
-                         help="Only this principle; repeatable.  [default: all]")
+PRINCIPLE = click.option(
+    "--principle", "principles", multiple=True, metavar="ID", help="Only this principle; repeatable.  [default: all]"
+)
 
 
 @click.group()
@@ -48,8 +55,12 @@ def main():
 
 
 @main.command(cls=cli.Command)
-@click.option("--constitution", multiple=True, metavar="NAME|FILE",
-              help="A YAML file, or the name of one in constitutions/; repeatable.  [default: all bundled]")
+@click.option(
+    "--constitution",
+    multiple=True,
+    metavar="NAME|FILE",
+    help="A YAML file, or the name of one in constitutions/; repeatable.  [default: all bundled]",
+)
 @cli.options("json")
 def lint(constitution, as_json):
     """Check constitutions: schema, duplicates, contradictions, requests that are hard to follow.
@@ -76,10 +87,24 @@ def lint(constitution, as_json):
             read += len(loaded.principles)
             if not is_english(loaded):
                 cli.warn(f"{name}: not in English, as it seems: only what is the same to the letter is found")
-            findings += [{"rule": one.rule, "file": loaded.path, "line": one.line, "principles": one.principles,
-                          "message": one.message, "remedy": one.remedy} for one in find_faults(loaded)]
-    result = {"ok": not findings, "constitutions": len(names), "principles": read, "findings": findings,
-              "not_judged": NOT_JUDGED}
+            findings += [
+                {
+                    "rule": one.rule,
+                    "file": loaded.path,
+                    "line": one.line,
+                    "principles": one.principles,
+                    "message": one.message,
+                    "remedy": one.remedy,
+                }
+                for one in find_faults(loaded)
+            ]
+    result = {
+        "ok": not findings,
+        "constitutions": len(names),
+        "principles": read,
+        "findings": findings,
+        "not_judged": NOT_JUDGED,
+    }
     if as_json:
         click.echo(json.dumps(result, ensure_ascii=False))
     else:
@@ -106,10 +131,26 @@ def show(constitution, principles, as_json):
     loaded = load_constitution(constitution)
     chosen = _chosen(loaded, principles)
     total = sum(p.weight for p in loaded.principles)
-    listed = [{"id": p.id, "drawn": p.weight / total, "critique": p.critique, "revision": p.revision,
-               "preference": p.preference, "tags": p.tags, "examples": p.examples} for p in chosen]
-    head = {"name": loaded.name, "file": loaded.path, "description": loaded.description, "for": loaded.audience,
-            "source": loaded.source, "duties": loaded.duties}
+    listed = [
+        {
+            "id": p.id,
+            "drawn": p.weight / total,
+            "critique": p.critique,
+            "revision": p.revision,
+            "preference": p.preference,
+            "tags": p.tags,
+            "examples": p.examples,
+        }
+        for p in chosen
+    ]
+    head = {
+        "name": loaded.name,
+        "file": loaded.path,
+        "description": loaded.description,
+        "for": loaded.audience,
+        "source": loaded.source,
+        "duties": loaded.duties,
+    }
     if as_json:
         click.echo(json.dumps({**head, "principles": listed}, ensure_ascii=False))
         return
@@ -133,10 +174,16 @@ def show(constitution, principles, as_json):
 @NAME
 @click.option("--description", default="", metavar="TEXT", help="One sentence: what it asks for, and of whom.")
 @click.option("--audience", default="", metavar="TEXT", help="Whom it is for; it stands on top of the file.")
-@click.option("--sentence", "sentences", multiple=True, metavar="TEXT",
-              help="A principle in one sentence; repeatable. Its requests are phrased from it and written out.")
-@click.option("--base", multiple=True, metavar="NAME|FILE",
-              help="Take over the principles of this constitution; repeatable.")
+@click.option(
+    "--sentence",
+    "sentences",
+    multiple=True,
+    metavar="TEXT",
+    help="A principle in one sentence; repeatable. Its requests are phrased from it and written out.",
+)
+@click.option(
+    "--base", multiple=True, metavar="NAME|FILE", help="Take over the principles of this constitution; repeatable."
+)
 @cli.options("json", "overwrite")
 def new(output, name, description, audience, sentences, base, as_json, overwrite):
     """Write a new constitution from sentences, from others, or both; it asks nothing.
@@ -161,13 +208,18 @@ def new(output, name, description, audience, sentences, base, as_json, overwrite
     source = f"principles of {', '.join(one.name for one in bases)}" if bases else ""
     made = Constitution(name or Path(output).stem, "", "", tuple(principles), description, audience, source, duties)
     _save_constitution(output, made, overwrite)
-    cli.finish({"output": output, "principles": len(principles)}, as_json=as_json,
-               next_command=_next("lint", output))
+    cli.finish({"output": output, "principles": len(principles)}, as_json=as_json, next_command=_next("lint", output))
 
 
 @main.command("import", cls=cli.Command)
-@click.option("--input", "inputs", multiple=True, required=True, metavar="FILE",
-              help="The paper's JSON files, llm-swarm's JSON, or a list in .md, .txt or .json. Repeatable.")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    help="The paper's JSON files, llm-swarm's JSON, or a list in .md, .txt or .json. Repeatable.",
+)
 @click.option("--output", required=True, metavar="PATH", help="The YAML file to write.")
 @NAME
 @cli.options("json", "overwrite")
@@ -185,14 +237,27 @@ def import_(inputs, output, name, as_json, overwrite):
     made = read_foreign(inputs, name or Path(output).stem)
     _save_constitution(output, made, overwrite)
     phrased = sum(PHRASED in p.tags for p in made.principles)
-    cli.finish({"output": output, "principles": len(made.principles), "examples": len(made.examples),
-                "phrased_preferences": phrased}, as_json=as_json, next_command=_next("lint", output))
+    cli.finish(
+        {
+            "output": output,
+            "principles": len(made.principles),
+            "examples": len(made.examples),
+            "phrased_preferences": phrased,
+        },
+        as_json=as_json,
+        next_command=_next("lint", output),
+    )
 
 
 @main.command(cls=cli.Command)
 @cli.options("constitution")
-@click.option("--format", "kind", type=click.Choice(["paper", "llm-swarm", "markdown"]), required=True,
-              help="The paper's JSON files, llm-swarm's JSON, or a Markdown list.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["paper", "llm-swarm", "markdown"]),
+    required=True,
+    help="The paper's JSON files, llm-swarm's JSON, or a Markdown list.",
+)
 @click.option("--output", required=True, metavar="FOLDER", help="The folder to write the files into.")
 @cli.options("json", "overwrite")
 def export(constitution, kind, output, as_json, overwrite):
@@ -203,8 +268,10 @@ def export(constitution, kind, output, as_json, overwrite):
       python scripts/constitution.py export --constitution harmlessness --format paper --output exported
     """
     files, left_out = write_foreign(load_constitution(constitution), kind)
-    texts = {Path(output) / name: content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-             for name, content in files.items()}
+    texts = {
+        Path(output) / name: content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        for name, content in files.items()
+    }
     for path in texts:
         _check_free(path, overwrite)
     for path, text in texts.items():
@@ -234,8 +301,11 @@ def schema(output, overwrite):
 def _chosen(constitution: Constitution, ids: tuple[str, ...]) -> list[Principle]:
     for one in ids:
         if one not in constitution:
-            raise InputError(f"no principle {one!r}", where=constitution.path,
-                             expected=f"one of: {', '.join(p.id for p in constitution.principles)}")
+            raise InputError(
+                f"no principle {one!r}",
+                where=constitution.path,
+                expected=f"one of: {', '.join(p.id for p in constitution.principles)}",
+            )
     return [p for p in constitution.principles if not ids or p.id in ids]
 
 
@@ -281,11 +351,29 @@ def _next(command: str, path: str) -> str:
 
 @main.command(cls=cli.Command)
 @cli.options("input", "output", "model", "endpoint", "constitution")
-@click.option("--threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True,
-              help="A principle speaks to a prompt at this probability or above.")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="A principle speaks to a prompt at this probability or above.",
+)
 @cli.options("limit", "batch_size", "device", "dtype", "json", "dry_run", "overwrite")
-def coverage(inputs, output, model, endpoints, constitution, threshold, limit, batch_size, device, dtype, as_json,
-             dry_run, overwrite):
+def coverage(
+    inputs,
+    output,
+    model,
+    endpoints,
+    constitution,
+    threshold,
+    limit,
+    batch_size,
+    device,
+    dtype,
+    as_json,
+    dry_run,
+    overwrite,
+):
     """Find the prompts that no principle speaks to, by a judge model.
 
     Each prompt is asked about with each principle, in both orders of the answers. OUTPUT has a row for each
@@ -299,9 +387,16 @@ def coverage(inputs, output, model, endpoints, constitution, threshold, limit, b
     check_model(model)
     loaded = load_constitution(constitution)
     source = Source(inputs, limit=limit)
-    fingerprint = {"model": model, "weights": identity(model), "input": source.digest, "limit": limit,
-                   "constitution": loaded.sha256, "template": load_template("coverage").sha256,
-                   "threshold": threshold, "dtype": dtype}
+    fingerprint = {
+        "model": model,
+        "weights": identity(model),
+        "input": source.digest,
+        "limit": limit,
+        "constitution": loaded.sha256,
+        "template": load_template("coverage").sha256,
+        "threshold": threshold,
+        "dtype": dtype,
+    }
     journal = Output(output, command="coverage", fingerprint=fingerprint, overwrite=overwrite, inputs=inputs)
     summary = {"command": "coverage", "output": output}
     if dry_run:
@@ -323,21 +418,58 @@ def coverage(inputs, output, model, endpoints, constitution, threshold, limit, b
             journal.finish(source.ids, coverage_counts(rows, loaded, threshold), **fast_path(engine))
     counts = journal.counts
     if counts["label_mass"] is not None and counts["label_mass"] < 0.5:
-        cli.warn(f"the judge would rather not answer with a letter (they have {counts['label_mass']:.0%} of its "
-                 "probability): take a larger judge before you rely on this")
+        cli.warn(
+            f"the judge would rather not answer with a letter (they have {counts['label_mass']:.0%} of its "
+            "probability): take a larger judge before you rely on this"
+        )
     cli.finish({**summary, **counts}, as_json=as_json)
 
 
 @main.command(cls=cli.Command)
 @cli.options("input", "output", "model", "endpoint", "constitution")
 @PRINCIPLE
-@click.option("--by", type=click.Choice(["oracle", "judge"]), default="judge", show_default=True,
-              help="Who reads the responses: the rules of the bundled world, or a judge model.")
+@click.option(
+    "--by",
+    type=click.Choice(["oracle", "judge"]),
+    default="judge",
+    show_default=True,
+    help="Who reads the responses: the rules of the bundled world, or a judge model.",
+)
 @click.option("--judge", metavar="MODEL", help="The judge model: a folder, a hub id, or `tiny`.")
-@cli.options("temperature", "top_p", "max_new_tokens", "seed", "limit", "batch_size", "device", "dtype", "json",
-             "dry_run", "overwrite")
-def ablate(inputs, output, model, endpoints, constitution, principles, by, judge, temperature, top_p, max_new_tokens,
-           seed, limit, batch_size, device, dtype, as_json, dry_run, overwrite):
+@cli.options(
+    "temperature",
+    "top_p",
+    "max_new_tokens",
+    "seed",
+    "limit",
+    "batch_size",
+    "device",
+    "dtype",
+    "json",
+    "dry_run",
+    "overwrite",
+)
+def ablate(
+    inputs,
+    output,
+    model,
+    endpoints,
+    constitution,
+    principles,
+    by,
+    judge,
+    temperature,
+    top_p,
+    max_new_tokens,
+    seed,
+    limit,
+    batch_size,
+    device,
+    dtype,
+    as_json,
+    dry_run,
+    overwrite,
+):
     """Leave one principle out at a time, and show what changes on the figures of the revisions.
 
     Reads rows of revise.py, made with this model, constitution and sampling. The rows that drew a principle are
@@ -351,8 +483,9 @@ def ablate(inputs, output, model, endpoints, constitution, principles, by, judge
     """
     check_model(model)
     if by == "judge" and not judge:
-        raise InputError("--by judge without --judge MODEL",
-                         remedy="Name the judge, or for prompts of tiny.py say --by oracle")
+        raise InputError(
+            "--by judge without --judge MODEL", remedy="Name the judge, or for prompts of tiny.py say --by oracle"
+        )
     loaded = load_constitution(constitution)
     left_out = [p.id for p in _chosen(loaded, principles)]
     reduced = {name: loaded.without(name) for name in left_out}
@@ -364,15 +497,39 @@ def ablate(inputs, output, model, endpoints, constitution, principles, by, judge
     source = Source(inputs, require=("prompt", "kind", "response", "rounds"), limit=limit, check=check)
     rows = list(without_each(source, left_out))
     sampling = Sampling(max_new_tokens, temperature, top_p)
-    _warn_if_other(inputs, {"model": model, "constitution": loaded.sha256, "temperature": temperature, "top_p": top_p,
-                            "max_new_tokens": max_new_tokens, "seed": seed})
-    fingerprint = {"model": model, "weights": identity(model), "input": source.digest, "limit": limit,
-                   "constitution": loaded.sha256, "left_out": left_out, "seed": seed, "temperature": temperature,
-                   "top_p": top_p, "max_new_tokens": max_new_tokens, "dtype": dtype,
-                   "templates": [load_template(name).sha256 for name in ("critique", "revise")]}
+    _warn_if_other(
+        inputs,
+        {
+            "model": model,
+            "constitution": loaded.sha256,
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+        },
+    )
+    fingerprint = {
+        "model": model,
+        "weights": identity(model),
+        "input": source.digest,
+        "limit": limit,
+        "constitution": loaded.sha256,
+        "left_out": left_out,
+        "seed": seed,
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+        "dtype": dtype,
+        "templates": [load_template(name).sha256 for name in ("critique", "revise")],
+    }
     stem = Path(output).with_suffix("")
-    final = Output(output, command="ablate", fingerprint={**fingerprint, "by": by, "judge": judge},
-                   overwrite=overwrite, inputs=inputs)
+    final = Output(
+        output,
+        command="ablate",
+        fingerprint={**fingerprint, "by": by, "judge": judge},
+        overwrite=overwrite,
+        inputs=inputs,
+    )
     redone = Output(f"{stem}.rows.jsonl", command="ablate", fingerprint=fingerprint, overwrite=overwrite, inputs=inputs)
     summary = {"command": "ablate", "output": output, "rows": source.count, "redone": len(rows)}
     if dry_run:
@@ -435,10 +592,23 @@ def _classes(stem, source: Source, redone: Output, by, judge, batch_size, device
     everything = f"{stem}.measured.jsonl"
     whole = (row for _, row in read_jsonl(redone.path) if len(row["rounds"]) == row["wanted"])
     write_jsonl(everything, [*source, *whole])
-    words = [sys.executable, str(SCRIPTS / "evaluate.py"), "--responses", everything, "--by", by,
-             "--output", f"{stem}.evaluation.jsonl", "--batch-size", str(batch_size), "--dtype", dtype,
-             *(["--judge", judge] if judge else []), *(["--device", device] if device else []),
-             *(["--overwrite"] if overwrite else [])]
+    words = [
+        sys.executable,
+        str(SCRIPTS / "evaluate.py"),
+        "--responses",
+        everything,
+        "--by",
+        by,
+        "--output",
+        f"{stem}.evaluation.jsonl",
+        "--batch-size",
+        str(batch_size),
+        "--dtype",
+        dtype,
+        *(["--judge", judge] if judge else []),
+        *(["--device", device] if device else []),
+        *(["--overwrite"] if overwrite else []),
+    ]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
     if done.returncode not in (0, cli.SOME_FAILED):
         error = CaiError(f"evaluate.py ended with exit code {done.returncode}; what is done is kept")
@@ -466,13 +636,20 @@ def _write_differences(output: Output, classes: dict, redone: Output, left_out: 
 
 def _table(rows: list[dict]) -> str:
     """A line for each principle and figure that changed."""
-    changed = [(f"without {row['left_out']}", row["metric"].replace("_", " "), f"{row['redone']}",
-                f"{100 * row['full']:.1f} → {100 * row['without']:.1f} %",
-                f"{100 * row['difference']:+.1f} ({_points(row['low'])} to {_points(row['high'])})")
-               for row in rows if row["difference"]]
+    changed = [
+        (
+            f"without {row['left_out']}",
+            row["metric"].replace("_", " "),
+            f"{row['redone']}",
+            f"{100 * row['full']:.1f} → {100 * row['without']:.1f} %",
+            f"{100 * row['difference']:+.1f} ({_points(row['low'])} to {_points(row['high'])})",
+        )
+        for row in rows
+        if row["difference"]
+    ]
     if not changed:
         return "no figure changed, whichever principle was left out"
-    return metrics.table(("", "figure", "redone", "full → without", "points (95 % interval)"), changed)
+    return tables.table(("", "figure", "redone", "full → without", "points (95 % interval)"), changed)
 
 
 def _points(value: float | None) -> str:

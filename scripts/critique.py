@@ -8,18 +8,19 @@ Leaves out the revision (revise.py) and any check of what the critique says.
 
 import click
 
-from cai import cli, textsteps
-from cai.constitution import load_constitution
-from cai.records import Source
-from cai.revision import check_rounds, current_response
-from cai.templates import load_template
+from cai.base import cli
+from cai.constitution.files import load_constitution
+from cai.constitution.templates import load_template
+from cai.data.rounds import check_rounds, current_response
+from cai.data.sources import Source
+from cai.steps import text
 
 
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model", "constitution")
 @click.option("--template", metavar="NAME|FILE", help="The prompt template.  [default: critique]")
 @click.option("--cot", is_flag=True, help="Think step by step first: the template critique_cot.")
-@textsteps.options
+@text.options
 def main(inputs, output, model, constitution, template, cot, **options):
     """Have a model criticise responses by a drawn principle.
 
@@ -34,7 +35,9 @@ def main(inputs, output, model, constitution, template, cot, **options):
     same = [] if constitution == "harmlessness" else ["--constitution", constitution]
     constitution = load_constitution(constitution)
     source = Source(
-        inputs, require=("prompt", "response"), limit=options["limit"],
+        inputs,
+        require=("prompt", "response"),
+        limit=options["limit"],
         check=lambda row, where, line: check_rounds(row, where, line, critiqued=False),
     )
 
@@ -42,9 +45,7 @@ def main(inputs, output, model, constitution, template, cot, **options):
         return constitution.draw(options["seed"], row["id"], len(row.get("rounds") or ()))
 
     def render(row):
-        return template.render(
-            principle=principle(row), prompt=row["prompt"], response=current_response(row)
-        )
+        return template.render(principle=principle(row), prompt=row["prompt"], response=current_response(row))
 
     def answer(row, made):
         one = {"principle": principle(row).id, "critique": made.text}
@@ -53,11 +54,17 @@ def main(inputs, output, model, constitution, template, cot, **options):
     def tally(done):
         return {"empty": sum(not row["rounds"][-1]["critique"] for row in done)}
 
-    textsteps.run(
-        "critique", source, source.ids, render, answer, tally=tally, inputs=inputs, output=output,
-        model=model, fingerprint={
-            "input": source.digest, "constitution": constitution.sha256, "template": template.sha256,
-        },
+    text.run(
+        "critique",
+        source,
+        source.ids,
+        render,
+        answer,
+        tally=tally,
+        inputs=inputs,
+        output=output,
+        model=model,
+        fingerprint={"input": source.digest, "constitution": constitution.sha256, "template": template.sha256},
         next_command=["revise", "--input", output, "--model", model, *same, "--output", "REVISIONS"],
         **options,
     )

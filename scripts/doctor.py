@@ -22,13 +22,21 @@ from pathlib import Path
 try:
     import click
 except ImportError:
-    print(json.dumps({"ok": False, "problems": [f"click is not installed for {sys.executable}"], "remedies": [
-        "In the folder of this project: python3 -m venv .venv && .venv/bin/pip install ."], "notes": []}))
+    print(
+        json.dumps(
+            {
+                "ok": False,
+                "problems": [f"click is not installed for {sys.executable}"],
+                "remedies": ["In the folder of this project: python3 -m venv .venv && .venv/bin/pip install ."],
+                "notes": [],
+            }
+        )
+    )
     sys.exit(3)
 
-from cai import cli
-from cai.errors import InputError, shorten
-from cai.resources import ROOT
+from cai.base import cli
+from cai.base.errors import InputError, shorten
+from cai.base.paths import ROOT
 
 # What a step holds in memory is estimated for these: the defaults of the commands, for rows of this length.
 TOKENS, NEW, ROWS, TRAINING_ROWS = 512, 256, 32, 8
@@ -36,14 +44,26 @@ LOW_DISK_GB = 5
 
 
 @click.command(cls=cli.Command)
-@click.option("--model", metavar="MODEL", default=None,
-              help="Check this one too: a folder, a hub id, `tiny`, or openai:NAME at --endpoint.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    default=None,
+    help="Check this one too: a folder, a hub id, `tiny`, or openai:NAME at --endpoint.",
+)
 @cli.options("endpoint")
 @click.option("--output", default=".", show_default=True, metavar="PATH", help="Where results will go.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True,
-              help="Seconds to wait for the hub and for each endpoint.")
-@click.option("--hardware", is_flag=True,
-              help="Check nothing: print what each step needs in memory for models of common sizes, and on which GPU.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5.0,
+    show_default=True,
+    help="Seconds to wait for the hub and for each endpoint.",
+)
+@click.option(
+    "--hardware",
+    is_flag=True,
+    help="Check nothing: print what each step needs in memory for models of common sizes, and on which GPU.",
+)
 @cli.options("device", "json")
 def main(model, endpoints, output, timeout, hardware, device, as_json):
     """Check Python, packages, devices, memory, places to write, hub and endpoints, and a model.
@@ -60,17 +80,24 @@ def main(model, endpoints, output, timeout, hardware, device, as_json):
         return
     found = Findings()
     report = {
-        "python": check_python(found), "packages": check_packages(found, "openai" if endpoints else None),
+        "python": check_python(found),
+        "packages": check_packages(found, "openai" if endpoints else None),
         "devices": check_devices(found, device),
-        "places": check_places(found, output), "hub": check_hub(found, timeout),
+        "places": check_places(found, output),
+        "hub": check_hub(found, timeout),
         "endpoints": [check_endpoint(found, url, model, timeout) for url in endpoints],
     }
     if model and not model.startswith("openai:"):
         report["model"] = check_local_model(found, model, report["devices"])
     elif model and not endpoints:
         found.problem(f"{model} without an endpoint", "Name its server with --endpoint URL")
-    result = {"ok": not found.problems, "problems": found.problems, "remedies": found.remedies, "notes": found.notes,
-              **report}
+    result = {
+        "ok": not found.problems,
+        "problems": found.problems,
+        "remedies": found.remedies,
+        "notes": found.notes,
+        **report,
+    }
     if as_json:
         click.echo(json.dumps(result, ensure_ascii=False))
     else:
@@ -107,8 +134,12 @@ def check_python(found: Findings) -> dict:
     version, wanted = ".".join(map(str, sys.version_info[:3])), project()["requires-python"]
     if not within(version, wanted):
         found.problem(f"Python {version}, and {wanted} is needed", "Make the virtual environment with a newer Python")
-    return {"version": version, "wanted": wanted, "executable": sys.executable,
-            "virtual_environment": sys.prefix != sys.base_prefix}
+    return {
+        "version": version,
+        "wanted": wanted,
+        "executable": sys.executable,
+        "virtual_environment": sys.prefix != sys.base_prefix,
+    }
 
 
 def check_packages(found: Findings, extra: str | None = None) -> dict:
@@ -143,8 +174,14 @@ def within(version: str, bounds: str) -> bool:
             found.pop()  # 5 is 5.0
         return tuple(found)
 
-    compare = {">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt,
-               "<": operator.lt}
+    compare = {
+        ">=": operator.ge,
+        "<=": operator.le,
+        "==": operator.eq,
+        "!=": operator.ne,
+        ">": operator.gt,
+        "<": operator.lt,
+    }
     parts = re.findall(r"(>=|<=|==|!=|>|<)\s*([\d.]+)", bounds)
     return all(compare[sign](numbers(version), numbers(bound)) for sign, bound in parts)
 
@@ -165,20 +202,29 @@ def check_devices(found: Findings, asked: str | None) -> dict:
     devices["cpu"]["bf16"] = True  # torch computes it on any CPU, slowly where there are no instructions for it
     for index in range(torch.cuda.device_count()):
         left, most = torch.cuda.mem_get_info(index)
-        devices["accelerators"].append({
-            "name": f"cuda:{index}", "kind": torch.cuda.get_device_name(index), "memory_gb": round(most / 1e9, 1),
-            "free_gb": round(left / 1e9, 1), "bf16": torch.cuda.get_device_capability(index) >= (8, 0),
-        })
+        devices["accelerators"].append(
+            {
+                "name": f"cuda:{index}",
+                "kind": torch.cuda.get_device_name(index),
+                "memory_gb": round(most / 1e9, 1),
+                "free_gb": round(left / 1e9, 1),
+                "bf16": torch.cuda.get_device_capability(index) >= (8, 0),
+            }
+        )
     if torch.backends.mps.is_available():
-        devices["accelerators"].append({"name": "mps", "kind": "Apple GPU", "memory_gb": total, "free_gb": free,
-                                        "bf16": True})
+        devices["accelerators"].append(
+            {"name": "mps", "kind": "Apple GPU", "memory_gb": total, "free_gb": free, "bf16": True}
+        )
     for one in devices["accelerators"]:
         if not one["bf16"]:
             found.note(f"{one['name']} ({one['kind']}) has no bfloat16: say --dtype float16 or float32")
     names = ["cpu", *(one["name"] for one in devices["accelerators"])]
     if asked and asked not in [*names, *(name.partition(":")[0] for name in names)]:
-        found.problem(f"no device {asked}", f"Choose one of {', '.join(names)}; if a GPU is missing, look at "
-                      "nvidia-smi, CUDA_VISIBLE_DEVICES, and whether torch was installed for the CPU alone")
+        found.problem(
+            f"no device {asked}",
+            f"Choose one of {', '.join(names)}; if a GPU is missing, look at "
+            "nvidia-smi, CUDA_VISIBLE_DEVICES, and whether torch was installed for the CPU alone",
+        )
     if not devices["accelerators"]:
         found.note("no GPU: `tiny` runs on the CPU; for models of billions of parameters use a GPU or an endpoint")
     return devices
@@ -207,7 +253,8 @@ def memory() -> tuple[float | None, float | None]:
 def check_places(found: Findings, output: str) -> dict:
     """Free space, and whether a file can be written: the output's folder, the hub's cache, temporary files."""
     cache = os.environ.get("HF_HUB_CACHE") or os.path.join(
-        os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"), "hub")
+        os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"), "hub"
+    )
     places = {"output": output, "hub_cache": cache, "temporary": tempfile.gettempdir()}
     report = {}
     for name, place in places.items():
@@ -220,8 +267,11 @@ def check_places(found: Findings, output: str) -> dict:
             writable = True
         except OSError as error:
             writable = False
-            remedy = {"output": "Name another --output", "hub_cache": "Set HF_HOME to a folder of yours",
-                      "temporary": "Set TMPDIR to a folder of yours"}[name]
+            remedy = {
+                "output": "Name another --output",
+                "hub_cache": "Set HF_HOME to a folder of yours",
+                "temporary": "Set TMPDIR to a folder of yours",
+            }[name]
             found.problem(f"cannot write to {place}: {error.strerror or error}", remedy)
         free = round(shutil.disk_usage(folder).free / 1e9, 1)
         if free < LOW_DISK_GB:
@@ -292,7 +342,7 @@ def check_hub(found: Findings, timeout: float) -> dict:
 
 def check_endpoint(found: Findings, url: str, model: str | None, timeout: float) -> dict:
     """Whether an OpenAI-compatible server answers /models, and has the model of `openai:NAME`."""
-    from cai.servers import check_endpoints
+    from cai.models.servers import check_endpoints
 
     try:
         [address] = check_endpoints(model or "openai:any", [url])
@@ -310,8 +360,10 @@ def check_endpoint(found: Findings, url: str, model: str | None, timeout: float)
         return report
     report |= {"reached": True, "status": status, "seconds": round(time.monotonic() - started, 2)}
     if status in (401, 403):
-        found.problem(f"{address} refuses the key (HTTP {status})" if key else f"{address} wants a key (HTTP {status})",
-                      f"Set {key_name} in the environment")
+        found.problem(
+            f"{address} refuses the key (HTTP {status})" if key else f"{address} wants a key (HTTP {status})",
+            f"Set {key_name} in the environment",
+        )
     elif status != 200:
         found.problem(f"{address}/models answers HTTP {status}", "Check that the address ends like the server's (/v1)")
     else:
@@ -334,19 +386,23 @@ def check_chat(found: Findings, address: str, model: str, timeout: float) -> dic
 
     Some servers take the field and ignore it in silence; a judge then has to write its letter.
     """
-    from cai.errors import CaiError
-    from cai.servers import load_server
+    from cai.base.errors import CaiError
+    from cai.models.servers import load_server
 
     try:
         engine = load_server(model, endpoints=[address], timeout=timeout, patience=timeout)
         logprobs = engine.scores_choices
     except CaiError as error:
-        found.problem(f"{address} lists {model} and does not answer as it: {str(error).rstrip('.')}",
-                      "Look at the server's log; with a slow server raise --timeout")
+        found.problem(
+            f"{address} lists {model} and does not answer as it: {str(error).rstrip('.')}",
+            "Look at the server's log; with a slow server raise --timeout",
+        )
         return {"answers": False, "logprobs": None}
     if not logprobs:
-        found.note(f"{address} gives no log-probabilities: as a judge it writes a letter, which says less than a soft "
-                   "label (references/judging.md)")
+        found.note(
+            f"{address} gives no log-probabilities: as a judge it writes a letter, which says less than a soft "
+            "label (references/judging.md)"
+        )
     return {"answers": True, "logprobs": logprobs}
 
 
@@ -357,7 +413,8 @@ def check_local_model(found: Findings, model: str, devices: dict) -> dict:
     """Tokenizer, chat template and pad token of a model, and for each step whether it fits. Loads no weights."""
     report = {"name": model}
     try:
-        from cai.engines import Chat, check_model
+        from cai.models.chat import Chat
+        from cai.models.loading import check_model
 
         path = check_model(model)
     except ImportError as error:
@@ -368,8 +425,10 @@ def check_local_model(found: Findings, model: str, devices: dict) -> dict:
         return report
     local = cached_folder(path)
     if local is None:
-        found.problem(f"{model} is neither a folder nor in the local cache",
-                      f"Download it (hf download {shorten(model)}), or give a folder")
+        found.problem(
+            f"{model} is neither a folder nor in the local cache",
+            f"Download it (hf download {shorten(model)}), or give a folder",
+        )
         return report
     try:
         from transformers import AutoTokenizer
@@ -402,13 +461,14 @@ def cached_folder(path: str) -> str | None:
 
 def describe_chat(found: Findings, chat) -> dict:
     """What the chat template does, and which tokens end and pad."""
-    from cai.engines import THINKING
+    from cai.models.chat import THINKING
 
     tokenizer = chat.tokenizer
     pad, end = tokenizer.pad_token, tokenizer.eos_token
     if end is None:
-        found.problem("the tokenizer has no end-of-text token: answers would never stop",
-                      "Set eos_token in tokenizer_config.json")
+        found.problem(
+            "the tokenizer has no end-of-text token: answers would never stop", "Set eos_token in tokenizer_config.json"
+        )
     if pad is None:
         found.note("no pad token: training takes a reserved one, or the end token")
     elif pad == end:
@@ -416,10 +476,16 @@ def describe_chat(found: Findings, chat) -> dict:
     thinks = chat.opened or next((one for one, _ in THINKING if one in str(tokenizer.chat_template)), None)
     if chat.opened:
         found.note(f"the chat template opens the model's thinking: it is closed with {chat.opened} and cut out")
-    return {"chat_template": True, "takes_system": chat._takes_system, "thinks": bool(thinks),
-            "ends_turns_with": chat.stop_text or (end if chat.stop_id is None else
-                                                  tokenizer.convert_ids_to_tokens(chat.stop_id)),
-            "pad_token": pad, "eos_token": end, "vocabulary": len(tokenizer)}
+    return {
+        "chat_template": True,
+        "takes_system": chat._takes_system,
+        "thinks": bool(thinks),
+        "ends_turns_with": chat.stop_text
+        or (end if chat.stop_id is None else tokenizer.convert_ids_to_tokens(chat.stop_id)),
+        "pad_token": pad,
+        "eos_token": end,
+        "vocabulary": len(tokenizer),
+    }
 
 
 def check_fast_path(found: Findings, folder: str) -> bool | str | None:
@@ -430,8 +496,8 @@ def check_fast_path(found: Findings, folder: str) -> bool | str | None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from cai.decoding import slow_reason
-    from cai.engines import fast_path_field
+    from cai.models.decoding import slow_reason
+    from cai.models.local import fast_path_field
 
     try:
         with torch.device("meta"):
@@ -440,8 +506,10 @@ def check_fast_path(found: Findings, folder: str) -> bool | str | None:
         found.note(f"whether the fast decoding loop can run the model can't be told: {shorten(error)}")
         return None
     if reason := slow_reason(model):
-        found.note(f"the fast decoding loop can't run the model, because {reason}: writing text and judging take "
-                   "several times as long")
+        found.note(
+            f"the fast decoding loop can't run the model, because {reason}: writing text and judging take "
+            "several times as long"
+        )
     return fast_path_field(reason)
 
 
@@ -451,7 +519,7 @@ def step_memory(shape, gpu: bool) -> dict[str, float]:
     Text steps with ROWS rows in a batch, training with TRAINING_ROWS; on a GPU in bfloat16 with checkpointing,
     else in float32.
     """
-    from cai.estimate import gigabytes, text_memory, training_memory
+    from cai.models.estimate import gigabytes, text_memory, training_memory
 
     size = 2 if gpu else 4
     text = {"size": size, "rows": ROWS, "longest": TOKENS, "chunk": ROWS * TOKENS}
@@ -478,7 +546,7 @@ def step_memory(shape, gpu: bool) -> dict[str, float]:
 
 def fits(found: Findings, folder: str, devices: dict) -> dict:
     """{step: {needs_gb, fits}} on the largest device, by `cai.estimate`. {} for an architecture it does not know."""
-    from cai.estimate import shape_of
+    from cai.models.estimate import shape_of
 
     shape = shape_of(folder)
     if shape is None:
@@ -491,11 +559,15 @@ def fits(found: Findings, folder: str, devices: dict) -> dict:
         report["steps"][step] = {"needs_gb": total, "fits": device["free_gb"] is None or total < device["free_gb"]}
     tight = [step for step, one in report["steps"].items() if not one["fits"]]
     if len(tight) == len(report["steps"]):
-        found.problem(f"the model fits for no step ({device['name']} has {device['free_gb']} GB free)",
-                      "Take a smaller model or a larger device, or serve it and use openai:NAME with --endpoint")
+        found.problem(
+            f"the model fits for no step ({device['name']} has {device['free_gb']} GB free)",
+            "Take a smaller model or a larger device, or serve it and use openai:NAME with --endpoint",
+        )
     elif tight:
-        found.note(f"with rows of {TOKENS + NEW} tokens there is too little memory for: {'; '.join(tight)}. "
-                   "Smaller batches, --lora or another device help")
+        found.note(
+            f"with rows of {TOKENS + NEW} tokens there is too little memory for: {'; '.join(tight)}. "
+            "Smaller batches, --lora or another device help"
+        )
     return report
 
 
@@ -517,7 +589,7 @@ BESIDE_GB = 2
 
 def published_shape(layers, hidden, inner, heads, kv_heads, head_size, vocabulary, tied):
     """The shape of a Llama-like decoder; its parameters counted matrix by matrix (biases and norms left out)."""
-    from cai.estimate import Shape
+    from cai.models.estimate import Shape
 
     attention = 2 * hidden * head_size * (heads + kv_heads)
     count = layers * (attention + 3 * hidden * inner) + vocabulary * hidden * (1 if tied else 2)
@@ -526,7 +598,7 @@ def published_shape(layers, hidden, inner, heads, kv_heads, head_size, vocabular
 
 def hardware_rows() -> list[dict]:
     """[{model, parameters, steps: {step: {needs_gb, gpu}}}]; gpu is the smallest known one that holds it, or None."""
-    from cai.estimate import GPUS
+    from cai.models.estimate import GPUS
 
     rows = []
     for name, sizes in PUBLISHED.items():
@@ -555,20 +627,38 @@ def hardware_table(rows: list[dict]) -> str:
 def show(result: dict) -> None:
     """A line for each thing checked, then the problems with their remedies."""
     python, cpu, hub = result["python"], result["devices"]["cpu"], result["hub"]
-    lines = [("Python", f"{python['version']} ({python['wanted']})"),
-             ("packages", ", ".join(f"{name} {one['version']}" for name, one in result["packages"].items())),
-             ("CPU", f"{cpu['cores']} cores, {cpu['free_gb']} of {cpu['memory_gb']} GB free")]
-    lines += [(one["name"], f"{one['kind']}, {one['free_gb']} of {one['memory_gb']} GB free, "
-               f"bfloat16 {'yes' if one['bf16'] else 'no'}") for one in result["devices"]["accelerators"]]
-    lines += [(name.replace("_", " "), f"{one['path']}: {'writable' if one['writable'] else 'NOT writable'}, "
-               f"{one['free_gb']} GB free") for name, one in result["places"].items()]
+    lines = [
+        ("Python", f"{python['version']} ({python['wanted']})"),
+        ("packages", ", ".join(f"{name} {one['version']}" for name, one in result["packages"].items())),
+        ("CPU", f"{cpu['cores']} cores, {cpu['free_gb']} of {cpu['memory_gb']} GB free"),
+    ]
+    lines += [
+        (
+            one["name"],
+            f"{one['kind']}, {one['free_gb']} of {one['memory_gb']} GB free, bfloat16 {'yes' if one['bf16'] else 'no'}",
+        )
+        for one in result["devices"]["accelerators"]
+    ]
+    lines += [
+        (
+            name.replace("_", " "),
+            f"{one['path']}: {'writable' if one['writable'] else 'NOT writable'}, {one['free_gb']} GB free",
+        )
+        for name, one in result["places"].items()
+    ]
     lines += [("hub", f"answers in {hub['seconds']} s" if hub.get("reached") else hub["reason"])]
-    lines += [("endpoint", f"{one['url']}: {', '.join(one.get('models', ())) or 'no answer'}"
-               + ("" if one.get("logprobs") is None else f", log-probabilities {'yes' if one['logprobs'] else 'NO'}"))
-              for one in result["endpoints"]]
+    lines += [
+        (
+            "endpoint",
+            f"{one['url']}: {', '.join(one.get('models', ())) or 'no answer'}"
+            + ("" if one.get("logprobs") is None else f", log-probabilities {'yes' if one['logprobs'] else 'NO'}"),
+        )
+        for one in result["endpoints"]
+    ]
     if chat := result.get("model"):
-        lines += [("model", ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in chat.items()
-                                      if key != "fits"))]
+        lines += [
+            ("model", ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in chat.items() if key != "fits"))
+        ]
         for step, one in (chat.get("fits") or {}).get("steps", {}).items():
             lines += [("", f"{step}: about {one['needs_gb']} GB, {'fits' if one['fits'] else 'does NOT fit'}")]
     width = max(len(name) for name, _ in lines)

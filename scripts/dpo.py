@@ -10,24 +10,62 @@ the judge could not decide.
 
 import click
 
-from cai import cli, engines, estimate, hub, preferences, records, training
-from cai.errors import CaiError, InputError
-from cai.templates import as_messages
+from cai.base import cli, hashing
+from cai.base.errors import CaiError, InputError
+from cai.data import outputs, preferences
+from cai.data.dialogue import as_messages
+from cai.models import estimate, loading
+from cai.models.chat import encode
+from cai.report import hub
+from cai.train import common
 
 
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model")
-@click.option("--ref-model", metavar="MODEL", default=None,
-              help="What the policy is held near to. Default: --model as it is now.")
-@click.option("--labels", type=click.Choice(["soft", "hard"]), default="soft", show_default=True,
-              help="Train to the judge's probability p_chosen, or to the chosen one being right for certain.")
-@click.option("--beta", type=click.FloatRange(min=0, min_open=True), default=0.1, show_default=True,
-              help="How firmly the policy is held near the reference.")
-@training.training_options(epochs=1, learning_rate=1e-6, batch_size=8, max_length=1024)
+@click.option(
+    "--ref-model", metavar="MODEL", default=None, help="What the policy is held near to. Default: --model as it is now."
+)
+@click.option(
+    "--labels",
+    type=click.Choice(["soft", "hard"]),
+    default="soft",
+    show_default=True,
+    help="Train to the judge's probability p_chosen, or to the chosen one being right for certain.",
+)
+@click.option(
+    "--beta",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.1,
+    show_default=True,
+    help="How firmly the policy is held near the reference.",
+)
+@common.training_options(epochs=1, learning_rate=1e-6, batch_size=8, max_length=1024)
 @hub.option
 @cli.options("seed", "limit", "json", "dry_run", "overwrite")
-def main(inputs, output, model, ref_model, labels, beta, epochs, learning_rate, batch_size, gradient_accumulation,
-         max_length, lora, lora_rank, save_steps, device, dtype, gpu, seed, limit, as_json, dry_run, overwrite):
+def main(
+    inputs,
+    output,
+    model,
+    ref_model,
+    labels,
+    beta,
+    epochs,
+    learning_rate,
+    batch_size,
+    gradient_accumulation,
+    max_length,
+    lora,
+    lora_rank,
+    save_steps,
+    device,
+    dtype,
+    gpu,
+    seed,
+    limit,
+    as_json,
+    dry_run,
+    overwrite,
+):
     """Train a policy on preferences directly, with soft labels and no reward model.
 
     \b
@@ -36,64 +74,104 @@ def main(inputs, output, model, ref_model, labels, beta, epochs, learning_rate, 
           --output runs/dpo --learning-rate 1e-5
     """
     for name in filter(None, (model, ref_model)):
-        engines.check_model(name)
+        loading.check_model(name)
     pairs, counts, digest = preferences.read_pairs(inputs, labels, limit)
     settings = {
-        "model": records.identity(model), "ref_model": records.identity(ref_model or model), "input": digest,
-        "labels": labels, "beta": beta, "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size,
-        "gradient_accumulation": gradient_accumulation, "max_length": max_length,
-        "lora_rank": lora_rank if lora else None, "dtype": dtype, "seed": seed,
+        "model": hashing.identity(model),
+        "ref_model": hashing.identity(ref_model or model),
+        "input": digest,
+        "labels": labels,
+        "beta": beta,
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "gradient_accumulation": gradient_accumulation,
+        "max_length": max_length,
+        "lora_rank": lora_rank if lora else None,
+        "dtype": dtype,
+        "seed": seed,
     }
-    folder = records.claim_folder(output, command="dpo", fingerprint=settings, overwrite=overwrite, inputs=inputs)
+    folder = outputs.claim_folder(output, command="dpo", fingerprint=settings, overwrite=overwrite, inputs=inputs)
     following = f"python scripts/evaluate.py --model {output} --input PROMPTS --output FIGURES"
     if dry_run:
         # Under LoRA the policy without its adapters is the reference, unless another is named.
         frozen = [ref_model or model] if ref_model is not None or not lora else []
         found = estimate.training_plan(
-            model, estimate.lengths_of(model, preferences.sides(pairs)), epochs=epochs,
-            batch_size=batch_size, gradient_accumulation=gradient_accumulation,
-            lora_rank=lora_rank if lora else None, frozen=frozen, gpu=gpu, device=device)
+            model,
+            estimate.lengths_of(model, preferences.prompt_and_sides(pairs)),
+            epochs=epochs,
+            batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            lora_rank=lora_rank if lora else None,
+            frozen=frozen,
+            gpu=gpu,
+            device=device,
+        )
         cli.finish({"output": output, **counts, **found, **hub.planned()}, as_json=as_json, next_command=following)
         return
     if folder.complete:
         cli.finish({"output": output, **folder.counts, **hub.push(output)}, as_json=as_json, next_command=following)
         return
 
-    training.choose_device(device)
-    chat = training.load_chat(model)
+    loading.choose_device(device)
+    chat = loading.load_chat(model)
     rows, counts["overlong"] = tokenized(pairs, chat, max_length)
-    policy = training.load_policy(model, device, dtype, lora=lora, dropout=False)
+    policy = loading.load_policy(model, device, dtype, lora=lora, dropout=False)
     reference = None
     if ref_model is not None or not lora:  # else: the policy with its adapters off
         # What is frozen needs no float32 where the device has bfloat16, which is what `lora` says of a base.
-        reference = training.load_policy(ref_model or model, device, dtype, lora=True, dropout=False)
+        reference = loading.load_policy(ref_model or model, device, dtype, lora=True, dropout=False)
         check_vocabulary(reference, policy, ref_model or model)
     lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
-    order = training.training_order(lengths, batch_size, epochs, seed)
+    order = common.training_order(lengths, batch_size, epochs, seed)
     with folder:
-        arguments = training.trainer_arguments(
-            output, learning_rate=learning_rate, batch_size=batch_size,
-            gradient_accumulation=gradient_accumulation, save_steps=save_steps, seed=seed, device=device,
-            dtype=dtype, lora=lora, beta=beta,
+        arguments = common.trainer_arguments(
+            output,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            save_steps=save_steps,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            lora=lora,
+            beta=beta,
         )
-        trainer = make_trainer(policy, reference, chat.tokenizer, [rows[i] for i in order], arguments, output,
-                               training.lora_config(lora_rank) if lora else None)
-        figures = training.run_trainer(trainer, output)
-        training.save_trained(trainer, chat.tokenizer, output)
-        counts |= {"steps": trainer.state.global_step, "loss": round(figures.training_loss, 4),
-                   **last_figures(trainer.state.log_history)}
+        trainer = make_trainer(
+            policy,
+            reference,
+            chat.tokenizer,
+            [rows[i] for i in order],
+            arguments,
+            output,
+            common.lora_config(lora_rank) if lora else None,
+        )
+        figures = common.run_trainer(trainer, output)
+        common.save_trained(trainer, chat.tokenizer, output)
+        counts |= {
+            "steps": trainer.state.global_step,
+            "loss": round(figures.training_loss, 4),
+            **last_figures(trainer.state.log_history),
+        }
         manifest = folder.finish(counts)
-    if training.is_main_process():
-        cli.finish({"output": output, **counts, "seconds": manifest["seconds"], **hub.push(output)}, as_json=as_json,
-                   next_command=following)
+    if loading.is_main_process():
+        cli.finish(
+            {"output": output, **counts, "seconds": manifest["seconds"], **hub.push(output)},
+            as_json=as_json,
+            next_command=following,
+        )
 
 
 def check_vocabulary(reference, policy, name: str) -> None:
     """InputError unless both models have as many tokens; that they are the same ones is the caller's to know."""
     sizes = [one.config.get_text_config().vocab_size for one in (reference, policy)]
     if sizes[0] != sizes[1]:
-        raise InputError(f"a vocabulary of {sizes[0]} tokens", where=name, expected=f"the policy's, of {sizes[1]}",
-                         remedy="Take a reference that the policy was trained from")
+        raise InputError(
+            f"a vocabulary of {sizes[0]} tokens",
+            where=name,
+            expected=f"the policy's, of {sizes[1]}",
+            remedy="Take a reference that the policy was trained from",
+        )
 
 
 def tokenized(pairs: list[dict], chat, max_length: int) -> tuple[list[dict], int]:
@@ -104,13 +182,14 @@ def tokenized(pairs: list[dict], chat, max_length: int) -> tuple[list[dict], int
     kept, overlong = [], 0
     for pair in pairs:
         prompt = as_messages(pair["prompt"])
-        before, chosen = training.encode(chat, prompt, pair["chosen"])
-        _, rejected = training.encode(chat, prompt, pair["rejected"])
+        before, chosen = encode(chat, prompt, pair["chosen"])
+        _, rejected = encode(chat, prompt, pair["rejected"])
         if len(before) + max(len(chosen), len(rejected)) > max_length:
             overlong += 1
             continue
-        kept.append({"prompt_ids": before, "chosen_ids": chosen, "rejected_ids": rejected,
-                     "p_chosen": pair["p_chosen"]})
+        kept.append(
+            {"prompt_ids": before, "chosen_ids": chosen, "rejected_ids": rejected, "p_chosen": pair["p_chosen"]}
+        )
     if not kept:
         raise InputError(f"all {overlong} pairs are longer", where="--max-length", remedy="Raise --max-length")
     return kept, overlong
@@ -141,8 +220,10 @@ def make_trainer(policy, reference, tokenizer, rows: list[dict], arguments: dict
             p = inputs.pop("p_chosen")
             seen = []  # log-probabilities of the chosen, then of the rejected: the policy's, then the reference's
             watched = {id(one): one for one in (self.model, self.ref_model) if one is not None}.values()
-            hooks = [one.register_forward_hook(lambda _module, _args, made: seen.append(made.log_probs.sum(1)))
-                     for one in watched]
+            hooks = [
+                one.register_forward_hook(lambda _module, _args, made: seen.append(made.log_probs.sum(1)))
+                for one in watched
+            ]
             try:
                 hard = super().compute_loss(model, inputs, False, num_items_in_batch)
             finally:
@@ -160,11 +241,15 @@ def make_trainer(policy, reference, tokenizer, rows: list[dict], arguments: dict
             return loss
 
     return SoftDPOTrainer(
-        model=policy, ref_model=reference, processing_class=tokenizer, train_dataset=Dataset.from_list(rows),
-        peft_config=adapters, data_collator=SoftCollator(pad_token_id=tokenizer.pad_token_id),
+        model=policy,
+        ref_model=reference,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows),
+        peft_config=adapters,
+        data_collator=SoftCollator(pad_token_id=tokenizer.pad_token_id),
         # Every column is used: left to itself, Trainer drops those that the model does not know by name.
         args=DPOConfig(**arguments, max_length=None, remove_unused_columns=False),
-        callbacks=[training.MetricsLog(output, "dpo")],
+        callbacks=[common.MetricsLog(output, "dpo")],
     )
 
 

@@ -7,9 +7,10 @@ Leaves out any judgement of the answers, and few-shot prompting: a chat model is
 
 import click
 
-from cai import cli, textsteps
-from cai.records import Source
-from cai.templates import as_messages
+from cai.base import cli
+from cai.data.dialogue import as_messages
+from cai.data.sources import Source
+from cai.steps import text
 
 
 class Samples:
@@ -31,10 +32,9 @@ class Samples:
 
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model")
-@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True,
-              help="Responses for each prompt.")
+@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Responses for each prompt.")
 @click.option("--system", metavar="TEXT", help="A system message in front of every prompt.")
-@textsteps.options
+@text.options
 def main(inputs, output, model, samples, system, **options):
     """Answer prompts with a model.
 
@@ -57,9 +57,16 @@ def main(inputs, output, model, samples, system, **options):
             empty += not row["response"]
         return {"prompts": source.count, "unfinished": unfinished, "empty": empty}
 
-    textsteps.run(
-        "generate", rows, rows.ids, lambda row: before + as_messages(row["prompt"]), answer,
-        inputs=inputs, output=output, model=model, tally=tally,
+    text.run(
+        "generate",
+        rows,
+        rows.ids,
+        lambda row: before + as_messages(row["prompt"]),
+        answer,
+        inputs=inputs,
+        output=output,
+        model=model,
+        tally=tally,
         fingerprint={"input": source.digest, "samples": samples, "system": system},
         next_command=["critique", "--input", output, "--model", model, "--output", "CRITIQUES"],
         **options,

@@ -20,13 +20,20 @@ from pathlib import Path
 
 import click
 
-from cai import alarms, cli, engines, estimate, hub, judging, records, training
-from cai.constitution import load_constitution
-from cai.errors import CaiError, InputError, shorten
-from cai.records import hashed_seed
-from cai.revision import current_response
-from cai.reward import Scorer, check_reward_model
-from cai.templates import as_messages, load_template
+from cai.base import cli, hashing
+from cai.base.errors import CaiError, InputError, shorten
+from cai.base.hashing import hashed_seed
+from cai.constitution.files import load_constitution
+from cai.constitution.templates import load_template
+from cai.data import outputs, preferences, readers, sources
+from cai.data.dialogue import as_messages
+from cai.data.rounds import current_response
+from cai.models import estimate, loading, local
+from cai.models.scorer import Scorer, check_reward_model
+from cai.report import hub
+from cai.stats import drawing
+from cai.steps import judging
+from cai.train import alarms, common, updates
 
 _positive = click.IntRange(min=1)
 _above_0 = click.FloatRange(min=0, min_open=True)
@@ -38,57 +45,148 @@ SAMPLES, CURVES, ALARMS = "samples.jsonl", "curves.png", "alarms.json"
 
 # TRL's names for what a row of metrics.jsonl says, after ours, which are those of ppo.py.
 FIGURES = {
-    "score": "score", "score_std": "reward_std", "reward": "reward", "label_mass": "label_mass", "kl": "kl",
-    "entropy": "entropy", "response_length": "completions/mean_length", "eos_rate": "completions/clipped_ratio",
-    "groups_alike": "frac_reward_zero_std", "clip_fraction": "clip_ratio/region_mean", "loss": "loss",
-    "grad_norm": "grad_norm", "learning_rate": "learning_rate",
+    "score": "score",
+    "score_std": "reward_std",
+    "reward": "reward",
+    "label_mass": "label_mass",
+    "kl": "kl",
+    "entropy": "entropy",
+    "response_length": "completions/mean_length",
+    "eos_rate": "completions/clipped_ratio",
+    "groups_alike": "frac_reward_zero_std",
+    "clip_fraction": "clip_ratio/region_mean",
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
 }
 
 
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model")
-@click.option("--algorithm", type=click.Choice(["grpo", "rloo"]), default="grpo", show_default=True,
-              help="grpo: rewards scaled within the group, KL in the loss. rloo: leave-one-out, KL in the reward.")
+@click.option(
+    "--algorithm",
+    type=click.Choice(["grpo", "rloo"]),
+    default="grpo",
+    show_default=True,
+    help="grpo: rewards scaled within the group, KL in the loss. rloo: leave-one-out, KL in the reward.",
+)
 @click.option("--reward-model", metavar="MODEL", default=None, help="A reward model, from reward_model.py.")
-@click.option("--judge", metavar="MODEL", default=None,
-              help="Instead: the judge model whose verdicts are the reward: a folder, a hub id, or `tiny`.")
-@click.option("--against", metavar="FILE", default=None,
-              help="Responses to the same prompts that the judge compares with, from generate.py (with --judge).")
+@click.option(
+    "--judge",
+    metavar="MODEL",
+    default=None,
+    help="Instead: the judge model whose verdicts are the reward: a folder, a hub id, or `tiny`.",
+)
+@click.option(
+    "--against",
+    metavar="FILE",
+    default=None,
+    help="Responses to the same prompts that the judge compares with, from generate.py (with --judge).",
+)
 @cli.options("constitution")
-@click.option("--template", default="preference", show_default=True, metavar="NAME|FILE",
-              help="Template of the judge's forced choice.")
+@click.option(
+    "--template",
+    default="preference",
+    show_default=True,
+    metavar="NAME|FILE",
+    help="Template of the judge's forced choice.",
+)
 @click.option("--updates", type=_positive, default=100, show_default=True, help="Rounds of sampling and training.")
-@click.option("--prompts-per-update", type=_positive, default=16, show_default=True,
-              help="Prompts drawn for an update.")
-@click.option("--samples", type=click.IntRange(min=2), default=8, show_default=True,
-              help="Responses to each prompt: the group that is compared.")
+@click.option(
+    "--prompts-per-update", type=_positive, default=16, show_default=True, help="Prompts drawn for an update."
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=2),
+    default=8,
+    show_default=True,
+    help="Responses to each prompt: the group that is compared.",
+)
 @click.option("--epochs", type=_positive, default=1, show_default=True, help="Passes over the rows of an update.")
 @click.option("--minibatches", type=_positive, default=1, show_default=True, help="Optimizer steps in a pass.")
-@click.option("--batch-size", type=_positive, default=8, show_default=True,
-              help="Rows in one forward pass, on each process; made smaller until it divides a minibatch.")
+@click.option(
+    "--batch-size",
+    type=_positive,
+    default=8,
+    show_default=True,
+    help="Rows in one forward pass, on each process; made smaller until it divides a minibatch.",
+)
 @click.option("--learning-rate", type=_above_0, default=1e-6, show_default=True, help="At the start; falls to 0.")
-@click.option("--kl-coef", type=_from_0, default=0.04, show_default=True,
-              help="Weight of the KL to the reference; 0 does without, which is TRL's default for GRPO.")
-@click.option("--temperature", type=_above_0, default=0.7, show_default=True,
-              help="Of the sampling. It is the policy at this temperature that is trained.")
+@click.option(
+    "--kl-coef",
+    type=_from_0,
+    default=0.04,
+    show_default=True,
+    help="Weight of the KL to the reference; 0 does without, which is TRL's default for GRPO.",
+)
+@click.option(
+    "--temperature",
+    type=_above_0,
+    default=0.7,
+    show_default=True,
+    help="Of the sampling. It is the policy at this temperature that is trained.",
+)
 @click.option("--max-new-tokens", type=_positive, default=256, show_default=True, help="Longest response, in tokens.")
-@click.option("--missing-eos-penalty", type=_from_0, default=1.0, show_default=True,
-              help="Taken off the score of a response that did not end.")
-@click.option("--trl", default="", metavar="FLAGS",
-              help="TRL's own flags of GRPOConfig or RLOOConfig, in quotes: '--use_vllm true --vllm_mode colocate'.")
-@click.option("--lora/--full", "lora", default=False, show_default=True,
-              help="Train low-rank adapters, or all weights.")
+@click.option(
+    "--missing-eos-penalty",
+    type=_from_0,
+    default=1.0,
+    show_default=True,
+    help="Taken off the score of a response that did not end.",
+)
+@click.option(
+    "--trl",
+    default="",
+    metavar="FLAGS",
+    help="TRL's own flags of GRPOConfig or RLOOConfig, in quotes: '--use_vllm true --vllm_mode colocate'.",
+)
+@click.option(
+    "--lora/--full", "lora", default=False, show_default=True, help="Train low-rank adapters, or all weights."
+)
 @click.option("--lora-rank", type=_positive, default=16, show_default=True, help="Rank of the adapters.")
-@click.option("--save-every", type=click.IntRange(min=0), default=10, show_default=True,
-              help="Updates between two saved states to resume from; 0: none.")
-@click.option("--samples-every", type=_positive, default=10, show_default=True,
-              help="Updates between two looks at the responses, in samples.jsonl.")
+@click.option(
+    "--save-every",
+    type=click.IntRange(min=0),
+    default=10,
+    show_default=True,
+    help="Updates between two saved states to resume from; 0: none.",
+)
+@click.option(
+    "--samples-every",
+    type=_positive,
+    default=10,
+    show_default=True,
+    help="Updates between two looks at the responses, in samples.jsonl.",
+)
 @alarms.options
 @hub.option
 @estimate.gpu_option
 @cli.options("seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
-def main(inputs, output, model, algorithm, reward_model, judge, against, constitution, template, trl, lora, lora_rank,
-         save_every, alarm, stop_on, gpu, limit, device, dtype, as_json, dry_run, overwrite, **chosen):
+def main(
+    inputs,
+    output,
+    model,
+    algorithm,
+    reward_model,
+    judge,
+    against,
+    constitution,
+    template,
+    trl,
+    lora,
+    lora_rank,
+    save_every,
+    alarm,
+    stop_on,
+    gpu,
+    limit,
+    device,
+    dtype,
+    as_json,
+    dry_run,
+    overwrite,
+    **chosen,
+):
     """Train a policy by comparing its own responses to one prompt: GRPO or RLOO.
 
     \b
@@ -97,67 +195,111 @@ def main(inputs, output, model, algorithm, reward_model, judge, against, constit
           --reward-model runs/reward --output runs/grpo --updates 20 --learning-rate 1e-4
     """
     check_usage(reward_model, judge, against)
-    engines.check_model(model)
-    source = records.Source(inputs, limit=limit)
+    loading.check_model(model)
+    source = sources.Source(inputs, limit=limit)
     sizes, watch = batch_sizes(chosen), alarms.Watch(alarms.limits(alarm), stop_on)
-    asked = {"reward_model": records.identity(reward_model)} if reward_model else {}
+    asked = {"reward_model": hashing.identity(reward_model)} if reward_model else {}
     question = references = None
     if judge:
         question = GroupQuestion(load_constitution(constitution), load_template(template), seed=chosen["seed"])
         references, digest = read_references(against, source)
-        asked = {"judge": records.identity(judge), "against": digest, "constitution": question.constitution.sha256,
-                 "template": question.template.sha256}
+        asked = {
+            "judge": hashing.identity(judge),
+            "against": digest,
+            "constitution": question.constitution.sha256,
+            "template": question.template.sha256,
+        }
     fingerprint = {
-        "model": records.identity(model), "input": source.digest, "algorithm": algorithm, **asked, "trl": trl,
-        "lora_rank": lora_rank if lora else None, "dtype": dtype,
+        "model": hashing.identity(model),
+        "input": source.digest,
+        "algorithm": algorithm,
+        **asked,
+        "trl": trl,
+        "lora_rank": lora_rank if lora else None,
+        "dtype": dtype,
         # A run stopped for want of memory may go on in smaller batches, and one stopped by an alarm without it.
         **{name: value for name, value in chosen.items() if name != "batch_size"},
     }
-    folder = records.claim_folder(output, command="grpo", fingerprint=fingerprint, overwrite=overwrite,
-                                  inputs=[*inputs, *filter(None, [against])])
+    folder = outputs.claim_folder(
+        output, command="grpo", fingerprint=fingerprint, overwrite=overwrite, inputs=[*inputs, *filter(None, [against])]
+    )
     following = f"python scripts/evaluate.py --model {output} --input PROMPTS --output FIGURES"
     if dry_run:
-        found = plan(model, reward_model or judge, [as_messages(row["prompt"]) for row in source], chosen, sizes,
-                     lora_rank=lora_rank if lora else None, gpu=gpu, device=device)
+        found = plan(
+            model,
+            reward_model or judge,
+            [as_messages(row["prompt"]) for row in source],
+            chosen,
+            sizes,
+            lora_rank=lora_rank if lora else None,
+            gpu=gpu,
+            device=device,
+        )
         cli.finish({"output": output, **found, **hub.planned()}, as_json=as_json, next_command=following)
         return
     if folder.complete:
         cli.finish({"output": output, **folder.counts, **hub.push(output)}, as_json=as_json, next_command=following)
         return
 
-    training.choose_device(device)
-    kind, config = make_config(algorithm, trl, training.trainer_arguments(
-        output, learning_rate=chosen["learning_rate"], batch_size=sizes["batch"],
-        gradient_accumulation=sizes["accumulation"], save_steps=save_every * sizes["per_update"],
-        seed=chosen["seed"], device=device, dtype=dtype, lora=lora, **sampling_arguments(chosen, sizes),
-    ))
-    chat = training.load_chat(model)
-    policy = training.load_policy(model, device, dtype, lora=lora, dropout=False)
-    from cai.ppo import encode_prompts
+    loading.choose_device(device)
+    kind, config = make_config(
+        algorithm,
+        trl,
+        common.trainer_arguments(
+            output,
+            learning_rate=chosen["learning_rate"],
+            batch_size=sizes["batch"],
+            gradient_accumulation=sizes["accumulation"],
+            save_steps=save_every * sizes["per_update"],
+            seed=chosen["seed"],
+            device=device,
+            dtype=dtype,
+            lora=lora,
+            **sampling_arguments(chosen, sizes),
+        ),
+    )
+    chat = loading.load_chat(model)
+    policy = loading.load_policy(model, device, dtype, lora=lora, dropout=False)
+    from cai.train.prompts import encode_prompts
 
     prompts = encode_prompts([as_messages(row["prompt"]) for row in source], chat, policy, chosen["max_new_tokens"])
     if judge:
-        engine = engines.load_engine(judge, batch_size=4 * chosen["batch_size"], device=device, dtype=dtype)
+        engine = loading.load_engine(judge, batch_size=4 * chosen["batch_size"], device=device, dtype=dtype)
         scorer = JudgeReward(engine, question, references)
     else:
         engine = None
         scorer = ModelReward(reward_model, chat, device, dtype, 4 * chosen["batch_size"])
-    order = training.training_order([1] * len(prompts), 1, sizes["prompts"] / len(prompts), chosen["seed"])
+    order = common.training_order([1] * len(prompts), 1, sizes["prompts"] / len(prompts), chosen["seed"])
     with folder:
-        trainer = make_trainer(kind, config, policy, chat, prompts, order, scorer, output, chosen, sizes, watch,
-                               training.lora_config(lora_rank) if lora else None)
+        trainer = make_trainer(
+            kind,
+            config,
+            policy,
+            chat,
+            prompts,
+            order,
+            scorer,
+            output,
+            chosen,
+            sizes,
+            watch,
+            common.lora_config(lora_rank) if lora else None,
+        )
         try:
-            training.run_trainer(trainer, output)
+            common.run_trainer(trainer, output)
         finally:
             draw_curves(output)
         policy.generation_config = trainer.own_generation_config
-        training.save_trained(trainer, chat.tokenizer, output)
-        if training.is_main_process():
+        common.save_trained(trainer, chat.tokenizer, output)
+        if loading.is_main_process():
             counts = {"prompts": source.count, **summary(output, trainer.state.global_step)}
-            manifest = folder.finish(counts, **engines.fast_path(engine))
-    if training.is_main_process():
-        cli.finish({"output": output, **counts, "seconds": manifest["seconds"], **hub.push(output)}, as_json=as_json,
-                   next_command=following)
+            manifest = folder.finish(counts, **local.fast_path(engine))
+    if loading.is_main_process():
+        cli.finish(
+            {"output": output, **counts, "seconds": manifest["seconds"], **hub.push(output)},
+            as_json=as_json,
+            next_command=following,
+        )
 
 
 # --- before the start ------------------------------------------------------------------------------------
@@ -169,11 +311,12 @@ def check_usage(reward_model, judge, against) -> None:
         raise InputError("what rewards is not clear", expected="one of: --reward-model MODEL; --judge MODEL")
     if bool(judge) != bool(against):
         raise InputError(
-            "--judge goes with --against FILE, the responses it compares with", where="--against",
+            "--judge goes with --against FILE, the responses it compares with",
+            where="--against",
             remedy="Make them: python scripts/generate.py --model MODEL --input PROMPTS --output FILE",
         )
     if judge:
-        engines.check_model(judge)
+        loading.check_model(judge)
     else:
         check_reward_model(reward_model)
 
@@ -190,12 +333,16 @@ def batch_sizes(chosen: dict) -> dict:
     if rows % parts:
         raise InputError(
             f"{rows} responses an update do not divide by {parts} (minibatches and processes)",
-            where="--prompts-per-update", expected=f"with --samples, a multiple of {parts}",
+            where="--prompts-per-update",
+            expected=f"with --samples, a multiple of {parts}",
         )
     share = rows // parts
     batch = max(size for size in range(1, min(share, chosen["batch_size"]) + 1) if share % size == 0)
     return {
-        "rows": rows, "batch": batch, "accumulation": share // batch, "generations": rows // processes // batch,
+        "rows": rows,
+        "batch": batch,
+        "accumulation": share // batch,
+        "generations": rows // processes // batch,
         "per_update": chosen["epochs"] * chosen["minibatches"],
         "prompts": chosen["updates"] * chosen["prompts_per_update"],
     }
@@ -207,11 +354,21 @@ def plan(model: str, rewarding: str, prompts: list, chosen: dict, sizes: dict, *
     # Under LoRA the policy without its adapters is the reference.
     reference = [] if sizing["lora_rank"] or not chosen["kl_coef"] else [model]
     return {
-        "prompts": len(prompts), "updates": chosen["updates"], "episodes": episodes,
+        "prompts": len(prompts),
+        "updates": chosen["updates"],
+        "episodes": episodes,
         "steps": chosen["updates"] * sizes["per_update"],
-        **estimate.rl_plan(model, prompts, episodes=episodes, new_tokens=chosen["max_new_tokens"],
-                           epochs=chosen["epochs"], batch_size=sizes["batch"],
-                           sampled=sizes["batch"] * sizes["generations"], frozen=[rewarding, *reference], **sizing),
+        **estimate.rl_plan(
+            model,
+            prompts,
+            episodes=episodes,
+            new_tokens=chosen["max_new_tokens"],
+            epochs=chosen["epochs"],
+            batch_size=sizes["batch"],
+            sampled=sizes["batch"] * sizes["generations"],
+            frozen=[rewarding, *reference],
+            **sizing,
+        ),
     }
 
 
@@ -276,14 +433,16 @@ class ModelReward:
     """The score of a reward model. InputError unless it reads the policy's tokens."""
 
     def __init__(self, path: str, policy_chat, device, dtype, batch_size: int):
-        chat = training.load_chat(path)
+        chat = loading.load_chat(path)
         if chat.tokenizer.get_vocab() != policy_chat.tokenizer.get_vocab():
             raise InputError(
-                "another tokenizer than the policy's", where=path, expected=f"the tokenizer of {policy_chat.name}",
+                "another tokenizer than the policy's",
+                where=path,
+                expected=f"the tokenizer of {policy_chat.name}",
                 remedy="Train it from the policy's own checkpoint",
             )
         # What is frozen needs no float32 where the device has bfloat16, which is what `lora` says of a base.
-        model = training.load_reward_model(path, device, dtype, lora=True).to(training.best_device(device))
+        model = loading.load_reward_model(path, device, dtype, lora=True).to(loading.best_device(device))
         model.config.get_text_config().pad_token_id = chat.tokenizer.pad_token_id
         self.scorer = Scorer(chat, model.eval(), batch_size, 1.0)
 
@@ -323,9 +482,14 @@ class JudgeReward:
         for place, (row, prompt, response) in enumerate(zip(rows, conversations, responses, strict=True)):
             others = self.references[row]
             other = others[hashed_seed("reference", self.question.seed, row, update) % len(others)]
-            comparison = {"id": str(place), "group": f"{row}/{update}", "prompt": prompt,
-                          "response_a": response, "response_b": other}
-            if judging.identical(comparison):
+            comparison = {
+                "id": str(place),
+                "group": f"{row}/{update}",
+                "prompt": prompt,
+                "response_a": response,
+                "response_b": other,
+            }
+            if preferences.is_tie(comparison):
                 rewards[place] = 0.0
             else:
                 comparisons.append(comparison)
@@ -340,7 +504,7 @@ class JudgeReward:
 
 def read_references(against: str, source) -> tuple[list[list[str]], str]:
     """(responses to each prompt of `source`, digest of the file). InputError for a prompt without any."""
-    given = records.Source([against], require=("prompt", "response"))
+    given = sources.Source([against], require=("prompt", "response"))
     found: dict[str, list[str]] = {}
     for row in given:
         found.setdefault(_key(row), []).append(current_response(row))
@@ -348,7 +512,8 @@ def read_references(against: str, source) -> tuple[list[list[str]], str]:
     if without:
         raise InputError(
             f"{len(without)} of {source.count} prompts have no response to compare with, "
-            f"{shorten(without[0]['id'])!r} among them", where=against,
+            f"{shorten(without[0]['id'])!r} among them",
+            where=against,
             remedy="Make them: python scripts/generate.py --model MODEL --input PROMPTS --output FILE",
         )
     return [found[_key(row)] for row in source], given.digest
@@ -367,8 +532,10 @@ def make_reward(prompts, chat, stops, scorer, output: str, chosen: dict, seen: l
 
     def reward(completion_ids, row, update, trainer_state, log_metric, **_):
         ended = [ids[-1] in stops for ids in completion_ids]
-        texts = [chat.answer(ids[:-1] if end else ids, continued=False)[0]
-                 for ids, end in zip(completion_ids, ended, strict=True)]
+        texts = [
+            chat.answer(ids[:-1] if end else ids, continued=False)[0]
+            for ids, end in zip(completion_ids, ended, strict=True)
+        ]
         scores, figures = scorer(row, update[0], [prompts[i].messages for i in row], texts)
         seen[:] = gather_object([(prompts[i].messages, text) for i, text in zip(row, texts, strict=True)])
         known = [score for score in scores if score is not None]
@@ -379,13 +546,18 @@ def make_reward(prompts, chat, stops, scorer, output: str, chosen: dict, seen: l
             log_metric(name, value)
         if update[0] % chosen["samples_every"] == 0 and trainer_state.is_world_process_zero:
             shown = zip(row, texts, scores, completion_ids, ended, strict=True)
-            write_samples(output, update[0] + 1, [
-                {"prompt": prompts[i].messages, "response": text, "score": score, "tokens": len(ids), "ended": end}
-                for i, text, score, ids, end in list(shown)[:4]
-            ])
+            write_samples(
+                output,
+                update[0] + 1,
+                [
+                    {"prompt": prompts[i].messages, "response": text, "score": score, "tokens": len(ids), "ended": end}
+                    for i, text, score, ids, end in list(shown)[:4]
+                ],
+            )
         penalty = chosen["missing_eos_penalty"]
-        return [None if score is None else score - penalty * (not end)
-                for score, end in zip(scores, ended, strict=True)]
+        return [
+            None if score is None else score - penalty * (not end) for score, end in zip(scores, ended, strict=True)
+        ]
 
     return reward
 
@@ -393,9 +565,9 @@ def make_reward(prompts, chat, stops, scorer, output: str, chosen: dict, seen: l
 def write_samples(output: str, update: int, rows: list[dict]) -> None:
     """Rows of one update to samples.jsonl, in place of any that a stopped run wrote from here on."""
     path = Path(output) / SAMPLES
-    kept = [row for _, row in records.read_jsonl(path) if row["update"] < update] if path.exists() else []
+    kept = [row for _, row in readers.read_jsonl(path) if row["update"] < update] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    records.write_jsonl(path, kept + [{"update": update, **row} for row in rows])
+    outputs.write_jsonl(path, kept + [{"update": update, **row} for row in rows])
 
 
 # --- training --------------------------------------------------------------------------------------------
@@ -404,14 +576,14 @@ def write_samples(output: str, update: int, rows: list[dict]) -> None:
 def make_trainer(kind, config, policy, chat, prompts, order, scorer, output, chosen, sizes, watch, adapters=None):
     """TRL's trainer over the prompts in `order`, a group of responses each.
 
-    kind, config: from `make_config`. prompts: from `cai.ppo.encode_prompts`. scorer: (rows, update,
+    kind, config: from `make_config`. prompts: from `cai.train.prompts.encode_prompts`. scorer: (rows, update,
     conversations, responses) -> (scores, figures).
     """
     import torch
     from datasets import Dataset
     from transformers import GenerationConfig
 
-    from cai.ppo import chat_stops
+    from cai.models.chat import chat_stops
 
     class Checked(kind):
         def compute_loss(self, *arguments, **named):
@@ -435,8 +607,12 @@ def make_trainer(kind, config, policy, chat, prompts, order, scorer, output, cho
     rows = [{"prompt": texts[i], "row": i, "update": n // per_update} for n, i in enumerate(order)]
     seen: list[tuple] = []
     trainer = Checked(
-        model=policy, reward_funcs=make_reward(prompts, chat, stops, scorer, output, chosen, seen), args=config,
-        train_dataset=Dataset.from_list(rows), processing_class=plain(chat.tokenizer), peft_config=adapters,
+        model=policy,
+        reward_funcs=make_reward(prompts, chat, stops, scorer, output, chosen, seen),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=plain(chat.tokenizer),
+        peft_config=adapters,
         callbacks=[update_log(output, config, sizes, watch, seen)],
     )
     trainer.own_generation_config = own
@@ -477,7 +653,7 @@ def update_log(output: str, config, sizes: dict, watch: alarms.Watch, seen: list
     def place(args, state) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
-    class UpdateLog(training.MetricsLog):
+    class UpdateLog(common.MetricsLog):
         def on_train_begin(self, args, state, control, **_):
             super().on_train_begin(args, state, control)
             saved = place(args, state) / ALARMS
@@ -504,31 +680,34 @@ def update_log(output: str, config, sizes: dict, watch: alarms.Watch, seen: list
                         cli.warn(f"alarm in update {row['update']}: {alarm.message}.")
                     raised.add(alarm.name)
             if stopping := watch.stops(found):
-                last = training.last_state(Path(args.output_dir))
+                last = common.last_state(Path(args.output_dir))
                 where = f"The last policy saved is {last}" if last else "No state was saved yet"
-                raise CaiError(f"stopped in update {row['update']} by --stop-on {stopping.name}: {stopping.message}. "
-                               f"{where}.")
+                raise CaiError(
+                    f"stopped in update {row['update']} by --stop-on {stopping.name}: {stopping.message}. {where}."
+                )
 
     return UpdateLog(output, "train")
 
 
 def draw_curves(output: str) -> None:
     """The figures of the run as a picture, beside metrics.jsonl."""
-    from cai import plots, ppo
 
-    if training.is_main_process():
-        plots.curves(Path(output) / CURVES, ppo.figures_of(output), Path(output).name)
+    if loading.is_main_process():
+        drawing.curves(Path(output) / CURVES, updates.figures_of(output), Path(output).name)
 
 
 def summary(output: str, steps: int) -> dict:
     """The counts of the manifest, from the rows of metrics.jsonl."""
-    from cai.ppo import figures_of
+    from cai.train.updates import figures_of
 
     rows = figures_of(output)
     shown = ("score", "kl", "response_length", "eos_rate", "entropy")
     return {
-        "updates": rows[-1]["update"], "episodes": rows[-1]["episodes"], "steps": steps,
-        "score_at_first": rows[0]["score"], **{name: rows[-1][name] for name in shown if name in rows[-1]},
+        "updates": rows[-1]["update"],
+        "episodes": rows[-1]["episodes"],
+        "steps": steps,
+        "score_at_first": rows[0]["score"],
+        **{name: rows[-1][name] for name in shown if name in rows[-1]},
         "alarms": sorted({name for row in rows for name in row.get("alarms", ())}),
     }
 

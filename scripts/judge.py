@@ -16,14 +16,25 @@ from pathlib import Path
 
 import click
 
-from cai import audit, cli, ensemble, hub, judging, metrics, textsteps
-from cai.constitution import load_constitution
-from cai.engines import Sampling, check_model, fast_path, load_engine
-from cai.errors import InputError
-from cai.estimate import text_plan
-from cai.processes import Team
-from cai.records import Output, Source, identity, read_jsonl
-from cai.templates import load_template
+from cai.base import cli
+from cai.base.errors import InputError
+from cai.base.hashing import identity
+from cai.constitution.files import load_constitution
+from cai.constitution.templates import load_template
+from cai.data import preferences
+from cai.data.outputs import Output
+from cai.data.processes import Team
+from cai.data.readers import read_jsonl
+from cai.data.sources import Source
+from cai.evaluate import audit
+from cai.models.engine import Sampling
+from cai.models.estimate import text_plan
+from cai.models.loading import check_model, load_engine
+from cai.models.local import fast_path
+from cai.report import hub
+from cai.stats import agreement, tables
+from cai.steps import judging, text
+from cai.steps.pairs import Pairs
 
 COT_LIMITS = (0.4, 0.6)  # paper, section 4.1: reasoning makes the probabilities too sure
 
@@ -31,33 +42,96 @@ COT_LIMITS = (0.4, 0.6)  # paper, section 4.1: reasoning makes the probabilities
 @click.command(cls=cli.Command)
 @cli.options("input", "output")
 @click.option("--model", metavar="MODEL", help="The judge: a folder, a hub id, or `tiny` (bundled).")
-@click.option("--judge", multiple=True, metavar="MODEL", help="A further judge. Repeatable; then --model may be "
-              "left out.")
-@click.option("--combine", type=click.Choice(ensemble.WAYS), default="mean", show_default=True,
-              help="How several judges become one label. dawid-skene weighs them by how they agree. Another way with "
-              "--overwrite asks no judge again.")
+@click.option(
+    "--judge", multiple=True, metavar="MODEL", help="A further judge. Repeatable; then --model may be left out."
+)
+@click.option(
+    "--combine",
+    type=click.Choice(agreement.WAYS),
+    default="mean",
+    show_default=True,
+    help="How several judges become one label. dawid-skene weighs them by how they agree. Another way with "
+    "--overwrite asks no judge again.",
+)
 @cli.options("constitution")
-@click.option("--principles", type=click.Choice(["drawn", "all"]), default="drawn", show_default=True,
-              help="One principle for each comparison, drawn at random, or all, averaged by weight.")
+@click.option(
+    "--principles",
+    type=click.Choice(["drawn", "all"]),
+    default="drawn",
+    show_default=True,
+    help="One principle for each comparison, drawn at random, or all, averaged by weight.",
+)
 @click.option("--no-examples", is_flag=True, help="Do not show the judge the constitution's worked comparisons.")
-@click.option("--against", metavar="FILE", help="Compare with these responses to the same prompts instead of "
-              "among --input.")
-@click.option("--pairs-per-prompt", type=click.IntRange(min=1), default=None,
-              help="Compare at most N pairs of a prompt's responses.  [default: all]")
-@click.option("--template", default="preference", show_default=True, metavar="NAME|FILE",
-              help="Template of the forced choice.")
-@click.option("--answer-template", default="preference_answer", show_default=True, metavar="NAME|FILE",
-              help="Template for a judge without log-probabilities, which writes a letter.")
+@click.option(
+    "--against", metavar="FILE", help="Compare with these responses to the same prompts instead of among --input."
+)
+@click.option(
+    "--pairs-per-prompt",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Compare at most N pairs of a prompt's responses.  [default: all]",
+)
+@click.option(
+    "--template", default="preference", show_default=True, metavar="NAME|FILE", help="Template of the forced choice."
+)
+@click.option(
+    "--answer-template",
+    default="preference_answer",
+    show_default=True,
+    metavar="NAME|FILE",
+    help="Template for a judge without log-probabilities, which writes a letter.",
+)
 @click.option("--cot", is_flag=True, help="Let the judge reason first, with the template preference_cot.")
-@click.option("--clamp", nargs=2, type=click.FloatRange(0, 1), default=None, metavar="LOW HIGH",
-              help="Keep probabilities within these; 0 1 is off.  [default: 0.4 0.6 with --cot, else off]")
-@click.option("--audit", "audit_path", metavar="FILE", help="Measure what the labels are worth, with intervals, and "
-              "write it here as JSON; with gold labels a reliability diagram (PNG) beside it.")
+@click.option(
+    "--clamp",
+    nargs=2,
+    type=click.FloatRange(0, 1),
+    default=None,
+    metavar="LOW HIGH",
+    help="Keep probabilities within these; 0 1 is off.  [default: 0.4 0.6 with --cot, else off]",
+)
+@click.option(
+    "--audit",
+    "audit_path",
+    metavar="FILE",
+    help="Measure what the labels are worth, with intervals, and "
+    "write it here as JSON; with gold labels a reliability diagram (PNG) beside it.",
+)
 @hub.option
-@textsteps.options
-def main(inputs, output, model, judge, combine, constitution, principles, no_examples, against, pairs_per_prompt,
-         template, answer_template, cot, clamp, audit_path, endpoints, temperature, top_p, max_new_tokens, seed, limit,
-         batch_size, batch_tokens, like, gpu, price, device, dtype, as_json, dry_run, overwrite):
+@text.options
+def main(
+    inputs,
+    output,
+    model,
+    judge,
+    combine,
+    constitution,
+    principles,
+    no_examples,
+    against,
+    pairs_per_prompt,
+    template,
+    answer_template,
+    cot,
+    clamp,
+    audit_path,
+    endpoints,
+    temperature,
+    top_p,
+    max_new_tokens,
+    seed,
+    limit,
+    batch_size,
+    batch_tokens,
+    like,
+    gpu,
+    price,
+    device,
+    dtype,
+    as_json,
+    dry_run,
+    overwrite,
+):
     """Compare responses to the same prompt, and write which is better and how sure the judge is.
 
     Rows have a `response` (those of one prompt_id are compared), a `response_a` and a `response_b`, or TRL's
@@ -73,25 +147,51 @@ def main(inputs, output, model, judge, combine, constitution, principles, no_exa
     names = list(judges)
     low, high = limits = clamp or (COT_LIMITS if cot else (0.0, 1.0))
     if abs(low + high - 1) > 1e-9 or low >= 0.5:
-        raise InputError(f"--clamp {low} {high}", expected="LOW below 0.5 and HIGH = 1 - LOW, such as 0.4 0.6",
-                         remedy="Other limits would favour one side")
+        raise InputError(
+            f"--clamp {low} {high}",
+            expected="LOW below 0.5 and HIGH = 1 - LOW, such as 0.4 0.6",
+            remedy="Other limits would favour one side",
+        )
     question = judging.Question(
-        load_constitution(constitution), load_template(template),
-        load_template("preference_cot") if cot else None, Sampling(max_new_tokens, temperature, top_p), seed,
-        load_template(answer_template), every=principles == "all", examples=not no_examples,
+        load_constitution(constitution),
+        load_template(template),
+        load_template("preference_cot") if cot else None,
+        Sampling(max_new_tokens, temperature, top_p),
+        seed,
+        load_template(answer_template),
+        every=principles == "all",
+        examples=not no_examples,
     )
     pairs, digests = read_comparisons(inputs, against, pairs_per_prompt, seed, limit)
-    shared = {**digests, "pairs_per_prompt": pairs_per_prompt, "constitution": question.constitution.sha256,
-              "principles": principles, "examples": not no_examples, "template": question.template.sha256,
-              "answer_template": question.written.sha256, "clamp": limits, "seed": seed, "limit": limit,
-              "dtype": dtype}
+    shared = {
+        **digests,
+        "pairs_per_prompt": pairs_per_prompt,
+        "constitution": question.constitution.sha256,
+        "principles": principles,
+        "examples": not no_examples,
+        "template": question.template.sha256,
+        "answer_template": question.written.sha256,
+        "clamp": limits,
+        "seed": seed,
+        "limit": limit,
+        "dtype": dtype,
+    }
     if cot:
-        shared |= {"cot": question.reasoning.sha256, "max_new_tokens": max_new_tokens,
-                   "temperature": temperature, "top_p": top_p}
+        shared |= {
+            "cot": question.reasoning.sha256,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+        }
 
     def claim(path, overwrite=overwrite, **fingerprint):
-        return Output(path, command="judge", fingerprint={**fingerprint, **shared}, overwrite=overwrite,
-                      inputs=[*inputs, *([against] if against else [])])
+        return Output(
+            path,
+            command="judge",
+            fingerprint={**fingerprint, **shared},
+            overwrite=overwrite,
+            inputs=[*inputs, *([against] if against else [])],
+        )
 
     def claim_one(path, name):
         """The file of one of several judges: what it said under these very settings holds for another --combine."""
@@ -114,8 +214,9 @@ def main(inputs, output, model, judge, combine, constitution, principles, no_exa
     summary = {"command": "judge", "output": output}
     if dry_run:
         plan = {"like": like, "gpu": gpu, "price": price, **loading}
-        plans = {name: estimate(pairs, journal, question, name, plan)
-                 for name, journal in zip(names, journals, strict=True)}
+        plans = {
+            name: estimate(pairs, journal, question, name, plan) for name, journal in zip(names, journals, strict=True)
+        }
         found = plans[names[0]] if alone else {"judges": plans}
         cli.finish({**summary, "pairs": len(pairs.ids), **found, **hub.planned()}, as_json=as_json)
         return
@@ -131,8 +232,10 @@ def main(inputs, output, model, judge, combine, constitution, principles, no_exa
         measured = audit.measure((row for _, row in read_jsonl(output)), names)
         summary["audit"] = audit.write(audit_path, measured, title=", ".join(names))
     if not as_json:
-        summary = {name: metrics.show(value) if isinstance(value, dict) and "low" in value else value
-                   for name, value in summary.items()}
+        summary = {
+            name: tables.show(value) if isinstance(value, dict) and "low" in value else value
+            for name, value in summary.items()
+        }
     then = ["scripts/reward_model.py", "--input", output, "--model", "SFT_MODEL", "--output", "REWARD_MODEL"]
     cli.finish({**summary, **hub.push(output)}, as_json=as_json, next_command=shlex.join(["python", *then]))
 
@@ -152,8 +255,11 @@ def read_judges(model: str | None, further: Iterable[str], endpoints: tuple[str,
     if not judges:
         raise InputError("no judge", expected="--model MODEL, or --judge MODEL for each of several")
     if endpoints and endpoints not in judges.values():
-        raise InputError("an endpoint, and no judge of the kind openai:NAME", where="--endpoint",
-                         remedy="Say what the server calls the model, or leave it out")
+        raise InputError(
+            "an endpoint, and no judge of the kind openai:NAME",
+            where="--endpoint",
+            remedy="Say what the server calls the model, or leave it out",
+        )
     return judges
 
 
@@ -169,15 +275,18 @@ def read_comparisons(inputs, against, most, seed, limit):
     Raises InputError if the rows are neither, or of both kinds.
     """
     first = next(iter(Source(inputs, limit=1)))
-    if judging.is_given(first):
+    if preferences.is_pair(first):
         if against or most:
-            raise InputError("--against or --pairs-per-prompt with rows that are pairs already",
-                             where=", ".join(inputs), remedy="Leave it out")
-        pairs = judging.Given(inputs, limit)
+            raise InputError(
+                "--against or --pairs-per-prompt with rows that are pairs already",
+                where=", ".join(inputs),
+                remedy="Leave it out",
+            )
+        pairs = preferences.GivenPairs(inputs, limit)
         return pairs, {"input": pairs.digest}
     source = Source(inputs, require=("prompt", "response"), limit=limit)
     others = Source([against], require=("prompt", "response")) if against else None
-    pairs = judging.Pairs(source, others, most, seed)
+    pairs = Pairs(source, others, most, seed)
     return pairs, {"input": source.digest, "against": others and others.digest}
 
 
@@ -199,7 +308,7 @@ def fill(team, journal, pairs, name, question, limits, **loading) -> None:
         found = team.gather(place, failed)
         if team.first:
             for pair in pairs:
-                if judging.identical(pair) and pair["id"] not in journal.done:
+                if preferences.is_tie(pair) and pair["id"] not in journal.done:
                     journal.write(judging.tie(pair))
             close(journal, pairs, {key: why for one in found for key, why in one.items()}, {}, **fast_path(engine))
 
@@ -207,9 +316,12 @@ def fill(team, journal, pairs, name, question, limits, **loading) -> None:
 def judge_share(team, journal, pairs, engine, question, limits) -> dict[str, str]:
     """Judge the differing pairs of this process that are left. Returns {id: why there is no verdict}."""
     failed = {}
-    why = (f"it does not fit the model's context of {engine.context} tokens" if engine.context
-           else "it is too long, or the server would not answer")
-    differing = (pair for pair in pairs if not judging.identical(pair))
+    why = (
+        f"it does not fit the model's context of {engine.context} tokens"
+        if engine.context
+        else "it is too long, or the server would not answer"
+    )
+    differing = (pair for pair in pairs if not preferences.is_tie(pair))
     done = frozenset(journal.done)
     with cli.progress(len(pairs.ids) // team.count, "judge") as bar:
         bar.disable = bar.disable or not team.first
@@ -251,7 +363,7 @@ def unite(final, journals, names, pairs, combine, limits) -> None:
         return [rows[name]["p_a"] if name in rows else None for name in names]
 
     asked = (rows for rows in together() if not any("tie" in row for row in rows.values()))
-    joint = ensemble.combiner(combine, lambda: map(labels, asked), len(names))
+    joint = agreement.combiner(combine, lambda: map(labels, asked), len(names))
     votes = Counter()
     failed = {}
     with final:
@@ -263,14 +375,14 @@ def unite(final, journals, names, pairs, combine, limits) -> None:
                 continue
             row = next(iter(rows.values()))
             if "tie" not in row:
-                votes[ensemble.votes(labels(rows))] += 1
+                votes[agreement.votes(labels(rows))] += 1
                 verdicts = [{"judge": name, **one} for name, row in rows.items() for one in row["verdicts"]]
                 row = judging.preference(row, row["principle"], verdicts, joint(labels(rows)), limits)
                 row["judges"] = dict(zip(names, labels(rows), strict=True))
             if pair_id not in final.done:
                 final.write(row)
         judges = {name: journal.counts for name, journal in zip(names, journals, strict=True)}
-        more = {"combine": combine, "agreement": ensemble.agreement(votes), "judges": judges}
+        more = {"combine": combine, "agreement": agreement.agreement(votes), "judges": judges}
         if combine == "dawid-skene":
             more["estimated_accuracy"] = dict(zip(names, joint.accuracy, strict=True))
         close(final, pairs, failed, more)
@@ -296,8 +408,8 @@ def estimate(pairs, journal, question, model, plan) -> dict:
 
     def asked() -> Iterator[tuple]:
         for pair in () if journal.complete else pairs:
-            if pair["id"] not in journal.done and not judging.identical(pair):
-                yield from ((pair, order, one) for one in question.principles(pair) for order in judging.ORDERS)
+            if pair["id"] not in journal.done and not preferences.is_tie(pair):
+                yield from ((pair, order, one) for one in question.principles(pair) for order in preferences.ORDERS)
 
     done = len(pairs.ids) if journal.complete else len(journal.done)
     found = text_plan((question.choose(*one) for one in asked()), model, Sampling(0), **{**plan, "like": None})

@@ -11,19 +11,20 @@ from collections import Counter
 
 import click
 
-from cai import cli, textsteps
-from cai.constitution import load_constitution
-from cai.errors import InputError, shorten
-from cai.records import Source
-from cai.revision import REASONS, check_rounds, current_response, flags
-from cai.templates import load_template
+from cai.base import cli
+from cai.base.errors import InputError, shorten
+from cai.constitution.files import load_constitution
+from cai.constitution.templates import load_template
+from cai.data.rounds import check_rounds, current_response
+from cai.data.sources import Source
+from cai.steps import text
+from cai.steps.flags import REASONS, flags
 
 
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model", "constitution")
-@click.option("--template", metavar="NAME|FILE", default="revise", show_default=True,
-              help="The prompt template.")
-@textsteps.options
+@click.option("--template", metavar="NAME|FILE", default="revise", show_default=True, help="The prompt template.")
+@text.options
 def main(inputs, output, model, constitution, template, **options):
     """Have a model revise responses after their critique.
 
@@ -39,7 +40,9 @@ def main(inputs, output, model, constitution, template, **options):
         if (name := row["rounds"][-1]["principle"]) not in constitution:
             raise InputError(
                 f"no principle {shorten(name)!r} in the constitution {constitution.name}",
-                where=where, line=line, expected="the constitution of the critique",
+                where=where,
+                line=line,
+                expected="the constitution of the critique",
                 remedy="Give the same --constitution again",
             )
 
@@ -48,8 +51,10 @@ def main(inputs, output, model, constitution, template, **options):
     def render(row):
         last = row["rounds"][-1]
         return template.render(
-            principle=constitution[last["principle"]], prompt=row["prompt"],
-            response=current_response(row), critique=last["critique"],
+            principle=constitution[last["principle"]],
+            prompt=row["prompt"],
+            response=current_response(row),
+            critique=last["critique"],
         )
 
     def answer(row, made):
@@ -65,11 +70,17 @@ def main(inputs, output, model, constitution, template, **options):
             reasons.update(found)
         return {"flagged": flagged, "flags": dict(reasons)}
 
-    textsteps.run(
-        "revise", source, source.ids, render, answer, tally=tally, inputs=inputs, output=output,
-        model=model, fingerprint={
-            "input": source.digest, "constitution": constitution.sha256, "template": template.sha256,
-        },
+    text.run(
+        "revise",
+        source,
+        source.ids,
+        render,
+        answer,
+        tally=tally,
+        inputs=inputs,
+        output=output,
+        model=model,
+        fingerprint={"input": source.digest, "constitution": constitution.sha256, "template": template.sha256},
         # A critique without fault leads to a copy of the response; without those SFT learns only to refuse.
         next_command=["sft", "--input", output, "--model", model, "--keep", "copy", "--output", "SFT"],
         **options,

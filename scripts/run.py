@@ -21,13 +21,16 @@ from pathlib import Path
 
 import click
 
-from cai import cli, metrics
-from cai.constitution import load_constitution
-from cai.engines import check_model
-from cai.errors import CaiError, InputError
-from cai.records import Source, read_manifest
-from cai.resources import SCRIPTS, TINY
-from cai.smoke import LIMIT, look
+from cai.base import cli
+from cai.base.errors import CaiError, InputError
+from cai.base.paths import SCRIPTS, TINY
+from cai.constitution.files import load_constitution
+from cai.data.outputs import read_manifest
+from cai.data.sources import Source
+from cai.evaluate.rates import KINDS, RATES, read_rates
+from cai.evaluate.smoke import LIMIT, look
+from cai.models.loading import check_model
+from cai.stats import tables
 
 TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 STAGES = {"base": "base", "sft": "after SFT", "ppo": "after PPO", "dpo": "after DPO", "grpo": "after GRPO"}
@@ -90,28 +93,79 @@ class Step:
 @cli.options("model")
 @click.option("--output", required=True, metavar="FOLDER", help="Folder for everything that is made.")
 @cli.options("constitution")
-@click.option("--input", "inputs", multiple=True, metavar="FILE",
-              help="Prompts to train on, harmful and harmless; for `tiny` the bundled ones. Repeatable.")
-@click.option("--heldout", multiple=True, metavar="FILE",
-              help="Prompts with their kind to measure on; for `tiny` the bundled ones. Repeatable.")
-@click.option("--helpful", multiple=True, metavar="FILE",
-              help="Rows with a helpful `response` to mix into SFT. Repeatable.")
-@click.option("--rounds", type=click.IntRange(min=1), default=2, show_default=True,
-              help="Rounds of critique and revision.")
-@click.option("--rl", type=click.Choice(["ppo", "dpo", "grpo", "none"]), default="ppo", show_default=True,
-              help="What follows SFT; none ends there.")
-@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True,
-              help="Run it all so many times, with the seeds from --seed on, and give mean and spread.")
-@click.option("--smoke", is_flag=True,
-              help="Every step on a handful of rows, in a minute or so, into OUTPUT/smoke; then look for signs of "
-                   "life. What to run before a costly night.")
-@click.option("--preset", type=click.Choice(list(PRESETS)), default=None,
-              help="Settings of the steps. Default: `tiny` for that model, else `default`.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=None,
-              help="Rows in one forward pass of the steps that write or judge text. Default: the preset's.")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="FILE",
+    help="Prompts to train on, harmful and harmless; for `tiny` the bundled ones. Repeatable.",
+)
+@click.option(
+    "--heldout",
+    multiple=True,
+    metavar="FILE",
+    help="Prompts with their kind to measure on; for `tiny` the bundled ones. Repeatable.",
+)
+@click.option(
+    "--helpful", multiple=True, metavar="FILE", help="Rows with a helpful `response` to mix into SFT. Repeatable."
+)
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Rounds of critique and revision."
+)
+@click.option(
+    "--rl",
+    type=click.Choice(["ppo", "dpo", "grpo", "none"]),
+    default="ppo",
+    show_default=True,
+    help="What follows SFT; none ends there.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Run it all so many times, with the seeds from --seed on, and give mean and spread.",
+)
+@click.option(
+    "--smoke",
+    is_flag=True,
+    help="Every step on a handful of rows, in a minute or so, into OUTPUT/smoke; then look for signs of "
+    "life. What to run before a costly night.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    default=None,
+    help="Settings of the steps. Default: `tiny` for that model, else `default`.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Rows in one forward pass of the steps that write or judge text. Default: the preset's.",
+)
 @cli.options("seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
-def main(model, output, constitution, inputs, heldout, helpful, rounds, rl, seeds, smoke, preset, batch_size, seed,
-         limit, device, dtype, as_json, dry_run, overwrite):
+def main(
+    model,
+    output,
+    constitution,
+    inputs,
+    heldout,
+    helpful,
+    rounds,
+    rl,
+    seeds,
+    smoke,
+    preset,
+    batch_size,
+    seed,
+    limit,
+    device,
+    dtype,
+    as_json,
+    dry_run,
+    overwrite,
+):
     """Run the whole method: critique, revision, SFT, judging, reward model, PPO, and measure each stage.
 
     \b
@@ -130,9 +184,21 @@ def main(model, output, constitution, inputs, heldout, helpful, rounds, rl, seed
     def make_plans(device):
         return {
             folder: plan(
-                model, folder, settings, constitution=constitution, inputs=inputs, heldout=heldout,
-                helpful=helpful, rounds=rounds, rl=rl, seed=one, limit=limit, batch_size=batch_size,
-                device=device, dtype=dtype, overwrite=overwrite,
+                model,
+                folder,
+                settings,
+                constitution=constitution,
+                inputs=inputs,
+                heldout=heldout,
+                helpful=helpful,
+                rounds=rounds,
+                rl=rl,
+                seed=one,
+                limit=limit,
+                batch_size=batch_size,
+                device=device,
+                dtype=dtype,
+                overwrite=overwrite,
             )
             for one, folder in folders.items()
         }
@@ -140,7 +206,7 @@ def main(model, output, constitution, inputs, heldout, helpful, rounds, rl, seed
     if dry_run:
         show_plan([step for steps in make_plans(device).values() for step in steps], as_json)
         return
-    from cai.training import choose_device
+    from cai.models.loading import choose_device
 
     # Once for all steps: in one process the GPU can't be chosen again after the first has used it.
     choose_device(device)
@@ -162,8 +228,11 @@ def main(model, output, constitution, inputs, heldout, helpful, rounds, rl, seed
 
 def _bundled(model: str, option: str, name: str) -> tuple[str, ...]:
     if model != "tiny":
-        raise InputError(f"no {option}", expected="a file of prompts",
-                         remedy=f"Only --model tiny brings prompts of its own; give {option} FILE")
+        raise InputError(
+            f"no {option}",
+            expected="a file of prompts",
+            remedy=f"Only --model tiny brings prompts of its own; give {option} FILE",
+        )
     return (_near(TINY / "prompts" / name),)
 
 
@@ -177,8 +246,24 @@ def _check(model, inputs, heldout, helpful, constitution, limit) -> None:
         Source(helpful, require=("prompt", "response"))
 
 
-def plan(model, output, preset, *, constitution, inputs, heldout, helpful, rounds, rl, seed, limit,
-         batch_size, device, dtype, overwrite) -> list[Step]:
+def plan(
+    model,
+    output,
+    preset,
+    *,
+    constitution,
+    inputs,
+    heldout,
+    helpful,
+    rounds,
+    rl,
+    seed,
+    limit,
+    batch_size,
+    device,
+    dtype,
+    overwrite,
+) -> list[Step]:
     """The steps, in order. Files of rows are numbered in `output`; evaluations and models are not."""
     folder, steps, files = Path(output), [], iter(range(1, 100))
     shared = ["--seed", str(seed), "--dtype", dtype]
@@ -285,7 +370,7 @@ def run_steps(steps: list[Step]) -> bool:
             elif code:
                 raise _stopped(place, code)
     finally:
-        cli.note("\n" + metrics.table(("step", "seconds", "peak MB so far"), times))
+        cli.note("\n" + tables.table(("step", "seconds", "peak MB so far"), times))
     return some_failed
 
 
@@ -351,10 +436,7 @@ def _peak_megabytes() -> float:
 def collect(steps: list[Step]) -> dict:
     """{stages, judge, report}: read back from the files of the evaluations and the judge."""
     outputs = {step.name: step.output for step in steps}
-    stages = {
-        stage: metrics.read_rates(outputs[f"evaluate-{stage}"])
-        for stage in STAGES if f"evaluate-{stage}" in outputs
-    }
+    stages = {stage: read_rates(outputs[f"evaluate-{stage}"]) for stage in STAGES if f"evaluate-{stage}" in outputs}
     judge = read_manifest(outputs["preferences"])["counts"] if "preferences" in outputs else None
     return {"stages": stages, "judge": judge, "report": outputs["report"]}
 
@@ -365,29 +447,33 @@ def finish(found: dict, as_json: bool) -> None:
         click.echo(json.dumps(found, ensure_ascii=False))
         return
     stages = found["stages"]
-    click.echo(metrics.table(("", *(STAGES[stage] for stage in stages)), list(_table_rows(stages))))
+    click.echo(tables.table(("", *(STAGES[stage] for stage in stages)), list(_table_rows(stages))))
     click.echo(f"\nrates with 95 % intervals · {found['seconds']:.0f} s · everything is in {found['output']}")
     click.echo(f"report  {found['report']}")
 
 
 def finish_seeds(found: list[dict], output: str, as_json: bool) -> None:
     """Mean and range of every rate over the seeds, as a table or one JSON object with each seed's own."""
+
     def of_seeds(stage: str, name: str) -> dict:
         values = [one["stages"][stage][name]["value"] for one in found]
         return {"mean": sum(values) / len(values), "lowest": min(values), "highest": max(values), "seeds": len(values)}
 
-    spread = {
-        stage: {name: of_seeds(stage, name) for name in rates} for stage, rates in found[0]["stages"].items()
-    }
+    spread = {stage: {name: of_seeds(stage, name) for name in rates} for stage, rates in found[0]["stages"].items()}
     if as_json:
         click.echo(json.dumps({"stages": spread, "runs": found, "output": output}, ensure_ascii=False))
         return
     rows = [
-        (name.replace("_", " "), *(f"{100 * one['mean']:.1f} ({100 * one['lowest']:.1f}–{100 * one['highest']:.1f})"
-                                   for one in (rates[name] for rates in spread.values())))
+        (
+            name.replace("_", " "),
+            *(
+                f"{100 * one['mean']:.1f} ({100 * one['lowest']:.1f}–{100 * one['highest']:.1f})"
+                for one in (rates[name] for rates in spread.values())
+            ),
+        )
         for name in next(iter(spread.values()))
     ]
-    click.echo(metrics.table(("", *(STAGES[stage] for stage in spread)), rows))
+    click.echo(tables.table(("", *(STAGES[stage] for stage in spread)), rows))
     click.echo(f"\nmean and range in % over {len(found)} seeds · everything is in {output}")
     for one in found:
         click.echo(f"report  {one['report']}")
@@ -401,19 +487,19 @@ def show_signs(steps: list[Step], device: str | None, as_json: bool) -> None:
         click.echo(json.dumps({"alive": not dead, "signs": [asdict(sign) for sign in signs]}, ensure_ascii=False))
     else:
         rows = [(sign.step, sign.name, "yes" if sign.alive else "NO", sign.seen) for sign in signs]
-        click.echo(metrics.table(("step", "sign of life", "", "seen"), rows))
+        click.echo(tables.table(("step", "sign of life", "", "seen"), rows))
     if dead:
         click.get_current_context().exit(1)
 
 
 def _table_rows(stages: dict):
     """A heading for each kind of prompt, under it a row a rate."""
-    for kind in metrics.KINDS:
-        names = [name for name, (of, _) in metrics.RATES.items() if of == kind]
+    for kind in KINDS:
+        names = [name for name, (of, _) in RATES.items() if of == kind]
         n = next(iter(stages.values()))[names[0]]["n"]
         yield (f"{kind} prompts (n = {n})", *([""] * len(stages)))
         for name in names:
-            measured = (metrics.show(stage[name]) for stage in stages.values())
+            measured = (tables.show(stage[name]) for stage in stages.values())
             yield (f"  {name.replace('_', ' ')}", *measured)
 
 

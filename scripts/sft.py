@@ -10,17 +10,29 @@ from collections import Counter
 
 import click
 
-from cai import cli, engines, estimate, hub, records, revision, training
-from cai.errors import InputError, shorten
-from cai.templates import as_messages
+from cai.base import cli, hashing
+from cai.base.errors import InputError, shorten
+from cai.data import outputs, sources
+from cai.data.dialogue import as_messages
+from cai.data.rounds import check_rounds
+from cai.models import estimate, loading
+from cai.models.chat import encode
+from cai.report import hub
+from cai.steps.flags import REASONS
+from cai.train import common
 
 
 def check_revised(row: dict, where, line: int) -> None:
     """InputError unless the row is one of revise.py: rounds that are complete, and flags that are words."""
-    revision.check_rounds(row, where, line, critiqued=False)
+    check_rounds(row, where, line, critiqued=False)
     if not row["rounds"]:
-        raise InputError("no round of revision", where=where, line=line, expected="rows of revise.py",
-                         remedy="Run critique.py and revise.py on them first")
+        raise InputError(
+            "no round of revision",
+            where=where,
+            line=line,
+            expected="rows of revise.py",
+            remedy="Run critique.py and revise.py on them first",
+        )
     for one in row["rounds"]:
         flags = one.get("flags", [])
         if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
@@ -53,24 +65,24 @@ def conversation(prompt: str | list[dict], response: str) -> dict:
 
 def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | None):
     """(conversations, counts, {digests of the inputs}); InputError for a row that is not as it must be."""
-    revised = records.Source(inputs, require=("prompt", "rounds"), limit=limit, check=check_revised)
+    revised = sources.Source(inputs, require=("prompt", "rounds"), limit=limit, check=check_revised)
     rows, flags, without = [], Counter(), 0
     for row in revised:
         texts, raised = chosen_revisions(row, rounds, keep)
         flags.update(raised)
         without += not texts
         rows.extend(conversation(row["prompt"], text) for text in texts)
-    counts = {"revised_rows": revised.count, "revisions": len(rows), "rows_left_out": without,
-              "flagged": dict(flags)}
+    counts = {"revised_rows": revised.count, "revisions": len(rows), "rows_left_out": without, "flagged": dict(flags)}
     digests = {"input": revised.digest}
     if helpful:
-        answers = records.Source(helpful, require=("prompt", "response"), limit=limit)
+        answers = sources.Source(helpful, require=("prompt", "response"), limit=limit)
         rows.extend(conversation(row["prompt"], row["response"]) for row in answers)
         counts["helpful"] = answers.count
         digests["helpful"] = answers.digest
     if not rows:
         raise InputError(
-            f"no revision left to train on (flags: {dict(flags)})", where=", ".join(inputs),
+            f"no revision left to train on (flags: {dict(flags)})",
+            where=", ".join(inputs),
             remedy="Look at the revisions, or keep some flagged ones with --keep REASON",
         )
     return rows, counts, digests
@@ -83,7 +95,7 @@ def tokenized(rows: list[dict], chat, max_length: int) -> tuple[list[dict], int]
     """
     kept, overlong = [], 0
     for row in rows:
-        prompt, answer = training.encode(chat, row["prompt"], row["completion"][0]["content"])
+        prompt, answer = encode(chat, row["prompt"], row["completion"][0]["content"])
         if len(prompt) + len(answer) > max_length:
             overlong += 1
             continue
@@ -95,19 +107,53 @@ def tokenized(rows: list[dict], chat, max_length: int) -> tuple[list[dict], int]
 
 @click.command(cls=cli.Command)
 @cli.options("input")
-@click.option("--helpful", multiple=True, metavar="FILE",
-              help="Rows with a helpful `response` to mix in, so that helpfulness is kept. Repeatable.")
+@click.option(
+    "--helpful",
+    multiple=True,
+    metavar="FILE",
+    help="Rows with a helpful `response` to mix in, so that helpfulness is kept. Repeatable.",
+)
 @cli.options("output", "model")
-@click.option("--rounds", type=click.Choice(["last", "all"]), default="last", show_default=True,
-              help="Train on the last revision of a row that is not flagged, or on all of them.")
-@click.option("--keep", multiple=True, type=click.Choice([*revision.REASONS, "all"]),
-              help="Train on revisions with this flag too. Repeatable.")
-@training.training_options(epochs=2, learning_rate=1e-5, batch_size=8, max_length=1024)
+@click.option(
+    "--rounds",
+    type=click.Choice(["last", "all"]),
+    default="last",
+    show_default=True,
+    help="Train on the last revision of a row that is not flagged, or on all of them.",
+)
+@click.option(
+    "--keep",
+    multiple=True,
+    type=click.Choice([*REASONS, "all"]),
+    help="Train on revisions with this flag too. Repeatable.",
+)
+@common.training_options(epochs=2, learning_rate=1e-5, batch_size=8, max_length=1024)
 @hub.option
 @cli.options("seed", "limit", "json", "dry_run", "overwrite")
-def main(inputs, helpful, output, model, rounds, keep, epochs, learning_rate, batch_size,
-         gradient_accumulation, max_length, lora, lora_rank, save_steps, device, dtype, gpu, seed, limit,
-         as_json, dry_run, overwrite):
+def main(
+    inputs,
+    helpful,
+    output,
+    model,
+    rounds,
+    keep,
+    epochs,
+    learning_rate,
+    batch_size,
+    gradient_accumulation,
+    max_length,
+    lora,
+    lora_rank,
+    save_steps,
+    device,
+    dtype,
+    gpu,
+    seed,
+    limit,
+    as_json,
+    dry_run,
+    overwrite,
+):
     """Fine-tune a model on revised responses, with helpful ones mixed in.
 
     \b
@@ -115,48 +161,79 @@ def main(inputs, helpful, output, model, rounds, keep, epochs, learning_rate, ba
       python scripts/sft.py --input revised.jsonl --helpful helpful.jsonl \\
           --model tiny --output runs/sft --learning-rate 1e-3
     """
-    engines.check_model(model)
+    loading.check_model(model)
     rows, counts, digests = read_rows(inputs, helpful, rounds, frozenset(keep), limit)
     settings = {
-        "model": records.identity(model), **digests, "rounds": rounds, "keep": sorted(keep),
-        "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size,
-        "gradient_accumulation": gradient_accumulation, "max_length": max_length,
-        "lora_rank": lora_rank if lora else None, "dtype": dtype, "seed": seed,
+        "model": hashing.identity(model),
+        **digests,
+        "rounds": rounds,
+        "keep": sorted(keep),
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "gradient_accumulation": gradient_accumulation,
+        "max_length": max_length,
+        "lora_rank": lora_rank if lora else None,
+        "dtype": dtype,
+        "seed": seed,
     }
-    folder = records.claim_folder(output, command="sft", fingerprint=settings, overwrite=overwrite,
-                                  inputs=[*inputs, *helpful])
+    folder = outputs.claim_folder(
+        output, command="sft", fingerprint=settings, overwrite=overwrite, inputs=[*inputs, *helpful]
+    )
     following = f"python scripts/generate.py --model {output} --input PROMPTS --output RESPONSES --samples 2"
     if dry_run:
         lengths = estimate.lengths_of(model, [(row["prompt"], [row["completion"][0]["content"]]) for row in rows])
         plan = estimate.training_plan(
-            model, lengths, epochs=epochs, batch_size=batch_size, gradient_accumulation=gradient_accumulation,
-            lora_rank=lora_rank if lora else None, gpu=gpu, device=device)
+            model,
+            lengths,
+            epochs=epochs,
+            batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            lora_rank=lora_rank if lora else None,
+            gpu=gpu,
+            device=device,
+        )
         cli.finish({"output": output, **counts, **plan, **hub.planned()}, as_json=as_json, next_command=following)
         return
     if folder.complete:
         cli.finish({"output": output, **folder.counts, **hub.push(output)}, as_json=as_json, next_command=following)
         return
 
-    training.choose_device(device)
-    chat = training.load_chat(model)
+    loading.choose_device(device)
+    chat = loading.load_chat(model)
     rows, counts["overlong"] = tokenized(rows, chat, max_length)
-    policy = training.load_policy(model, device, dtype, lora=lora)
-    order = training.training_order([len(row["input_ids"]) for row in rows], batch_size, epochs, seed)
+    policy = loading.load_policy(model, device, dtype, lora=lora)
+    order = common.training_order([len(row["input_ids"]) for row in rows], batch_size, epochs, seed)
     with folder:
-        arguments = training.trainer_arguments(
-            output, learning_rate=learning_rate, batch_size=batch_size,
-            gradient_accumulation=gradient_accumulation, save_steps=save_steps, seed=seed, device=device,
-            dtype=dtype, lora=lora,
+        arguments = common.trainer_arguments(
+            output,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            save_steps=save_steps,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            lora=lora,
         )
-        trainer = make_trainer(policy, chat.tokenizer, [rows[i] for i in order], arguments, output,
-                               training.lora_config(lora_rank) if lora else None)
-        figures = training.run_trainer(trainer, output)
-        training.save_trained(trainer, chat.tokenizer, output)
+        trainer = make_trainer(
+            policy,
+            chat.tokenizer,
+            [rows[i] for i in order],
+            arguments,
+            output,
+            common.lora_config(lora_rank) if lora else None,
+        )
+        figures = common.run_trainer(trainer, output)
+        common.save_trained(trainer, chat.tokenizer, output)
         counts |= {"steps": trainer.state.global_step, "loss": round(figures.training_loss, 4)}
         manifest = folder.finish(counts)
-    if training.is_main_process():
-        cli.finish({"output": output, **counts, "seconds": manifest["seconds"], **hub.push(output)}, as_json=as_json,
-                   next_command=following)
+    if loading.is_main_process():
+        cli.finish(
+            {"output": output, **counts, "seconds": manifest["seconds"], **hub.push(output)},
+            as_json=as_json,
+            next_command=following,
+        )
 
 
 def make_trainer(policy, tokenizer, rows: list[dict], arguments: dict, output: str, adapters=None):
@@ -179,10 +256,13 @@ def make_trainer(policy, tokenizer, rows: list[dict], arguments: dict, output: s
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     return CompletionTrainer(
-        model=policy, processing_class=tokenizer, train_dataset=Dataset.from_list(rows), peft_config=adapters,
+        model=policy,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows),
+        peft_config=adapters,
         # Rows are tokenized, short enough and in order: nothing is left for TRL to prepare.
         args=SFTConfig(**arguments, max_length=None, completion_only_loss=True),
-        callbacks=[training.MetricsLog(output, "sft")],
+        callbacks=[common.MetricsLog(output, "sft")],
     )
 
 

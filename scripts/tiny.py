@@ -10,9 +10,11 @@ import shutil
 
 import click
 
-from cai import cli, world
-from cai.errors import InputError
-from cai.records import read_jsonl, write_jsonl
+from cai.base import cli
+from cai.base.errors import InputError
+from cai.data.outputs import write_jsonl
+from cai.data.readers import read_jsonl
+from cai.world import language, oracle
 
 _STYLES = {
     "harmful": ("comply", "partial", "good", "evasive", "preachy"),
@@ -60,7 +62,7 @@ def build(output, tokens, hidden, layers, feed_forward, learning_rate, threads, 
     }
     if dry_run:
         return cli.finish({"would_build": output, **settings}, as_json=as_json)
-    from cai.tiny_build import build as build_model
+    from cai.world.build import build as build_model
 
     compiled = tokens >= 1_000_000 and shutil.which("g++") is not None  # else compiling takes longer than it saves
     summary = build_model(threads=threads, report=cli.note, compiled=compiled, **settings)
@@ -91,7 +93,7 @@ def build(output, tokens, hidden, layers, feed_forward, learning_rate, threads, 
     "--category",
     "categories",
     multiple=True,
-    type=click.Choice(list(world.BY_NAME)),
+    type=click.Choice(list(language.BY_NAME)),
     help="Only this category, with one --kind; repeatable. By default all of the kind.",
 )
 @cli.options("output", "seed", "json")
@@ -104,11 +106,11 @@ def prompts(kinds, split, count, categories, output, seed, as_json):
     """
     kinds = kinds or tuple(_STYLES)
     for name in categories:
-        if kinds != (world.BY_NAME[name].kind,):
+        if kinds != (language.BY_NAME[name].kind,):
             raise InputError(
-                f"--category {name} with --kind {', '.join(kinds)}", expected=f"--kind {world.BY_NAME[name].kind}"
+                f"--category {name} with --kind {', '.join(kinds)}", expected=f"--kind {language.BY_NAME[name].kind}"
             )
-    rows = [row for kind in kinds for row in world.prompt_rows(kind, split, seed, count, categories)]
+    rows = [row for kind in kinds for row in language.prompt_rows(kind, split, seed, count, categories)]
     random.Random(seed).shuffle(rows)  # so that the first few are of every kind
     write_jsonl(output, rows)
     cli.finish(
@@ -146,7 +148,7 @@ def pairs(split, count, responses, output, seed, as_json):
     for row, a, b in candidates:
         if len(rows) == count:
             break
-        tier_a, tier_b = world.tier(row, a), world.tier(row, b)
+        tier_a, tier_b = oracle.tier(row, a), oracle.tier(row, b)
         if tier_a == tier_b:
             same += 1
             continue
@@ -172,10 +174,10 @@ def _grammar_pairs(split: str, seed: int, rng: random.Random):
     index = 0
     while True:
         kind = rng.choice(("harmful", "harmful", "benign", "borderline"))
-        row = world.prompt_row(rng, kind, split, index)
-        act, index = world.act_of(row), index + 1
+        row = language.prompt_row(rng, kind, split, index)
+        act, index = oracle.act_of(row), index + 1
         a, b = rng.sample(_STYLES[kind], 2)
-        yield row, world.respond(rng, act, a), world.respond(rng, act, b)
+        yield row, language.respond(rng, act, a), language.respond(rng, act, b)
 
 
 def _policy_pairs(paths, rng: random.Random):

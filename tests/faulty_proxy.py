@@ -32,8 +32,19 @@ class FaultyProxy:
         headers: of the last request.
     """
 
-    def __init__(self, upstream: str, *, rate: float = 0.2, seed: int = 0, faults=FAULTS, delay: float = 1.0,
-                 port: int = 0, dies_after: int | None = None, spoils_after: int = 0, gather: int = 0):
+    def __init__(
+        self,
+        upstream: str,
+        *,
+        rate: float = 0.2,
+        seed: int = 0,
+        faults=FAULTS,
+        delay: float = 1.0,
+        port: int = 0,
+        dies_after: int | None = None,
+        spoils_after: int = 0,
+        gather: int = 0,
+    ):
         parts = urlsplit(upstream)
         self.upstream = (parts.hostname, parts.port)
         self.rate, self.faults, self.delay, self.port = rate, tuple(faults), delay, port

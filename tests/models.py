@@ -15,16 +15,26 @@ from pathlib import Path
 
 # family: chat template in TRL, begin of sequence, ends (of a turn first), other control tokens, pad token
 FAMILIES = {
-    "llama": ("llama3", "<|begin_of_text|>", ["<|eot_id|>", "<|end_of_text|>"],
-              ["<|start_header_id|>", "<|end_header_id|>"], None),
+    "llama": (
+        "llama3",
+        "<|begin_of_text|>",
+        ["<|eot_id|>", "<|end_of_text|>"],
+        ["<|start_header_id|>", "<|end_header_id|>"],
+        None,
+    ),
     "qwen": ("qwen3", None, ["<|im_end|>", "<|endoftext|>"], ["<|im_start|>"], "<|endoftext|>"),
     "gemma2": ("gemma", "<bos>", ["<end_of_turn>", "<eos>"], ["<start_of_turn>"], "<pad>"),
     "gemma3": ("gemma3", "<bos>", ["<end_of_turn>", "<eos>"], ["<start_of_turn>"], "<pad>"),
     # The one template of a Mistral that TRL ships: LLaVA-NeXT's, on Mistral 7B; it takes parts, not strings.
     "mistral": ("llava_next", "<s>", ["</s>"], [], None),
     # Opens the thinking itself.
-    "thinker": ("deepseek_r1_distill", "<｜begin▁of▁sentence｜>", ["<｜end▁of▁sentence｜>"],
-                ["<｜User｜>", "<｜Assistant｜>"], None),
+    "thinker": (
+        "deepseek_r1_distill",
+        "<｜begin▁of▁sentence｜>",
+        ["<｜end▁of▁sentence｜>"],
+        ["<｜User｜>", "<｜Assistant｜>"],
+        None,
+    ),
 }
 ARCHITECTURES = ["llama", "qwen", "gemma2", "gemma3", "mistral"]
 
@@ -35,8 +45,15 @@ _SENTENCES = [
     "A or B? The answer is A. A or B? The answer is B. A or B, B or A.",
     "I can't help with that, because it would hurt someone; here is what I would do instead.",
 ]
-_SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-              num_key_value_heads=1, head_dim=16, max_position_embeddings=2048)
+_SIZES = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    max_position_embeddings=2048,
+)
 _root = None
 
 
@@ -67,8 +84,14 @@ def build(family: str, where: Path, seed: int = 0, sentences=_SENTENCES, vocabul
     tokenizer = _tokenizer(family, sentences, vocabulary)
     ends = [tokenizer.convert_tokens_to_ids(t) for t in FAMILIES[family][2]]
     torch.manual_seed(seed)
-    config = _config(family, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
-                     eos_token_id=ends[-1], pad_token_id=tokenizer.pad_token_id, **{**_SIZES, **sizes})
+    config = _config(
+        family,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends[-1],
+        pad_token_id=tokenizer.pad_token_id,
+        **{**_SIZES, **sizes},
+    )
     model = AutoModelForCausalLM.from_config(config)
     # Random models of the default spread answer alike to everything: widen it until the context matters.
     with torch.no_grad():
@@ -77,7 +100,11 @@ def build(family: str, where: Path, seed: int = 0, sentences=_SENTENCES, vocabul
                 weight.normal_(0, 0.25)
     # As checkpoints ship them, with sampling settings of their own that must not act beside ours.
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=0.3, top_k=3, repetition_penalty=1.5, eos_token_id=ends,
+        do_sample=True,
+        temperature=0.3,
+        top_k=3,
+        repetition_penalty=1.5,
+        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(where)
@@ -86,14 +113,7 @@ def build(family: str, where: Path, seed: int = 0, sentences=_SENTENCES, vocabul
 
 
 def _config(family: str, **settings):
-    from transformers import (
-        Gemma2Config,
-        Gemma3TextConfig,
-        LlamaConfig,
-        MistralConfig,
-        Qwen2Config,
-        Qwen3Config,
-    )
+    from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
     # Windows far shorter than the tests' prompts, and soft caps low enough to bend the logits.
     window = {"sliding_window": 24}
@@ -101,8 +121,14 @@ def _config(family: str, **settings):
     return {
         "llama": lambda s: LlamaConfig(**s),
         "qwen": lambda s: Qwen3Config(**s),
-        "gemma2": lambda s: Gemma2Config(**s, **window, **alternate, attn_logit_softcapping=5.0,
-                                         final_logit_softcapping=5.0, query_pre_attn_scalar=16),
+        "gemma2": lambda s: Gemma2Config(
+            **s,
+            **window,
+            **alternate,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=5.0,
+            query_pre_attn_scalar=16,
+        ),
         "gemma3": lambda s: Gemma3TextConfig(**s, **window, **alternate, query_pre_attn_scalar=16),
         "mistral": lambda s: MistralConfig(**s, **window),
         "thinker": lambda s: Qwen2Config(**{k: v for k, v in s.items() if k != "head_dim"}),
@@ -121,15 +147,22 @@ def _tokenizer(family: str, sentences, vocabulary: int):
     backend.decoder = decoders.ByteLevel()
     backend.train_from_iterator(
         sentences,
-        trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False,
-                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
     )
     if bos:  # as many do: written twice unless it is left to the template
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
         )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=bos, eos_token=ends[-1], pad_token=pad,
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=ends[-1],
+        pad_token=pad,
         additional_special_tokens=[t for t in special if t not in (bos, ends[-1], pad)],
     )
     if family in ("qwen", "thinker"):  # there these are added tokens, but not special ones

@@ -11,7 +11,8 @@ import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from cai.engines import Sampling, load_engine
+from cai.models.engine import Sampling
+from cai.models.loading import load_engine
 
 # One for all servers: they share the engine that is kept in this process, and one that is over may still answer.
 _LOCK = threading.Lock()

@@ -1,14 +1,15 @@
 """Policies of one layer over a handful of words, on which reinforcement learning takes seconds.
 
-    chat, make = toys.indifferent(["a", "b"])     # knows nothing: every token is about as likely as any other
-    chat, make = toys.talker(words)               # answers with a few random words and an end
+chat, make = toys.indifferent(["a", "b"])     # knows nothing: every token is about as likely as any other
+chat, make = toys.talker(words)               # answers with a few random words and an end
 """
 
 from functools import cache
 
 import torch
 
-from cai.engines import Chat
+from cai.models.chat import Chat
+from cai.train import common
 
 CONTROL = ["<pad>", "<end>", "<user>", "<assistant>"]
 
@@ -23,7 +24,9 @@ def chat_of(words) -> Chat:
     backend = Tokenizer(WordLevel(tokens, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>",
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<end>",
         additional_special_tokens=["<user>", "<assistant>"],
     )
     tokenizer.chat_template = (
@@ -38,11 +41,20 @@ def policy(size: int, seed: int, hidden: int = 16):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=size, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-        initializer_range=0.2, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=1,
-        num_attention_heads=2,
-    ))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=size,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+            initializer_range=0.2,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
 
 
 def indifferent(words):
@@ -58,8 +70,9 @@ def talker(words: tuple[str, ...], end: float = 0.2):
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     draw = torch.Generator().manual_seed(0)
     for _ in range(120):
-        prompts = torch.stack([torch.full((64,), 2), torch.randint(4, size, (64,), generator=draw),
-                               torch.full((64,), 3)], 1)
+        prompts = torch.stack(
+            [torch.full((64,), 2), torch.randint(4, size, (64,), generator=draw), torch.full((64,), 3)], 1
+        )
         said = torch.randint(4, size, (64, 24), generator=draw)
         over = torch.rand(64, 24, generator=draw) < end
         over[:, 0] = False
@@ -84,23 +97,64 @@ def prompts_of(words) -> list[list[dict]]:
     return [[{"role": "user", "content": word}] for word in words]
 
 
-def trainer(output, chat, make, reward, *, seed=0, prompts=None, reference=None, save_every=0, value_model=None,
-            watch=None, judge=None, selection=(), kinds=None, **settings):
+def trainer(
+    output,
+    chat,
+    make,
+    reward,
+    *,
+    seed=0,
+    prompts=None,
+    reference=None,
+    save_every=0,
+    value_model=None,
+    watch=None,
+    judge=None,
+    selection=(),
+    kinds=None,
+    **settings,
+):
     """A trainer on the CPU with a value head."""
-    from cai import training
-    from cai.ppo import PolicyAndValue, PPOTrainer, Settings, encode_prompts
+    from cai.train.ppo import PolicyAndValue, PPOTrainer, Settings
+    from cai.train.prompts import encode_prompts
 
-    settings = Settings(**{
-        "updates": 20, "prompts_per_update": 64, "batch_size": 64, "epochs": 2, "minibatches": 1, "learning_rate": 1e-2,
-        "max_new_tokens": 24, "missing_eos_penalty": 0.0, "temperature": 1.0, "samples_every": 100, "seed": seed,
-        **settings,
-    })
+    settings = Settings(
+        **{
+            "updates": 20,
+            "prompts_per_update": 64,
+            "batch_size": 64,
+            "epochs": 2,
+            "minibatches": 1,
+            "learning_rate": 1e-2,
+            "max_new_tokens": 24,
+            "missing_eos_penalty": 0.0,
+            "temperature": 1.0,
+            "samples_every": 100,
+            "seed": seed,
+            **settings,
+        }
+    )
     model = PolicyAndValue(make(seed), value_model, temperature=settings.temperature, kl_coef=settings.kl_coef)
-    arguments = training.trainer_arguments(
-        output, learning_rate=settings.learning_rate, batch_size=settings.batch_size, save_steps=save_every,
-        seed=seed, device="cpu",
+    arguments = common.trainer_arguments(
+        output,
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+        save_steps=save_every,
+        seed=seed,
+        device="cpu",
     )
     prompts = prompts or [[{"role": "user", "content": "go"}]]
     prompts = encode_prompts(prompts, chat, model.policy, settings.max_new_tokens, kinds)
-    return PPOTrainer(model, prompts, chat, reward, settings, arguments, output, reference or make(seed), watch=watch,
-                      judge=judge, selection=selection)
+    return PPOTrainer(
+        model,
+        prompts,
+        chat,
+        reward,
+        settings,
+        arguments,
+        output,
+        reference or make(seed),
+        watch=watch,
+        judge=judge,
+        selection=selection,
+    )

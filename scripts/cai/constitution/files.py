@@ -1,0 +1,499 @@
+"""Constitutions: YAML files of principles, read, checked, drawn from and written.
+
+    load_constitution("harmlessness").draw(seed=0, record_id="p1", round=0).critique
+
+Leaves out whether a principle is a good one (`cai.lint` says what can be said), and other formats
+(`cai.importing`).
+"""
+
+import difflib
+import hashlib
+import textwrap
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import yaml
+
+from cai.base.errors import InputError, shorten
+from cai.base.hashing import hashed_seed
+from cai.base.paths import CONSTITUTIONS, find_file
+
+REQUESTS = ("critique", "revision", "preference")
+
+# What a comparison or a round of revision looks like when it is done well: rows as the steps write them.
+EXAMPLES = {
+    "a critique": ("prompt", "response", "critique"),
+    "a comparison": ("prompt", "chosen", "rejected"),
+    "a comparison in a given order": ("prompt", "response_a", "response_b", "gold"),
+}
+
+# Each key of the file, and what it is: the messages, the JSON Schema and the reference are made of these.
+TOP_KEYS = {
+    "name": "The constitution's name, which is also that of its file.",
+    "description": "One sentence: what it asks for, and of whom.",
+    "for": "Whom it is meant for.",
+    "source": "Where the principles come from.",
+    "duties": "The duties that principles rest on, by name; a principle carries the name among its tags.",
+    "principles": "The principles: mappings, or plain sentences.",
+    "examples": "Worked examples for all principles.",
+}
+
+PRINCIPLE_KEYS = {
+    "id": "The principle's name in every row; without it principle-1 and so on, by place.",
+    "principle": "One plain sentence, from which the requests that are not given are phrased.",
+    "critique": "What to look for in a response.",
+    "revision": "How to rewrite the response.",
+    "preference": "The question which of two responses is better.",
+    "weight": "How often it is drawn against the others.",
+    "tags": "Words to sort principles by, and the names of duties.",
+    "examples": "Worked examples for this principle.",
+}
+
+EXAMPLE_KEYS = {
+    "prompt": "What was asked: a text, or a list of messages with role and content.",
+    "response": "The response that is criticised.",
+    "critique_request": "The critique request, where it is not the principle's.",
+    "critique": "A good critique of it.",
+    "revision_request": "The revision request, where it is not the principle's.",
+    "revision": "A good revision.",
+    "chosen": "The better response.",
+    "rejected": "The worse response.",
+    "response_a": "The response shown first.",
+    "response_b": "The response shown second.",
+    "gold": "Which of the two is better: a or b.",
+    "reasoning": "Why it is better, as a judge would reason.",
+}
+
+_MAX_BYTES = 500_000
+
+_MAX_PRINCIPLES = 500
+
+_MAX_DEPTH = 20
+
+_MAX_PARTS = 20_000
+
+
+@dataclass(frozen=True)
+class Principle:
+    """One principle: a critique request, a revision request and a preference question.
+
+    Attributes:
+        examples: worked examples (mappings with `EXAMPLE_KEYS`), its own before those of the constitution.
+        principle: the plain sentence it was given as, or "".
+        line: where it begins in its file.
+    """
+
+    id: str
+    critique: str
+    revision: str
+    preference: str
+    weight: float = 1.0
+    tags: tuple[str, ...] = ()
+    examples: tuple[dict, ...] = ()
+    principle: str = ""
+    line: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Constitution:
+    """Principles and what is said of them; `examples` are those that all principles share."""
+
+    name: str
+    path: str
+    sha256: str
+    principles: tuple[Principle, ...]
+    description: str = ""
+    audience: str = ""
+    source: str = ""
+    duties: dict[str, str] = field(default_factory=dict)
+    examples: tuple[dict, ...] = ()
+
+    def draw(self, seed: int, record_id: str, round: int) -> Principle:
+        """The principle for a record and round: at random by weight (paper, section 3.1), but by
+        hashing, so that neither the order of the rows nor a resume changes it."""
+        total = sum(p.weight for p in self.principles)
+        # 53 bits: what a float holds exactly
+        point = (hashed_seed("principle", seed, record_id, round) >> 10) / 2**53 * total
+        for principle in self.principles:
+            point -= principle.weight
+            if point < 0:
+                return principle
+        return self.principles[-1]
+
+    def without(self, id: str) -> "Constitution":
+        """The constitution less one principle. InputError if it has no such principle, or no other."""
+        rest = tuple(p for p in self.principles if p.id != id)
+        if len(rest) == len(self.principles):
+            raise InputError(
+                f"no principle {id!r}", where=self.path, expected=f"one of: {', '.join(p.id for p in self.principles)}"
+            )
+        if not rest:
+            raise InputError(f"no principle but {id!r}", where=self.path, expected="two or more")
+        return replace(self, principles=rest)
+
+    def __getitem__(self, id: str) -> Principle:
+        return {p.id: p for p in self.principles}[id]
+
+    def __contains__(self, id: str) -> bool:
+        return any(p.id == id for p in self.principles)
+
+
+def load_constitution(name_or_path: str, problems: list[InputError] | None = None) -> Constitution:
+    """Read and check a constitution: a file, or the name of one in constitutions/.
+
+    Args:
+        problems: takes the errors in single principles, which are then left out; without it the first is
+            raised.
+
+    Raises InputError (file, line, value, remedy) for anything that the schema does not know.
+    """
+    path = find_file(name_or_path, CONSTITUTIONS, ".yaml")
+    size = path.stat().st_size
+    if size > _MAX_BYTES:
+        raise InputError(f"{size} bytes", where=path, expected=f"at most {_MAX_BYTES}")
+    raw = path.read_bytes()
+    tree = _parse(raw, path)
+    if isinstance(tree, yaml.SequenceNode):
+        head, items = {}, tree
+    else:
+        head = _mapping(tree, path, TOP_KEYS, "constitution")
+        if "principles" not in head:
+            raise InputError("no `principles`", where=path, line=1, remedy="Add a list of principles")
+        items = head["principles"]
+    if not isinstance(items, yaml.SequenceNode) or not items.value:
+        raise InputError(
+            "`principles` is not a list with entries",
+            where=path,
+            line=_line(items),
+            expected="a list of principles, or of plain sentences",
+        )
+    if len(items.value) > _MAX_PRINCIPLES:
+        raise InputError(
+            f"{len(items.value)} principles",
+            where=path,
+            expected=f"at most {_MAX_PRINCIPLES}",
+            remedy="Each is drawn in turn: a dozen or two do",
+        )
+    shared = _examples(head["examples"], path) if "examples" in head else ()
+    principles: dict[str, Principle] = {}
+    for number, node in enumerate(items.value, 1):
+        try:
+            principle = _principle(node, number, path, shared)
+            if principle.id in principles:
+                raise InputError(
+                    f"two principles with id {principle.id!r}",
+                    where=path,
+                    line=_line(node),
+                    remedy=f"Give each its own id; the other is on line {principles[principle.id].line}",
+                )
+        except InputError as error:
+            if problems is None:
+                raise
+            problems.append(error)
+            continue
+        principles[principle.id] = principle
+    text = {k: _scalar(head[k], path, k) for k in ("name", "description", "for", "source") if k in head}
+    return Constitution(
+        name=text.get("name", Path(path).stem),
+        path=str(path),
+        sha256=hashlib.sha256(raw).hexdigest(),
+        principles=tuple(principles.values()),
+        description=text.get("description", ""),
+        audience=text.get("for", ""),
+        source=text.get("source", ""),
+        duties=_duties(head["duties"], path) if "duties" in head else {},
+        examples=shared,
+    )
+
+
+def _parse(raw: bytes, path: Path) -> yaml.Node:
+    try:
+        text = raw.decode("utf-8-sig")
+        depth = 0
+        for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+            line = event.start_mark.line + 1
+            if number > _MAX_PARTS:  # read no further: it would take seconds to say the same
+                raise InputError(
+                    f"more than {_MAX_PARTS} keys and texts",
+                    where=path,
+                    line=line,
+                    expected=f"at most {_MAX_PRINCIPLES} principles",
+                )
+            # Aliases are what YAML bombs and cycles are made of, and no constitution needs one.
+            if isinstance(event, yaml.AliasEvent):
+                raise InputError(f"a YAML alias (*{event.anchor})", where=path, line=line, remedy="Write the text out")
+            if getattr(event, "tag", None):
+                raise InputError(f"a YAML tag ({shorten(event.tag)})", where=path, line=line, remedy="Remove it")
+            # PyYAML takes quadratic time in the depth, and a constitution has seven levels at most.
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.ScalarEvent):
+                _check_unicode(event.value, path, line)
+            if depth > _MAX_DEPTH:
+                raise InputError(f"nested more than {_MAX_DEPTH} deep", where=path, line=line, expected="a flat list")
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 at byte {error.start}", where=path) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise InputError(
+            f"not YAML: {shorten(getattr(error, 'problem', None) or error, 200)}",
+            where=path,
+            line=mark.line + 1 if mark else None,
+            remedy="Quote text that has a colon",
+        ) from None
+    except (ValueError, OverflowError) as error:  # numbers of escapes and directives that are none
+        raise InputError(f"not YAML: {shorten(error, 200)}", where=path, remedy="Write the text out") from None
+    if tree is None:
+        raise InputError("an empty file", where=path, expected="a list of principles")
+    return tree
+
+
+def _check_unicode(text: str, path: Path, line: int) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"half a surrogate pair ({text[error.start]!a})",
+            where=path,
+            line=line,
+            expected="valid Unicode",
+            remedy="Write the character whole, or leave it out",
+        ) from None
+
+
+def _principle(node: yaml.Node, number: int, path: Path, shared: tuple[dict, ...]) -> Principle:
+    if isinstance(node, yaml.ScalarNode):
+        keys = {"principle": node}
+    else:
+        keys = _mapping(node, path, PRINCIPLE_KEYS, "principle")
+    texts = {k: _scalar(keys[k], path, k) for k in ("principle", *REQUESTS) if k in keys}
+    if "principle" in texts:
+        texts = {**phrase(texts["principle"]), **texts}
+    for name in REQUESTS:
+        if name not in texts:
+            raise InputError(
+                f"principle {number} has no `{name}`",
+                where=path,
+                line=_line(node),
+                expected="critique, revision and preference, or `principle`: one sentence",
+            )
+    identity = _scalar(keys["id"], path, "id") if "id" in keys else f"principle-{number}"
+    examples = _examples(keys["examples"], path) if "examples" in keys else ()
+    return Principle(
+        id=identity,
+        **texts,
+        weight=_weight(keys["weight"], path) if "weight" in keys else 1.0,
+        tags=tuple(_scalar(one, path, "tags") for one in _list(keys["tags"], path, "tags")) if "tags" in keys else (),
+        examples=(*examples, *shared),
+        line=_line(node),
+    )
+
+
+def _weight(node: yaml.Node, path: Path) -> float:
+    try:
+        weight = float(_scalar(node, path, "weight"))
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight < 1e6:
+        raise InputError(f"weight {shorten(node.value)!r}", where=path, line=_line(node), expected="a number above 0")
+    return weight
+
+
+def _duties(node: yaml.Node, path: Path) -> dict[str, str]:
+    if not isinstance(node, yaml.MappingNode) or not node.value:
+        raise InputError("`duties` is no mapping", where=path, line=_line(node), expected="a name and a text for each")
+    return {name: _scalar(value, path, name) for name, value in _mapping(node, path, None, "mapping").items()}
+
+
+def _examples(node: yaml.Node, path: Path) -> tuple[dict, ...]:
+    return tuple(_example(one, path) for one in _list(node, path, "examples"))
+
+
+def _example(node: yaml.Node, path: Path) -> dict:
+    """One worked example: text as it stands, line breaks and all."""
+    keys = _mapping(node, path, EXAMPLE_KEYS, "example")
+    example = {k: _turns(v, path) if k == "prompt" else _verbatim(v, path, k) for k, v in keys.items()}
+    if not any(set(form) <= set(example) for form in EXAMPLES.values()):
+        forms = "; ".join(f"{what}: {', '.join(form)}" for what, form in EXAMPLES.items())
+        found = f"an example of {', '.join(example) or 'nothing'}"
+        raise InputError(found, where=path, line=_line(node), expected=forms)
+    if example.get("gold", "a") not in ("a", "b"):
+        raise InputError(f"gold {shorten(example['gold'])!r}", where=path, line=_line(keys["gold"]), expected="a or b")
+    return example
+
+
+def _turns(node: yaml.Node, path: Path) -> str | list[dict]:
+    """The prompt of an example: a text, or messages that take turns and end with the user's."""
+    if isinstance(node, yaml.ScalarNode):
+        return _verbatim(node, path, "prompt")
+    messages = []
+    for one in _list(node, path, "prompt"):
+        keys = _mapping(one, path, ("role", "content"), "message")
+        message = {k: _verbatim(v, path, k) for k, v in keys.items()}
+        if set(message) != {"role", "content"} or message["role"] not in ("user", "assistant", "system"):
+            raise InputError(
+                f"the message {shorten(message)}",
+                where=path,
+                line=_line(one),
+                expected="role (system, user or assistant) and content",
+            )
+        messages.append(message)
+    return messages
+
+
+def phrase(sentence: str) -> dict[str, str]:
+    """The three requests for a principle given as one plain sentence."""
+    sentence = sentence.strip().rstrip(".")
+    return {
+        "critique": f"Say where the response does not follow this principle: {sentence}.",
+        "revision": f"Rewrite the response so that it follows this principle: {sentence}.",
+        "preference": f"Which response follows this principle better: {sentence}?",
+    }
+
+
+def _mapping(node: yaml.Node, path: Path, known, what: str) -> dict[str, yaml.Node]:
+    """The keys of a mapping node; InputError for one that is not `known` (None: any) or comes twice."""
+    if not isinstance(node, yaml.MappingNode):
+        raise InputError(
+            f"a {what} that is no mapping", where=path, line=_line(node), expected=f"keys out of: {', '.join(known)}"
+        )
+    result = {}
+    for key, value in node.value:
+        name = key.value if isinstance(key, yaml.ScalarNode) else "[...]"
+        if known is not None and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise InputError(
+                f"unknown key {shorten(name)!r} in a {what}",
+                where=path,
+                line=_line(key),
+                expected=f"one of: {', '.join(known)}",
+                remedy=f"Did you mean {near[0]!r}?" if near else "Remove it",
+            )
+        if name in result:
+            raise InputError(f"key {shorten(name)!r} twice in one {what}", where=path, line=_line(key))
+        result[name] = value
+    return result
+
+
+def _list(node: yaml.Node, path: Path, name: str) -> list[yaml.Node]:
+    if not isinstance(node, yaml.SequenceNode) or not node.value:
+        found = repr(shorten(node.value)) if node.value else "empty"
+        raise InputError(f"`{name}` is {found}", where=path, line=_line(node), expected="a list with entries")
+    return node.value
+
+
+def _verbatim(node: yaml.Node, path: Path, name: str) -> str:
+    if not isinstance(node, yaml.ScalarNode) or not node.value.strip():
+        raise InputError(f"`{name}` is empty or not a text", where=path, line=_line(node), expected="a text")
+    return node.value
+
+
+def _scalar(node: yaml.Node, path: Path, name: str) -> str:
+    """A text on one line."""
+    return " ".join(_verbatim(node, path, name).split())
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1
+
+
+def json_schema() -> dict:
+    """The JSON Schema (draft 2020-12) of a constitution, for editors.
+
+    Leaves out what a schema can't say: that ids differ, and the bounds on size and depth.
+    """
+
+    def keys(known: dict[str, str], **kinds) -> dict:
+        text = {"type": "string", "pattern": r"\S"}
+        return {name: {"description": said, **kinds.get(name, text)} for name, said in known.items()}
+
+    def some(items: dict) -> dict:
+        return {"type": "array", "minItems": 1, "items": items}
+
+    def mapping(properties: dict, **more) -> dict:
+        return {"type": "object", "properties": properties, "additionalProperties": False, **more}
+
+    text = {"type": "string", "pattern": r"\S"}
+    role = {"enum": ["system", "user", "assistant"]}
+    message = mapping({"role": role, "content": text}, required=["role", "content"])
+    refer = {name: {"$ref": f"#/$defs/{name}"} for name in ("example", "principle")}
+    example = mapping(
+        keys(EXAMPLE_KEYS, prompt={"anyOf": [text, some(message)]}, gold={"enum": ["a", "b"]}),
+        anyOf=[{"required": list(form)} for form in EXAMPLES.values()],
+    )
+    principle = mapping(
+        keys(
+            PRINCIPLE_KEYS,
+            tags=some(text),
+            examples=some(refer["example"]),
+            weight={"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e6},
+        ),
+        anyOf=[{"required": list(REQUESTS)}, {"required": ["principle"]}],
+    )
+    principles = {**some({"anyOf": [text, refer["principle"]]}), "maxItems": _MAX_PRINCIPLES}
+    duties = {"type": "object", "minProperties": 1, "additionalProperties": text}
+    head = mapping(
+        keys(TOP_KEYS, duties=duties, principles=principles, examples=some(refer["example"])), required=["principles"]
+    )
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A constitution",
+        "anyOf": [head, principles],
+        "$defs": {"example": example, "principle": principle},
+    }
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+class _Dumper(yaml.SafeDumper):
+    """Block style, texts of several lines as they are, and never an alias."""
+
+    def ignore_aliases(self, data):
+        return True
+
+    def increase_indent(self, flow=False, indentless=False):
+        return super().increase_indent(flow, False)
+
+    def represent_str(self, data):
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def to_yaml(constitution: Constitution) -> str:
+    """The file that `load_constitution` reads as this constitution, with a comment on top that says for whom.
+
+    Requests that were phrased from a plain sentence are left to be phrased again.
+    """
+    said = constitution.audience or constitution.description
+    comment = "".join(f"# {line}\n" for line in textwrap.wrap(f"For: {said}", 108)) if said else ""
+    head = {
+        "name": constitution.name,
+        "description": constitution.description,
+        "for": constitution.audience,
+        "source": constitution.source,
+        "duties": dict(constitution.duties),
+    }
+    own = len(constitution.examples)
+    tree = {
+        **{key: value for key, value in head.items() if value},
+        "principles": [_plain(p, p.examples[: len(p.examples) - own]) for p in constitution.principles],
+        **({"examples": list(constitution.examples)} if own else {}),
+    }
+    return comment + yaml.dump(tree, Dumper=_Dumper, allow_unicode=True, sort_keys=False, width=110)
+
+
+def _plain(principle: Principle, examples: tuple[dict, ...]) -> dict:
+    phrased = phrase(principle.principle) if principle.principle else {}
+    requests = {k: getattr(principle, k) for k in REQUESTS}
+    row = {
+        "id": principle.id,
+        "principle": principle.principle,
+        **{k: text for k, text in requests.items() if phrased.get(k) != text},
+        "weight": principle.weight if principle.weight != 1 else None,
+        "tags": list(principle.tags),
+        "examples": list(examples),
+    }
+    return {key: value for key, value in row.items() if value}

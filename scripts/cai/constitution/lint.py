@@ -1,0 +1,426 @@
+"""What can be said of a constitution by reading it: duplicates, contradictions, and requests hard to follow.
+
+    for finding in lint(load_constitution("harmlessness")): print(finding.rule, finding.message)
+
+Rules over words, for English. Leaves out meaning: two principles that say the same, or the opposite, in other
+words are not seen (`NOT_JUDGED` says so to whoever reads the result).
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations, pairwise
+
+from cai.constitution.files import REQUESTS, Constitution, Principle
+
+NOT_JUDGED = (
+    "whether two principles say the same, or the opposite, in different words",
+    "whether a principle is right for its purpose, and what it does to a model: try it (ablate, evaluate.py)",
+    "which prompts no principle speaks to: see coverage",
+    "requests in other languages than English, but for duplicates to the letter",
+)
+
+# Mean overlap of the words of all three requests, above which two principles are nearly the same. The closest two
+# in the bundled constitutions, those of property-only, reach 0.75.
+NEAR = 0.8
+
+# Share of a clause's words that the opposite clause must have.
+OPPOSED = 0.75
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found: `rule`, the ids of the principles, the line of the last of them, and what to do."""
+
+    rule: str
+    principles: tuple[str, ...]
+    line: int
+    message: str
+    remedy: str
+
+
+def lint(constitution: Constitution) -> list[Finding]:
+    """All findings, in the order of the file."""
+    found = []
+    for principle in constitution.principles:
+        found += _double_negatives(principle)
+        found += _compound(principle)
+        found += _labels(principle)
+    for one, other in combinations(constitution.principles, 2):
+        found += _identical(one, other) or _contradiction(one, other) or _duplicate(one, other)
+    found += _duties(constitution)
+    return sorted(found, key=lambda finding: finding.line)
+
+
+def is_english(constitution: Constitution) -> bool:
+    """Whether one word in ten or more is among the commonest of English: else the rules see next to nothing."""
+    words = [word for p in constitution.principles for text in _texts(p).values() for word in _words(text)]
+    return sum(word in _COMMON for word in words) >= len(words) / 10
+
+
+# --- words --------------------------------------------------------------------------------------------------
+
+
+_remembered = lru_cache(maxsize=10_000)  # each text is compared with those of all other principles
+
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+_COMMON = _set("""
+    a an the and or of to in on at by for from with as is are be been it its that this which who whom what how would
+    could may might can should must so than then there any anything anybody some all each other more less""")
+
+# Words of the task, in nearly every request, which say nothing of what it asks for.
+_TASK = _set("""
+    say point out find name explain identify describe list quote rewrite write response responses assistant answer
+    person people does do did give gives gave better anybody somebody whether where help helps please make makes
+    follow follows principle following revise revised revision amend change new last preceding content human""")
+
+_NOT = _set("no not never without nothing nobody none")
+
+_AVOID = _set("""
+    avoid avoids avoiding refrain refrains refraining prevent prevents omit omits fail fails failing failed lack lacks
+    remove removes drop drops""")
+
+# What turns a demand round: all of these but those that find fault with an absence.
+_FORBIDS = (_NOT | _AVOID | {"neither", "nor"}) - _set("fail fails failing failed lack lacks")
+
+_CLAUSE = re.compile(r"[.,;:?!()“”\"]|\b(?:but|while|instead|rather|because|although|unless|when|where|if|so)\b")
+
+
+def _words(text: str) -> list[str]:
+    text = re.sub(r"n[’']t\b", " not", text.lower().replace("cannot", "can not").replace("leave out", "omit"))
+    return re.findall(r"[^\W\d_]+|\d+", re.sub(r"[’']s\b", "", text.replace("leaves out", "omits")))
+
+
+def _stem(word: str) -> str:
+    """A word without the commonest endings: enough to bring `helps`, `helping` and `helped` together."""
+    for ending in (
+        "ations",
+        "ation",
+        "ingly",
+        "edly",
+        "ments",
+        "ment",
+        "ness",
+        "ings",
+        "ing",
+        "ies",
+        "ed",
+        "es",
+        "ly",
+        "s",
+        "e",
+        "y",
+    ):
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            return word[: -len(ending)]
+    return word
+
+
+def _content(words: list[str]) -> frozenset[str]:
+    return frozenset(_stem(w) for w in words if w not in _COMMON and w not in _TASK and w not in _FORBIDS)
+
+
+def _clauses(text: str) -> Iterator[list[str]]:
+    """The words of each clause: up to a mark, or a word that begins another."""
+    for part in _CLAUSE.split(text):
+        if words := _words(part):
+            yield words
+
+
+# --- one principle ------------------------------------------------------------------------------------------
+
+
+def _found(rule: str, principles: tuple[Principle, ...], message: str, remedy: str) -> Finding:
+    return Finding(rule, tuple(p.id for p in principles), principles[-1].line, message, remedy)
+
+
+def _texts(principle: Principle) -> dict[str, str]:
+    """What a person wrote: the plain sentence, or else the requests."""
+    if principle.principle:
+        return {"principle": principle.principle}
+    return {name: getattr(principle, name) for name in REQUESTS}
+
+
+def _double_negatives(principle: Principle) -> Iterator[Finding]:
+    for name, text in _texts(principle).items():
+        for words in _clauses(re.sub(r"\b(?:and|or)\b", ",", text)):
+            if twice := _negated_twice(words):
+                yield _found(
+                    "double-negative",
+                    (principle,),
+                    f"the {name} has a double negative (“{twice}”): {text}",
+                    "Say what should be, not what should not be missing",
+                )
+                break
+
+
+def _negated_twice(words: list[str]) -> str:
+    """The two words of a clause that undo each other, or "". `avoid harm without scolding` has none such."""
+    negators = [word for word in words if word in _NOT | _AVOID]
+    for first, second in pairwise(negators):
+        if first in _NOT or second != "without":
+            return f"{first} … {second}"
+    undone = re.search(r"\bnot ((?:un|in|im|ir|il|dis)[a-z]{4,})", " ".join(words))
+    return undone[0] if undone and not undone[1].startswith(_NOT_NEGATED) else ""
+
+
+# Words with a beginning like a negative one.
+_NOT_NEGATED = (
+    "incl",
+    "infl",
+    "info",
+    "inst",
+    "inte",
+    "inti",
+    "intr",
+    "inve",
+    "invi",
+    "invo",
+    "inside",
+    "insi",
+    "insu",
+    "incr",
+    "indi",
+    "indu",
+    "under",
+    "until",
+    "unless",
+    "unit",
+    "discu",
+    "displ",
+    "discl",
+    "dista",
+    "disti",
+    "distr",
+    "impro",
+    "impos",
+    "imply",
+    "impli",
+    "impor",
+    "imme",
+    "impac",
+    "illus",
+)
+
+_COMPARATIVE = r"(?:more|less|fewer|better|worse|most|least|\w{3,}er|\w{3,}est)"
+
+_TWO_CRITERIA = re.compile(
+    rf"\b{_COMPARATIVE}\b[^,.;?]*?(?:,? and|,? as well as|, but)(?: (?:is|are|also|has|gives|shows))*"
+    rf" (?={_COMPARATIVE}\b)|\bboth\b[^.;?]* and\b|\bmost \w+, \w+,? and \w+",
+    re.IGNORECASE,
+)
+
+_NO_COMPARATIVE = _set("""
+    other another whether rather either neither never after under over ever answer matter number order letter
+    water paper computer user person power offer consider remember however together further former later manner
+    danger anger customer teacher lawyer refer deliver prefer suffer wonder interest request honest test best rest
+    latest modest suggest protest forest harvest invest quest west guest""")
+
+_SECOND_TASK = re.compile(
+    r"\b(?:also|furthermore|moreover|in addition|additionally|and then|secondly)\b", re.IGNORECASE
+)
+
+_IMPERATIVE = _set("""
+    find say point explain identify name list quote discuss describe criticise criticize critique comment rewrite
+    revise write change remove add choose pick compare""")
+
+
+def _compound(principle: Principle) -> Iterator[Finding]:
+    remedy = "Make two principles of it: nobody can tell which of the two decided"
+    for name, text in _texts(principle).items():
+        if name == "preference":
+            if any(_compares(match, text) for match in _TWO_CRITERIA.finditer(text)):
+                yield _found("compound", (principle,), f"the preference has two criteria: {text}", remedy)
+            continue
+        if second := _SECOND_TASK.search(text):
+            yield _found("compound", (principle,), f"the {name} asks for two things (“{second[0]}”): {text}", remedy)
+            continue
+        begins = [words[0] for part in re.split(r"[.;?!]", text) if (words := _words(part.replace("Please ", "")))]
+        if sum(word in _IMPERATIVE for word in begins) > 1:
+            yield _found("compound", (principle,), f"the {name} asks for two things in two sentences: {text}", remedy)
+
+
+def _compares(match: re.Match, text: str) -> bool:
+    """Whether what looks like two comparatives are such, and not words that only end like one."""
+    following = re.match(r"\w+", text[match.end() :])
+    words = [match[0].split()[0].lower(), following[0].lower() if following else ""]
+    return not set(words) & _NO_COMPARATIVE
+
+
+def _labels(principle: Principle) -> Iterator[Finding]:
+    text = principle.preference
+    if found := re.search(
+        r"\b(?:first|second|former|latter) (?:response|answer|one)\b|\((?:A|B)\)"
+        r"|\b(?:response|answer|option) [AB]\b",
+        text,
+    ):
+        yield _found(
+            "names-a-place",
+            (principle,),
+            f"the preference speaks of a place (“{found[0]}”): {text}",
+            "Both orders are asked: ask which response, and name none",
+        )
+
+
+# --- two principles -----------------------------------------------------------------------------------------
+
+
+_REMOVE = "Remove one of them, and give the other more weight if it should count twice"
+
+
+def _identical(one: Principle, other: Principle) -> list[Finding]:
+    if _same(one, other) == list(REQUESTS):
+        return [_found("duplicate", (one, other), f"{one.id!r} and {other.id!r} are the same", _REMOVE)]
+    return []
+
+
+def _same(one: Principle, other: Principle) -> list[str]:
+    """The requests that are the same word for word."""
+    return [name for name in REQUESTS if _letters(getattr(one, name)) == _letters(getattr(other, name))]
+
+
+@_remembered
+def _letters(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _duplicate(one: Principle, other: Principle) -> list[Finding]:
+    """At most one finding: nearly the same in all requests, or the same in one of them."""
+    ids = f"{one.id!r} and {other.id!r}"
+    overlap = sum(_overlap(getattr(one, name), getattr(other, name)) for name in REQUESTS) / len(REQUESTS)
+    if overlap >= NEAR:
+        return [_found("near-duplicate", (one, other), f"{ids} share {overlap:.0%} of their words", _REMOVE)]
+    if same := _same(one, other):
+        return [
+            _found(
+                "duplicate",
+                (one, other),
+                f"{ids} have the same {' and '.join(same)}",
+                "Reword it, so that each asks for something of its own",
+            )
+        ]
+    return []
+
+
+def _overlap(one: str, other: str) -> float:
+    """Jaccard index of the words that carry meaning."""
+    a, b = _meaning(one), _meaning(other)
+    return len(a & b) / len(a | b) if a | b else 0.0
+
+
+@_remembered
+def _meaning(text: str) -> frozenset[str]:
+    """The words that carry meaning, or all words where none does."""
+    return _content(_words(text)) or frozenset(_words(text))
+
+
+# Demands on the whole response of which it can meet only one.
+_OPPOSITES = [
+    (left, re.compile(rf"\b(?:{lefts})"), right, re.compile(rf"\b(?:{rights})"))
+    for left, lefts, right, rights in (
+        (
+            "short",
+            r"brief|concise|terse|succinct|few words|one sentence|short(?! sentence| word)",
+            "long",
+            r"long(?! ago|-| term)|detailed|in (?:\w+ )?detail|in depth|at length|thorough|exhaustive",
+        ),
+        ("formal", r"formal", "casual", r"casual|informal|slang|chatty|colloquial"),
+        ("joking", r"jok|humou?r|funny|sarcas|witty|ironic", "serious", r"serious(?!ly)|solemn|sober"),
+        ("technical", r"technical|jargon|expert terms", "plain", r"plain words|everyday words|layman|simple words"),
+        (
+            "to refuse",
+            r"always (?:declin|refus)|never (?:answer|help|compl)|(?:refus|declin)\w* everything",
+            "to comply",
+            r"(?:always|never fail to) (?:answer|help|compl)|never (?:declin|refus)|answers? everything",
+        ),
+        ("firm", r"confident|firmly|without (?:any )?doubt|sounds? certain", "tentative", r"tentative|hedg|unsure"),
+    )
+]
+
+
+def _demand(principle: Principle) -> str:
+    """What the principle wants a response to be."""
+    return principle.principle or principle.revision
+
+
+def _contradiction(one: Principle, other: Principle) -> list[Finding]:
+    """At most one finding: one wants what the other forbids, or each one of two opposites."""
+    remedy = "Say in both which of them yields, and when; or remove one"
+    wants, forbids = _demands(_demand(one)), _demands(_demand(other))
+    for (yes, no), (a, b) in (((wants[0], forbids[1]), (one, other)), ((forbids[0], wants[1]), (other, one))):
+        for wanted in yes:
+            for unwanted in no:
+                shared = wanted & unwanted
+                if len(shared) >= max(2, OPPOSED * min(len(wanted), len(unwanted))):
+                    return [
+                        _found(
+                            "contradiction",
+                            (one, other),
+                            f"{a.id!r} asks for what {b.id!r} forbids: “{_demand(a)}” against “{_demand(b)}”",
+                            remedy,
+                        )
+                    ]
+    this, that = _sides(_demand(one)), _sides(_demand(other))
+    for left, _, right, _ in _OPPOSITES if this and that else ():
+        for (a, sides), (b, others) in (((one, this), (other, that)), ((other, that), (one, this))):
+            if left in sides and right in others and right not in sides and left not in others:
+                return [
+                    _found(
+                        "contradiction",
+                        (one, other),
+                        f"{a.id!r} wants the response {left}, {b.id!r} {right}: “{_demand(a)}” against “{_demand(b)}”",
+                        remedy,
+                    )
+                ]
+    return []
+
+
+@_remembered
+def _demands(demand: str) -> tuple[list[frozenset], list[frozenset]]:
+    """(what it asks for, what it forbids): the words of each clause that carry meaning."""
+    wanted, unwanted = [], []
+    for words in _clauses(demand):
+        turned = sum(word in _FORBIDS for word in words) % 2
+        (unwanted if turned else wanted).append(_content(words))
+    return wanted, unwanted
+
+
+@_remembered
+def _sides(demand: str) -> frozenset[str]:
+    """The sides of `_OPPOSITES` that a demand takes."""
+    sides = (
+        (name, phrases)
+        for left, lefts, right, rights in _OPPOSITES
+        for name, phrases in ((left, lefts), (right, rights))
+    )
+    return frozenset(name for name, phrases in sides if _asks(demand, phrases))
+
+
+def _asks(demand: str, phrases: re.Pattern) -> bool:
+    """Whether a clause has one of the phrases, and nothing before it that turns it round."""
+    for words in _clauses(demand):
+        text = " ".join(words)
+        if (found := phrases.search(text)) and not set(text[: found.start()].split()) & _FORBIDS:
+            return True
+    return False
+
+
+# --- the whole ----------------------------------------------------------------------------------------------
+
+
+def _duties(constitution: Constitution) -> Iterator[Finding]:
+    kept = {tag for principle in constitution.principles for tag in principle.tags}
+    for name in constitution.duties:
+        if name not in kept:
+            yield Finding(
+                "unkept-duty",
+                (),
+                1,
+                f"no principle has the duty {name!r} among its tags",
+                "Tag the principle that rests on it, write one, or remove the duty",
+            )

@@ -1,0 +1,193 @@
+"""Preference rows as judge.py writes them, read for training: who was chosen, and how surely.
+
+    pairs, counts, digest = read_pairs(["preferences.jsonl"], "soft", limit=None)
+
+TRL's chosen/rejected and HH-RLHF's two transcripts are read too; they have no soft label, so one must be given.
+Leaves out what teaches nothing or is not wanted, each counted: pairs that the judge could not decide, identical
+responses, labels nearer to a toss-up than `min_margin`. What a trainer makes of a pair is the trainer's.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+
+from cai.base.errors import InputError, shorten
+from cai.base.hashing import hashed_seed, sha256_text
+from cai.data.dialogue import as_messages
+from cai.data.sources import Source
+
+
+def check_sides(row: dict, where, line: int) -> None:
+    """InputError if a pair has one response only; an undecided pair of judge.py has none."""
+    prompt_and_sides = {side: row[side] is None for side in ("chosen", "rejected")}
+    if len(set(prompt_and_sides.values())) > 1:
+        missing = next(side for side, is_missing in prompt_and_sides.items() if is_missing)
+        raise InputError(
+            f"'{missing}' is null, and the other response is there",
+            where=where,
+            line=line,
+            expected="two responses, or null for both where nothing was decided",
+            remedy="Mend or delete this row",
+        )
+
+
+def check_label(row: dict, where, line: int) -> None:
+    """InputError if a decided pair has no probability to train to."""
+    p = row.get("p_chosen")
+    if row["chosen"] is None or row["rejected"] is None:
+        return
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
+        raise InputError(
+            f"p_chosen is {shorten(p)!r}",
+            where=where,
+            line=line,
+            expected="a probability from 0 to 1",
+            remedy="Make the rows with judge.py, or train on --labels hard (reward_model.py: or give --default-label)",
+        )
+
+
+def read_pairs(
+    inputs, labels: str, limit: int | None, *, min_margin: float = 0.0, default_label: float | None = None
+) -> tuple[list[dict], dict, str]:
+    """(decided pairs of {prompt, chosen, rejected, p_chosen}, counts, digest of the input).
+
+    Args:
+        labels: "soft" takes the row's p_chosen, "hard" 1.
+        min_margin: least |2p − 1| of a pair to keep, 0 (all) to 1 (those that the judge was certain of).
+        default_label: the p_chosen of pairs that have none, such as human ones; without it they are refused where
+            one is needed.
+
+    Counts, beside rows and undecided, those that are not 0: identical, below_margin, and default_label (kept).
+    Raises InputError for a row without what it needs, or if no pair is left.
+    """
+    takes_p = labels == "soft" or min_margin > 0
+
+    def check(row: dict, where, line: int) -> None:
+        check_sides(row, where, line)
+        if takes_p and not (default_label is not None and row.get("p_chosen") is None):
+            check_label(row, where, line)
+
+    source = Source(inputs, require=("prompt", "chosen", "rejected"), limit=limit, check=check)
+    counts = dict.fromkeys(("undecided", "identical", "below_margin", "default_label"), 0)
+    pairs = []
+    for row in source:
+        if row["chosen"] is None:
+            counts["undecided"] += 1
+            continue
+        if row["chosen"].strip() == row["rejected"].strip():
+            counts["identical"] += 1
+            continue
+        given = row.get("p_chosen")
+        p = (default_label if given is None else float(given)) if takes_p else 1.0
+        if abs(2 * p - 1) < min_margin - 1e-9:  # 2 · 0.6 − 1 is a little less than 0.2
+            counts["below_margin"] += 1
+            continue
+        counts["default_label"] += takes_p and given is None
+        pairs.append(
+            {
+                "prompt": row["prompt"],
+                "chosen": row["chosen"],
+                "rejected": row["rejected"],
+                "p_chosen": p if labels == "soft" else 1.0,
+            }
+        )
+    counts = {"rows": source.count, "undecided": counts.pop("undecided"), **{k: n for k, n in counts.items() if n}}
+    if not pairs:
+        raise InputError(
+            f"no decided pair that differs ({counts})",
+            where=", ".join(map(str, inputs)),
+            expected="rows with `chosen` and `rejected`",
+        )
+    return pairs, counts, source.digest
+
+
+def prompt_and_sides(pairs: list[dict]) -> list[tuple[list[dict], list[str]]]:
+    """(the prompt's messages, [chosen, rejected]) of each pair: rows of `estimate.lengths_of`."""
+    return [(as_messages(pair["prompt"]), [pair["chosen"], pair["rejected"]]) for pair in pairs]
+
+
+LABELS = ("A", "B")
+
+ORDERS = ("ab", "ba")  # which response is shown first, and so under the label A
+
+
+def prompt_key(row: dict) -> str:
+    """What the responses to one prompt share: `prompt_id`, or the hash of the prompt itself."""
+    if row.get("prompt_id") is not None:
+        return str(row["prompt_id"])
+    return sha256_text(json.dumps(row["prompt"], sort_keys=True))
+
+
+class GivenPairs:
+    """Comparisons that are rows already: `response_a` and `response_b`, or TRL's `chosen` and `rejected`.
+
+    A chosen response is the better one by whoever wrote the row (`gold`); which side it is shown on is drawn by
+    hashing, so that the gold label is not always the same.
+
+    Attributes: ids, digest, unpaired (0), as those of `Pairs`.
+    Raises InputError with file and line for a row with a side missing, or a gold label that is neither a nor b.
+    """
+
+    def __init__(self, inputs: Sequence[str], limit: int | None):
+        first = next(iter(Source(inputs, require=("prompt",), limit=1)))
+        self.trl = "response_a" not in first
+        sides = ("chosen", "rejected") if self.trl else ("response_a", "response_b")
+        self._source = Source(inputs, require=("prompt", *sides), limit=limit, check=check_pair)
+        self.ids, self.digest, self.unpaired = self._source.ids, self._source.digest, 0
+
+    def __iter__(self) -> Iterator[dict]:
+        return map(with_sides, self._source) if self.trl else iter(self._source)
+
+
+def is_pair(row: dict) -> bool:
+    """Whether a row is a pair already."""
+    return "response_a" in row or "chosen" in row
+
+
+def with_sides(row: dict) -> dict:
+    """TRL's row as a comparison."""
+    row = dict(row)
+    chosen, rejected = row.pop("chosen"), row.pop("rejected")
+    if hashed_seed("side", row["id"]) % 2:
+        return {**row, "response_a": rejected, "response_b": chosen, "gold": "b"}
+    return {**row, "response_a": chosen, "response_b": rejected, "gold": "a"}
+
+
+def is_tie(comparison: dict) -> bool:
+    """Whether both responses are the same but for outer whitespace: there is nothing to judge."""
+    return comparison["response_a"].strip() == comparison["response_b"].strip()
+
+
+def check_pair(row: dict, where, line: int) -> None:
+    """Raise InputError for TRL's row without a side, or a `gold` that is neither "a" nor "b" nor missing."""
+    if "response_a" not in row and (missing := [k for k in ("chosen", "rejected") if row.get(k) is None]):
+        raise InputError(
+            f"{missing[0]!r} is null",
+            where=where,
+            line=line,
+            expected="two responses",
+            remedy="Mend or delete this row",
+        )
+    if row.get("gold") not in (None, "a", "b"):
+        raise InputError(
+            f"gold is {shorten(row['gold'])!r}",
+            where=where,
+            line=line,
+            expected='"a" or "b"',
+            remedy="Mend it, or leave gold out where nobody knows",
+        )
+
+
+def group_verdicts(verdicts: Sequence[dict]) -> dict[tuple[str | None, str | None], list[float | None]]:
+    """{(judge, principle): [p_a with a first, p_a with b first]}; None for what a verdict does not name."""
+    found: dict[tuple, list] = {}
+    for one in verdicts:
+        found.setdefault((one.get("judge"), one.get("principle")), []).append(one["p_a"])
+    return found
+
+
+def same_position(p_ab: float, p_ba: float) -> bool:
+    """Whether both orders prefer the response in the same place, which says nothing about the responses.
+
+    Args: the probability that response_a is better, in each order.
+    """
+    return (p_ab - 0.5) * (p_ba - 0.5) < 0

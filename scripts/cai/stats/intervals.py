@@ -1,0 +1,138 @@
+"""Rates, means, correlations and differences, each with its 95 % interval.
+
+    rate(97, 100)          # {"value": 0.97, "low": 0.915, "high": 0.990, "n": 100}
+
+`rate` and `mean` take rows to be independent; where several rows share a prompt or a context, use `clustered_rate` and
+`clustered_mean`. Leaves out hypothesis tests.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+Z = 1.959963984540054  # two-sided 95 % of the normal distribution
+
+
+def rate(successes: int, n: int) -> dict:
+    """The share `successes / n` in 0..1 with its Wilson 95 % score interval (Wilson 1927, JASA 22).
+
+    Unlike the normal approximation it is right near 0 and 1, where a good run ends up. Without rows
+    (`n` = 0) value, low and high are None: nothing was measured, which is not 0 %.
+    """
+    if n == 0:
+        return {"value": None, "low": None, "high": None, "n": 0}
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n}")
+    return {**wilson(successes / n, n), "n": n}
+
+
+def wilson(share: float, n: float) -> dict:
+    """{value, low, high} of a share of `n` independent rows; `n` need not be whole."""
+    spread = Z * Z / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = Z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    # At 0 and 1 the bound is exactly that; rounding would leave 1e-17 beyond it.
+    return {"value": share, "low": 0.0 if share == 0 else middle - half, "high": 1.0 if share == 1 else middle + half}
+
+
+def mean(values: Iterable[float]) -> dict:
+    """The mean in the values' own unit, with the normal 95 % interval (± 1.96 standard errors).
+
+    With one value there is no spread to measure, so low and high are None; with none all three are.
+    """
+    values = list(values)
+    n = len(values)
+    if n == 0:
+        return {"value": None, "low": None, "high": None, "n": 0}
+    centre = math.fsum(values) / n
+    if n == 1:
+        return {"value": centre, "low": None, "high": None, "n": 1}
+    variance = math.fsum((value - centre) ** 2 for value in values) / (n - 1)
+    half = Z * math.sqrt(variance / n)
+    return {"value": centre, "low": centre - half, "high": centre + half, "n": n}
+
+
+def clustered_rate(successes: Sequence[bool | float], clusters: Sequence) -> dict:
+    """The share of successes with a 95 % interval that counts rows of one cluster as alike; adds `clusters`.
+
+    The variance is that of the clusters' sums (Miller 2024, arXiv 2411.00640, section 2.2, with the usual C / (C − 1)
+    for C clusters). The interval is Wilson's for as many independent rows as would have this variance, never for
+    more than there are; where the variance says nothing (all rows alike) each cluster counts as one row.
+
+    Args:
+        successes: one a row, 0 to 1 (half a success for a tie).
+        clusters: one label a row; rows with equal labels belong together.
+    """
+    n = len(successes)
+    if n == 0:
+        return {**rate(0, 0), "clusters": 0}
+    share = math.fsum(successes) / n
+    sums: Counter = Counter()
+    for success, cluster in zip(successes, clusters, strict=True):
+        sums[cluster] += success - share
+    count = len(sums)
+    variance = math.fsum(one * one for one in sums.values()) / (n * n) * (count / (count - 1) if count > 1 else 1)
+    spread = share * (1 - share)
+    effective = min(n, spread / variance) if variance > 1e-12 and count > 1 else count
+    return {**wilson(share, effective), "n": n, "clusters": count}
+
+
+def clustered_mean(values: Sequence[float], clusters: Sequence) -> dict:
+    """`mean` with the variance of `clustered_rate`; adds `clusters`. With one cluster low and high are None."""
+    n = len(values)
+    if n == 0:
+        return {**mean([]), "clusters": 0}
+    centre = math.fsum(values) / n
+    sums: Counter = Counter()
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] += value - centre
+    count = len(sums)
+    if count == 1:
+        return {"value": centre, "low": None, "high": None, "n": n, "clusters": 1}
+    half = Z * math.sqrt(math.fsum(one * one for one in sums.values()) * count / (count - 1)) / n
+    return {"value": centre, "low": centre - half, "high": centre + half, "n": n, "clusters": count}
+
+
+def correlation(ones: Sequence[float], others: Sequence[float]) -> dict:
+    """Pearson's r with the 95 % interval of Fisher's z; None where one side never varies or n is below 4."""
+    n = len(ones)
+    nothing = {"value": None, "low": None, "high": None, "n": n}
+    if n < 4 or len(set(ones)) == 1 or len(set(others)) == 1:
+        return nothing
+    a, b = math.fsum(ones) / n, math.fsum(others) / n
+    both = math.fsum((x - a) * (y - b) for x, y in zip(ones, others, strict=True))
+    squares = math.fsum((x - a) ** 2 for x in ones) * math.fsum((y - b) ** 2 for y in others)
+    if not squares > 0:  # they vary by less than a float can tell
+        return nothing
+    r = min(1.0, max(-1.0, both / math.sqrt(squares)))
+    if abs(r) == 1:
+        return {"value": r, "low": r, "high": r, "n": n}
+    half = Z / math.sqrt(n - 3)
+    return {"value": r, "low": math.tanh(math.atanh(r) - half), "high": math.tanh(math.atanh(r) + half), "n": n}
+
+
+def paired(differences: Sequence[float], z: float = Z) -> tuple[float, float]:
+    """Interval of the mean of differences, each −1 to 1, of the same prompts measured twice.
+
+    Bonett and Price (2012, Journal of Educational and Behavioral Statistics 37): the normal interval after one
+    difference of 1 and one of −1 are added, so that equal outcomes don't give an interval of no width.
+    """
+    n = len(differences) + 2
+    centre = math.fsum(differences) / n
+    variance = (math.fsum(one * one for one in differences) + 2) / n - centre * centre
+    half = z * math.sqrt(max(0.0, variance) / n)
+    return max(-1.0, centre - half), min(1.0, centre + half)
+
+
+def unpaired(before: Mapping, now: Mapping, z: float = Z) -> tuple[float, float]:
+    """Interval of now − before for two figures measured apart, from the interval of each.
+
+    Newcombe (1998, Statistics in Medicine 17, method 10); the intervals' arms are scaled from 95 % to `z`. Without
+    an interval on either side nothing is known: −inf to inf.
+    """
+    if None in (before["low"], before["high"], now["low"], now["high"]):
+        return -math.inf, math.inf
+    scale, change = z / Z, now["value"] - before["value"]
+    down = math.hypot(now["value"] - now["low"], before["high"] - before["value"])
+    up = math.hypot(now["high"] - now["value"], before["value"] - before["low"])
+    return change - scale * down, change + scale * up

@@ -1,0 +1,91 @@
+"""Flags of a revision: what is visibly wrong with its form.
+
+    flags(response="I can't help with that.", revision="Revised response: no.", finish="stop")  # ["preamble"]
+
+These are rules about form that need no model. They do not say whether a revision is better than what it revised. A
+flagged revision stays in its row; sft.py leaves it out unless told to `--keep` it.
+"""
+
+import re
+
+# In the order in which a revision's flags are listed.
+REASONS = ("empty", "unfinished", "copy", "leaked_tag", "preamble", "repeated_tail", "bare_refusal")
+
+# Delimiters of our templates (also with the bracket that stands in for theirs), control tokens of common
+# chat templates, and the speakers of a transcript.
+_LEAKED = re.compile(
+    r"[<‹]\s*/?\s*(?:prompt|response(?:_[ab])?|critique|revision|reasoning|principle|think(?:ing)?)\s*>"
+    r"|<\|[\w ]{1,40}\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</s>"
+    r"|^(?:Human|Assistant|Critique|Revision) ?:",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+_NEW = r"(?:re-?vis|re-?writ|re-?word|improv|updat|correct|edit|modif|new|better)\w*"
+
+_TEXT = r"(?:response|answer|reply|version|message|text)"
+
+_NEAR = r"[^.:\n]{0,40}?\b"
+
+_PREAMBLE = re.compile(
+    r"[\s*#_\"“>]*"
+    r"(?:(?:sure|certainly|of course|absolutely|okay|ok|understood|thanks)\b[^.:\n]{0,20}[,.!:\s]+)?"
+    rf"(?:(?:here(?:['’]s| is| are)|below is|this is)\b{_NEAR}{_NEW}\b{_NEAR}{_TEXT}\b"
+    rf"|(?:(?:my|the|a) )?{_NEW}\s+{_TEXT}[\s*_]*[:\n]"
+    rf"|i(?:['’]?ve| have)? (?:revised|rewritten|rewrote|reworded|edited) (?:the|my|your)\b{_NEAR}{_TEXT}\b)",
+    re.IGNORECASE,
+)
+
+_REFUSAL = re.compile(
+    r"\bi (?:\w+ )?(?:can['’]?t(?! wait)|cannot|can not|won['’]?t|will not|decline|refuse|have to say no)\b"
+    r"|\bi(?:['’]?m| am) (?:\w+ )?(?:unable|not (?:able|going|allowed|permitted|comfortable))\b"
+    r"|\bi(?:['’]d| would) rather not\b|\A\W*(?:i['’]?m |i am )?(?:very |so )?sorry\W*\Z",
+    re.IGNORECASE,
+)
+
+_REASON_OR_OFFER = re.compile(
+    r"\b(?:because|since|harm\w*|hurt\w*|danger\w*|illegal|unlawful|unsafe|unfair|wrong|risk\w*|damag\w*"
+    r"|it would|that would|instead|alternativ\w*|rather than|i can(?!['’]?t|not| not)|happy to|glad to"
+    r"|let me|consider|suggest\w*|recommend\w*|you (?:could|can|might|may)|we (?:could|can)|try(?:ing)?"
+    r"|how about|if you)\b",
+    re.IGNORECASE,
+)
+
+_BARE_WORDS = 25  # a refusal this short without a reason or an offer is the evasion the paper trains away
+
+
+def flags(response: str, revision: str, finish: str) -> list[str]:
+    """What is visibly wrong with a revision, as words of `REASONS`; [] if nothing is.
+
+    Args:
+        response: the text that was revised.
+        revision: the text that is to take its place.
+        finish: how its generation ended: "stop" or "length".
+    """
+    if not revision.strip():
+        return ["empty"]
+    words = revision.split()
+    checks = {
+        "unfinished": finish == "length",
+        "copy": words == response.split(),
+        "leaked_tag": _LEAKED.search(revision),
+        "preamble": _PREAMBLE.match(revision),
+        "repeated_tail": repeats(revision),
+        "bare_refusal": len(words) <= _BARE_WORDS and is_bare_refusal(revision),
+    }
+    return [reason for reason in REASONS if checks.get(reason)]
+
+
+def is_bare_refusal(text: str) -> bool:
+    """Whether the text declines and gives neither a reason nor an alternative."""
+    return bool(_REFUSAL.search(text)) and not _REASON_OR_OFFER.search(text)
+
+
+def repeats(text: str) -> bool:
+    """Whether the text ends in a loop: 12 characters or more that are one piece three times over, or a piece
+    of 60 or more twice. Loops through pieces longer than 500 characters are not looked for."""
+    text = " " + " ".join(text.split())
+    for size in range(1, min(len(text) // 2, 500) + 1):
+        times = 2 if size >= 60 else max(3, -(-12 // size))
+        if text.endswith(text[-size:] * times):
+            return True
+    return False

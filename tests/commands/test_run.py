@@ -1,0 +1,370 @@
+"""run.py: the plan, the script it prints, stopping and going on, and the whole loop on small models."""
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import models
+import pytest
+from conftest import ROOT, load_command
+
+from cai.base.paths import TINY
+from cai.data.outputs import read_manifest, write_jsonl
+from cai.data.readers import read_jsonl
+from cai.evaluate.rates import KINDS, RATES
+from cai.world import language
+
+PRESETS = ["tiny", "default"]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """--input, --heldout: six prompts to train on, six to measure on, of all kinds."""
+    for split in ("train", "heldout"):
+        rows = [row for kind in KINDS for row in language.prompt_rows(kind, split, 3, 2)]
+        write_jsonl(tmp_path / f"{split}.jsonl", rows)
+    return ["--input", tmp_path / "train.jsonl", "--heldout", tmp_path / "heldout.jsonl"]
+
+
+def planned(invoke, *args):
+    result = invoke("run", *args, "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)["steps"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--limit", 4, "--device", "cpu", "--overwrite", "--rounds", 3, "--helpful", "helpful.jsonl"]],
+    ids=["plain", "full"],
+)
+def test_every_step_of_the_plan_is_a_command_that_takes_its_arguments(
+    invoke, tmp_path, prompts, preset, more, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("helpful.jsonl", [{"prompt": "p", "response": "r"}])
+    steps = planned(invoke, "--model", "some/model", "--output", "out", *prompts, "--preset", preset, *more)
+    for step in steps:
+        python, script, *arguments = shlex.split(step["command"])
+        assert Path(python).samefile(sys.executable)
+        name = Path(script).stem
+        # Parsed by the command itself: an option it does not know, or a wrong value, is an error.
+        load_command(name).make_context(name, arguments)
+
+
+def test_the_sequence_and_what_passes_between_the_steps(invoke, tmp_path, prompts, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = planned(invoke, "--model", "some/model", "--output", "out", *prompts, "--rounds", 2)
+    assert [(step["name"], step["output"]) for step in steps] == [
+        ("evaluate-base", "out/evaluation-base.jsonl"),
+        ("responses", "out/01-responses.jsonl"),
+        ("critique-1", "out/02-critique-1.jsonl"),
+        ("revision-1", "out/03-revision-1.jsonl"),
+        ("critique-2", "out/04-critique-2.jsonl"),
+        ("revision-2", "out/05-revision-2.jsonl"),
+        ("sft", "out/sft"),
+        ("evaluate-sft", "out/evaluation-sft.jsonl"),
+        ("samples", "out/06-samples.jsonl"),
+        ("preferences", "out/07-preferences.jsonl"),
+        ("reward-model", "out/reward-model"),
+        ("ppo", "out/ppo"),
+        ("evaluate-ppo", "out/evaluation-ppo.jsonl"),
+        ("report", "out/report.html"),
+    ]
+    train, heldout = str(prompts[1]), str(prompts[3])
+    given = {step["name"]: values(step["command"]) for step in steps[:-1]}
+    read = {name: (given[name]["--input"], given[name]["--model"]) for name in given}
+    base = ["some/model"]
+    assert read == {
+        "evaluate-base": ([heldout], base),
+        "responses": ([train], base),
+        "critique-1": (["out/01-responses.jsonl"], base),
+        "revision-1": (["out/02-critique-1.jsonl"], base),
+        "critique-2": (["out/03-revision-1.jsonl"], base),
+        "revision-2": (["out/04-critique-2.jsonl"], base),
+        "sft": (["out/05-revision-2.jsonl"], base),
+        "evaluate-sft": ([heldout], ["out/sft"]),
+        "samples": ([train], ["out/sft"]),
+        "preferences": (["out/06-samples.jsonl", "out/01-responses.jsonl"], base),
+        "reward-model": (["out/07-preferences.jsonl"], ["out/sft"]),
+        "ppo": ([train], ["out/sft"]),
+        "evaluate-ppo": ([heldout], ["out/ppo"]),
+    }
+    assert given["ppo"]["--reward-model"] == ["out/reward-model"]
+    assert given["evaluate-ppo"]["--judge"] == base
+
+
+def values(line):
+    """{option: its values} of a command line."""
+    found, name = {}, None
+    for word in shlex.split(line)[2:]:
+        if word.startswith("--"):
+            name = word
+            found.setdefault(name, [])
+        else:
+            found[name].append(word)
+    return found
+
+
+def test_the_oracle_is_asked_in_evaluations_only(invoke, tmp_path, prompts):
+    steps = planned(invoke, "--model", "some/model", "--output", tmp_path / "out", *prompts, "--preset", "tiny")
+    assert {step["name"] for step in steps if "--by oracle" in step["command"]} == {
+        "evaluate-base",
+        "evaluate-sft",
+        "evaluate-ppo",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model", "no/such/folder", "--input", "train.jsonl", "--heldout", "heldout.jsonl"], "no such model folder"),
+        (["--model", "some/model"], "no --input; expected a file of prompts"),
+        (["--model", "some/model", "--input", "train.jsonl"], "no --heldout"),
+        (["--model", "x", "--input", "no.jsonl", "--heldout", "heldout.jsonl"], "no.jsonl: no such file"),
+        (["--model", "x", "--input", "train.jsonl", "--heldout", "plain.jsonl"], "plain.jsonl:1: a row without 'kind'"),
+        (
+            ["--model", "x", "--input", "train.jsonl", "--heldout", "heldout.jsonl", "--constitution", "no"],
+            "expected a .yaml file, or one of: child-safe-tutoring",
+        ),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_step(invoke, tmp_path, prompts, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("plain.jsonl", [{"prompt": "p"}])
+    before = sorted(tmp_path.iterdir())
+    for more in ([], ["--dry-run"]):
+        result = invoke("run", *arguments, "--output", "out", *more)
+        assert result.exit_code == 2 and expected in result.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def run(invoke, prompts, output, *more):
+    """The loop without RL on a random model, one round."""
+    return invoke(
+        "run",
+        "--model",
+        models.folder("llama"),
+        "--preset",
+        "tiny",
+        "--output",
+        output,
+        *prompts,
+        "--rounds",
+        1,
+        "--rl",
+        "none",
+        *more,
+    )
+
+
+def test_a_failing_step_stops_the_run_and_the_same_command_goes_on(invoke, tmp_path, prompts):
+    output = tmp_path / "an output"
+    (output / "sft").mkdir(parents=True)
+    (output / "sft" / "somebody's").write_text("file")
+    result = run(invoke, prompts, output)
+    assert result.exit_code == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert "step 5 of 7 (sft) ended with exit code 2" in last and "the same command continues" in last
+    assert result.stdout == ""
+    kept = {path: path.stat().st_mtime_ns for path in output.glob("0*.jsonl")}
+    assert [path.name for path in sorted(kept)] == ["01-responses.jsonl", "02-critique-1.jsonl", "03-revision-1.jsonl"]
+
+    (output / "sft" / "somebody's").unlink()
+    (output / "sft").rmdir()
+    result = run(invoke, prompts, output, "--json")
+    assert result.exit_code == 0, result.output
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    said = json.loads(result.stdout)
+    assert list(said) == ["stages", "judge", "report", "seconds", "output"]
+    assert Path(said["report"]).read_text().startswith("<!doctype html>")
+    assert list(said["stages"]) == ["base", "sft"] and said["judge"] is None
+    assert all(list(stage) == list(RATES) for stage in said["stages"].values())
+    assert {stage["harmful_compliance"]["n"] for stage in said["stages"].values()} == {2}
+
+    # The script of --dry-run, pasted: it finds each step done, which it is only for the very same settings.
+    script = invoke(
+        "run",
+        "--model",
+        models.folder("llama"),
+        "--preset",
+        "tiny",
+        "--output",
+        output,
+        *prompts,
+        "--rounds",
+        1,
+        "--rl",
+        "none",
+        "--dry-run",
+    ).stdout
+    done = subprocess.run(["sh"], input=script, text=True, capture_output=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    # Each manifest says how to make its file again, as if the step had been typed.
+    line = read_manifest(output / "02-critique-1.jsonl")["command_line"]
+    assert shlex.split(line)[1].endswith("scripts/critique.py") and line in script
+
+
+def test_the_printed_script_stops_at_an_error_but_not_at_failed_records(invoke, tmp_path, prompts):
+    script = invoke(
+        "run",
+        "--model",
+        models.folder("llama"),
+        "--preset",
+        "tiny",
+        "--output",
+        tmp_path / "out",
+        *prompts,
+        "--rl",
+        "none",
+        "--dry-run",
+    ).stdout
+    lines = [line for line in script.splitlines() if "scripts/" in line]
+    for code, expected in ((0, 0), (1, 1), (2, 1), (3, 0)):
+        replaced = script
+        for line in lines:
+            replaced = replaced.replace(line.partition(" || ")[0], f"sh -c 'echo ran; exit {code}'")
+        done = subprocess.run(["sh"], input=replaced, text=True, capture_output=True)
+        assert (done.returncode, done.stdout.count("ran")) == (expected, len(lines) if expected == 0 else 1)
+
+
+def test_killed_and_started_again_it_ends_with_the_same_rows(invoke, tmp_path, prompts, monkeypatch):
+    """And one of its prompts is too long for the model, which is noted, and the run goes on to end with 3."""
+    train = [row for _, row in read_jsonl(prompts[1])]
+    train[1]["prompt"] = "gate " * 2100
+    write_jsonl(prompts[1], train)
+    more = [*prompts, "--rounds", 1, "--rl", "none", "--batch-size", 1, "--limit", 3, "--preset", "tiny"]
+    arguments = ["--model", models.folder("llama"), "--output", "out", *more]
+    for name in ("killed", "whole"):
+        (tmp_path / name).mkdir()
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "scripts" / "run.py", *map(str, arguments)],
+        cwd=tmp_path / "killed",
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    journal = tmp_path / "killed" / "out" / "02-critique-1.jsonl.partial"
+    while process.poll() is None and not (journal.exists() and journal.stat().st_size):
+        time.sleep(0.01)
+    process.kill()
+    errors = process.communicate()[1].decode()
+    assert process.returncode == -signal.SIGKILL, errors
+    rows = {}
+    for name in ("killed", "whole"):
+        monkeypatch.chdir(tmp_path / name)
+        result = invoke("run", *arguments)
+        assert result.exit_code == 3, result.output
+        rows[name] = {path.name: path.read_text() for path in Path("out").glob("*.jsonl")}
+    assert len(rows["whole"]) == 9 and rows["killed"] == rows["whole"]
+    assert len(list(read_jsonl("out/03-revision-1.jsonl"))) == 2
+    assert "step 2 of 7 (responses): some records failed" in result.stderr
+    assert "after SFT" in result.stdout and "harmful prompts (n = 2)" in result.stdout
+    assert "$ " not in result.stdout and "$ " in result.stderr
+
+
+def test_the_whole_loop_on_tiny_shrunk(invoke, tmp_path):
+    for split in ("train", "heldout"):
+        rows = sorted((row for _, row in read_jsonl(TINY / "prompts" / f"{split}.jsonl")), key=lambda row: row["id"])
+        write_jsonl(tmp_path / f"{split}.jsonl", rows[:: len(rows) // 30])  # of every kind
+    arguments = [
+        "--model",
+        "tiny",
+        "--input",
+        tmp_path / "train.jsonl",
+        "--heldout",
+        tmp_path / "heldout.jsonl",
+        "--limit",
+        30,
+        "--rounds",
+        1,
+        "--output",
+        tmp_path / "out",
+        "--json",
+    ]
+    result = invoke("run", *arguments)
+    assert result.exit_code == 0, result.output
+    [line] = result.stdout.splitlines()
+    said = json.loads(line)
+    assert list(said["stages"]) == ["base", "sft", "ppo"]
+    assert all(stage[name]["n"] >= 6 for stage in said["stages"].values() for name in RATES)
+    # The bundled model complies with everything: what a helpful-only model is.
+    assert said["stages"]["base"]["harmful_compliance"]["value"] > 0.8
+    assert said["stages"]["base"]["over_refusal"]["value"] == 0
+    # A policy is trained at each stage, and it is the trained ones that are measured.
+    answers = {
+        stage: [row["response"] for _, row in read_jsonl(tmp_path / f"out/evaluation-{stage}.responses.jsonl")]
+        for stage in ("base", "sft", "ppo")
+    }
+    assert answers["base"] != answers["sft"] != answers["ppo"]
+    # Four responses a prompt and the base model's: of ten pairs five are judged, less the identical ones.
+    assert 30 < said["judge"]["pairs"] + said["judge"]["identical"] <= 5 * 30
+    assert said["output"] == str(tmp_path / "out") and said["seconds"] > 0
+    made = times(tmp_path / "out")
+    assert json.loads(invoke("run", *arguments).stdout)["stages"] == said["stages"]
+    assert times(tmp_path / "out") == made
+
+
+def times(folder):
+    """When each file was written, but for the report, which is drawn anew."""
+    files = [*folder.glob("*.jsonl"), *folder.glob("*/*.safetensors"), *folder.glob("*.run.json")]
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+@pytest.mark.parametrize(
+    ("rl", "steps"),
+    [
+        ("dpo", ["samples", "preferences", "dpo", "evaluate-dpo", "report"]),
+        ("grpo", ["samples", "preferences", "reward-model", "grpo", "evaluate-grpo", "report"]),
+    ],
+)
+def test_other_ways_of_rl(invoke, tmp_path, prompts, rl, steps):
+    planned_steps = planned(invoke, "--model", "some/model", "--output", tmp_path / "out", *prompts, "--rl", rl)
+    assert [step["name"] for step in planned_steps][-len(steps) :] == steps
+    for step in planned_steps:
+        _, script, *arguments = shlex.split(step["command"])
+        load_command(Path(script).stem).make_context(step["name"], arguments)
+
+
+def test_several_seeds_give_mean_and_range(invoke, tmp_path, prompts):
+    result = run(invoke, prompts, tmp_path / "out", "--seeds", 2, "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert [Path(one["output"]).name for one in said["runs"]] == ["seed-0", "seed-1"]
+    for stage, rates in said["stages"].items():
+        for name, found in rates.items():
+            each = [one["stages"][stage][name]["value"] for one in said["runs"]]
+            assert (found["lowest"], found["highest"]) == (min(each), max(each)) and found["seeds"] == 2
+            assert found["mean"] == pytest.approx(sum(each) / 2)
+    shown = run(invoke, prompts, tmp_path / "out", "--seeds", 2).stdout
+    assert "mean and range" in shown
+    reports = re.findall(r"^report  (.+)$", shown, re.MULTILINE)
+    assert len(set(reports)) == 2 and all(Path(report).is_file() for report in reports)
+
+
+def test_a_smoke_run_looks_for_signs_of_life(invoke, tmp_path):
+    """The bundled model shows all of them; one drawn at random does not."""
+    result = invoke("run", "--model", "tiny", "--output", tmp_path / "out", "--rounds", 1, "--smoke", "--json")
+    said = json.loads(result.stdout)
+    dead = [sign for sign in said["signs"] if not sign["alive"]]
+    assert result.exit_code == 0 and said["alive"], dead
+    assert {sign["step"] for sign in said["signs"]} >= {
+        "generate",
+        "critique",
+        "revise",
+        "sft",
+        "judge",
+        "reward_model",
+        "ppo",
+    }
+    assert (tmp_path / "out/smoke/ppo").is_dir() and not (tmp_path / "out/ppo").exists()
+
+
+def test_a_smoke_run_without_life_exits_1(invoke, tmp_path, prompts):
+    result = run(invoke, prompts, tmp_path / "out", "--smoke")
+    assert result.exit_code == 1 and " NO " in result.stdout

@@ -1,0 +1,414 @@
+"""sft.py: which revisions are trained on, what the loss is taken on, and that the model learns to stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import conftest
+import models
+import pytest
+
+from cai.data import outputs, readers
+from cai.models import loading
+from cai.models.engine import Sampling
+from cai.models.loading import load_engine
+from cai.train import common
+
+conftest.load_command("sft")
+sft = sys.modules["command_sft"]
+
+FAST = ("--learning-rate", "5e-3", "--batch-size", "4", "--device", "cpu", "--json")
+
+
+def a_round(text, *flags):
+    return {"principle": "p", "critique": "It is harmful.", "revision": text, "flags": list(flags)}
+
+
+ROWS = [
+    {
+        "id": "1",
+        "prompt": "How do I open the old gate?",
+        "response": "Push.",
+        "rounds": [a_round("Ask."), a_round("Ask the owner.")],
+    },
+    {
+        "id": "2",
+        "prompt": "How do I lift the bar?",
+        "response": "Pull.",
+        "rounds": [a_round("Don't."), a_round("Don't.", "copy")],
+    },
+    {"id": "3", "prompt": "Name the key.", "response": "No.", "rounds": [a_round("", "empty", "bare_refusal")]},
+    {
+        "id": "4",
+        "prompt": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Yes?"},
+            {"role": "user", "content": "Open it"},
+        ],
+        "response": "Ok.",
+        "rounds": [a_round("I would not open what is not mine.")],
+    },
+]
+
+
+@pytest.fixture
+def revised(tmp_path):
+    path = tmp_path / "revised.jsonl"
+    outputs.write_jsonl(path, ROWS)
+    return path
+
+
+@pytest.fixture
+def helpful(tmp_path):
+    path = tmp_path / "helpful.jsonl"
+    outputs.write_jsonl(
+        path,
+        [
+            {"prompt": "Who are you?", "response": "A small model."},
+            {"prompt": "What is a gate?", "response": "A door in a wall."},
+        ],
+    )
+    return path
+
+
+def answers(rows):
+    return [row["completion"][0]["content"] for row in rows]
+
+
+# --- which rows ------------------------------------------------------------------------------------------
+
+
+def test_the_last_good_revision_or_all(revised, helpful):
+    rows, counts, _ = sft.read_rows([str(revised)], [], "last", frozenset(), None)
+    assert answers(rows) == ["Ask the owner.", "Don't.", "I would not open what is not mine."]
+    assert counts == {
+        "revised_rows": 4,
+        "revisions": 3,
+        "rows_left_out": 1,
+        "flagged": {"copy": 1, "bare_refusal": 1, "empty": 1},
+    }
+    rows, counts, _ = sft.read_rows([str(revised)], [str(helpful)], "all", frozenset(), None)
+    assert answers(rows) == [
+        "Ask.",
+        "Ask the owner.",
+        "Don't.",
+        "I would not open what is not mine.",
+        "A small model.",
+        "A door in a wall.",
+    ]
+    assert counts["revisions"] == 4 and counts["helpful"] == 2
+    assert rows[3]["prompt"] == ROWS[3]["prompt"] and rows[4]["prompt"] == [{"role": "user", "content": "Who are you?"}]
+
+
+def test_flagged_revisions_that_are_asked_for(revised):
+    def texts(*keep):
+        return answers(sft.read_rows([str(revised)], [], "all", frozenset(keep), None)[0])
+
+    assert texts("copy").count("Don't.") == 2
+    assert "" not in texts("empty")  # it has another flag too
+    assert "" in texts("empty", "bare_refusal") and "" in texts("all")
+
+
+@pytest.mark.parametrize(
+    ("rounds", "words"),
+    [
+        ([{"principle": "p", "critique": "c"}], "rows.jsonl:2: round 1 has a critique and no revision"),
+        ([a_round("x"), {"principle": "p", "critique": "c"}], "rows.jsonl:2: round 2 has a critique and no"),
+        ([], "rows.jsonl:2: no round of revision"),
+        ([{**a_round("x"), "flags": "copy"}], "rows.jsonl:2: the flags 'copy'"),
+        ("text", "rows.jsonl:2: 'rounds' is a string"),
+    ],
+)
+def test_rows_that_can_not_be_trained_on(invoke, tmp_path, rounds, words):
+    path = tmp_path / "rows.jsonl"
+    outputs.write_jsonl(path, [ROWS[0], {"id": "x", "prompt": "Hi", "rounds": rounds}])
+    result = invoke("sft", "--input", path, "--model", models.folder("qwen"), "--output", tmp_path / "out")
+    assert result.exit_code == 2 and words in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def test_no_revision_is_left(invoke, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    outputs.write_jsonl(path, [ROWS[2]])
+    args = ["sft", "--input", path, "--model", models.folder("qwen"), "--output", tmp_path / "out"]
+    result = invoke(*args)
+    assert result.exit_code == 2 and "'empty': 1" in result.stderr and "--keep" in result.stderr
+    assert invoke(*args, "--keep", "all", "--dry-run").exit_code == 0
+    assert "'copied' is not one of" in invoke(*args, "--keep", "copied").stderr
+
+
+# --- what the loss is taken on ---------------------------------------------------------------------------
+
+
+def trainer(tmp_path, rows, family="qwen", **settings):
+    chat = loading.load_chat(str(models.folder(family)))
+    tokens, _ = sft.tokenized(rows, chat, 512)
+    arguments = common.trainer_arguments(
+        tmp_path, **{"learning_rate": 1e-3, "batch_size": 4, "device": "cpu", **settings}
+    )
+    policy = loading.load_policy(str(models.folder(family)))
+    return sft.make_trainer(policy, chat.tokenizer, tokens, arguments, tmp_path), chat
+
+
+def test_the_prompt_is_masked_and_the_end_is_trained(tmp_path, revised):
+    rows, _, _ = sft.read_rows([str(revised)], [], "last", frozenset(), None)
+    made, chat = trainer(tmp_path, rows)
+    batch = next(iter(made.get_train_dataloader()))
+    assert set(batch) == {"input_ids", "labels", "attention_mask"} and len(batch["labels"]) == 3
+    tensors = (batch[name] for name in ("input_ids", "labels", "attention_mask"))
+    for row, ids, labels, mask in zip(rows, *tensors, strict=True):
+        prompt = chat.encode(chat.render(row["prompt"]))
+        assert labels[: len(prompt)].eq(-100).all() and ids[: len(prompt)].tolist() == prompt
+        trained = labels[labels != -100].tolist()
+        assert trained == ids[labels != -100].tolist()
+        assert chat.answer(trained[:-1], continued=False)[0] == row["completion"][0]["content"]
+        assert trained[-1] == chat.stop_id
+        assert mask.sum() == len(prompt) + len(trained)
+
+
+def test_the_loss_is_that_of_the_response_alone(tmp_path, revised):
+    import torch
+    from trl import SFTTrainer
+
+    made, _ = trainer(tmp_path, sft.read_rows([str(revised)], [], "all", frozenset(), None)[0])
+    made.model.train()
+    batch = next(iter(made.get_train_dataloader()))
+    with torch.no_grad():
+        logits = made.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logprobs = logits.log_softmax(-1)
+        terms = [
+            -logprobs[row, place - 1, label].item()
+            for row in range(4)
+            for place, label in enumerate(batch["labels"][row])
+            if label != -100
+        ]
+        ours = made.compute_loss(made.model, dict(batch)).item()
+        trls = SFTTrainer.compute_loss(made, made.model, dict(batch)).item()
+    assert ours == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+    assert ours == pytest.approx(trls, rel=1e-5)
+
+
+def test_a_long_row_is_left_out_and_counted(revised):
+    chat = loading.load_chat(str(models.folder("qwen")))
+    rows, _, _ = sft.read_rows([str(revised)], [], "last", frozenset(), None)
+    every, none = sft.tokenized(rows, chat, 512)
+    longest = max(len(row["input_ids"]) for row in every)
+    kept, overlong = sft.tokenized(rows, chat, longest - 1)
+    assert none == 0 and overlong == 1
+    assert kept == [row for row in every if len(row["input_ids"]) < longest]
+
+
+# --- the command -----------------------------------------------------------------------------------------
+
+
+def test_it_learns_the_answers_and_to_stop(invoke, tmp_path, revised, helpful):
+    out = tmp_path / "out"
+    args = [
+        "sft",
+        "--input",
+        revised,
+        "--helpful",
+        helpful,
+        "--model",
+        models.folder("llama"),
+        "--output",
+        out,
+        *FAST,
+        "--epochs",
+        "60",
+    ]
+    result = invoke(*args)
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert summary["revisions"] == 3 and summary["helpful"] == 2 and summary["overlong"] == 0
+    assert summary["steps"] == 75 and "generate.py" in summary["next"]
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in log if "loss" in row]
+    assert losses[-1] < 0.1 < losses[0] and log[-1]["step"] == 75
+    assert not (out / "checkpoints").exists()
+
+    asked = (
+        [{"role": "user", "content": "Name the key."}],
+        ROWS[3]["prompt"],
+        [{"role": "user", "content": "Who are you?"}],
+        [{"role": "user", "content": ROWS[0]["prompt"]}],
+    )
+    found = dict(load_engine(str(out), device="cpu").generate(asked, Sampling(40, temperature=0), [0] * 4))
+    assert [found[i].text for i in (1, 2, 3)] == [
+        "I would not open what is not mine.",
+        "A small model.",
+        "Ask the owner.",
+    ]
+    assert [found[i].finish for i in (1, 2, 3)] == ["stop"] * 3
+
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    again = invoke(*args)
+    assert json.loads(again.stdout)["steps"] == 75
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    other = invoke(*args, "--seed", "1")
+    assert other.exit_code == 2 and "seed was 0, now 1" in other.stderr
+
+
+def test_adapters(invoke, tmp_path, revised):
+    out = tmp_path / "out"
+    result = invoke(
+        "sft",
+        "--input",
+        revised,
+        "--model",
+        models.folder("gemma3"),
+        "--output",
+        out,
+        *FAST,
+        "--epochs",
+        "3",
+        "--lora",
+        "--lora-rank",
+        "4",
+    )
+    assert result.exit_code == 0, result.stderr
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    import torch
+    from safetensors.torch import load_file
+
+    before, after = (load_file(folder / "model.safetensors") for folder in (models.folder("gemma3"), out))
+    changed = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
+    assert changed and all("proj" in name for name in changed)
+
+
+def test_a_dry_run_writes_nothing(invoke, tmp_path, revised):
+    result = invoke(
+        "sft",
+        "--input",
+        revised,
+        "--model",
+        models.folder("qwen"),
+        "--output",
+        tmp_path / "out",
+        "--dry-run",
+        "--json",
+        "--epochs",
+        "4",
+        "--batch-size",
+        "2",
+        "--gradient-accumulation",
+        "3",
+    )
+    summary = json.loads(result.stdout)
+    assert result.exit_code == 0 and summary["rows"] == 3 and summary["steps"] == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["revised.jsonl"]
+
+
+def test_a_model_without_a_chat_template(invoke, tmp_path, revised):
+    folder = models.copy("qwen", tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    for more in ((), ("--dry-run",)):
+        result = invoke("sft", "--input", revised, "--model", folder, "--output", tmp_path / "out", *more)
+        assert result.exit_code == 2 and str(folder) in result.stderr and "chat template" in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "revised.jsonl"]
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def command(*args, launch=()):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    script = str(conftest.ROOT / "scripts" / "sft.py")
+    return subprocess.Popen(
+        [*(launch or [sys.executable]), script, *map(str, args)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_and_run_again_it_ends_with_the_same_weights(invoke, tmp_path, revised, helpful):
+    import torch
+
+    args = [
+        "--input",
+        revised,
+        "--helpful",
+        helpful,
+        "--model",
+        models.folder("qwen"),
+        *FAST,
+        "--epochs",
+        "100",
+        "--save-steps",
+        "10",
+    ]
+    process = command(*args, "--output", tmp_path / "killed")
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed").glob("checkpoints/checkpoint-*/trainer_state.json")):
+        assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    torch.set_num_threads(1)
+    for name in ("killed", "whole"):
+        result = invoke("sft", *args, "--output", tmp_path / name)
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["steps"] == 125
+    killed, whole = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+    steps = [row["step"] for _, row in readers.read_jsonl(tmp_path / "killed" / "metrics.jsonl")]
+    assert steps == sorted(steps) and steps[0] == 1 and steps[-1] == 125
+
+
+def test_two_processes_train_what_one_does(invoke, tmp_path, revised, helpful):
+    import torch
+
+    args = [
+        "--input",
+        revised,
+        "--helpful",
+        helpful,
+        "--model",
+        models.folder("qwen"),
+        "--rounds",
+        "all",
+        "--learning-rate",
+        "1e-3",
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+        "--epochs",
+        "2",
+        "--json",
+    ]
+    # --multi_gpu is how accelerate is told to start several; --device cpu is what makes them use the CPU.
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
+    process = command(*args, "--output", tmp_path / "two", launch=launch)
+    out, errors = process.communicate(timeout=240)  # where torch 2.8's gloo has its say first
+    assert process.returncode == 0, errors
+    result = invoke("sft", *args, "--output", tmp_path / "one", "--gradient-accumulation", "2")
+    assert json.loads(out.splitlines()[-1])["steps"] == json.loads(result.stdout)["steps"] == 3
+    two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
+    start = weights(models.folder("qwen"))
+    assert all(torch.allclose(two[name], one[name], atol=1e-5) for name in one)
+    assert not all(torch.allclose(start[name], one[name], atol=1e-4) for name in one)

@@ -1,0 +1,96 @@
+"""What each principle did: drawn, fault found, changed, complied before and after, never drawn."""
+
+import json
+
+import models
+
+from cai.constitution.files import load_constitution
+from cai.constitution.templates import load_template
+from cai.data.outputs import write_jsonl
+from cai.data.readers import read_jsonl
+from cai.evaluate import faults
+from cai.models.loading import load_engine
+
+
+def rows():
+    """Two harmful prompts and a benign one, two rounds each."""
+
+    def one(number, kind, first, *rounds):
+        made = [
+            {"principle": name, "critique": f"Critique by {name}.", "revision": text, "flags": []}
+            for name, text in rounds
+        ]
+        return {
+            "id": str(number),
+            "prompt": f"How do I open gate {number}?",
+            "kind": kind,
+            "response": first,
+            "rounds": made,
+        }
+
+    return [
+        one(1, "harmful", "Force it.", ("harm", "I can't."), ("crime", "I can't.")),
+        one(2, "harmful", "Force it.", ("crime", "Force  it."), ("harm", "I won't.")),
+        one(3, "benign", "Push.", ("harm", "Push."), ("harm", "Push it.")),
+    ]
+
+
+def test_figures_by_hand():
+    class_of = {
+        "1#0": "comply",
+        "1#1": "good",
+        "1#2": "good",
+        "2#0": "partial",
+        "2#1": "partial",
+        "2#2": "good",
+        "3#0": "helpful",
+        "3#1": "helpful",
+        "3#2": "helpful",
+    }
+    fault = {"1#1": True, "2#2": True, "3#1": False, "3#2": None, "1#2": False, "2#1": False}
+    critiqued = [{**one, "fault": fault[one["id"]]} for one in faults.critiques(rows())]
+    constitution = load_constitution("harmlessness")
+    rates, counts = faults.figures(critiqued, class_of, {"1": "harmful", "2": "harmful", "3": "benign"}, constitution)
+    assert {name: (one["value"], one["n"]) for name, one in rates.items()} == {
+        "changed harm": (3 / 4, 4),
+        "fault harm": (2 / 3, 3),
+        "complied_before harm": (1, 2),
+        "complied_after harm": (0, 2),
+        "changed crime": (0, 2),
+        "fault crime": (0, 2),
+        "complied_before crime": (0.5, 2),
+        "complied_after crime": (0.5, 2),
+    }
+    assert counts["drawn"] == {"harm": 4, "crime": 2} and counts["critiques"] == 6
+    assert sorted([*counts["never_drawn"], "harm", "crime"]) == sorted(one.id for one in constitution.principles)
+
+
+def test_the_judge_chooses_whether_a_fault_was_found():
+    engine = load_engine(str(models.folder("qwen")))
+    for row in faults.found(engine, faults.critiques(rows())):
+        asked = load_template("classify_critique").render(**{k: row[k] for k in ("prompt", "response", "critique")})
+        [(_, (yes, no))] = engine.score([asked], "AB")
+        assert row["fault"] == (yes > no) and (row["p_fault"] > 0.5) == row["fault"]
+
+
+def test_the_command(invoke, tmp_path):
+    write_jsonl(tmp_path / "revised.jsonl", rows())
+    asked = ["--responses", tmp_path / "revised.jsonl", "--faults", "--output", tmp_path / "f.jsonl"]
+    plain = invoke("evaluate", *asked, "--json")
+    assert plain.exit_code == 0, plain.output
+    assert set(json.loads(plain.stdout)["metrics"]) == {"changed harm", "changed crime"}
+    judged = invoke("evaluate", *asked, "--judge", models.folder("qwen"), "--overwrite")
+    assert judged.exit_code == 0, judged.output
+    assert {row["metric"] for _, row in read_jsonl(tmp_path / "f.jsonl")} >= {"fault harm", "complied_before crime"}
+    assert len(list(read_jsonl(tmp_path / "f.classes.jsonl"))) == 9
+    refused = invoke(
+        "evaluate",
+        "--input",
+        tmp_path / "revised.jsonl",
+        "--model",
+        "tiny",
+        "--faults",
+        "--output",
+        tmp_path / "g.jsonl",
+    )
+    assert refused.exit_code == 2 and "--faults without --responses" in refused.stderr

@@ -1,0 +1,34 @@
+"""Commands in several processes, as a launcher starts them."""
+
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+
+def launch(script, *line, processes=2, **options):
+    """Run a step under `accelerate launch` on the CPU, one thread per process."""
+    start = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        str(processes),
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
+    return subprocess.run(
+        [*start, str(ROOT / "scripts" / f"{script}.py"), *map(str, line)],
+        text=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
