@@ -1,12 +1,12 @@
 "use strict";
-// The browser of transcripts. Text from the run only ever becomes text: textContent, never markup.
+// The transcript browser. Text from the run is inserted as textContent only, never as markup.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   if (!data.items.length) return;
   const PAGE = 50;
   const byId = (id) => document.getElementById(id);
   const T = (number) => data.texts[number];
-  // Characters that reorder or hide what follows them: shown by their number. (Not the marks that Hebrew or Arabic need.)
+  // Characters that reorder or hide the text after them are shown by their code. (Marks that Hebrew or Arabic need are not.)
   const HIDDEN = /([\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u200b\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}])/u;
   const code = (c) => `U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
   const plain = (text) => text.split(HIDDEN).map((part, n) => (n % 2 ? code(part) : part)).join("");
@@ -17,7 +17,7 @@
     element.append(...children);
     return element;
   }
-  /** Appends text to an element; each hidden character becomes a mark that can be seen. */
+  /** Appends text to an element and replaces each hidden character by a visible mark. */
   function write(element, text) {
     text.split(HIDDEN).forEach((part, n) => {
       if (n % 2) element.append(make("span", "control", code(part)));
@@ -30,7 +30,7 @@
     element.dir = "auto";
     return scrolled(element, text, label);
   }
-  /** What is long scrolls in a box of its own, which the keyboard can reach. */
+  /** Wraps long content in a scrolling box that the keyboard can reach. */
   function scrolled(element, text, label) {
     if (text.length > 3000) {
       element.classList.add("long");
@@ -147,7 +147,7 @@
     parts.push(one.changes ? marked(T(one.before), T(one.revision), one.changes) : block(T(one.revision), "revision"));
     return parts;
   }
-  /** The revision with its changes: [kept, deleted, inserted] in code points, from the beginning. */
+  /** Shows the revision with its changes: [kept, deleted, inserted] in code points, from the start. */
   function marked(before, after, changes) {
     const [old, now] = [Array.from(before), Array.from(after)];
     const element = make("div", "text");
@@ -202,7 +202,7 @@
     const [, what, raw] = /^#([tp])=(.*)$/s.exec(location.hash) || [];
     if (!what) return;
     let value = raw;
-    try { value = decodeURIComponent(raw); } catch { /* a link that somebody broke: taken as it is */ }
+    try { value = decodeURIComponent(raw); } catch { /* a malformed link is used unchanged */ }
     if (what === "p") {
       byId("controls").reset();
       byId("f-principle").value = value;
