@@ -34,7 +34,7 @@ from cai.models.loading import (
 from cai.models.local import fast_path_field
 from cai.report import hub
 from cai.stats import drawing
-from cai.train import alarms, common, ppo, updates
+from cai.train import alarms, common, updates
 from cai.train.prompts import encode_prompts
 from cai.train.rewards import RIGHT, Judge, Total, function, function_identity, is_function
 from cai.train.selection import AXES
@@ -459,6 +459,8 @@ def load(
     Raises InputError for parts that do not fit one another.
     """
     from transformers import set_seed
+
+    from cai.train import ppo
 
     settings = ppo.Settings(**chosen, processes=int(os.environ.get("WORLD_SIZE", "1")))
     set_seed(settings.seed)  # of the adapters

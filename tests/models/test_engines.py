@@ -440,7 +440,7 @@ def test_folders_that_lack_something_are_refused_before_torch_is_loaded(tmp_path
     (broken / "config.json").write_text("{")
     cases |= {"classifier": [], "broken": [], "missing": []}
     code = (
-        "import sys\nfrom cai.engines import load_engine\nfrom cai.errors import InputError\n"
+        "import sys\nfrom cai.models.loading import load_engine\nfrom cai.base.errors import InputError\n"
         "for path in sys.argv[1:]:\n"
         "    try: load_engine(path)\n"
         "    except InputError as error: print(error.exit_code, error)\n"

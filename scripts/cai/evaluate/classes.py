@@ -91,7 +91,7 @@ def check_readers(by: str, judge: str | None, classifier: str | None) -> None:
 
 
 def oracle_reader(row: dict) -> Callable[[str], str] | None:
-    """The oracle_reader's reading of responses to this row's prompt; None if it is none of the bundled world's."""
+    """The oracle's reading of responses to this row's prompt; None if it is none of the bundled world's."""
     from cai.world import language
 
     if not all(isinstance(row.get(name), str) for name in ("kind", "category", "verb", "object")):

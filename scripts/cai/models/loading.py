@@ -301,7 +301,7 @@ def load_chat(path: str) -> Chat:
 
 
 def _spare_token(tokenizer) -> str:
-    """A token to pad with that ends no answer, since a reward model reads its score_sequences before the padding."""
+    """A token to pad with that ends no answer, since a reward model reads its score before the padding."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     spare = [token for token in special if "pad" in token.lower() or "reserved" in token.lower()]
     return next(iter([*spare, *filter(None, [tokenizer.unk_token])]), tokenizer.eos_token)
@@ -320,7 +320,7 @@ def load_policy(path: str, device: str | None = None, dtype: str = "auto", *, lo
 
 
 def load_reward_model(path: str, device: str | None = None, dtype: str = "auto", *, lora: bool = False):
-    """A sequence classifier with one output, a score_sequences a sequence, and without dropout.
+    """A sequence classifier with one output, a score for each sequence, and without dropout.
 
     From a causal language model's folder the body is taken and the head is new, drawn from torch's global
     generator (seed it first). InputError if the folder holds neither or the head has another width.
@@ -335,7 +335,7 @@ def load_reward_model(path: str, device: str | None = None, dtype: str = "auto",
         raise InputError(
             f"a classifier with {config.num_labels} classes",
             where=path,
-            expected="one score_sequences (num_labels 1)",
+            expected="one score (num_labels 1)",
             remedy="Use a reward model, or a causal language model",
         )
     config.num_labels = 1

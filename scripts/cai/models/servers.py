@@ -3,7 +3,7 @@
     engine = load_server("openai:qwen3", endpoints=("http://127.0.0.1:8000/v1",))
     for index, answer in engine.generate([[{"role": "user", "content": "Hello"}]], Sampling(), seeds=[1]): ...
 
-The same two calls as cai.engines.LocalEngine. Requests fail, so each is tried again, elsewhere if there are several
+The same two calls as models/local.LocalEngine. Requests fail, so each is tried again, elsewhere if there are several
 replicas, until it is answered, refused, or nothing answers any more; then the run stops and what is done is kept.
 What a server can do beyond the plain call is found out by asking it (references/engines.md says which can what).
 

@@ -318,14 +318,14 @@ def preference(
 
 
 def tie(comparison: dict) -> dict:
-    """The row of a pair whose responses are is_tie: a tie, which no judge was asked about."""
+    """The row of a pair whose responses are identical: a tie, which no judge was asked about."""
     return {**preference(comparison, None, [], 0.5, (0.0, 1.0)), "tie": True}
 
 
 def summary(rows: Iterable[dict]) -> dict:
     """What the rows of `preference` say together.
 
-    pairs (judged), is_tie (ties, not judged); undecided: at exactly 0.5; nulls: rate without a readable verdict;
+    pairs (judged), identical (ties, not judged); undecided: at exactly 0.5; nulls: rate without a readable verdict;
     empty: pairs with an empty response; same_position: rate of pairs of orders that prefer the same place;
     mean_margin: of |2p − 1| before clamping, 0 (can't tell) to 1 (certain); label_mass: mean share of probability
     that went to the labels, None where answers were written; a_chosen: rate of decided pairs won by response_a.
@@ -366,7 +366,7 @@ def summary(rows: Iterable[dict]) -> dict:
             longer += (len(row["response_a"]) > len(row["response_b"])) == gold_is_a
     result = {
         "pairs": n,
-        "is_tie": ties,
+        "identical": ties,
         "undecided": undecided,
         "nulls": intervals.rate(nulls, n),
         "empty": empty,
