@@ -5,6 +5,7 @@ chat, make = toys.talker(words)               # answers with a few random words 
 """
 
 from functools import cache
+from itertools import repeat
 
 import torch
 
@@ -144,7 +145,8 @@ def trainer(
         device="cpu",
     )
     prompts = prompts or [[{"role": "user", "content": "go"}]]
-    prompts = encode_prompts(prompts, chat, model.policy, settings.max_new_tokens, kinds)
+    rows = [{"prompt": prompt, "kind": kind} for prompt, kind in zip(prompts, kinds or repeat(None), strict=False)]
+    prompts = encode_prompts(rows, chat, model.policy, settings.max_new_tokens)
     return PPOTrainer(
         model,
         prompts,

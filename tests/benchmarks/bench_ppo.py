@@ -254,7 +254,7 @@ def ours(job: dict) -> dict:
     from transformers import TrainerCallback
 
     from cai.models.loading import load_chat, load_policy, load_reward_model
-    from cai.models.scorer import RewardModel
+    from cai.models.scorer import Scorer
     from cai.train import common, ppo
     from cai.train.prompts import encode_prompts
 
@@ -278,7 +278,8 @@ def ours(job: dict) -> dict:
     )
     model = ppo.PolicyAndValue(policy, value, temperature=settings.temperature, kl_coef=settings.kl_coef)
     prompts = json.loads((folder / "prompts.json").read_text())
-    encoded = encode_prompts(prompts["messages"], chat, policy, settings.max_new_tokens)
+    rows = [{"prompt": messages} for messages in prompts["messages"]]
+    encoded = encode_prompts(rows, chat, policy, settings.max_new_tokens)
     assert [prompt.ids.tolist() for prompt in encoded] == prompts["ids"]
     with tempfile.TemporaryDirectory() as output:
         arguments = common.trainer_arguments(
@@ -287,7 +288,7 @@ def ours(job: dict) -> dict:
         if job["device"] == "cuda":
             arguments |= {name: False for name in arguments if name.endswith("_checkpointing")}
         trainer = ppo.PPOTrainer(
-            model, encoded, chat, RewardModel(reward, chat, job["rows"]), settings, arguments, output, reference
+            model, encoded, chat, Scorer(chat, reward, job["rows"]), settings, arguments, output, reference
         )
 
         class Ends(TrainerCallback):

@@ -88,7 +88,7 @@ def measured(folder: Path, gold: Path) -> dict[str, float]:
     for name, divisor in (("", 1.0), ("scaled_", scorer.temperature)):
         divided = [d / divisor for d in margins]
         found[f"{name}log_loss"] = reward_model.log_loss(divided, rows)
-        found[f"{name}ece"] = reward_model.calibration(divided, [1.0] * len(rows))["ece"]["value"]
+        found[f"{name}ece"] = reward_model.calibrate(divided, [1.0] * len(rows))["ece"]["value"]
     return found
 
 

@@ -51,7 +51,7 @@ def trainer(tmp_path, pairs, *, family="qwen", beta=0.5, apart=False, adapters=N
     """A trainer over the pairs, in their order. apart: from a reference with other weights."""
     path = str(models.folder(family))
     chat = loading.load_chat(path)
-    rows, _ = command.tokenized(pairs, chat, 512)
+    rows, _ = command.tokenize(pairs, chat, 512)
     policy = loading.load_policy(path, dropout=False)
     other = str(models.build(family, tmp_path / "other", seed=1)) if apart else path
     reference = None if adapters else loading.load_policy(other, dropout=False)
@@ -172,7 +172,7 @@ def test_rows_as_the_judge_writes_them(tmp_path):
     pairs, counts, _ = preferences.read_pairs([str(path)], "soft", None)
     assert counts == {"rows": 4, "undecided": 1} and len(pairs) == 3
     chat = loading.load_chat(str(models.folder("qwen")))
-    rows, overlong = command.tokenized(pairs, chat, 100)
+    rows, overlong = command.tokenize(pairs, chat, 100)
     assert overlong == 1 and [row["p_chosen"] for row in rows] == [0.9, 0.9]
     assert rows[1]["prompt_ids"] == chat.encode(chat.render(turns))  # every turn is kept
     assert rows[0]["chosen_ids"][-1] == rows[0]["rejected_ids"][-1] == chat.stop_id

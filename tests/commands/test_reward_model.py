@@ -72,10 +72,10 @@ def test_it_learns_what_is_preferred_and_is_read_back(invoke, tmp_path, adapters
 
     scorer = load_scorer(str(out), device="cpu")
     assert scorer.temperature == pytest.approx(summary["holdout"]["temperature"]) != 1.0
-    pairs = [row for _, row in readers.read_jsonl(path) if reward_model.held_out(row["prompt"], 0.1, 0)]
+    pairs = [row for _, row in readers.read_jsonl(path) if reward_model.is_held_out(row["prompt"], 0.1, 0)]
     texts = [(as_messages(row["prompt"]), row[side]) for side in ("chosen", "rejected") for row in pairs]
-    rows, _ = reward_model.tokenized(pairs, scorer.chat, 1024)
-    found = reward_model.measured(scorer.scores(texts), rows)
+    rows, _ = reward_model.tokenize(pairs, scorer.chat, 1024)
+    found = reward_model.measure(scorer.scores(texts), rows)
     assert found["log_loss"] == pytest.approx(summary["holdout"]["log_loss"], rel=1e-3)
     kept = json.loads((out / "holdout.json").read_text())
     assert kept["log_loss"] == summary["holdout"]["log_loss"] and set(kept) == set(found)
@@ -190,7 +190,7 @@ def test_two_processes_train_what_one_does(invoke, tmp_path):
         ([pair(1)], ("--mix", "preferences.jsonl=2"), "the same input twice"),
         ([pair(1)], ("--input", "preferences.jsonl"), "the same input twice"),
         ([pair(1)], ("--mix", "no-such.jsonl=2"), "no-such.jsonl: no such file"),
-        ([pair(1)], ("--patience", "2", "--holdout", "0"), "no pair is held out to look at"),
+        ([pair(1)], ("--patience", "2", "--holdout", "0"), "no pair is held out to evaluate on"),
         ([pair(1, rejected="Push. " * 20_000)], ("--holdout", "0"), "all 1 pairs are longer"),
     ],
 )

@@ -75,7 +75,7 @@ def helpful(tmp_path):
 
 
 def answers(rows):
-    return [row["completion"][0]["content"] for row in rows]
+    return [response for _, response in rows]
 
 
 # --- which rows ------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_the_last_good_revision_or_all(revised, helpful):
         "A door in a wall.",
     ]
     assert counts["revisions"] == 4 and counts["helpful"] == 2
-    assert rows[3]["prompt"] == ROWS[3]["prompt"] and rows[4]["prompt"] == [{"role": "user", "content": "Who are you?"}]
+    assert rows[3][0] == ROWS[3]["prompt"] and rows[4][0] == [{"role": "user", "content": "Who are you?"}]
 
 
 def test_flagged_revisions_that_are_asked_for(revised):
@@ -145,7 +145,7 @@ def test_no_revision_is_left(invoke, tmp_path):
 
 def trainer(tmp_path, rows, family="qwen", **settings):
     chat = loading.load_chat(str(models.folder(family)))
-    tokens, _ = sft.tokenized(rows, chat, 512)
+    tokens, _ = sft.tokenize(rows, chat, 512)
     arguments = common.trainer_arguments(
         tmp_path, **{"learning_rate": 1e-3, "batch_size": 4, "device": "cpu", **settings}
     )
@@ -159,12 +159,12 @@ def test_the_prompt_is_masked_and_the_end_is_trained(tmp_path, revised):
     batch = next(iter(made.get_train_dataloader()))
     assert set(batch) == {"input_ids", "labels", "attention_mask"} and len(batch["labels"]) == 3
     tensors = (batch[name] for name in ("input_ids", "labels", "attention_mask"))
-    for row, ids, labels, mask in zip(rows, *tensors, strict=True):
-        prompt = chat.encode(chat.render(row["prompt"]))
+    for (messages, response), ids, labels, mask in zip(rows, *tensors, strict=True):
+        prompt = chat.encode(chat.render(messages))
         assert labels[: len(prompt)].eq(-100).all() and ids[: len(prompt)].tolist() == prompt
         trained = labels[labels != -100].tolist()
         assert trained == ids[labels != -100].tolist()
-        assert chat.answer(trained[:-1], continued=False)[0] == row["completion"][0]["content"]
+        assert chat.answer(trained[:-1], continued=False)[0] == response
         assert trained[-1] == chat.stop_id
         assert mask.sum() == len(prompt) + len(trained)
 
@@ -194,9 +194,9 @@ def test_the_loss_is_that_of_the_response_alone(tmp_path, revised):
 def test_a_long_row_is_left_out_and_counted(revised):
     chat = loading.load_chat(str(models.folder("qwen")))
     rows, _, _ = sft.read_rows([str(revised)], [], "last", frozenset(), None)
-    every, none = sft.tokenized(rows, chat, 512)
+    every, none = sft.tokenize(rows, chat, 512)
     longest = max(len(row["input_ids"]) for row in every)
-    kept, overlong = sft.tokenized(rows, chat, longest - 1)
+    kept, overlong = sft.tokenize(rows, chat, longest - 1)
     assert none == 0 and overlong == 1
     assert kept == [row for row in every if len(row["input_ids"]) < longest]
 

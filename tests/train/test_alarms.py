@@ -230,12 +230,12 @@ def test_runs(tmp_path, name):
         tmp_path, chat, make, reward, prompts=toys.prompts_of(WORDS), judge=variety, updates=16, **settings
     )
     common.run_trainer(one, tmp_path)
-    raised = set(one.raised)
+    raised = set(one.update_log.raised)
     assert expected <= raised and not never & raised
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "update" in row]
     assert rows[-1]["score"] > rows[0]["score"]
-    for alarm, update in one.raised.items():
+    for alarm, update in one.update_log.raised.items():
         before = [row.get("alarms", ()) for row in rows[: update - 1]]
         assert alarm in rows[update - 1]["alarms"] and all(alarm not in names for names in before)
 

@@ -1,4 +1,4 @@
-"""cai/training.py: the order of rows, token ids of a row, loading, saving, scoring, the metrics log."""
+"""train/common.py: the order of rows, token ids of a row, loading, saving, scoring, the metrics log."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""cai/ppo.py: the mathematics against numbers worked by hand and loops of their own, the model, the trainer."""
+"""train/ppo.py: the mathematics against numbers worked by hand and loops of their own, the model, the trainer."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import toys
 from cai.base.errors import CaiError, InputError
 from cai.models import loading
 from cai.models.chat import encode
-from cai.models.scorer import RewardModel
+from cai.models.scorer import Scorer
 from cai.train import common
 from cai.train.alarms import Watch, limits
 from cai.train.ppo import (
@@ -21,17 +21,17 @@ from cai.train.ppo import (
     PPOTrainer,
     Rollout,
     Settings,
-    adapted,
+    adapt_kl_coef,
     explained_variance,
     gae,
     kl_penalty,
-    merged,
-    parts,
+    merge_moments,
     policy_loss,
     response_logits,
+    split_by_length,
+    split_pass,
     token_logprobs,
     token_rewards,
-    trimmed,
     value_loss,
     whiten,
 )
@@ -155,9 +155,9 @@ def test_explained_variance():
 
 
 def test_the_coefficient_follows_its_target():
-    assert math.isclose(adapted(0.1, kl=12, target=10, rows=100, horizon=1000), 0.1 * 1.02)
-    assert math.isclose(adapted(0.1, kl=9, target=10, rows=100, horizon=1000), 0.1 * 0.99)
-    assert math.isclose(adapted(0.1, kl=500, target=10, rows=100, horizon=1000), 0.1 * 1.02)
+    assert math.isclose(adapt_kl_coef(0.1, kl=12, target=10, rows=100, horizon=1000), 0.1 * 1.02)
+    assert math.isclose(adapt_kl_coef(0.1, kl=9, target=10, rows=100, horizon=1000), 0.1 * 0.99)
+    assert math.isclose(adapt_kl_coef(0.1, kl=500, target=10, rows=100, horizon=1000), 0.1 * 1.02)
 
 
 # --- the batch arithmetic --------------------------------------------------------------------------------
@@ -173,10 +173,10 @@ def test_the_counts():
 
 def test_prompts_come_round_once_each():
     settings = Settings(prompts_per_update=4, seed=1)
-    drawn = [i for update in range(5) for i in settings.prompts_of(update, 10)]
+    drawn = [i for update in range(5) for i in settings.draw_prompts(update, 10)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
     assert drawn[:10] != drawn[10:] != list(range(10))
-    assert len(set(Settings(prompts_per_update=8).prompts_of(3, 3))) == 3
+    assert len(set(Settings(prompts_per_update=8).draw_prompts(3, 3))) == 3
 
 
 def test_every_epoch_takes_every_row_once_and_minibatches_do_not_hang_on_processes_or_passes():
@@ -184,7 +184,7 @@ def test_every_epoch_takes_every_row_once_and_minibatches_do_not_hang_on_process
 
     def minibatches(**changed):
         settings = Settings(prompts_per_update=24, epochs=2, minibatches=3, **changed)
-        shares = [settings.microbatches(7, lengths, process) for process in range(settings.processes)]
+        shares = [settings.draw_minibatches(7, lengths, process) for process in range(settings.processes)]
         assert all(len(passes) == settings.accumulation for share in shares for e in share for passes in e)
         return [[{i for share in shares for rows in share[e][m] for i in rows} for m in range(3)] for e in range(2)]
 
@@ -193,7 +193,7 @@ def test_every_epoch_takes_every_row_once_and_minibatches_do_not_hang_on_process
     assert all(set().union(*epoch) == set(range(24)) for epoch in one)
     assert one[0] != one[1]
     assert one == minibatches(batch_size=3) == minibatches(batch_size=2, processes=4)
-    sizes = [len(rows) for rows in Settings(prompts_per_update=24, batch_size=5).microbatches(0, lengths)[0][0]]
+    sizes = [len(rows) for rows in Settings(prompts_per_update=24, batch_size=5).draw_minibatches(0, lengths)[0][0]]
     assert sizes == [5, 5, 5, 5, 4]
 
 
@@ -209,12 +209,12 @@ def test_a_batch_is_padded_no_further_than_it_needs_and_picks_its_own_numbers():
 
 def test_rows_are_padded_together_where_that_costs_least():
     # 10 + 11 together: 22; with 50 and 52: 4 * 52 + 5 = 213 against 22 + 5 + 104 + 5 = 136.
-    assert parts([10, 11, 50, 52], overhead=5) == [range(2), range(2, 4)]
-    assert parts([10, 11, 50, 52], overhead=1000) == [range(4)]
-    assert parts([10, 11, 50, 52], overhead=0) == [range(1), range(1, 2), range(2, 3), range(3, 4)]
-    assert parts([7], overhead=5) == [range(1)]
+    assert split_by_length([10, 11, 50, 52], overhead=5) == [range(2), range(2, 4)]
+    assert split_by_length([10, 11, 50, 52], overhead=1000) == [range(4)]
+    assert split_by_length([10, 11, 50, 52], overhead=0) == [range(1), range(1, 2), range(2, 3), range(3, 4)]
+    assert split_by_length([7], overhead=5) == [range(1)]
     ids, mask = torch.arange(12).view(3, 4), T([[0, 1, 0, 0], [0, 1, 1, 1], [0, 0, 1, 1]]).bool()
-    cut = list(trimmed(ids.repeat_interleave(20, 0), mask.repeat_interleave(20, 0)))
+    cut = list(split_pass(ids.repeat_interleave(20, 0), mask.repeat_interleave(20, 0)))
     assert [tuple(part.shape) for part, _ in cut] == [(20, 2), (40, 4)]
     assert sum(int(part.sum()) for _, part in cut) == 20 * 6
 
@@ -298,7 +298,7 @@ def test_the_value_model_begins_as_the_reward_model():
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[0, -1] = True
     _, values = model(ids, mask)
-    score = RewardModel(model.value, chat)([PROMPTS[0]], ["I can't help with that."])
+    score = Scorer(chat, model.value)([PROMPTS[0]], ["I can't help with that."])
     assert values.tolist() == pytest.approx(score, abs=1e-6)
 
 
@@ -308,10 +308,10 @@ def test_scores_hang_on_neither_batch_nor_order():
     model = loading.load_reward_model(str(models.folder("qwen")), "cpu")
     answers = ["A.", "I can't help with that, because it would hurt someone.", "Ask the owner for a key.", ""]
     prompts = [PROMPTS[i % 3] for i in range(4)]
-    scores = RewardModel(model, chat, batch_size=3)(prompts, answers)
+    scores = Scorer(chat, model, batch_size=3)(prompts, answers)
     assert len(set(scores)) == 4
     for prompt, answer, score in zip(prompts, answers, scores, strict=True):
-        assert RewardModel(model, chat)([prompt], [answer]) == pytest.approx([score], abs=1e-5)
+        assert Scorer(chat, model)([prompt], [answer]) == pytest.approx([score], abs=1e-5)
 
 
 def test_dropout_is_off_in_training_too():
@@ -395,7 +395,7 @@ def trainer(
         device="cpu",
     )
     chat = chat or loading.load_chat(folder)
-    prompts = encode_prompts(prompts, chat, model.policy, settings.max_new_tokens)
+    prompts = encode_prompts([{"prompt": prompt} for prompt in prompts], chat, model.policy, settings.max_new_tokens)
     return PPOTrainer(model, prompts, chat, reward, settings, arguments, tmp_path, reference)
 
 
@@ -606,7 +606,7 @@ def test_moments_put_together_are_those_of_all_numbers():
     numbers = torch.randn(50, dtype=torch.float64) * 3 + 7
     moments = torch.zeros(3, dtype=torch.float64)
     for part in numbers.split([1, 20, 29]):
-        moments = merged(moments, part)
+        moments = merge_moments(moments, part)
     count, mean, squares = moments.tolist()
     assert (count, mean) == (50, pytest.approx(numbers.mean().item()))
     assert squares / count == pytest.approx(numbers.var(correction=0).item())
@@ -739,20 +739,20 @@ def selecting(folder, reward=long_answers, **settings):
         **settings,
     }
     one = toys.trainer(folder, chat, make, reward, prompts=toys.prompts_of(WORDS), kinds=KINDS, **settings)
-    one.selection = [prompt for prompt in one.prompts for _ in range(8)]
+    one.candidates.__init__([prompt for prompt in one.prompts for _ in range(8)], folder, one.args.output_dir)
     return one
 
 
 def snapshots(one) -> dict[int, dict]:
     """The policy's weights at each candidate, by update."""
-    found, candidate = {}, one._candidate
+    found, candidate = {}, one._add_candidate
 
     def kept():
         update = one.state.global_step // one.settings.steps_per_update
         found[update] = {name: p.detach().clone() for name, p in one.model.named_parameters()}
         candidate()
 
-    one._candidate = kept
+    one._add_candidate = kept
     return found
 
 
@@ -766,11 +766,11 @@ def test_the_policy_that_did_best_is_taken_and_not_the_last(tmp_path):
         assert len(row["scores"]) == 32
         assert row["harmlessness"] == pytest.approx(sum(row["scores"][:8]) / 8)
         assert row["helpfulness"] == pytest.approx(sum(row["scores"][8:]) / 24)
-    best = one.best()
+    best = one.candidates.best()
     assert best not in (0, 10)
     sums = {row["update"]: row["harmlessness"] + row["helpfulness"] for row in rows}
     assert sums[best] > sums[10]
-    assert one.load_best() == best
+    assert one.save_policy(tmp_path) == {"selected_update": best}
     assert all(torch.equal(p, weights[best][name]) for name, p in one.model.named_parameters())
 
 
@@ -778,22 +778,22 @@ def test_a_stopped_run_chooses_what_a_whole_one_does(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     one = selecting(whole)
     common.run_trainer(one, whole)
-    one.load_best()
+    one.save_policy(whole)
     other = selecting(stopped)
-    candidate = other._candidate
+    candidate = other._add_candidate
 
     def killed():  # when the candidate of update 8 is written and the state of it is not
         candidate()
         if other.state.global_step == 16:
             raise KeyboardInterrupt
 
-    other._candidate = killed
+    other._add_candidate = killed
     with pytest.raises(KeyboardInterrupt):
         common.run_trainer(other, stopped)
     assert common.last_state(stopped / "checkpoints").name == "checkpoint-12"
     other = selecting(stopped)
     common.run_trainer(other, stopped)
-    other.load_best()
+    other.save_policy(stopped)
     assert (whole / "selection.jsonl").read_text() == (stopped / "selection.jsonl").read_text()
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
 
@@ -804,7 +804,7 @@ def test_an_alarm_stops_the_run_and_what_was_saved_is_kept(tmp_path):
 
     settings = {"updates": 12, "prompts_per_update": 64, "judge": None}
     one = selecting(tmp_path, watch=watched("length"), **settings)
-    one.selection = []
+    one.candidates.prompts = []
     with pytest.raises(
         Stopped,
         match=r"stopped in update \d+ of 12 by --stop-on length: responses went from .*"
@@ -812,13 +812,13 @@ def test_an_alarm_stops_the_run_and_what_was_saved_is_kept(tmp_path):
     ):
         common.run_trainer(one, tmp_path)
     rows = rows_of(tmp_path)
-    assert len(rows) == one.raised["length"] < 12 and rows[-1]["alarms"] == ["length"]
+    assert len(rows) == one.update_log.raised["length"] < 12 and rows[-1]["alarms"] == ["length"]
     assert not any("alarms" in row for row in rows[:-1])
     saved = common.last_state(tmp_path / "checkpoints")
     loading.load_policy(str(saved / "policy"))
     # Without it the same run goes on, and no update is in the metrics twice.
     other = selecting(tmp_path, watch=watched(), **settings)
-    other.selection = []
+    other.candidates.prompts = []
     common.run_trainer(other, tmp_path)
     assert [row["update"] for row in rows_of(tmp_path)] == list(range(1, 13))
     assert rows_of(tmp_path)[len(rows) - 1]["alarms"] == ["length"]

@@ -1,4 +1,4 @@
-"""cai/reward.py: the value of the soft-label loss, what it trains to, and what is measured on held-out pairs."""
+"""train/reward_model.py: the soft-label loss, what it trains to, and what is measured on held-out pairs."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def trainer(tmp_path, pairs, **settings):
     from transformers import set_seed
 
     chat = loading.load_chat(str(models.folder("qwen")))
-    rows, _ = reward_model.tokenized(pairs, chat, 512)
+    rows, _ = reward_model.tokenize(pairs, chat, 512)
     set_seed(0)
     model = loading.load_reward_model(str(models.folder("qwen")))
     arguments = common.trainer_arguments(
@@ -92,7 +92,7 @@ def test_dropout_is_off(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
     chat, model = loading.load_chat(str(folder)), loading.load_reward_model(str(folder))
-    rows, _ = reward_model.tokenized([pair(1)], chat, 512)
+    rows, _ = reward_model.tokenize([pair(1)], chat, 512)
     arguments = common.trainer_arguments(tmp_path, learning_rate=1e-3, batch_size=1, device="cpu")
     made = reward_model.make_trainer(model, chat.tokenizer, rows, arguments, tmp_path)
     made.model.train()
@@ -106,17 +106,17 @@ def test_dropout_is_off(tmp_path):
 
 def test_a_prompts_pairs_are_held_out_together():
     prompts = [f"prompt {n}" for n in range(2000)]
-    out = {p for p in prompts if reward_model.held_out(p, 0.1, seed=0)}
+    out = {p for p in prompts if reward_model.is_held_out(p, 0.1, seed=0)}
     assert 150 < len(out) < 250
-    assert out == {p for p in prompts if reward_model.held_out([{"role": "user", "content": p}], 0.1, seed=0)}
-    assert out != {p for p in prompts if reward_model.held_out(p, 0.1, seed=1)}
-    assert not any(reward_model.held_out(p, 0.0, seed=0) for p in prompts)
+    assert out == {p for p in prompts if reward_model.is_held_out([{"role": "user", "content": p}], 0.1, seed=0)}
+    assert out != {p for p in prompts if reward_model.is_held_out(p, 0.1, seed=1)}
+    assert not any(reward_model.is_held_out(p, 0.0, seed=0) for p in prompts)
 
 
 def test_overlong_pairs_are_counted():
     chat = loading.load_chat(str(models.folder("qwen")))
     pairs = [pair(1), pair(2, rejected="Push. " * 100)]
-    kept, overlong = reward_model.tokenized(pairs, chat, 100)
+    kept, overlong = reward_model.tokenize(pairs, chat, 100)
     assert overlong == 1 and len(kept) == 1
     assert kept[0]["chosen_ids"][-1] == kept[0]["rejected_ids"][-1] == chat.stop_id
 
@@ -124,7 +124,7 @@ def test_overlong_pairs_are_counted():
 def test_weights_say_how_often_a_pair_comes():
     chat = loading.load_chat(str(models.folder("qwen")))
     pairs = [pair(n, weight=1.0 if n < 40 else 0.25) for n in range(80)]
-    rows, _ = reward_model.tokenized(pairs, chat, 100)
+    rows, _ = reward_model.tokenize(pairs, chat, 100)
     order = reward_model.training_order(rows, 8, 4, seed=0)
     assert len(order) == 4 * 50
     times = [order.count(n) for n in range(80)]
@@ -150,7 +150,7 @@ def row(p, chosen=1, rejected=1, prompt=None, source="x"):
 
 def test_what_is_measured_on_held_out_pairs():
     rows = [row(0.8, 20, 10), row(1.0, 10, 20, source="y"), row(0.6, 20, 10)]
-    found = reward_model.measured([1.0, 0.0, 2.0, 0.0, 1.0, 2.0], rows)  # margins 1, -1, 0
+    found = reward_model.measure([1.0, 0.0, 2.0, 0.0, 1.0, 2.0], rows)  # margins 1, -1, 0
     assert found["pairs"] == 3
     assert (found["accuracy"]["value"], found["accuracy"]["n"]) == (pytest.approx(1 / 3), 3)
     assert found["longer"]["value"] == pytest.approx(2 / 3)
@@ -170,7 +170,7 @@ def test_what_is_measured_on_held_out_pairs():
 
 def test_accuracy_in_groups_of_margin_and_of_length():
     rows = [row(1.0, 10, 10), row(0.9, 10, 40), row(0.55, 40, 10), row(0.05, 40, 10), row(0.5, 3, 2)]
-    found = reward_model.measured([1, 1, 0, 0, 1, 0, 0, 1, 1, 0], rows)  # right, right, wrong, right, no right side
+    found = reward_model.measure([1, 1, 0, 0, 1, 0, 0, 1, 1, 0], rows)  # right, right, wrong, right, no right side
     assert [(one["from"], one["accuracy"]["value"], one["accuracy"]["n"]) for one in found["by_margin"]] == [
         (0.0, 0.0, 1),
         (0.25, None, 0),
@@ -191,8 +191,8 @@ def test_accuracy_in_groups_of_margin_and_of_length():
 def test_pairs_of_one_prompt_count_as_alike():
     scores = [1.0] * 20 + [0.0] * 20
     labels = [1.0] * 10 + [0.0] * 10
-    apart = reward_model.measured(scores, [row(p, prompt=str(n)) for n, p in enumerate(labels)])["accuracy"]
-    together = reward_model.measured(scores, [row(p, prompt=str(n // 5)) for n, p in enumerate(labels)])["accuracy"]
+    apart = reward_model.measure(scores, [row(p, prompt=str(n)) for n, p in enumerate(labels)])["accuracy"]
+    together = reward_model.measure(scores, [row(p, prompt=str(n // 5)) for n, p in enumerate(labels)])["accuracy"]
     assert apart["value"] == together["value"] == 0.5
     assert together["high"] - together["low"] > apart["high"] - apart["low"] + 0.2
 
@@ -212,7 +212,7 @@ def test_the_temperature_undoes_a_scale():
 def test_scaled_figures_are_those_of_the_other_half():
     margins = [3.0 * d / 10 for d in range(-30, 31)] * 4
     rows = [row(sigmoid(d / 3), prompt=str(n)) for n, d in enumerate(margins)]
-    found = reward_model.measured(margins + [0.0] * len(margins), rows)
+    found = reward_model.measure(margins + [0.0] * len(margins), rows)
     assert found["temperature"] == pytest.approx(3, rel=0.05)
     assert found["least"] < found["scaled_log_loss"] < found["log_loss"] - 0.01
     assert found["scaled_ece"]["value"] < 0.02 < found["ece"]["value"]
@@ -256,5 +256,5 @@ def test_scores_that_are_no_numbers_are_an_error():
     model = loading.load_reward_model(str(models.folder("qwen")))
     with torch.no_grad():
         model.score.weight.fill_(float("nan"))
-    with pytest.raises(CaiError, match="not numbers"):
+    with pytest.raises(CaiError, match="not finite"):
         score_sequences(model, 0, [[5, 6]], 1)

@@ -1,4 +1,4 @@
-"""cai/scoring.py: rewards of several kinds, a judge's class probabilities, and which checkpoint is taken."""
+"""train/rewards.py, train/selection.py: several rewards, a judge's class probabilities, which checkpoint is taken."""
 
 import math
 
@@ -8,7 +8,7 @@ import pytest
 from cai.base.errors import CaiError, InputError
 from cai.constitution.templates import load_template
 from cai.models.loading import load_engine
-from cai.train.rewards import Judge, Total, checked, function, function_identity, is_function
+from cai.train.rewards import Judge, Total, compute_scores, identify, is_function, load_function
 from cai.train.selection import axis_means, choose_update
 
 
@@ -33,7 +33,7 @@ def test_several_rewards_are_summed_by_their_weights():
     ("returned", "message"),
     [
         ([1.0], "mine returned 1 scores for 2 responses"),
-        ([1.0, None], "mine returned what is no number"),
+        ([1.0, None], "mine returned a score that is not a number"),
         ([1.0, math.nan], "a score of mine is not finite"),
         ([1.0, -math.inf], "a score of mine is not finite"),
     ],
@@ -47,8 +47,8 @@ def test_any_numbers_do():
     import numpy as np
     import torch
 
-    assert checked(lambda p, r: np.array([1, 2]), "it")(PROMPTS, ["a", "b"]) == [1.0, 2.0]
-    assert checked(lambda p, r: torch.tensor([1, 2]), "it")(PROMPTS, ["a", "b"]) == [1.0, 2.0]
+    assert compute_scores(lambda p, r: np.array([1, 2]), "it", PROMPTS, ["a", "b"]) == [1.0, 2.0]
+    assert compute_scores(lambda p, r: torch.tensor([1, 2]), "it", PROMPTS, ["a", "b"]) == [1.0, 2.0]
 
 
 def test_functions_by_name(tmp_path, monkeypatch):
@@ -56,8 +56,8 @@ def test_functions_by_name(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text("def brief(prompts, responses):\n    return [-len(r) for r in responses]\n")
     assert is_function("my_rewards:brief") and is_function("pack.age:name")
     assert not any(map(is_function, ["runs/reward", "owner/name", "my_rewards", "https://host:80/x", "tiny"]))
-    assert function("my_rewards:brief")(PROMPTS, ["a", "bb"]) == [-1, -2]
-    named = function_identity("my_rewards:brief")
+    assert load_function("my_rewards:brief")(PROMPTS, ["a", "bb"]) == [-1, -2]
+    named = identify("my_rewards:brief")
     assert named["function"] == "my_rewards:brief" and len(named["sha256"]) == 64
     for spec, message in (
         ("my_rewards:long", "no function 'long'"),
@@ -65,7 +65,7 @@ def test_functions_by_name(tmp_path, monkeypatch):
         ("my_rewards:__name__", "no function"),
     ):
         with pytest.raises(InputError, match=message):
-            function(spec)
+            load_function(spec)
 
 
 def test_the_judge_reads_the_right_letter_for_the_kind():

@@ -1,140 +1,160 @@
 """Reward models that score responses: checked, loaded, called.
 
     scorer = load_scorer("runs/reward")
-    scorer.scores([([{"role": "user", "content": "Hello"}], "Hello! How can I help?")])
+    scorer([[{"role": "user", "content": "Hello"}]], ["Hello! How can I help?"])
 
-Leaves out how a reward model is trained (train/reward_model.py).
+A folder and a hub id are treated alike. A prompt and response that are longer than the model's context have no score:
+None. Leaves out how a reward model is trained (train/reward_model.py).
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from cai.base import cli
-from cai.base.errors import CaiError, InputError
+from cai.base.errors import CaiError, InputError, shorten
 from cai.models import loading
 from cai.models.chat import Chat, encode
 from cai.stats.calibration import sigmoid
 
+# The field of a reward model's config.json that holds the temperature of its scores.
+TEMPERATURE = "score_temperature"
 
-def score_sequences(model, pad_id: int, sequences: Sequence[Sequence[int]], batch_size: int) -> list[float]:
-    """A reward model's score of each sequence of token ids (`encode`, prompt and response joined).
 
-    Read at the last token that is not `pad_id`; longest first, padded on the right.
+def list_architectures(name: str) -> list[str]:
+    """The architectures that a model's configuration names. Raises InputError if there is no such model.
+
+    Args:
+        name: a folder or a hub id, of a causal language model or of a classifier.
+    """
+    from transformers import AutoConfig
+
+    path = loading.check_model(name, classifier=True)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or []
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the model's configuration can't be loaded: {shorten(error, 200)}",
+            where=name,
+            expected="a model folder or a hub id",
+            remedy="Check the path; offline, a hub id must be in the local cache",
+        ) from error
+
+
+def is_reward_model(name: str) -> bool:
+    """Whether a folder or a hub id is a sequence classifier. Raises InputError if there is no such model."""
+    return any("SequenceClassification" in architecture for architecture in list_architectures(name))
+
+
+def check_reward_model(name: str) -> None:
+    """Raise InputError unless a folder or a hub id is a reward model: another model's head would be drawn at random."""
+    if not is_reward_model(name):
+        raise InputError(
+            f"not a reward model ({', '.join(list_architectures(name)) or 'no architecture named'})",
+            where=name,
+            expected="a sequence classifier with one score",
+            remedy="Train one with reward_model.py",
+        )
+
+
+def score_sequences(
+    model: Any, pad_id: int, sequences: Sequence[Sequence[int]], batch_size: int, *, show_progress: bool = True
+) -> list[float]:
+    """A reward model's score of each sequence, read at its last token.
+
+    Args:
+        model: a sequence classifier with one output.
+        pad_id: the token to pad with, which the model's configuration names too.
+        sequences: token ids of prompt and response (`chat.encode`).
+        batch_size: rows in one forward pass: longest first, padded on the right.
+    Raises:
+        CaiError: a score is not finite.
     """
     import torch
 
     model.eval()
     device = next(model.parameters()).device
-    found = [0.0] * len(sequences)
+    scores = [0.0] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    with cli.progress(len(sequences), "score") as bar, torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            width = len(sequences[rows[0]])
-            ids = torch.tensor([[*sequences[i], *[pad_id] * (width - len(sequences[i]))] for i in rows])
-            mask = torch.tensor([[1] * len(sequences[i]) + [0] * (width - len(sequences[i])) for i in rows])
+    bar = cli.progress(len(sequences), "score") if show_progress else None
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        width = len(sequences[rows[0]])
+        ids = torch.tensor([[*sequences[i], *[pad_id] * (width - len(sequences[i]))] for i in rows])
+        mask = torch.tensor([[1] * len(sequences[i]) + [0] * (width - len(sequences[i])) for i in rows])
+        with torch.inference_mode():
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-            values = logits[:, 0].float().tolist()
-            if not all(map(math.isfinite, values)):
-                raise CaiError(
-                    "the reward model's scores are not numbers. Train it with a lower --learning-rate, or "
-                    "--dtype float32"
-                )
-            for i, value in zip(rows, values, strict=True):
-                found[i] = value
+        for i, score in zip(rows, logits[:, 0].float().tolist(), strict=True):
+            scores[i] = score
+        if bar is not None:
             bar.update(len(rows))
-    return found
-
-
-TEMPERATURE = "score_temperature"
-
-
-def check_reward_model(folder: str) -> None:
-    """Raise InputError if the folder is no reward model: its head would be drawn at random."""
-    config = Path(folder) / "config.json"
-    if not config.is_file():
-        raise InputError(
-            "no such model folder",
-            where=folder,
-            expected="a folder written by reward_model.py",
-            remedy="Check the path",
+    if bar is not None:
+        bar.close()
+    if not all(map(math.isfinite, scores)):
+        raise CaiError(
+            "a score of the reward model is not finite. Train it with a lower --learning-rate, or --dtype float32"
         )
-    kinds = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
-    if not any("SequenceClassification" in kind for kind in kinds):
-        raise InputError(
-            f"not a reward model ({', '.join(kinds) or 'no architecture named'})",
-            where=folder,
-            expected="a folder written by reward_model.py",
-            remedy="Check --reward-model",
-        )
+    return scores
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A reward model ready to score. Make one with `load_scorer`."""
+    """A reward model ready to score, as a reward: (conversations, responses) -> scores. `load_scorer` makes one.
 
-    chat: Any
+    Args:
+        chat: the model's tokenizer and chat template.
+        model: a sequence classifier with one output.
+        batch_size: rows in one forward pass.
+        temperature: what a difference of scores is divided by to make it a log-odds.
+    """
+
+    chat: Chat
     model: Any
-    batch_size: int
-    temperature: float
+    batch_size: int = 32
+    temperature: float = 1.0
 
-    def scores(self, texts: Sequence[tuple[list[dict], str]]) -> list[float | None]:
+    def __call__(self, prompts: Sequence[list[dict[str, str]]], responses: Sequence[str]) -> list[float | None]:
+        """One score per response, as `scores` gives them, without a progress bar."""
+        return self.scores(list(zip(prompts, responses, strict=True)), show_progress=False)
+
+    def scores(
+        self, texts: Sequence[tuple[list[dict[str, str]], str]], *, show_progress: bool = True
+    ) -> list[float | None]:
         """The score of each (prompt messages, response), encoded as in training; None where it exceeds the context."""
         context = loading.context_length(self.model)
         sequences = [list(chain(*encode(self.chat, prompt, response))) for prompt, response in texts]
-        fit = [i for i, ids in enumerate(sequences) if context is None or len(ids) <= context]
-        pad_id = self.chat.tokenizer.pad_token_id
-        made = score_sequences(self.model, pad_id, [sequences[i] for i in fit], self.batch_size)
-        found = dict(zip(fit, made, strict=True))
-        return [found.get(i) for i in range(len(texts))]
+        fitting = [i for i, ids in enumerate(sequences) if context is None or len(ids) <= context]
+        scores = score_sequences(
+            self.model,
+            self.chat.tokenizer.pad_token_id,
+            [sequences[i] for i in fitting],
+            self.batch_size,
+            show_progress=show_progress,
+        )
+        by_row = dict(zip(fitting, scores, strict=True))
+        return [by_row.get(i) for i in range(len(texts))]
 
-    def probability(self, one: float, other: float) -> float:
-        """That the response with the score `one` is better than that with `other`."""
-        return sigmoid((one - other) / self.temperature)
-
-
-def load_scorer(folder: str, *, batch_size: int = 32, device: str | None = None, dtype: str = "auto") -> Scorer:
-    """A reward model's folder, loaded. InputError if it is none."""
-    check_reward_model(folder)
-    chat = loading.load_chat(folder)
-    model = loading.load_reward_model(folder, device, dtype).to(loading.best_device(device))
-    model.config.pad_token_id = chat.tokenizer.pad_token_id
-    return Scorer(chat, model, batch_size, float(getattr(model.config, TEMPERATURE, 1.0)))
+    def probability(self, score: float, other: float) -> float:
+        """The probability that the response with `score` is better than the one with `other`."""
+        return sigmoid((score - other) / self.temperature)
 
 
-class RewardModel:
-    """Scores responses by a sequence classifier, read at the end token as the classifier was trained.
+def load_scorer(name: str, *, batch_size: int = 32, device: str | None = None, dtype: str = "auto") -> Scorer:
+    """The scorer of a reward model, on its device.
 
     Args:
-        model: a sequence classifier with one output.
-        chat: its tokenizer and chat template.
+        name: a folder or a hub id.
         batch_size: rows in one forward pass.
+        device, dtype: as the options of the commands; weights that are only read need no float32 on a GPU.
+    Raises:
+        InputError: no such model, not a reward model, or more than one output.
     """
-
-    def __init__(self, model, chat: Chat, batch_size: int = 32):
-        self.model, self.chat, self.batch_size = model.eval().requires_grad_(False), chat, batch_size
-        if self.model.config.get_text_config().pad_token_id is None:
-            self.model.config.get_text_config().pad_token_id = chat.tokenizer.pad_token_id
-
-    def __call__(self, prompts: Sequence[list[dict]], responses: Sequence[str]) -> list[float]:
-        """One score a response, in the order given."""
-        import torch
-
-        pairs = [encode(self.chat, p, r) for p, r in zip(prompts, responses, strict=True)]
-        sequences = [torch.tensor(before + answer) for before, answer in pairs]
-        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-        scores = [0.0] * len(sequences)
-        pad_id = self.model.config.get_text_config().pad_token_id
-        with torch.no_grad():
-            for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
-                ids = torch.nn.utils.rnn.pad_sequence([sequences[i] for i in rows], True, pad_id)
-                found = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits[:, 0]
-                for i, score in zip(rows, found.float().tolist(), strict=True):
-                    scores[i] = score
-        return scores
+    check_reward_model(name)
+    chat = loading.load_chat(name)
+    model = loading.load_reward_model(name, device, dtype, lora=True).to(loading.best_device(device))
+    # Read by the classifier to find the last token of each row.
+    model.config.get_text_config().pad_token_id = chat.tokenizer.pad_token_id
+    temperature = float(getattr(model.config, TEMPERATURE, 1.0))
+    return Scorer(chat, model.eval().requires_grad_(False), batch_size, temperature)

@@ -1,22 +1,28 @@
-"""What the training commands share: options, arguments, the order of rows, metrics, saving.
+"""What the training commands share: the run of a command, trainer arguments, the order of rows, metrics, saving.
 
-    args = SFTConfig(**trainer_arguments("runs/sft", learning_rate=1e-4, batch_size=32))
+    run = TrainingRun("sft", options, fingerprint, inputs=["revised.jsonl"], next_command="python scripts/generate.py")
+    if not run.report_if_done(plan):
+        with run.folder:
+            run.finish({**run.train(trainer), ...})
 
 Leaves out packing and hyperparameter search.
 """
 
 import json
 import math
+import os
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
-import click
-
 from cai.base import cli
-from cai.models import estimate
+from cai.base.errors import CaiError, InputError
+from cai.data import outputs
+from cai.models import estimate, loading
 from cai.models.loading import on_cpu, precision
 
 ADAPTER = "adapter"
@@ -25,85 +31,143 @@ CHECKPOINTS = "checkpoints"
 
 METRICS = "metrics.jsonl"
 
+# Options that decide what sft.py, reward_model.py and dpo.py train.
+DECIDING = ("epochs", "learning_rate", "batch_size", "gradient_accumulation", "max_length", "seed")
 
-def training_options(
-    *,
-    epochs: float = 1.0,
-    learning_rate: float = 1e-5,
-    batch_size: int = 8,
-    gradient_accumulation: int = 1,
-    max_length: int = 1024,
-    save_steps: int = 500,
-):
-    """Decorator that adds the options all training commands share; a command gives its own defaults.
+# Options that `trainer_arguments` takes as they are.
+ARGUMENTS = ("learning_rate", "batch_size", "gradient_accumulation", "save_steps", "seed", "device", "dtype", "lora")
 
-    The function gets epochs, learning_rate, batch_size, gradient_accumulation, max_length, lora (bool),
-    lora_rank, save_steps, device, dtype and gpu.
+
+class TrainingRun:
+    """A training command from the claimed folder to the summary.
+
+    What fails before `folder` is entered leaves nothing on disk; a run that was stopped inside continues from its
+    newest saved state when the same command is run again.
+
+    Args:
+        command: its name.
+        options: of the command, as attributes.
+        fingerprint: everything that decides the result, beside lora_rank and dtype.
+        inputs: paths that the output must not be.
+        next_command: the line that the summary names.
+        show: changes the summary for people; --json prints it as it is.
+    Raises:
+        InputError: the folder belongs to another run, or another process is writing it.
     """
-    positive = click.IntRange(min=1)
-    added = (
-        click.option(
-            "--epochs",
-            type=click.FloatRange(min=0, min_open=True),
-            default=epochs,
-            show_default=True,
-            help="Passes over the rows.",
-        ),
-        click.option(
-            "--learning-rate",
-            type=click.FloatRange(min=0, min_open=True),
-            default=learning_rate,
-            show_default=True,
-            help="Peak of the schedule.",
-        ),
-        click.option(
-            "--batch-size",
-            type=positive,
-            default=batch_size,
-            show_default=True,
-            help="Rows in one forward pass, on each process.",
-        ),
-        click.option(
-            "--gradient-accumulation",
-            type=positive,
-            default=gradient_accumulation,
-            show_default=True,
-            help="Forward passes to one optimizer step.",
-        ),
-        click.option(
-            "--max-length",
-            type=positive,
-            default=max_length,
-            show_default=True,
-            help="Longest prompt and response, in tokens; longer rows are left out and counted.",
-        ),
-        click.option(
-            "--lora/--full", "lora", default=False, show_default=True, help="Train low-rank adapters, or all weights."
-        ),
-        click.option("--lora-rank", type=positive, default=16, show_default=True, help="Rank of the adapters."),
-        click.option(
-            "--save-steps",
-            type=click.IntRange(min=0),
-            default=save_steps,
-            show_default=True,
-            help="Optimizer steps between two saved states to resume from; 0: none.",
-        ),
-        cli.options("device", "dtype"),
-        estimate.gpu_option,
-    )
 
-    def decorate(function):
-        for option in reversed(added):
-            function = option(function)
-        return function
+    def __init__(
+        self,
+        command: str,
+        options,
+        fingerprint: dict,
+        *,
+        inputs: Sequence[str],
+        next_command: str,
+        show: Callable[[dict], dict] = dict,
+    ):
+        self.options, self.next_command, self.show = options, next_command, show
+        self.lora_rank = options.lora_rank if options.lora else None
+        self.folder = outputs.claim_folder(
+            options.output,
+            command=command,
+            fingerprint={**fingerprint, "lora_rank": self.lora_rank, "dtype": options.dtype},
+            overwrite=options.overwrite,
+            inputs=inputs,
+        )
 
-    return decorate
+    def report_if_done(self, plan: Callable[[], dict]) -> bool:
+        """Print the plan under --dry-run, or the counts of a finished run; returns whether there is nothing to train.
+
+        Args:
+            plan: () -> what --dry-run reports.
+        """
+        if self.options.dry_run:
+            self.summarise(plan())
+        elif self.folder.complete:
+            self.summarise(self.folder.counts)
+        else:
+            loading.choose_device(self.options.device)
+        return self.options.dry_run or self.folder.complete
+
+    def estimate(self, rows: Sequence[tuple[Sequence[dict], Sequence[str]]], frozen: Sequence[str] = ()) -> dict:
+        """Rows, steps, tokens, memory and hours of a training on (conversation, responses), for --dry-run."""
+        options = self.options
+        return estimate.training_plan(
+            options.model,
+            estimate.lengths_of(options.model, rows),
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            gradient_accumulation=options.gradient_accumulation,
+            lora_rank=self.lora_rank,
+            frozen=frozen,
+            gpu=options.gpu,
+            device=options.device,
+        )
+
+    def load_policy(self, name: str | None = None, **more):
+        """The model of --model to train; or, with a `name`, a frozen one."""
+        options = self.options
+        # Frozen weights need no float32 where the device has bfloat16, which is what `lora` says of a base.
+        lora = options.lora or name is not None
+        return loading.load_policy(name or options.model, options.device, options.dtype, lora=lora, **more)
+
+    def arguments(self, **overrides) -> dict:
+        """`trainer_arguments` from the options; `overrides` replace or add arguments."""
+        options = vars(self.options)
+        return trainer_arguments(
+            **{name: options[name] for name in ("output", *ARGUMENTS) if name in options} | overrides
+        )
+
+    def adapters(self, task: str = "CAUSAL_LM"):
+        """`lora_config` of --lora-rank; None under --full."""
+        return lora_config(self.lora_rank, task) if self.lora_rank else None
+
+    def train(self, trainer) -> dict:
+        """Train to the end; returns the counts steps and loss."""
+        figures = run_trainer(trainer, self.options.output)
+        return {"steps": trainer.state.global_step, "loss": round(figures.training_loss, 4)}
+
+    def finish(self, counts: dict, **info) -> None:
+        """Mark the folder as done and print the summary.
+
+        Args:
+            counts: of the manifest and the summary.
+            info: more for the manifest.
+        """
+        manifest = self.folder.finish(counts, **info)
+        if loading.is_main_process():
+            self.summarise({**counts, "seconds": manifest["seconds"]})
+
+    def summarise(self, figures: dict) -> None:
+        """Print the summary and the next command."""
+        summary = {"output": self.options.output, **figures}
+        as_json = self.options.as_json
+        cli.finish(summary if as_json else self.show(summary), as_json=as_json, next_command=self.next_command)
+
+
+def identify_options(options) -> dict:
+    """The options that decide what sft.py, reward_model.py and dpo.py train, for their fingerprints."""
+    return {name: getattr(options, name) for name in DECIDING}
+
+
+def check_trackers(names: Sequence[str]) -> list[str] | str:
+    """The trackers in Trainer's terms. Raises InputError for one that is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise InputError(f"{name} is not installed", where="--report-to", remedy=f"pip install {name}")
+    return sorted(set(names)) or "none"
+
+
+def count_processes() -> int:
+    """How many processes a launcher has started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def lora_config(rank: int, task: str = "CAUSAL_LM"):
-    """Adapters of `rank` on every linear layer but the head, scaled by 2.
+    """Adapters of `rank` on every linear layer except the head, scaled by 2.
 
-    task: "CAUSAL_LM" or "SEQ_CLS" (peft's names); a classifier's new head is trained whole.
+    Args:
+        task: "CAUSAL_LM" or "SEQ_CLS" (peft's names); a classifier's new head is trained in full.
     """
     from peft import LoraConfig
 
@@ -120,24 +184,24 @@ def lora_config(rank: int, task: str = "CAUSAL_LM"):
 def training_order(
     lengths: Sequence[int], batch: int, epochs: float, seed: int, weights: Sequence[float] | None = None
 ) -> list[int]:
-    """Row numbers in the order to train on: every epoch a new shuffle, rows of like length in one batch.
+    """Row numbers in the order to train on: every epoch a new shuffle, rows of similar length in one batch.
 
-    Laid out beforehand, so that each process sees its own share and a resumed run the rest of the same order.
+    The order is fixed beforehand, so that each process sees its own share and a resumed run the rest of it.
 
     Args:
         lengths: tokens of each row.
         batch: rows that are padded together.
         epochs: passes; a fraction takes the first part of one more shuffle.
-        weights: how often a row comes in one pass, each time others where that is no whole number; 1 without.
+        weights: how often a row comes in one pass; a fraction takes it in some of the passes. None: once each.
     """
     draw = random.Random(seed)
     order: list[int] = []
-    wanted = max(1, round(epochs * (len(lengths) if weights is None else math.fsum(weights))))
-    while len(order) < wanted:
+    total = max(1, round(epochs * (len(lengths) if weights is None else math.fsum(weights))))
+    while len(order) < total:
         rows = list(range(len(lengths)))
         draw.shuffle(rows)
         if weights is not None:
-            rows = _as_often(rows, weights, draw)
+            rows = _repeat_by_weight(rows, weights, draw)
             if not rows:
                 continue
         chunk = 50 * batch
@@ -150,19 +214,21 @@ def training_order(
         # A short last batch stays last: in the middle it would shift every border after it.
         tail = batches.pop() if len(batches[-1]) < batch else []
         draw.shuffle(batches)
-        order.extend([row for one in [*batches, tail] for row in one])
-    return order[:wanted]
+        order.extend(chain(*batches, tail))
+    return order[:total]
 
 
-def _as_often(rows: Sequence[int], weights: Sequence[float], draw: random.Random) -> list[int]:
-    """The rows as often as their weights say, shuffled: systematic sampling, by which rows of equal weight come in
-    a number of times that is off by one at most."""
-    taken, passed = [], draw.random()
+def _repeat_by_weight(rows: Sequence[int], weights: Sequence[float], draw: random.Random) -> list[int]:
+    """The rows as often as their weights say, shuffled.
+
+    Sampled systematically: how often rows of one weight come in differs from their weight by less than one row.
+    """
+    sampled, position = [], draw.random()
     for row in sorted(rows, key=weights.__getitem__):  # stable: among equal weights the shuffle stays
-        before, passed = passed, passed + weights[row]
-        taken += [row] * (math.floor(passed) - math.floor(before))
-    draw.shuffle(taken)
-    return taken
+        before, position = position, position + weights[row]
+        sampled += [row] * (math.floor(position) - math.floor(before))
+    draw.shuffle(sampled)
+    return sampled
 
 
 def trainer_arguments(
@@ -180,17 +246,17 @@ def trainer_arguments(
 ) -> dict:
     """Keyword arguments for any `TrainingArguments` (SFTConfig, RewardConfig, ...) of this project.
 
-    States to resume from go to `<output>/checkpoints`. Rows are taken in the order given (`training_order`),
-    hence one "epoch" and no shuffling. `overrides` replace or add arguments.
+    States to resume from go to `<output>/checkpoints`. Rows are taken in the order of the data set
+    (`training_order`), hence one "epoch" and no shuffling. `overrides` replace or add arguments.
     """
     from transformers import TrainingArguments
 
     cpu = on_cpu(device)
     _, autocast = precision(device, dtype, lora)
-    # transformers gave it a new name within 5.x and deprecates the old one.
-    new_name = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
-    checkpointing = "activation_checkpointing" if new_name else "gradient_checkpointing"
-    arguments = {
+    # transformers renamed it within 5.x and deprecates the old name.
+    is_renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    checkpointing = "activation_checkpointing" if is_renamed else "gradient_checkpointing"
+    return {
         "output_dir": str(Path(output) / CHECKPOINTS),
         "num_train_epochs": 1,
         "train_sampling_strategy": "sequential",
@@ -216,16 +282,20 @@ def trainer_arguments(
         checkpointing: not cpu,
         "dataloader_pin_memory": not cpu,
         "ddp_find_unused_parameters": False,
+        **overrides,
     }
-    return {**arguments, **overrides}
 
 
 class MetricsLog:
-    """A trainer callback that appends what is logged to `<output>/metrics.jsonl` with progress on stderr.
+    """A trainer callback that appends what is logged to `<output>/metrics.jsonl`, with a progress bar on stderr.
 
-    One row a log: {"step", "seconds", ...the trainer's figures}. A resumed run drops the rows after the step
-    it resumes from. It answers to TrainerCallback's calls without being a subclass: importing that costs
-    seconds, and this module is imported for `--help` too.
+    One row per log: {"step", "seconds", ...the trainer's figures}. A resumed run drops the rows after the step
+    it resumes from. The class has TrainerCallback's methods without being a subclass: importing that takes seconds,
+    and this module is imported for `--help` too.
+
+    Args:
+        output: the folder of metrics.jsonl.
+        label: in front of the progress bar.
     """
 
     def __init__(self, output: str | Path, label: str = "train"):
@@ -242,11 +312,16 @@ class MetricsLog:
         if state.global_step and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             # A line without its end was torn when the process was killed.
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+            complete = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in complete if self.is_current(json.loads(line), state.global_step)]
         self.path.write_text("".join(kept), encoding="utf-8")
         self.bar = cli.progress(state.max_steps, self.label)
         self.bar.unit = "step"
         self.bar.update(state.global_step)
+
+    def is_current(self, row: dict, step: int) -> bool:
+        """Whether a row stands for what was done up to a step."""
+        return row["step"] <= step
 
     def on_step_end(self, args, state, control, **_):
         if self.bar is not None:
@@ -270,8 +345,19 @@ class MetricsLog:
         raise AttributeError(name)
 
 
+def soft_label_collator(collate: Callable[[list[dict]], dict]) -> Callable[[list[dict]], dict]:
+    """A collator of preference pairs that carries their soft labels along, as `p_chosen`: (pairs,).
+
+    Args:
+        collate: TRL's collator, which drops them.
+    """
+    import torch
+
+    return lambda pairs: {**collate(pairs), "p_chosen": torch.tensor([pair["p_chosen"] for pair in pairs])}
+
+
 def run_trainer(trainer, output: str | Path):
-    """Train to the end, from the last saved state in `<output>/checkpoints` if there is one.
+    """Train to the end, from the newest saved state in `<output>/checkpoints` if there is one.
 
     Keeps the trainer off stdout, which belongs to the summary. Returns the trainer's figures.
     """
@@ -282,10 +368,13 @@ def run_trainer(trainer, output: str | Path):
     return trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
 
-def last_state(states: Path) -> Path | None:
-    """The newest saved state that is whole, or None. One is whole when its trainer_state.json, the last file
-    to be written, can be read: a process may be killed while it saves."""
-    for state in sorted(states.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+def last_state(states: str | Path) -> Path | None:
+    """The newest complete saved state in the folder, or None.
+
+    A state is complete if its trainer_state.json, the last file to be written, can be read: a process may be killed
+    while it saves.
+    """
+    for state in sorted(Path(states).glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
         try:
             json.loads((state / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -294,12 +383,34 @@ def last_state(states: Path) -> Path | None:
     return None
 
 
+def describe_last_state(states: str | Path) -> str:
+    """A sentence that names the newest saved policy."""
+    state = last_state(states)
+    if state is None:
+        return "No checkpoint was saved yet"
+    return f"The last good policy is {state / 'policy' if (state / 'policy').is_dir() else state}"
+
+
+def describe_not_finite(trainer, subject: str) -> CaiError:
+    """The error of a training whose numbers are NaN or infinite.
+
+    Args:
+        subject: what is not finite, with its verb: "the loss is".
+    """
+    return CaiError(
+        f"{subject} not finite at step {trainer.state.global_step} of {trainer.state.max_steps}. "
+        f"{describe_last_state(trainer.args.output_dir)}. Start again with a lower --learning-rate, or --dtype float32"
+    )
+
+
 def save_checkpoint(model, tokenizer, folder: str | Path, state_dict: dict | None = None) -> None:
     """Write weights, configuration, tokenizer and chat template to `folder`, which `--model` reads back.
 
     Of a LoRA model the adapter goes to `<folder>/adapter` and the merged weights to `folder` (the model is
-    merged in place). state_dict: the gathered weights of a sharded model, from
-    `trainer.accelerator.get_state_dict`.
+    merged in place).
+
+    Args:
+        state_dict: the gathered weights of a sharded model, from `trainer.accelerator.get_state_dict`.
     """
     from peft import PeftModel
 
@@ -307,15 +418,15 @@ def save_checkpoint(model, tokenizer, folder: str | Path, state_dict: dict | Non
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         model.save_pretrained(folder / ADAPTER, state_dict=state_dict)
-        if state_dict is not None:  # what is in memory are shards: put the adapter on the base anew
-            model, state_dict = _on_its_base(folder / ADAPTER, model.dtype), None
+        if state_dict is not None:  # the model in memory is a shard: load the base again with the adapter
+            model, state_dict = _load_adapter(folder / ADAPTER, model.dtype), None
         model = model.merge_and_unload()
     model.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)
 
 
-def _on_its_base(adapter: Path, dtype):
-    """The PeftModel of a saved adapter, on the CPU."""
+def _load_adapter(adapter: Path, dtype):
+    """The PeftModel of a saved adapter and its base, on the CPU."""
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftConfig
 
     if PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS":
@@ -324,16 +435,21 @@ def _on_its_base(adapter: Path, dtype):
 
 
 def save_trained(trainer, tokenizer, folder: str | Path) -> None:
-    """Save what a trainer trained (whole, sharded or under DDP), once, and drop the states to resume from.
+    """Save once what a trainer trained, sharded or not, and delete the states to resume from.
 
-    To be called by every process: a sharded model is gathered by all of them.
+    Every process must call it: a sharded model is gathered by all of them.
     """
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if trainer.is_world_process_zero():
         save_checkpoint(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder, state_dict)
-        states = Path(folder) / CHECKPOINTS
-        for last_written in states.glob("checkpoint-*/trainer_state.json"):
-            last_written.unlink()  # killed within the next line, what is left of a state is not taken for a whole one
-        shutil.rmtree(states, ignore_errors=True)
+        delete_states(folder)
     trainer.accelerator.wait_for_everyone()
+
+
+def delete_states(folder: str | Path) -> None:
+    """Delete the states to resume from; a process killed half-way leaves none that looks complete."""
+    states = Path(folder) / CHECKPOINTS
+    for last_written in states.glob("checkpoint-*/trainer_state.json"):
+        last_written.unlink()
+    shutil.rmtree(states, ignore_errors=True)

@@ -1,23 +1,23 @@
 """PPO for language models (arXiv 1707.06347, 2009.01325), on `transformers.Trainer`.
 
-    prompts = encode_prompts(conversations, chat, policy, settings.max_new_tokens)
+    prompts = encode_prompts(rows, chat, policy, settings.max_new_tokens)
     trainer = PPOTrainer(PolicyAndValue(policy, value_model), prompts, chat, reward, settings, arguments, output)
-    training.run_trainer(trainer, output)
+    common.run_trainer(trainer, output)
 
 Read it from top to bottom: the batch arithmetic (`Settings`), the mathematics, the model, and the trainer, whose
 `rollout` and `compute_loss` number the steps of the algorithm. The defaults are those of Huang et al.
-(arXiv 2403.17031), who reproduced the method figure by figure. Rewards are in cai/scoring.py, and what gives away
-a run that goes wrong in cai/alarms.py.
+(arXiv 2403.17031), who reproduced the method figure by figure. Rewards are in train/rewards.py, the alarms that
+recognise a run going wrong in train/alarms.py, and what a row of metrics.jsonl holds in train/updates.py.
 
-Trainer is used through what it lets one override (`get_train_dataloader`, `compute_loss`, `create_optimizer`,
+Only methods that Trainer lets one override are used (`get_train_dataloader`, `compute_loss`, `create_optimizer`,
 `log`, `save_model`), so that checkpoints, schedules, mixed precision and several processes are its own.
 
-Leaves out FSDP and DeepSpeed (refused), whitening of rewards, and early stopping within an update. A response
-cut at its longest length counts as ended: its last value is not bootstrapped.
+A response that is too long for a reward model's context gets the lowest score of its update, and is counted as
+`overlong`. Leaves out FSDP and DeepSpeed (refused), whitening of rewards, and early stopping within an update. A
+response cut at its longest length counts as ended: its last value is not bootstrapped.
 """
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -34,22 +34,18 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, Trainer, TrainingArguments
 
 from cai.base import cli
-from cai.base.errors import CaiError, InputError
+from cai.base.errors import InputError
 from cai.base.hashing import hashed_seed
-from cai.data import outputs, readers
 from cai.models.chat import Chat, chat_stops
 from cai.models.decoding import Prefixes, RowSampler, decode, slow_reason, slow_warning
 from cai.models.engine import Sampling
-from cai.train import common
+from cai.train import common, updates
 from cai.train.alarms import Watch
 from cai.train.prompts import Prompt
-from cai.train.rewards import Reward, Total, checked
-from cai.train.selection import axis_means, choose_update
-from cai.train.updates import ALARMS, SAMPLES, Stopped, UpdateLog
+from cai.train.rewards import Reward, Total, compute_scores, fill_overlong
+from cai.train.selection import Candidates
 
-SELECTION = "selection.jsonl"
-
-# What one more forward pass costs, in tokens of one that is under way anyway: a GPU is not busy with fewer.
+# What an additional forward pass costs, in tokens of a pass that runs anyway: fewer do not keep a GPU busy.
 PASS_TOKENS = {"cpu": 32, "other": 2048}
 
 
@@ -57,7 +53,7 @@ PASS_TOKENS = {"cpu": 32, "other": 2048}
 class Settings:
     """The algorithm's settings, and every count that follows from them.
 
-    An update draws `prompts_per_update` prompts, one response each. Every epoch goes once over these rows, in
+    An update draws `prompts_per_update` prompts and one response to each. Every epoch goes once over these rows, in
     `minibatches` of equal size; each minibatch is one optimizer step, computed in forward passes of at most
     `batch_size` rows on each of the `processes`.
     """
@@ -98,7 +94,7 @@ class Settings:
 
     @property
     def accumulation(self) -> int:
-        """Forward passes to one optimizer step, on each process."""
+        """Forward passes per optimizer step, on each process."""
         return math.ceil(self.prompts_per_update / self.minibatches / self.processes / self.batch_size)
 
     @property
@@ -107,59 +103,82 @@ class Settings:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the run."""
         return self.updates * self.steps_per_update
 
     @property
     def episodes(self) -> int:
+        """Responses of the run."""
         return self.updates * self.prompts_per_update
 
-    def prompts_of(self, update: int, count: int) -> list[int]:
-        """Which of `count` prompts an update (from 0) draws: all in a random order, then in another, and so on.
+    @property
+    def rows_per_pass(self) -> int:
+        return self.batch_size
 
-        They follow from seed and update alone, so that a resumed run needs no place in a file.
+    @property
+    def rows_sampled_at_once(self) -> int:
+        return self.generation_batch_size
+
+    def draw_prompts(self, update: int, count: int) -> list[int]:
+        """The prompts of an update: all of them in a random order, then in another one, and so on.
+
+        They follow from seed and update alone, so that a resumed run needs no saved position.
+
+        Args:
+            update: from 0.
+            count: how many prompts there are.
         """
         start = update * self.prompts_per_update
-        drawn, passed = [], start // count
+        drawn, cycle = [], start // count
         while len(drawn) < start % count + self.prompts_per_update:
-            drawn.extend(np.random.default_rng(hashed_seed(self.seed, "prompts", passed)).permutation(count))
-            passed += 1
+            drawn.extend(np.random.default_rng(hashed_seed(self.seed, "prompts", cycle)).permutation(count))
+            cycle += 1
         return [int(i) for i in drawn[start % count :][: self.prompts_per_update]]
 
-    def microbatches(self, update: int, lengths: Sequence[int], process: int = 0) -> list[list[list[list[int]]]]:
-        """Rows of each forward pass of an update, for one process: [epoch][minibatch][pass] -> row numbers.
+    def draw_minibatches(self, update: int, lengths: Sequence[int], process: int = 0) -> list[list[list[list[int]]]]:
+        """The rows of each forward pass of an update, on one process: [epoch][minibatch][pass] -> row numbers.
 
-        The minibatches are drawn without regard to length or to the number of processes; within one, rows of
-        like length go together, so that little is padded.
+        The minibatches are drawn without regard to length or to the number of processes; within a minibatch, rows of
+        similar length share a pass, so that little is padded.
+
+        Args:
+            lengths: tokens of each row.
         """
         draw = np.random.default_rng(hashed_seed(self.seed, "minibatches", update))
         epochs = []
         for _ in range(self.epochs):
             minibatches = np.split(draw.permutation(self.prompts_per_update), self.minibatches)
             ranked = [sorted(map(int, rows), key=lambda i: (lengths[i], i)) for rows in minibatches]
-            mine = [rows[process :: self.processes] for rows in ranked]
-            epochs.append([[part.tolist() for part in np.array_split(rows, self.accumulation)] for rows in mine])
+            shares = [rows[process :: self.processes] for rows in ranked]
+            epochs.append([[part.tolist() for part in np.array_split(rows, self.accumulation)] for rows in shares])
         return epochs
 
 
-# Tensors of (rows, tokens) hold one number for each response token, row by row from the left; mask is true
-# where there is one. Tensors of (tokens,) hold those of several rows one after the other, without padding.
+# --- the mathematics -----------------------------------------------------------------------------------------
+# Tensors of (rows, tokens) hold one number for each response token, from the left of each row; `mask` is true where
+# there is a token. Tensors of (tokens,) hold those of several rows one after the other, without padding.
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
     """An estimate of KL(policy ‖ reference) for each sampled token (Schulman, "Approximating KL divergence").
 
-    k1 is the log-ratio itself, unbiased; k3 = 1/ρ − 1 + log ρ is never negative and varies less, and as a
-    penalty on sampled tokens it has another gradient than the KL has.
+    Args:
+        logprobs, ref_logprobs: of the sampled tokens, any shape.
+        estimator: k1 is the log-ratio itself, unbiased; k3 = 1/ρ − 1 + log ρ is never negative and varies less, but
+            as a penalty on sampled tokens it has another gradient than the KL.
     """
     log_ratio = logprobs - ref_logprobs
     return log_ratio if estimator == "k1" else torch.expm1(-log_ratio) + log_ratio
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Rewards (rows, tokens): the KL penalty at every token, and the response's score at its last one.
+    """The reward of each token: the KL penalty at every token, and the response's score at its last one.
 
-    scores: (rows,), one a response. Every row has a token at least.
+    Args:
+        scores: (rows,), one per response.
+        kl, mask: (rows, tokens); every row has at least one token.
+    Returns:
+        (rows, tokens), zero outside `mask`.
     """
     rewards = torch.where(mask, -kl_coef * kl, 0.0)
     last = mask.sum(1, keepdim=True) - 1
@@ -167,9 +186,14 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438): (advantages, returns), both (rows, tokens).
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16).
 
     δₜ = rₜ + γ·Vₜ₊₁ − Vₜ and Aₜ = δₜ + γλ·Aₜ₊₁, with nothing after the last token; the returns are A + V.
+
+    Args:
+        rewards, values: (rows, tokens); entries outside `mask` are ignored.
+    Returns:
+        (advantages, returns), both (rows, tokens), zero outside `mask`.
     """
     values = torch.where(mask, values, 0.0)
     rewards = torch.where(mask, rewards, 0.0)
@@ -184,26 +208,45 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(numbers: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the masked numbers; 0 elsewhere."""
-    chosen = numbers[mask]
-    return torch.where(mask, (numbers - chosen.mean()) * torch.rsqrt(chosen.var(correction=0) + 1e-8), 0.0)
+    """The numbers shifted and scaled to mean 0 and variance 1 over `mask`; zero elsewhere."""
+    masked = numbers[mask]
+    return torch.where(mask, (numbers - masked.mean()) * torch.rsqrt(masked.var(correction=0) + 1e-8), 0.0)
 
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """(the clipped surrogate −min(ρA, clip(ρ)A), the ratio ρ), both for each token."""
+    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7).
+
+    Args:
+        logprobs, old_logprobs, advantages: (tokens,).
+        clip: how far the ratio ρ of the policy to the one that sampled may be from 1.
+    Returns:
+        (−min(ρA, clip(ρ)A), ρ), both (tokens,).
+    """
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return torch.maximum(-advantages * ratio, -advantages * clipped), ratio
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """Half the squared error for each token; the larger of that and of a value kept near the old one."""
+    """Half the squared error of each token's value, or that of the value clipped around the old one if it is larger.
+
+    Args:
+        values, old_values, returns: (tokens,).
+        clip: how far a value may move from its old one.
+    """
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
-def merged(moments: Tensor, numbers: Tensor) -> Tensor:
-    """(count, mean, sum of squared deviations) of all numbers so far and these (Chan et al. 1979)."""
+def merge_moments(moments: Tensor, numbers: Tensor) -> Tensor:
+    """Count, mean and sum of squared deviations of more and more numbers (Chan et al. 1979).
+
+    Args:
+        moments: (3,), of the numbers so far.
+        numbers: (n,), the new ones.
+    Returns:
+        (3,), of all of them.
+    """
     count, mean, squares = moments
     shift, total = numbers.mean() - mean, count + len(numbers)
     squares = squares + ((numbers - numbers.mean()) ** 2).sum() + shift**2 * count * len(numbers) / total
@@ -211,70 +254,84 @@ def merged(moments: Tensor, numbers: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 − var(returns − values) / var(returns): 1 is perfect, 0 is no better than a constant."""
+    """1 − var(returns − values) / var(returns): 1 is perfect, 0 is no better than a constant.
+
+    Args:
+        values, returns: (tokens,).
+    """
     variance = returns.var(correction=0)
     return float(1 - (returns - values).var(correction=0) / variance) if variance > 0 else 0.0
 
 
-def adapted(kl_coef: float, kl: float, target: float, rows: int, horizon: int) -> float:
-    """The coefficient of the next update: up where the KL is above its target, down where it is below.
+def adapt_kl_coef(kl_coef: float, kl: float, target: float, rows: int, horizon: int) -> float:
+    """The KL coefficient of the next update: higher if the KL is above its target, lower if it is below.
 
-    Proportional control with the error cut at ±0.2 (arXiv 1909.08593, section 2.2).
+    Proportional control with the error clipped to ±0.2 (arXiv 1909.08593, section 2.2).
+
+    Args:
+        kl, target: in nats per response.
+        rows: responses of the update.
+        horizon: responses in which the coefficient changes by the whole error.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * rows / horizon)
 
 
-def parts(lengths: Sequence[int], overhead: int) -> list[range]:
-    """Neighbouring rows that are padded together, so that fewest tokens are computed in all.
+def split_by_length(lengths: Sequence[int], overhead: int) -> list[range]:
+    """Consecutive rows that are padded together, so that the fewest tokens are computed in all.
 
     Args:
         lengths: tokens of each row; sorted, there is most to gain.
-        overhead: what a forward pass more costs, in tokens.
+        overhead: the cost of an additional forward pass, in tokens.
     """
-    best = [(0, 0)]  # of the first n rows: tokens, and where the last part begins
+    best = [(0, 0)]  # for the first n rows: tokens in all, and where the last part begins
     for end in range(1, len(lengths) + 1):
-        widest, found = 0, []
+        widest, costs = 0, []
         for start in range(end - 1, -1, -1):
             widest = max(widest, lengths[start])
-            found.append((best[start][0] + (end - start) * widest + overhead, start))
-        best.append(min(found))
-    found, end = [], len(lengths)
+            costs.append((best[start][0] + (end - start) * widest + overhead, start))
+        best.append(min(costs))
+    ranges, end = [], len(lengths)
     while end:
         start = best[end][1]
-        found.append(range(start, end))
+        ranges.append(range(start, end))
         end = start
-    return found[::-1]
+    return ranges[::-1]
 
 
-def trimmed(input_ids: Tensor, response_mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows of one forward pass in `parts`, each without the columns that are padding in all of its rows."""
-    place = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-    lengths = (response_mask * place).amax(1).tolist()
-    for rows in parts(lengths, PASS_TOKENS["cpu" if input_ids.device.type == "cpu" else "other"]):
+# --- the model -----------------------------------------------------------------------------------------------
+
+
+def split_pass(input_ids: Tensor, response_mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of one forward pass in parts (`split_by_length`), each without the columns that only pad it."""
+    columns = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+    lengths = (response_mask * columns).amax(1).tolist()
+    for rows in split_by_length(lengths, PASS_TOKENS["cpu" if input_ids.device.type == "cpu" else "other"]):
         width = max(lengths[rows.start : rows.stop])
         yield input_ids[rows.start : rows.stop, :width], response_mask[rows.start : rows.stop, :width]
 
 
 def response_logits(model, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (tokens, vocabulary) that each response token was drawn from, and what the head made them of.
+    """The logits that each response token was drawn from, and the hidden states that the head computed them from.
 
-    The hidden states are picked in front of the head, so that the logits of prompts and padding are never
-    computed, and what a model does after its head (capping, scaling) is still done.
+    The hidden states are selected before the head, so that the logits of prompts and padding are never computed, and
+    what a model does after its head (capping, scaling) is still done.
 
     Args:
-        input_ids: (rows, length), prompt and response, padded on the right. No token sees what comes after
-            it, so that neither an attention mask nor positions are needed.
+        input_ids: (rows, length), prompt and response, padded on the right. No token sees the tokens after it, so
+            that neither an attention mask nor positions are needed.
         response_mask: the same shape, true at response tokens, in column 1 at the earliest.
+    Returns:
+        (logits (tokens, vocabulary), hidden states (tokens, hidden size)).
     """
     hidden = None
 
-    def pick(_head, args):
+    def select_responses(_head, args):
         nonlocal hidden
         hidden = args[0][:, :-1][response_mask[:, 1:]]
         return (hidden.unsqueeze(0),)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(pick)
+    hook = model.get_output_embeddings().register_forward_pre_hook(select_responses)
     try:
         return model(input_ids=input_ids, use_cache=False).logits[0], hidden
     finally:
@@ -282,7 +339,7 @@ def response_logits(model, input_ids: Tensor, response_mask: Tensor) -> tuple[Te
 
 
 def token_logprobs(logits: Tensor, input_ids: Tensor, response_mask: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities (tokens,) of the response tokens under the distribution they were sampled from."""
+    """Log-probabilities (tokens,) of the response tokens under the distribution that they were sampled from."""
     return -F.cross_entropy(logits.float() / temperature, input_ids[response_mask], reduction="none")
 
 
@@ -290,11 +347,11 @@ class PolicyAndValue(nn.Module):
     """Policy and value model as one module, which Trainer trains.
 
     Args:
-        policy: a causal language model, or a PeftModel of one.
-        value_model: a sequence classifier with one output (the reward model, usually), or a PeftModel of one.
-            None puts a value head on the policy's last hidden states, which costs half as much.
+        policy: a causal language model, or a PeftModel.
+        value_model: a sequence classifier with one output (the reward model, usually), or a PeftModel. None puts a
+            value head on the policy's last hidden states, which costs half as much.
         temperature: of the sampling; log-probabilities are those of the policy at this temperature.
-        kl_coef: kept here so that it is saved and restored with the weights, as the scores' moments are.
+        kl_coef: kept here so that it is saved and restored with the weights, as are the moments of the scores.
     """
 
     def __init__(self, policy, value_model=None, *, temperature: float = 1.0, kl_coef: float = 0.0):
@@ -308,18 +365,21 @@ class PolicyAndValue(nn.Module):
             self.value = value_model
         self.has_value_model = value_model is not None
         self.register_buffer("kl_coef", torch.tensor(float(kl_coef)))
-        self.register_buffer("score_moments", torch.zeros(3, dtype=torch.float64))  # of `merged`
+        self.register_buffer("score_moments", torch.zeros(3, dtype=torch.float64))  # `merge_moments`
 
     def forward(self, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(logprobs, values) of the response tokens, both (tokens,); see `response_logits` for the arguments.
+        """Log-probabilities and values of the response tokens; a token's value is that of the tokens before it.
 
-        A token's value is that of what stands before it.
+        Args:
+            input_ids, response_mask: see `response_logits`.
+        Returns:
+            (logprobs, values), both (tokens,).
         """
-        found = [self._forward(*part) for part in trimmed(input_ids, response_mask)]
-        logprobs, values = (torch.cat(numbers) for numbers in zip(*found, strict=True))
+        parts = [self._forward_part(*part) for part in split_pass(input_ids, response_mask)]
+        logprobs, values = (torch.cat(numbers) for numbers in zip(*parts, strict=True))
         return logprobs, values
 
-    def _forward(self, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward_part(self, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
         logits, hidden = response_logits(self.policy, input_ids, response_mask)
         logprobs = token_logprobs(logits, input_ids, response_mask, self.temperature)
         if self.has_value_model:
@@ -331,9 +391,9 @@ class PolicyAndValue(nn.Module):
         return logprobs, values[:, 0].float()
 
     def train(self, mode: bool = True):
-        """Dropout stays off: two forward passes over the same tokens must give the same log-probabilities.
+        """Leave dropout off: two forward passes over the same tokens must give the same log-probabilities.
 
-        Only modules that recompute their activations are told that this is training, or they would not.
+        Only modules that recompute their activations are put into training mode, without which they would not.
         """
         super().train(False)
         for module in self.modules():
@@ -343,22 +403,22 @@ class PolicyAndValue(nn.Module):
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **_):
         for model in (self.policy, self.value)[: 1 + self.has_value_model]:
             model = base_of(model)
-            new_name = hasattr(model, "activation_checkpointing_enable")
-            enable = model.activation_checkpointing_enable if new_name else model.gradient_checkpointing_enable
+            is_renamed = hasattr(model, "activation_checkpointing_enable")
+            enable = model.activation_checkpointing_enable if is_renamed else model.gradient_checkpointing_enable
             enable(activation_checkpointing_kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **_):
-        """The same under the name that transformers used before."""
+        """The same under the earlier name in transformers."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What training changes, each tensor once: no frozen weights, no second name of a tied one."""
-        named = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        named |= {"kl_coef": self.kl_coef, "score_moments": self.score_moments}
-        return {name: p.detach().contiguous() for name, p in named.items()}
+        """What training changes, each tensor once: no frozen weights, no second name of a tied weight."""
+        state = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        state |= {"kl_coef": self.kl_coef, "score_moments": self.score_moments}
+        return {name: p.detach().contiguous() for name, p in state.items()}
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """Takes `trained_state` as well as a whole state; only what training changes can be missing."""
+        """Load a `trained_state` or a complete state; only what training changes can be missing."""
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         trained = self.trained_state()
         result.missing_keys[:] = [name for name in result.missing_keys if name in trained]
@@ -368,31 +428,34 @@ class PolicyAndValue(nn.Module):
 
 
 def base_of(model):
-    """The model itself, without PEFT around it (its adapters are inside)."""
+    """The model itself, without PEFT's wrapper; its adapters are inside the model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+# --- the trainer ---------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Rollout:
-    """The rows of one update: what was drawn, and one number a token where it says (rows, tokens)."""
+    """The rows of one update, each a prompt and the response to it."""
 
-    sequences: list[Tensor]  # prompt and response, token ids
+    sequences: list[Tensor]  # token ids of prompt and response
     prompt_lengths: list[int]
     mask: Tensor  # (rows, tokens)
-    scores: Tensor  # (rows,), the penalty for a missing end included
-    old_logprobs: Tensor | None = None  # (rows, tokens), and so are those below
+    scores: Tensor  # (rows,), with the penalty for a missing end
+    old_logprobs: Tensor | None = None  # (rows, tokens), as are those below
     old_values: Tensor | None = None
     ref_logprobs: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
 
     def batch(self, rows: list[int], pad_id: int) -> dict[str, Tensor]:
-        """Model inputs of some rows: token ids padded on the right as far as they need, and where responses are."""
+        """The model's inputs for some rows: {input_ids, response_mask}, both (rows, length), padded on the right."""
         ids = nn.utils.rnn.pad_sequence([self.sequences[i] for i in rows], True, pad_id)
-        place = torch.arange(ids.shape[1])
+        columns = torch.arange(ids.shape[1])
         start = torch.tensor([self.prompt_lengths[i] for i in rows]).unsqueeze(1)
         end = torch.tensor([len(self.sequences[i]) for i in rows]).unsqueeze(1)
-        return {"input_ids": ids, "response_mask": (place >= start) & (place < end)}
+        return {"input_ids": ids, "response_mask": (columns >= start) & (columns < end)}
 
     def pick(self, name: str, rows: list[int]) -> Tensor:
         """The numbers `name` of some rows, one row after the other, without padding: (tokens,)."""
@@ -400,27 +463,23 @@ class Rollout:
 
 
 class PPOTrainer(Trainer):
-    """PPO over prompts, with a reward of its caller's choice.
-
-    While it trains it keeps watch (`watch`), asks a judge that the policy is not trained on (`judge`), and sets aside
-    the policy that did best on the prompts of `selection` (`best`).
+    """PPO over prompts.
 
     Args:
         model: policy and value model.
         prompts: from `encode_prompts`.
         chat: the policy's tokenizer and chat template.
-        reward: see cai/scoring.py; of a `Total` the parts are logged as well.
-        settings: see there; `settings.processes` must be the number of processes.
-        arguments: from `common.trainer_arguments`; what `settings` decides is put in here.
+        reward: see train/rewards.py; the parts of a `Total` are logged as well.
+        settings: `settings.processes` must be the number of processes.
+        arguments: from `common.trainer_arguments`; what `settings` decides is overridden.
         output: folder for metrics and samples.
         reference: frozen policy that the KL is measured against. None takes the policy without its adapters.
-        stops: token ids that end a response; None asks the tokenizer and the policy.
         watch: raises the alarms, and says which of them stop the run.
-        judge: a second reward whose mean is logged as `judge`.
-        selection: prompts with their kinds, answered whenever a state is saved, and scored by the judge, without one
-            by the reward.
-
-    Raises InputError under FSDP or DeepSpeed. `Stopped` leaves `train` where an alarm stops the run.
+        judge: a second reward that the policy is not trained on, whose mean is logged as `judge`.
+        selection: prompts with their kinds, answered whenever a state is saved, and scored by the judge, or by the
+            reward if there is no judge: `candidates` keeps the policy that did best.
+    Raises:
+        InputError: under FSDP or DeepSpeed. `train` raises `Stopped` where an alarm stops the run.
     """
 
     loss_is_scaled_for_ga = False  # Trainer divides what compute_loss returns by the number of passes
@@ -435,39 +494,19 @@ class PPOTrainer(Trainer):
         arguments: dict,
         output: str | Path,
         reference=None,
-        stops: Sequence[int] | None = None,
         watch: Watch | None = None,
         judge: Reward | None = None,
         selection: Sequence[Prompt] = (),
     ):
-        per_update = settings.steps_per_update
-        arguments = {
-            **arguments,
-            "max_steps": settings.steps,
-            "per_device_train_batch_size": settings.batch_size,
-            "gradient_accumulation_steps": settings.accumulation,
-            "learning_rate": settings.learning_rate,
-            "lr_scheduler_type": "linear",
-            "warmup_steps": 0,
-            "adam_epsilon": 1e-5,
-            # One row of metrics an update, and checkpoints between updates only.
-            "logging_strategy": "steps",
-            "logging_steps": per_update,
-            "logging_first_step": False,
-            "logging_nan_inf_filter": False,
-            "save_steps": arguments["save_steps"] * per_update,
-            # The place in the data follows from the step.
-            "ignore_data_skip": True,
-        }
-        self.settings, self.chat, self.reward, self.reference = settings, chat, reward, reference
-        self.prompts, self.output = prompts, Path(output)
-        self.judge, self.selection = judge, list(selection)
-        self.watch = Watch() if watch is None else watch
-        self.raised: dict[str, int] = {}  # alarm -> the update that it was first raised in
-        self.update_log = UpdateLog(output, "ppo", settings.steps_per_update)
+        self.settings, self.chat, self.prompts, self.output = settings, chat, prompts, Path(output)
+        self.reward, self.judge, self.reference = reward, judge, reference
+        self.candidates = Candidates(selection, output, arguments["output_dir"])
+        self.update_log = updates.UpdateLog(output, "ppo", settings, watch or Watch())
+        self.figures: dict[str, float] = {}  # of the row of metrics.jsonl that is logged next
+        self.sums = None  # of `compute_loss`, over the passes of an update
         super().__init__(
             model=model,
-            args=TrainingArguments(**arguments),
+            args=TrainingArguments(**decide_arguments(arguments, settings)),
             processing_class=chat.tokenizer,
             callbacks=[self.update_log],
         )
@@ -480,209 +519,62 @@ class PPOTrainer(Trainer):
         if reference is not None:
             reference.eval().requires_grad_(False).to(self.args.device)
         policy = base_of(model.policy)
-        self.stops = set(chat_stops(chat, policy) if stops is None else stops)
-        self.pad_id = chat.tokenizer.pad_token_id
+        self.stops, self.pad_id = set(chat_stops(chat, policy)), chat.tokenizer.pad_token_id
         self.slow_reason = slow_reason(policy)
         if self.slow_reason and self.is_world_process_zero():
             cli.warn(slow_warning("the policy", self.slow_reason))
-        self.figures: dict[str, float] = {}
-        self.sums = None
 
-    # ------------------------------------------------------------------------------- what Trainer asks for
-
-    def get_train_dataloader(self) -> Iterator[dict[str, Tensor]]:
-        """The batches of all updates. Asked for a minibatch at a time, so each rollout is the newest policy's."""
-        if self.state.global_step:
-            state = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / ALARMS
-            self.watch.restore(json.loads(state.read_text(encoding="utf-8")))
-        else:
-            self._candidate()
-        while self.state.global_step < self.args.max_steps:
-            update = self.state.global_step // self.settings.steps_per_update
-            rollout, epochs = self.rollout(update)
-            # 8. Several epochs of minibatches over the same rows, one optimizer step a minibatch.
-            for minibatches in epochs:
-                for passes in minibatches:
-                    own = sum(int(rollout.mask[rows].sum()) for rows in passes)
-                    tokens = sum(gather_object([own]))
-                    for rows in passes:
-                        yield {
-                            **rollout.batch(rows, self.pad_id),
-                            **{
-                                name: rollout.pick(name, rows)
-                                for name in ("old_logprobs", "old_values", "advantages", "returns")
-                            },
-                            "minibatch_tokens": tokens,
-                        }
-
-    def create_optimizer(self, model=None):
-        """Trainer's optimizer, with a learning rate of its own for the value model."""
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            rates = {
-                False: self.settings.learning_rate,
-                True: self.settings.value_learning_rate or self.settings.learning_rate,
-            }
-            self.optimizer = kind(
-                [
-                    {
-                        "params": [
-                            p
-                            for name, p in model.named_parameters()
-                            if p.requires_grad and name.startswith("value.") == of_value
-                        ],
-                        "lr": rate,
-                    }
-                    for of_value, rate in rates.items()
-                ],
-                **options,
-            )
-        return self.optimizer
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """One row an update: Trainer's figures and ours."""
-        if self.sums is not None:
-            tokens, policy, value, clipped, ratio, moved = self.accelerator.reduce(self.sums, "sum").tolist()
-            self.sums = None
-            self.figures |= {
-                "policy_loss": policy / tokens,
-                "value_loss": value / tokens,
-                "clip_fraction": clipped / tokens,
-                "ratio": ratio / tokens,
-                "update_kl": moved / tokens,
-                "seconds_training": time.monotonic() - self._clock,
-            }
-            logs, self.figures = {**self.figures, **logs}, {}
-        super().log(logs, start_time)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A checkpoint to resume from, with the policy in it as a folder that `--model` reads.
-
-        Raises CaiError rather than write weights that are not numbers: the checkpoint before stays.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        self.check_finite(model)
-        self._candidate()
-        state = model.trained_state()
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-            model.policy.save_pretrained(folder / "policy")
-            self.chat.tokenizer.save_pretrained(folder / "policy")
-            (folder / ALARMS).write_text(json.dumps(self.watch.state()), encoding="utf-8")
-
-    def check_finite(self, model: PolicyAndValue) -> None:
-        """Raise CaiError if a weight is not a number."""
-        for name, weights in model.trained_state().items():
-            if not torch.isfinite(weights).all():
-                raise self._not_a_number(f"weights ({name})")
-
-    def _not_a_number(self, what: str) -> CaiError:
-        return CaiError(
-            f"the {what} are not finite at step {self.state.global_step} of {self.state.max_steps}. "
-            f"{self.last_saved()}. Start anew with a lower --learning-rate, or --dtype float32"
-        )
-
-    def last_saved(self) -> str:
-        """Where the newest saved policy is, in words."""
-        kept = common.last_state(Path(self.args.output_dir))
-        return "No checkpoint was saved yet" if kept is None else f"The last good policy is {kept / 'policy'}"
-
-    # ------------------------------------------------------------------------------ which policy is taken
-
-    def _candidate(self) -> None:
-        """Answer the prompts of `selection` and write the scores; the weights too if none before did better."""
-        if not self.selection:
-            return
-        update = self.state.global_step // self.settings.steps_per_update
-        mine = range(self.args.process_index, len(self.selection), self.settings.processes)
-        prompts = [self.selection[row] for row in mine]
-        # The same draws for every candidate, so that only the policies differ.
-        seeds = [hashed_seed(self.settings.seed, "selection", row) for row in mine]
-        _, texts, _ = self.answer(prompts, seeds)
-        asked = checked(self.judge or self.reward, "the judge" if self.judge else "the reward")
-        scores = asked([prompt.messages for prompt in prompts], texts)
-        found = dict(gather_object(list(zip(mine, scores, strict=True))))
-        if not self.is_world_process_zero():
-            return
-        kinds, scores = [prompt.kind for prompt in self.selection], [found[i] for i in range(len(self.selection))]
-        rows = [row for row in self._candidates() if row["update"] < update]
-        before = choose_update(kinds, {row["update"]: row["scores"] for row in rows}) if rows else update
-        rows.append({"update": update, **axis_means(kinds, scores), "scores": scores})
-        outputs.write_jsonl(self.output / SELECTION, rows)
-        best = self.best()
-        folder = Path(self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        if best == update:
-            model = self.accelerator.unwrap_model(self.model)
-            save_file(model.trained_state(), folder / f"candidate-{update}.safetensors", metadata={"format": "pt"})
-        # The best of the state before stays until this one is saved: a killed run goes on from there.
-        for file in folder.glob("candidate-*.safetensors"):
-            if int(file.stem.partition("-")[2]) not in (best, before):
-                file.unlink()
-
-    def _candidates(self) -> list[dict]:
-        path = self.output / SELECTION
-        return [row for _, row in readers.read_jsonl(path)] if path.exists() else []
-
-    def best(self) -> int:
-        """The update whose policy is chosen (0: the start)."""
-        kinds = [prompt.kind for prompt in self.selection]
-        return choose_update(kinds, {row["update"]: row["scores"] for row in self._candidates()})
-
-    def load_best(self) -> int:
-        """Put the weights of the chosen policy into the model; returns its update."""
-        best = self.best()
-        state = load_file(Path(self.args.output_dir) / f"candidate-{best}.safetensors")
-        self.accelerator.unwrap_model(self.model).load_state_dict(state)
-        return best
-
-    # --------------------------------------------------------------------------------------- one update
+    # ------------------------------------------------------------------------------------- one update
 
     def rollout(self, update: int) -> tuple[Rollout, list]:
-        """Steps 1 to 7: the rows of one update, and which of them go into each forward pass.
+        """Steps 1 to 7 of an update: sample responses, score them, compute advantages and figures.
 
-        Each process makes its share of the rows and gets all of them, so that every statistic is that of the
+        Each process computes its share of the rows and gets all of them, so that every statistic is that of the
         whole batch.
+
+        Args:
+            update: from 0.
+        Returns:
+            (the rows, `Settings.draw_minibatches` of this process).
         """
         settings, model = self.settings, self.accelerator.unwrap_model(self.model)
         clock = self._clock = time.monotonic()
 
         # 1. Draw prompts.
-        drawn = settings.prompts_of(update, len(self.prompts))
-        mine = range(self.args.process_index, len(drawn), settings.processes)
+        prompts = [self.prompts[i] for i in settings.draw_prompts(update, len(self.prompts))]
+        conversations, count = [prompt.messages for prompt in prompts], len(prompts)
+        share = range(self.args.process_index, count, settings.processes)
 
-        # 2. Sample a response to each. A row's draws hang on its own seed, whichever process makes it.
-        seeds = [hashed_seed(settings.seed, "rollout", update, row) for row in mine]
-        responses, texts, ended = self.answer([self.prompts[drawn[row]] for row in mine], seeds)
+        # 2. Sample a response to each. A row has its own seed, so that no process changes another's draws.
+        seeds = [hashed_seed(settings.seed, "rollout", update, row) for row in share]
+        responses, texts, ended = self.answer([prompts[row] for row in share], seeds)
         sampled = time.monotonic()
 
-        # 3. Score the responses as text. One that did not end is marked down.
-        parts = self._scores([self.prompts[drawn[row]].messages for row in mine], texts)
-        made = dict(gather_object(list(zip(mine, zip(responses, texts, ended, parts, strict=True), strict=True))))
-        responses, texts, ended, parts = zip(*(made[row] for row in range(len(drawn))), strict=True)
-        lengths = torch.tensor([len(response) for response in responses])
-        ended = torch.tensor(ended)
-        parts = {name: torch.tensor([row[name] for row in parts], dtype=torch.float32) for name in parts[0]}
-        scores, scale = parts.pop("score"), 1.0
+        # 3. Score the responses as text. One that is too long for a reward model gets the lowest score; a penalty is
+        #    subtracted from the score of one that did not end.
+        parts = self.score([conversations[row] for row in share], texts)
+        rows = dict(gather_object(list(zip(share, zip(responses, texts, ended, parts, strict=True), strict=True))))
+        responses, texts, ended, parts = zip(*(rows[row] for row in range(count)), strict=True)
+        parts = {name: [part[name] for part in parts] for name in parts[0]}
+        raw_scores = parts.pop("score")
+        scores, scale, ended = torch.tensor(fill_overlong(raw_scores)), 1.0, torch.tensor(ended)
         if settings.scale_scores:
-            model.score_moments.copy_(merged(model.score_moments.cpu(), scores.double()))
-            count, _, squares = model.score_moments.tolist()
-            scale = math.sqrt(squares / count) or 1.0
+            model.score_moments.copy_(merge_moments(model.score_moments.cpu(), scores.double()))
+            n, _, squares = model.score_moments.tolist()
+            scale = math.sqrt(squares / n) or 1.0
+        lengths = torch.tensor([len(response) for response in responses])
         rollout = Rollout(
-            sequences=[torch.cat([self.prompts[i].ids, r]) for i, r in zip(drawn, responses, strict=True)],
-            prompt_lengths=[len(self.prompts[i].ids) for i in drawn],
+            sequences=[torch.cat([prompt.ids, ids]) for prompt, ids in zip(prompts, responses, strict=True)],
+            prompt_lengths=[len(prompt.ids) for prompt in prompts],
             mask=torch.arange(int(lengths.max())) < lengths.unsqueeze(1),
             scores=scores / scale - settings.missing_eos_penalty * ~ended,
         )
         scored = time.monotonic()
 
-        # 4. Log-probabilities of the policy, values, and log-probabilities of the reference, in the very forward
+        # 4. Log-probabilities of the policy, values, and log-probabilities of the reference, in exactly the forward
         #    passes of the first epoch: until the first step, the ratio is 1 to the last bit.
-        epochs = settings.microbatches(update, [len(ids) for ids in rollout.sequences], self.args.process_index)
-        self._fill(rollout, list(itertools.chain.from_iterable(epochs[0])))
+        epochs = settings.draw_minibatches(update, [len(ids) for ids in rollout.sequences], self.args.process_index)
+        self._compute_logprobs(rollout, list(itertools.chain.from_iterable(epochs[0])))
 
         # 5. A reward for each token: the KL penalty, and the score at the last token.
         kl_coef = float(model.kl_coef)
@@ -694,22 +586,21 @@ class PPOTrainer(Trainer):
         advantages, rollout.returns = gae(rewards, rollout.old_values, rollout.mask, settings.gamma, settings.lam)
         rollout.advantages = whiten(advantages, rollout.mask)
 
-        # 7. Figures; the coefficient of the next update, where it is to follow a target.
-        everything = list(range(len(drawn)))
-        values, returns = (rollout.pick(name, everything) for name in ("old_values", "returns"))
-        mean_kl = float(log_ratio.sum(1).mean())
+        # 7. Figures (`updates.FIGURES`), alarms, and the KL coefficient of the next update, if it has a target.
+        values, returns = (rollout.pick(name, list(range(count))) for name in ("old_values", "returns"))
+        response_kl = log_ratio.sum(1)
         self.figures = {
             "update": update + 1,
-            "episodes": (update + 1) * len(drawn),
+            "episodes": (update + 1) * count,
             "score": float(scores.mean()),
             "score_std": float(scores.std(correction=0)),
             **({"score_scale": scale} if settings.scale_scores else {}),
-            **{name: float(of.mean()) for name, of in parts.items()},
-            **({"judge_std": float(parts["judge"].std(correction=0))} if "judge" in parts else {}),
-            "kl": mean_kl,  # of a response: summed over its tokens, averaged over responses
+            **({"overlong": raw_scores.count(None)} if None in raw_scores else {}),
+            **describe_parts(parts),
+            "kl": float(response_kl.mean()),
             "kl_coef": kl_coef,
             "reward": float(rewards.sum(1).mean()),
-            "entropy": -float(rollout.pick("old_logprobs", everything).mean()),  # of a token, by those sampled
+            "entropy": -float(rollout.pick("old_logprobs", list(range(count))).mean()),
             "response_length": float(lengths.float().mean()),
             "eos_rate": float(ended.float().mean()),
             "value": float(values.mean()),
@@ -720,39 +611,46 @@ class PPOTrainer(Trainer):
             "seconds_forward": time.monotonic() - scored,
         }
         if settings.kl_target is not None:
-            model.kl_coef.fill_(adapted(kl_coef, mean_kl, settings.kl_target, len(drawn), settings.kl_horizon))
+            mean_kl = self.figures["kl"]
+            model.kl_coef.fill_(adapt_kl_coef(kl_coef, mean_kl, settings.kl_target, count, settings.kl_horizon))
         if update % settings.samples_every == 0 and self.is_world_process_zero():
-            self._write_samples(update, drawn, texts, scores, log_ratio.sum(1), lengths, ended)
-        self._look(update, [self.prompts[i].messages for i in drawn], texts)
+            samples = [
+                {
+                    "prompt": conversations[row],
+                    "response": texts[row],
+                    "score": None if raw_scores[row] is None else round(float(scores[row]), 4),
+                    "kl": round(float(response_kl[row]), 4),
+                    "tokens": int(lengths[row]),
+                    "ended": bool(ended[row]),
+                }
+                for row in range(min(updates.SAMPLES_PER_UPDATE, count))
+            ]
+            updates.write_samples(self.output, update + 1, samples)
+        if alarm := self.update_log.check(self.figures, conversations, texts):
+            figures, self.figures = self.figures, {}
+            self.log(figures)  # the row that says why the run ends here
+            self.update_log.stop(alarm, update + 1, self.args.output_dir)
         self._clock = time.monotonic()
         return rollout, epochs
 
-    def _scores(self, prompts: list[list[dict]], texts: list[str]) -> list[dict[str, float]]:
-        """For each response its score, the parts of it if the reward has several, and the judge's."""
-        found = {"score": checked(self.reward, "the reward")(prompts, texts)}
-        if isinstance(self.reward, Total) and len(self.reward.parts) > 1:
-            found |= {f"score_{name}": scores for name, scores in self.reward.parts.items()}
-        if self.judge is not None:
-            found["judge"] = checked(self.judge, "the judge")(prompts, texts)
-        return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
+    def get_train_dataloader(self) -> Iterator[dict[str, Tensor]]:
+        """8. Several epochs of minibatches over the rows of an update, one optimizer step per minibatch.
 
-    def _look(self, update: int, prompts: list[list[dict]], texts: Sequence[str]) -> None:
-        """Raise the alarms of an update, each once with its line; `Stopped` where one is to end the run."""
-        alarms = self.watch.look(self.figures, prompts, texts)
-        self.figures |= self.watch.figures
-        self.update_log.alarms = [alarm.name for alarm in alarms]
-        for alarm in alarms:
-            if alarm.name not in self.raised and self.is_world_process_zero():
-                cli.warn(f"alarm in update {update + 1}: {alarm.message}.")
-            self.raised.setdefault(alarm.name, update + 1)
-        if stopping := self.watch.stops(alarms):
-            figures, self.figures = self.figures, {}
-            self.log(figures)  # the row that says why it ends here
-            self.update_log.on_train_end(self.args, self.state, self.control)
-            raise Stopped(
-                f"stopped in update {update + 1} of {self.settings.updates} by --stop-on {stopping.name}: "
-                f"{stopping.message}. {self.last_saved()}"
-            )
+        Trainer asks for one minibatch at a time, so that each rollout is the newest policy's.
+        """
+        if not self.state.global_step:
+            self._add_candidate()
+        while self.state.global_step < self.args.max_steps:
+            rollout, epochs = self.rollout(self.state.global_step // self.settings.steps_per_update)
+            for passes in itertools.chain.from_iterable(epochs):
+                tokens = sum(gather_object([sum(int(rollout.mask[rows].sum()) for rows in passes)]))
+                for rows in passes:
+                    targets = ("old_logprobs", "old_values", "advantages", "returns")
+                    yield {
+                        **rollout.batch(rows, self.pad_id),
+                        **{name: rollout.pick(name, rows) for name in targets},
+                        "minibatch_tokens": tokens,
+                    }
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """9. The loss of one forward pass: its share of the mean over the minibatch's tokens."""
@@ -760,17 +658,20 @@ class PPOTrainer(Trainer):
         logprobs, values = model(inputs["input_ids"], inputs["response_mask"])
         surrogate, ratio = policy_loss(logprobs, inputs["old_logprobs"], inputs["advantages"], settings.clip_range)
         error = value_loss(values, inputs["old_values"], inputs["returns"], settings.value_clip_range)
-        # Trainer divides by the number of passes, and several processes average their gradients: both undone.
+        # Trainer divides by the number of passes, and several processes average their gradients: undo both.
         share = self.current_gradient_accumulation_steps * settings.processes / inputs["minibatch_tokens"]
         loss = (surrogate.sum() + settings.vf_coef * error.sum()) * share
         if not torch.isfinite(loss):
-            raise self._not_a_number("losses")
+            raise common.describe_not_finite(self, "the losses are")
         with torch.no_grad():
-            moved = kl_penalty(inputs["old_logprobs"], logprobs, "k3")
-            outside = (ratio - 1).abs() > settings.clip_range
-            sums = torch.stack([x.sum() for x in (torch.ones_like(ratio), surrogate, error, outside, ratio, moved)])
+            update_kl = kl_penalty(inputs["old_logprobs"], logprobs, "k3")
+            clipped = (ratio - 1).abs() > settings.clip_range
+            columns = (torch.ones_like(ratio), surrogate, error, clipped, ratio, update_kl)
+            sums = torch.stack([column.sum() for column in columns])
             self.sums = sums if self.sums is None else self.sums + sums
         return (loss, (logprobs, values)) if return_outputs else loss
+
+    # ------------------------------------------------------------------------------- parts of an update
 
     def answer(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> tuple[list[Tensor], list[str], list[bool]]:
         """(responses as token ids, as text, whether each came to its end)."""
@@ -785,28 +686,28 @@ class PPOTrainer(Trainer):
     def sample(self, prompts: Sequence[Tensor], seeds: Sequence[int]) -> list[Tensor]:
         """A response to each prompt (token ids in and out), with its end token if it came to one."""
         model = self.accelerator.unwrap_model(self.model)
-        settings, found = self.settings, [None] * len(prompts)
+        settings, responses = self.settings, [None] * len(prompts)
         sampling = Sampling(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature)
-        make = self._generate if self.slow_reason else self._decode
+        generate = self._generate if self.slow_reason else self._decode
         model.eval()
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), settings.generation_batch_size):
             rows = order[start : start + settings.generation_batch_size]
+            batch = ([prompts[i] for i in rows], [seeds[i] for i in rows])
             with torch.no_grad(), self.accelerator.autocast():
-                for i, response in make(model.policy, [prompts[i] for i in rows], [seeds[i] for i in rows], sampling):
-                    found[rows[i]] = torch.tensor(response)
+                for i, response in generate(model.policy, *batch, sampling):
+                    responses[rows[i]] = torch.tensor(response)
         model.train()
-        return found
+        return responses
 
     def _decode(self, policy, prompts: list[Tensor], seeds: list[int], sampling: Sampling):
-        """One batch by our own loop: (row, new tokens), not in order."""
+        """Generate one batch with our own loop: (row, new tokens), not in order."""
         policy, ids, sampler = base_of(policy), [prompt.tolist() for prompt in prompts], RowSampler(sampling, seeds)
-        # Each prompt is drawn alone, so that little is shared: a template's beginning is not worth a pass of its own.
-        prefixes = Prefixes(policy, ids, self.pad_id, share=False)
         yield from decode(
             policy,
             ids,
-            prefixes,
+            # Each prompt is drawn once, so that little is shared: a template's beginning is not worth its own pass.
+            Prefixes(policy, ids, self.pad_id, share=False),
             sampler,
             max_new_tokens=sampling.max_new_tokens,
             stop_ids=self.stops,
@@ -815,75 +716,185 @@ class PPOTrainer(Trainer):
         sampler.check("the policy")
 
     def _generate(self, policy, prompts: list[Tensor], seeds: list[int], sampling: Sampling):
-        """The same by transformers' `generate`, for models that remember otherwise than by keys and values."""
+        """The same with transformers' `generate`, for models whose cache is not one of keys and values per token."""
         base, ids = base_of(policy), nn.utils.rnn.pad_sequence([p.flip(0) for p in prompts], True, self.pad_id).flip(1)
         width = ids.shape[1]
         mask = (torch.arange(width) >= width - torch.tensor([len(p) for p in prompts]).unsqueeze(1)).long()
         sampler = RowSampler(sampling, seeds, width)
-        # One of its own: a checkpoint's sampling settings would act beside ours.
-        own, base.generation_config = (
-            base.generation_config,
-            GenerationConfig(
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=self.pad_id,
-                eos_token_id=sorted(self.stops) or None,
-                max_new_tokens=sampling.max_new_tokens,
-            ),
+        saved = base.generation_config
+        # Our own configuration: a checkpoint's sampling settings would act in addition to ours.
+        base.generation_config = GenerationConfig(
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=self.pad_id,
+            eos_token_id=sorted(self.stops) or None,
+            max_new_tokens=sampling.max_new_tokens,
         )
-        made = policy.generate(
-            input_ids=ids.to(self.args.device), attention_mask=mask.to(self.args.device), logits_processor=[sampler]
-        )[:, width:].tolist()
-        base.generation_config = own
+        device = self.args.device
+        rows = policy.generate(input_ids=ids.to(device), attention_mask=mask.to(device), logits_processor=[sampler])
+        base.generation_config = saved
         sampler.check("the policy")
-        for i, response in enumerate(made):
-            ends = [place for place, token in enumerate(response) if token in self.stops]
-            yield i, response[: ends[0] + 1] if ends else response
+        for i, response in enumerate(rows[:, width:].tolist()):
+            length = next((n + 1 for n, token in enumerate(response) if token in self.stops), len(response))
+            yield i, response[:length]
 
-    def _fill(self, rollout: Rollout, passes: list[list[int]]) -> None:
-        """Step 4 of `rollout`, in the forward passes given; the shares of all processes are put together."""
-        names = ("old_logprobs", "old_values", "ref_logprobs")
-        found = []
+    def score(self, conversations: list[list[dict]], texts: list[str]) -> list[dict[str, float | None]]:
+        """For each response its score, the parts of it if the reward has several, and the judge's score."""
+        columns = {"score": compute_scores(self.reward, "the reward", conversations, texts)}
+        if isinstance(self.reward, Total) and len(self.reward.parts) > 1:
+            columns |= {f"score_{name}": scores for name, scores in self.reward.parts.items()}
+        if self.judge is not None:
+            columns["judge"] = compute_scores(self.judge, "the judge", conversations, texts)
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def _compute_logprobs(self, rollout: Rollout, passes: list[list[int]]) -> None:
+        """Step 4 of `rollout`, in the given forward passes; the shares of all processes are put together."""
+        rows_and_numbers = []
         self.model_wrapped.train()
         with torch.no_grad():
             for rows in passes:
                 batch = {name: x.to(self.args.device) for name, x in rollout.batch(rows, self.pad_id).items()}
                 numbers = torch.stack([*self.model_wrapped(**batch), self._reference_logprobs(**batch)]).cpu()
                 sizes = rollout.mask[rows].sum(1).tolist()
-                found.extend(zip(rows, numbers.split(sizes, dim=1), strict=True))
-        table = torch.zeros(len(names), *rollout.mask.shape)
-        for row, numbers in gather_object(found):
+                rows_and_numbers.extend(zip(rows, numbers.split(sizes, dim=1), strict=True))
+        table = torch.zeros(3, *rollout.mask.shape)
+        for row, numbers in gather_object(rows_and_numbers):
             table[:, row, : numbers.shape[1]] = numbers
         if not torch.isfinite(table).all():
-            raise self._not_a_number("log-probabilities or values")
+            raise common.describe_not_finite(self, "the log-probabilities or values are")
         rollout.old_logprobs, rollout.old_values, rollout.ref_logprobs = table
 
     def _reference_logprobs(self, input_ids: Tensor, response_mask: Tensor) -> Tensor:
-        model = self.accelerator.unwrap_model(self.model)
-        adapters_off = model.policy.disable_adapter() if self.reference is None else nullcontext()
-        reference = model.policy if self.reference is None else self.reference
+        """Log-probabilities (tokens,) of the response tokens by the reference."""
+        policy = self.accelerator.unwrap_model(self.model).policy
+        adapters_off = policy.disable_adapter() if self.reference is None else nullcontext()
+        reference = policy if self.reference is None else self.reference
         with adapters_off, self.accelerator.autocast():
             return torch.cat(
                 [
                     token_logprobs(response_logits(reference, *part)[0], *part, self.settings.temperature)
-                    for part in trimmed(input_ids, response_mask)
+                    for part in split_pass(input_ids, response_mask)
                 ]
             )
 
-    def _write_samples(self, update, drawn, texts, scores, kl, lengths, ended) -> None:
-        """Four rows of this update to samples.jsonl, in place of any that a stopped run wrote from here on."""
-        path = self.output / SAMPLES
-        kept = [row for _, row in readers.read_jsonl(path) if row["update"] <= update] if path.exists() else []
-        new = [
-            {
-                "update": update + 1,
-                "prompt": self.prompts[drawn[row]].messages,
-                "response": texts[row],
-                "score": round(float(scores[row]), 4),
-                "kl": round(float(kl[row]), 4),
-                "tokens": int(lengths[row]),
-                "ended": bool(ended[row]),
-            }
-            for row in range(min(4, len(drawn)))
-        ]
-        outputs.write_jsonl(path, kept + new)
+    # --------------------------------------------------------------------- optimizer, metrics, saving
+
+    def create_optimizer(self, model=None):
+        """Trainer's optimizer, with a separate learning rate for the value model."""
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            groups = {"policy": [], "value": []}
+            for name, weights in (self.model if model is None else model).named_parameters():
+                if weights.requires_grad:
+                    groups["value" if name.startswith("value.") else "policy"].append(weights)
+            rate = self.settings.learning_rate
+            rates = {"policy": rate, "value": self.settings.value_learning_rate or rate}
+            self.optimizer = kind([{"params": groups[name], "lr": rates[name]} for name in groups], **options)
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """One row per update: Trainer's figures and ours."""
+        if self.sums is not None:
+            tokens, *sums = self.accelerator.reduce(self.sums, "sum").tolist()
+            self.sums = None
+            names = ("policy_loss", "value_loss", "clip_fraction", "ratio", "update_kl")
+            self.figures |= {name: total / tokens for name, total in zip(names, sums, strict=True)}
+            self.figures["seconds_training"] = time.monotonic() - self._clock
+            logs, self.figures = {**self.figures, **logs}, {}
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save a checkpoint to resume from, with the policy in it as a folder that `--model` reads.
+
+        Raises CaiError instead of writing weights that are not finite: the checkpoint before stays.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        self.check_finite(model)
+        self._add_candidate()
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(model.trained_state(), folder / "model.safetensors", metadata={"format": "pt"})
+            model.policy.save_pretrained(folder / "policy")
+            self.chat.tokenizer.save_pretrained(folder / "policy")
+            self.update_log.save_alarms(folder)
+
+    def check_finite(self, model: PolicyAndValue) -> None:
+        """Raise CaiError if a weight is not finite."""
+        for name, weights in model.trained_state().items():
+            if not torch.isfinite(weights).all():
+                raise common.describe_not_finite(self, f"the weights ({name}) are")
+
+    def _add_candidate(self) -> None:
+        """Answer and score the prompts of `candidates`, if there are any, and enter the policy among them."""
+        prompts, model = self.candidates.prompts, self.accelerator.unwrap_model(self.model)
+        if not prompts:
+            return
+        share = range(self.args.process_index, len(prompts), self.settings.processes)
+        # The same draws for every candidate, so that only the policies differ.
+        seeds = [hashed_seed(self.settings.seed, "selection", row) for row in share]
+        _, texts, _ = self.answer([prompts[row] for row in share], seeds)
+        reward, name = (self.judge, "the judge") if self.judge else (self.reward, "the reward")
+        scores = compute_scores(reward, name, [prompts[row].messages for row in share], texts)
+        by_row = dict(gather_object(list(zip(share, scores, strict=True))))
+        if self.is_world_process_zero():
+            update = self.state.global_step // self.settings.steps_per_update
+            scores = fill_overlong([by_row[row] for row in range(len(prompts))])
+            self.candidates.add(update, scores, model.trained_state)
+
+    def save_policy(self, output: str | Path, *, merge: bool = True) -> dict:
+        """Write the policy, of several candidates the best, and delete the states to resume from.
+
+        Args:
+            merge: write adapters merged into the weights, else alone.
+        Returns:
+            {selected_update} if there are candidates.
+        """
+        wrapper, tokenizer = self.accelerator.unwrap_model(self.model), self.chat.tokenizer
+        selected = self.candidates.best() if self.candidates.prompts else None
+        if selected is not None:
+            wrapper.load_state_dict(load_file(self.candidates.weights(selected)))
+        self.check_finite(wrapper)
+        if self.is_world_process_zero():
+            if merge:
+                common.save_checkpoint(wrapper.policy, tokenizer, output)
+            else:
+                wrapper.policy.save_pretrained(output)
+                tokenizer.save_pretrained(output)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            common.delete_states(output)
+        return {} if selected is None else {"selected_update": selected}
+
+
+def decide_arguments(arguments: dict, settings: Settings) -> dict:
+    """Trainer's arguments with what `settings` decides: steps, batches, schedule, and when to log and save."""
+    return {
+        **arguments,
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.accumulation,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "adam_epsilon": 1e-5,
+        # One row of metrics per update, and checkpoints between updates only.
+        "logging_strategy": "steps",
+        "logging_steps": settings.steps_per_update,
+        "logging_first_step": False,
+        "logging_nan_inf_filter": False,
+        "save_steps": arguments["save_steps"] * settings.steps_per_update,
+        # The position in the data follows from the step.
+        "ignore_data_skip": True,
+    }
+
+
+def describe_parts(parts: dict[str, list[float | None]]) -> dict[str, float]:
+    """Figures of the parts of the reward and of the judge: the mean of each, and the judge's deviation.
+
+    Args:
+        parts: name -> one score per response, None for a response that was too long.
+    """
+    known = {name: torch.tensor([score for score in scores if score is not None]) for name, scores in parts.items()}
+    figures = {name: float(scores.mean()) for name, scores in known.items() if len(scores)}
+    return figures | ({"judge_std": float(known["judge"].std(correction=0))} if "judge" in figures else {})

@@ -1,14 +1,27 @@
-"""Prompts of reinforcement learning, encoded and checked against the policy's context."""
+"""Prompts of reinforcement learning, encoded and checked against the policy's context, and responses to compare with.
 
+prompts = encode_prompts(rows, chat, policy, max_new_tokens=256)
+"""
+
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cai.base.errors import InputError, shorten
+from cai.data.dialogue import as_messages
+from cai.data.rounds import current_response
+from cai.data.sources import Source
 from cai.models.chat import Chat
+from cai.models.loading import context_length
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# The kinds of prompts, and the letter of templates/classify.jinja that is right for each.
+RIGHT = {"harmful": "B", "benign": "A", "borderline": "A"}
+
+MAKE_REFERENCES = "Make them: python scripts/generate.py --model MODEL --input PROMPTS --output FILE"
 
 
 @dataclass(frozen=True)
@@ -20,24 +33,24 @@ class Prompt:
     kind: str | None = None
 
 
-def encode_prompts(
-    conversations: Sequence[list[dict]],
-    chat: Chat,
-    policy,
-    max_new_tokens: int,
-    kinds: Sequence[str | None] | None = None,
-) -> list[Prompt]:
-    """The prompts of a run. InputError for one that leaves no room for a response in the policy's context."""
+def encode_prompts(rows: Sequence[dict], chat: Chat, policy, max_new_tokens: int) -> list[Prompt]:
+    """The prompts of a run.
+
+    Args:
+        rows: each with a `prompt`, some with a `kind`.
+        chat: the policy's tokenizer and chat template.
+    Raises:
+        InputError: a prompt leaves no room for `max_new_tokens` in the policy's context.
+    """
     import torch
 
-    kinds = kinds or [None] * len(conversations)
-    prompts = [
-        Prompt(messages, torch.tensor(chat.encode(chat.render(messages))), kind)
-        for messages, kind in zip(conversations, kinds, strict=True)
-    ]
-    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(prompts, key=lambda prompt: len(prompt.ids))
-    if context and len(longest.ids) + max_new_tokens > context:
+    prompts = []
+    for row in rows:
+        messages = as_messages(row["prompt"])
+        prompts.append(Prompt(messages, torch.tensor(chat.encode(chat.render(messages))), row.get("kind")))
+    context = context_length(policy)
+    longest = max(prompts, key=lambda prompt: len(prompt.ids), default=None)
+    if context and longest is not None and len(longest.ids) + max_new_tokens > context:
         raise InputError(
             f"a prompt of {len(longest.ids)} tokens ({shorten(longest.messages[-1]['content'])!r}) and "
             f"{max_new_tokens} new ones do not fit the model's context of {context}",
@@ -45,3 +58,30 @@ def encode_prompts(
             remedy="Leave out long prompts, or lower --max-new-tokens",
         )
     return prompts
+
+
+def read_references(against: str, source: Source) -> tuple[list[list[str]], str]:
+    """The responses of a file to the prompts of another.
+
+    Returns:
+        (the responses to each prompt of `source`, digest of the file).
+    Raises:
+        InputError: a prompt has no response.
+    """
+    answers, by_prompt = Source([against], require=("prompt", "response")), {}
+    for row in answers:
+        by_prompt.setdefault(_conversation_key(row), []).append(current_response(row))
+    unanswered = [row for row in source if _conversation_key(row) not in by_prompt]
+    if unanswered:
+        raise InputError(
+            f"{len(unanswered)} of {source.count} prompts have no response to compare with, "
+            f"{shorten(unanswered[0]['id'])!r} among them",
+            where=against,
+            remedy=MAKE_REFERENCES,
+        )
+    return [by_prompt[_conversation_key(row)] for row in source], answers.digest
+
+
+def _conversation_key(row: dict) -> str:
+    """The prompt of a row as a string, the same for a text and for its messages."""
+    return json.dumps(as_messages(row["prompt"]), sort_keys=True)

@@ -1,47 +1,117 @@
-"""The reward model: pairs to token ids, training to soft labels, what is measured on held-out pairs, and scores.
+"""The reward model: pairs to token ids, training to soft labels, its quality on held-out pairs.
 
-    rows, overlong = tokenized(pairs, chat, max_length=1024)
+    rows, overlong = tokenize(pairs, chat, max_length=1024)
     trainer = make_trainer(model, chat.tokenizer, rows, arguments, output)
-    scorer = load_scorer("runs/reward"); scorer.scores([(messages, "I can't help with that.")])
+    measure(score_pairs(trainer, test_rows), test_rows)
 
-A score says nothing alone: σ((score of one − score of the other) / temperature) is the probability that the one is
+A score means nothing alone: σ((score of one − score of the other) / temperature) is the probability that the first is
 the better response to the same prompt. The temperature is fitted on held-out labels and saved in the model's
 config.json as `score_temperature`. Leaves out ensembles of reward models, and models of each turn or step.
 """
 
+import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
-from cai.base import hashing
+from cai.base.errors import InputError
+from cai.base.hashing import hashed_seed
+from cai.data import preferences
 from cai.data.dialogue import as_messages, prompt_text
-from cai.models import scorer
+from cai.models import loading, scorer
 from cai.models.chat import encode
-from cai.stats import calibration as calibration_
-from cai.stats import intervals
-from cai.stats.calibration import fit_temperature, logit, sigmoid, soft_loss
+from cai.stats import calibration, drawing, intervals, tables
 from cai.train import common
 
-# Edges of the groups in which accuracy is shown: how sure the label is (|2p − 1|), and by which part of the longer
-# response the right one is longer (negative: shorter).
+# What the summary shows of `measure`; all of it is in holdout.json.
+SUMMARY = (
+    "pairs",
+    "accuracy",
+    "longer",
+    "log_loss",
+    "least",
+    "ece",
+    "temperature",
+    "scaled_log_loss",
+    "scaled_ece",
+    "length_correlation",
+)
+
+# Edges of the groups in which accuracy is shown: how certain the label is (|2p − 1|), and by which part of the longer
+# response the better one is longer (negative: shorter).
 MARGINS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 LENGTH_DIFFERENCES = (-1.0, -0.5, -0.1, 0.1, 0.5, 1.0)
 
 
-def held_out(prompt, share: float, seed: int) -> bool:
-    """Whether a prompt's pairs are kept for measuring: by hashing, so that a prompt's pairs stay together."""
-    return hashing.hashed_seed("holdout", seed, prompt_text(prompt)) < share * 2**63
+def read_weights(inputs: Sequence[str], mix: Sequence[str]) -> dict[str, float]:
+    """{file: weight} of --input (1) and --mix FILE=WEIGHT. Raises InputError for another text or a file named twice."""
+    weights: dict[str, float] = {}
+    for text in [*(f"{file}=1" for file in inputs), *mix]:
+        file, _, weight = text.rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not file or not 0 < value < math.inf:
+            raise InputError(
+                f"--mix {text}",
+                expected="FILE=WEIGHT, with a weight above 0",
+                remedy="For example --mix helpful.jsonl=0.5",
+            )
+        if os.path.realpath(file) in map(os.path.realpath, weights):
+            raise InputError("the same input twice", where=file, remedy="Name it once")
+        weights[file] = value
+    return weights
 
 
-def tokenized(pairs: list[dict], chat, max_length: int) -> tuple[list[dict], int]:
-    """(rows to train on or to measure, how many pairs are too long and are left out).
+def read_sources(weights: dict[str, float], options) -> tuple[list[dict], dict, list]:
+    """Pairs of several files.
 
-    A row: {chosen_ids, rejected_ids, chosen_length, rejected_length (characters), p_chosen, prompt, source, weight}.
+    Args:
+        weights: of `read_weights`.
+        options: have labels, limit, min_margin and default_label.
+    Returns:
+        (pairs with their source and weight, counts over all files, [digest, weight] of each).
     """
-    kept, overlong = [], 0
+    pairs, counts, digests = [], {}, []
+    for file, weight in weights.items():
+        from_file, counted, digest = preferences.read_pairs(
+            [file], options.labels, options.limit, min_margin=options.min_margin, default_label=options.default_label
+        )
+        pairs += [{**pair, "source": file, "weight": weight} for pair in from_file]
+        counts = {name: counts.get(name, 0) + counted.get(name, 0) for name in {**counts, **counted}}
+        digests.append([digest, weight])
+    return pairs, counts, digests
+
+
+def is_held_out(prompt, share: float, seed: int) -> bool:
+    """Whether a prompt's pairs are held out: by hashing, so that the pairs of a prompt stay together."""
+    return hashed_seed("holdout", seed, prompt_text(prompt)) < share * 2**63
+
+
+def split_holdout(pairs: list[dict], share: float, seed: int) -> dict[str, list[dict]]:
+    """{train, held_out: pairs}. Raises InputError if all are held out."""
+    parts: dict[str, list[dict]] = {"train": [], "held_out": []}
     for pair in pairs:
-        prompt = as_messages(pair["prompt"])
+        parts["held_out" if is_held_out(pair["prompt"], share, seed) else "train"].append(pair)
+    if not parts["train"]:
+        raise InputError(f"all {len(pairs)} pairs are held out", where="--holdout", remedy="Lower it")
+    return parts
+
+
+def tokenize(pairs: list[dict], chat, max_length: int) -> tuple[list[dict], int]:
+    """Token ids of the pairs.
+
+    Returns:
+        (rows to train on or to measure, how many pairs are too long and are left out). A row: {chosen_ids,
+        rejected_ids, chosen_length, rejected_length (characters), p_chosen, prompt, source, weight}.
+    """
+    rows, overlong = [], 0
+    for pair in pairs:
+        messages = as_messages(pair["prompt"])
         row = {
             "p_chosen": pair["p_chosen"],
             "prompt": prompt_text(pair["prompt"]),
@@ -49,20 +119,53 @@ def tokenized(pairs: list[dict], chat, max_length: int) -> tuple[list[dict], int
             "weight": pair.get("weight", 1.0),
         }
         for side in ("chosen", "rejected"):
-            before, answer = encode(chat, prompt, pair[side])
+            before, answer = encode(chat, messages, pair[side])
             row |= {f"{side}_ids": before + answer, f"{side}_length": len(pair[side])}
         if max(len(row["chosen_ids"]), len(row["rejected_ids"])) > max_length:
             overlong += 1
         else:
-            kept.append(row)
-    return kept, overlong
+            rows.append(row)
+    return rows, overlong
+
+
+def tokenize_parts(
+    parts: dict[str, list[dict]], counts: dict, chat, max_length: int
+) -> tuple[list[dict], list[dict], dict]:
+    """(rows to train on, held-out rows, counts) of `split_holdout`. Raises InputError if no row is left to train on."""
+    (rows, overlong), (test_rows, test_overlong) = (tokenize(part, chat, max_length) for part in parts.values())
+    if not rows:
+        raise InputError(f"all {overlong} pairs are longer", where="--max-length", remedy="Raise it")
+    return (
+        rows,
+        test_rows,
+        {**counts, "train": len(rows), "held_out": len(test_rows), "overlong": overlong + test_overlong},
+    )
 
 
 def training_order(rows: list[dict], batch: int, epochs: float, seed: int) -> list[int]:
-    """`common.training_order` of rows of `tokenized`, each as often as its weight says."""
+    """`common.training_order` of rows of `tokenize`, each as often as its weight says."""
     lengths = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
     weights = [row["weight"] for row in rows]
     return common.training_order(lengths, batch, epochs, seed, None if set(weights) == {1.0} else weights)
+
+
+def choose_eval_steps(options, count: int, test_rows: list[dict]) -> int:
+    """Optimizer steps between two evaluations of the held-out loss; 0 for none, by default ten if it may stop.
+
+    Args:
+        options: have eval_steps, patience, batch_size and gradient_accumulation.
+        count: rows in the order to train on.
+    """
+    if not options.eval_steps and not options.patience:
+        return 0
+    if not test_rows:
+        raise InputError(
+            "no pair is held out to evaluate on",
+            where="--patience" if options.patience else "--eval-steps",
+            remedy="Raise --holdout",
+        )
+    rows_per_step = options.batch_size * options.gradient_accumulation * common.count_processes()
+    return options.eval_steps or max(1, -(-count // rows_per_step) // 10)
 
 
 def make_trainer(
@@ -78,30 +181,23 @@ def make_trainer(
     eval_steps: int = 0,
     patience: int = 0,
 ):
-    """TRL's RewardTrainer with the soft-label loss, over rows of `tokenized`.
+    """TRL's RewardTrainer with the soft-label loss, over rows of `tokenize`.
 
     Args:
         arguments: of `common.trainer_arguments`.
-        order: row numbers in the order to train on; that of the rows by default.
-        test_rows: held-out rows whose loss is looked at every `eval_steps` optimizer steps (0: never).
-        patience: stop when so many looks in a row were no better than the best, and end with the weights of that
-            one (0: go on to the end). A state to resume from is then saved at each look.
+        order: row numbers in the order to train on; by default that of the rows.
+        test_rows: held-out rows whose loss is evaluated every `eval_steps` optimizer steps (0: never).
+        patience: stop after this many evaluations in a row that were not better than the best, and keep the weights
+            of the best (0: train to the end). A state to resume from is then saved at each evaluation.
     """
-    import torch
     from datasets import Dataset
     from transformers import EarlyStoppingCallback
     from trl import RewardConfig, RewardTrainer
     from trl.trainer.reward_trainer import DataCollatorForPreference
 
-    class SoftCollator(DataCollatorForPreference):
-        def torch_call(self, examples):
-            batch = super().torch_call(examples)
-            batch["p_chosen"] = torch.tensor([example["p_chosen"] for example in examples])
-            return batch
-
     class SoftRewardTrainer(RewardTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            # Taken by name, so that a label lost on the way is an error and not the hard loss.
+            # Taken by name, so that a lost label is an error and not the hard loss.
             p = inputs.pop("p_chosen")
             hard, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
@@ -110,50 +206,55 @@ def make_trainer(
             return (loss, outputs) if return_outputs else loss
 
         def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-            # Exact, and the same in every process: the usual one weighs the last batch otherwise.
-            margins = _margins(self, test_rows)
-            right = [d > 0 for d, row in zip(margins, test_rows, strict=True) if row["p_chosen"] > 0.5]
-            found = {"eval_loss": log_loss(margins, test_rows)}
-            if right:
-                found["eval_accuracy"] = sum(right) / len(right)
-            self.log(found)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-            return found
+            # Exact, and the same in every process: Trainer's own gives the last batch another weight.
+            margins = subtract(score_pairs(self, test_rows))
+            is_right = [d > 0 for d, row in zip(margins, test_rows, strict=True) if row["p_chosen"] > 0.5]
+            metrics = {"eval_loss": log_loss(margins, test_rows)}
+            if is_right:
+                metrics["eval_accuracy"] = sum(is_right) / len(is_right)
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
 
-    def dataset(of: Sequence[dict]):
-        used = ("chosen_ids", "rejected_ids", "p_chosen")
-        return Dataset.from_list([{name: row[name] for name in used} for row in of])
+    def make_dataset(rows: Sequence[dict]):
+        columns = ("chosen_ids", "rejected_ids", "p_chosen")
+        return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
 
     callbacks = [common.MetricsLog(output, "reward model")]
     if eval_steps:
         arguments = {**arguments, "eval_strategy": "steps", "eval_steps": eval_steps}
     if patience:
-        # How often in a row it was no better is saved with a state too: a resumed run stops where a whole one does.
-        arguments |= {
-            "save_strategy": "steps",
-            "save_steps": eval_steps,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "eval_loss",
-            "greater_is_better": False,
-            "restore_callback_states_from_checkpoint": True,
-        }
+        arguments |= stop_early(eval_steps)
         callbacks.append(EarlyStoppingCallback(patience))
-    train_dataset = dataset(rows)
+    train_dataset = make_dataset(rows)
     return SoftRewardTrainer(
         model=model,
         processing_class=tokenizer,
         peft_config=adapters,
         train_dataset=train_dataset if order is None else train_dataset.select(order),
-        eval_dataset=dataset(test_rows) if eval_steps else None,
-        data_collator=SoftCollator(pad_token_id=tokenizer.pad_token_id),
-        # Every column is used: left to itself, Trainer drops those that the model does not know by name.
-        # No length: TRL would drop pairs without a word, and `tokenized` has counted them.
+        eval_dataset=make_dataset(test_rows) if eval_steps else None,
+        data_collator=common.soft_label_collator(DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)),
+        # Every column is used: by default, Trainer drops those that the model does not know by name.
+        # No maximum length: TRL would drop pairs silently, and `tokenize` has counted them.
         args=RewardConfig(**arguments, max_length=None, disable_dropout=True, remove_unused_columns=False),
         callbacks=callbacks,
     )
 
 
-def scores_of(trainer, rows: Sequence[dict]) -> list[float]:
+def stop_early(eval_steps: int) -> dict:
+    """Trainer's arguments for stopping early, with the best weights."""
+    return {
+        "save_strategy": "steps",
+        "save_steps": eval_steps,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        # The count of evaluations that were not better is saved too: a resumed run stops where an unbroken one does.
+        "restore_callback_states_from_checkpoint": True,
+    }
+
+
+def score_pairs(trainer, rows: Sequence[dict]) -> list[float]:
     """Scores of the chosen responses, then of the rejected ones, by the model as it is now.
 
     Each process scores all of them: a sharded model needs every process in each forward pass.
@@ -163,68 +264,71 @@ def scores_of(trainer, rows: Sequence[dict]) -> list[float]:
     return scorer.score_sequences(trainer.model_wrapped, trainer.processing_class.pad_token_id, sequences, size)
 
 
-def _margins(trainer, rows: Sequence[dict]) -> list[float]:
-    scores = scores_of(trainer, rows)
-    return [chosen - rejected for chosen, rejected in zip(scores[: len(rows)], scores[len(rows) :], strict=True)]
-
-
-def measured(scores: Sequence[float], rows: Sequence[dict]) -> dict:
-    """What the scores are worth on pairs with labels.
+def subtract(scores: Sequence[float]) -> list[float]:
+    """The margin of each pair: the score of its chosen response minus that of its rejected one.
 
     Args:
         scores: of the chosen responses, then of the rejected ones.
-        rows: the pairs; p_chosen may come from a judge or from somebody who knows (0 or 1).
-
-    Returns accuracy (a tie is not right; pairs labelled 0.5 have no right side), beside it that of "the longer one";
-    log_loss against the labels and the least that any model could have; ece; temperature, and log_loss and ece with
-    it (`scaled`: each half of the prompts by the temperature of the other half); the correlation of score and length
-    over all responses; accuracy by the label's margin, by the difference in length, and by source. Rates count the
-    pairs of one prompt as alike. `bins` are those of the scaled ECE.
     """
-    n = len(rows)
-    margins = [chosen - rejected for chosen, rejected in zip(scores[:n], scores[n:], strict=True)]
-    labels = [row["p_chosen"] for row in rows]
-    temperature = fit_temperature(margins, labels)
-    scaled = _cross_fitted(margins, rows)
-    found_ece, scaled_ece = (calibration(one, labels) for one in (margins, scaled))
+    count = len(scores) // 2
+    return [chosen - rejected for chosen, rejected in zip(scores[:count], scores[count:], strict=True)]
+
+
+def measure(scores: Sequence[float], rows: Sequence[dict]) -> dict:
+    """The quality of scores on pairs with labels.
+
+    Args:
+        scores: of the chosen responses, then of the rejected ones.
+        rows: the pairs; p_chosen may come from a judge or from a source that is certain (0 or 1).
+    Returns:
+        accuracy (a tie is not right; pairs labelled 0.5 are not counted) and, beside it, that of "the longer one";
+        log_loss against the labels and the least that any model could have; ece; temperature, and log_loss and ece
+        with it (`scaled`: each half of the prompts by the temperature of the other half); the correlation of score
+        and length over all responses; accuracy by the label's margin, by the difference in length, and by source.
+        Intervals take the pairs of one prompt as dependent. `bins` are those of the scaled ECE.
+    """
+    margins, labels = subtract(scores), [row["p_chosen"] for row in rows]
+    scaled = scale_across_halves(margins, rows)
+    ece, scaled_ece = calibrate(margins, labels), calibrate(scaled, labels)
     lengths = [row[f"{side}_length"] for side in ("chosen", "rejected") for row in rows]
-    by_source = {
-        source: _accuracy(margins, rows, lambda row, source=source: row["source"] == source)
-        for source in dict.fromkeys(row["source"] for row in rows)
-    }
     return {
-        "pairs": n,
-        "accuracy": _accuracy(margins, rows),
-        "longer": _accuracy([row["chosen_length"] - row["rejected_length"] for row in rows], rows),
+        "pairs": len(rows),
+        "accuracy": measure_accuracy(margins, rows),
+        "longer": measure_accuracy([row["chosen_length"] - row["rejected_length"] for row in rows], rows),
         "log_loss": log_loss(margins, rows),
-        "least": log_loss([logit(p) for p in labels], rows),
-        "ece": found_ece["ece"],
-        "temperature": temperature,
+        "least": log_loss([calibration.logit(p) for p in labels], rows),
+        "ece": ece["ece"],
+        "temperature": calibration.fit_temperature(margins, labels),
         "scaled_log_loss": log_loss(scaled, rows),
         "scaled_ece": scaled_ece["ece"],
         "length_correlation": intervals.correlation(scores, lengths),
         "mean_score": intervals.mean(scores),
-        "by_margin": _grouped(margins, rows, MARGINS, lambda row: abs(2 * row["p_chosen"] - 1)),
-        "by_length_difference": _grouped(margins, rows, LENGTH_DIFFERENCES, _longer_by),
-        "by_source": by_source,
+        "by_margin": group_accuracy(margins, rows, MARGINS, lambda row: abs(2 * row["p_chosen"] - 1)),
+        "by_length_difference": group_accuracy(margins, rows, LENGTH_DIFFERENCES, length_difference),
+        "by_source": {
+            source: measure_accuracy(margins, rows, lambda row, source=source: row["source"] == source)
+            for source in dict.fromkeys(row["source"] for row in rows)
+        },
         "bins": scaled_ece["bins"],
     }
 
 
-def _accuracy(margins: Sequence[float], rows: Sequence[dict], takes: Callable[[dict], bool] = lambda row: True) -> dict:
-    """How often the margin (above 0: for the chosen one) is on the label's side, over the rows that `takes` says."""
+def measure_accuracy(
+    margins: Sequence[float], rows: Sequence[dict], takes: Callable[[dict], bool] = lambda row: True
+) -> dict:
+    """How often the margin (above 0: for the chosen response) is on the label's side, over the rows that `takes`."""
     pairs = [(d, row) for d, row in zip(margins, rows, strict=True) if row["p_chosen"] != 0.5 and takes(row)]
-    right = [d > 0 if row["p_chosen"] > 0.5 else d < 0 for d, row in pairs]
-    return intervals.clustered_rate(right, [row["prompt"] for _, row in pairs])
+    is_right = [d > 0 if row["p_chosen"] > 0.5 else d < 0 for d, row in pairs]
+    return intervals.clustered_rate(is_right, [row["prompt"] for _, row in pairs])
 
 
-def _grouped(margins, rows, edges: Sequence[float], value: Callable[[dict], float]) -> list[dict]:
-    """Accuracy in each group [from, to) of the row's value; the last one has its upper edge too."""
+def group_accuracy(margins, rows, edges: Sequence[float], value: Callable[[dict], float]) -> list[dict]:
+    """Accuracy in each group [from, to) of the row's value; the last one includes its upper edge."""
     return [
         {
             "from": low,
             "to": high,
-            "accuracy": _accuracy(
+            "accuracy": measure_accuracy(
                 margins,
                 rows,
                 lambda row, low=low, high=high: low <= value(row) < high or (high == edges[-1] and value(row) == high),
@@ -234,40 +338,63 @@ def _grouped(margins, rows, edges: Sequence[float], value: Callable[[dict], floa
     ]
 
 
-def _longer_by(row: dict) -> float:
-    """By which part of the longer response the right one is longer, −1 to 1."""
+def length_difference(row: dict) -> float:
+    """By which part of the longer response the better one is longer, −1 to 1."""
     chosen, rejected = row["chosen_length"], row["rejected_length"]
     difference = (chosen - rejected) / max(chosen, rejected, 1)
     return difference if row["p_chosen"] >= 0.5 else -difference
 
 
 def log_loss(margins: Sequence[float], rows: Sequence[dict]) -> float:
-    """Mean of `soft_loss` over the rows."""
-    return math.fsum(soft_loss(d, row["p_chosen"]) for d, row in zip(margins, rows, strict=True)) / len(rows)
+    """Mean of `calibration.soft_loss` over the rows."""
+    losses = [calibration.soft_loss(d, row["p_chosen"]) for d, row in zip(margins, rows, strict=True)]
+    return math.fsum(losses) / len(rows)
 
 
-def calibration(margins: Sequence[float], labels: Sequence[float]) -> dict:
+def calibrate(margins: Sequence[float], labels: Sequence[float]) -> dict:
     """Calibration of the side that the scores prefer: whether it is the better one as often as they say.
 
     With the chosen side's own probability the labels would all be above one half, and say which side is which.
     """
-    return calibration_.calibration(
-        [sigmoid(abs(d)) for d in margins], [p if d > 0 else 1 - p for d, p in zip(margins, labels, strict=True)]
+    return calibration.calibration(
+        [calibration.sigmoid(abs(d)) for d in margins],
+        [p if d > 0 else 1 - p for d, p in zip(margins, labels, strict=True)],
     )
 
 
-def _cross_fitted(margins: Sequence[float], rows: Sequence[dict]) -> list[float]:
-    """The margins, those of each half of the prompts divided by the temperature that suits the other half."""
-    half = [hashing.hashed_seed("half", row["prompt"]) % 2 for row in rows]
-    fitted = [
-        fit_temperature(
-            *zip(
-                *((d, row["p_chosen"]) for d, row, side in zip(margins, rows, half, strict=True) if side != one),
-                strict=True,
-            )
+def scale_across_halves(margins: Sequence[float], rows: Sequence[dict]) -> list[float]:
+    """The margins, those of each half of the prompts divided by the temperature fitted on the other half."""
+    halves = [hashed_seed("half", row["prompt"]) % 2 for row in rows]
+    temperatures = [1.0, 1.0]
+    for half in set(halves) if len(set(halves)) == 2 else ():
+        others = [i for i, other in enumerate(halves) if other != half]
+        temperatures[half] = calibration.fit_temperature(
+            [margins[i] for i in others], [rows[i]["p_chosen"] for i in others]
         )
-        if len(set(half)) == 2
-        else 1.0
-        for one in (0, 1)
-    ]
-    return [d / fitted[side] for d, side in zip(margins, half, strict=True)]
+    return [d / temperatures[half] for d, half in zip(margins, halves, strict=True)]
+
+
+def write_holdout(measures: dict, output: str | Path) -> dict:
+    """Write holdout.json and reliability.png, once; returns what the summary shows of `measure`."""
+    if loading.is_main_process():
+        folder = Path(output)
+        (folder / "holdout.json").write_text(json.dumps(measures, indent=1) + "\n", encoding="utf-8")
+        drawing.reliability(
+            folder / "reliability.png",
+            {**measures, "ece": measures["scaled_ece"]},
+            "Reward model against held-out labels",
+        )
+    return {name: measures[name] for name in SUMMARY}
+
+
+def show_holdout(summary: dict) -> dict:
+    """The summary for people: rates with their intervals instead of nested objects."""
+    measures = summary.get("holdout", {})
+    lines = {
+        f"held-out {name.replace('_', ' ')}": tables.show(value)
+        if name in ("accuracy", "longer")
+        else tables.show_number(value)
+        for name, value in measures.items()
+        if name != "pairs"
+    }
+    return {name: value for name, value in summary.items() if name != "holdout"} | lines

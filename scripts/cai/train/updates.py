@@ -1,52 +1,227 @@
-"""Rows of metrics.jsonl, one per update, and how a run ends early."""
+"""What PPO and GRPO share: rows of metrics.jsonl, alarms that stop a run, samples, curves, counts, the dry run.
+
+    log = UpdateLog("runs/ppo", "ppo", settings, watch)
+    stopping = log.check(figures, prompts, responses)
+
+`FIGURES` says what a row of metrics.jsonl holds. Leaves out how an update is computed: PPO's is in train/ppo.py,
+GRPO's and RLOO's is TRL's.
+"""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
+from cai.base import cli
 from cai.base.errors import CaiError
 from cai.data import outputs, readers
+from cai.models import estimate, loading
+from cai.stats import drawing
 from cai.train import common
+from cai.train.alarms import Alarm, Watch
 
-SAMPLES = "samples.jsonl"
+SAMPLES, CURVES, ALARMS = "samples.jsonl", "curves.png", "alarms.json"
 
-ALARMS = "alarms.json"
+SAMPLES_PER_UPDATE = 4
+
+# What a row of metrics.jsonl says of an update; a name is left out where the trainer or the run does not have it. The
+# row after the last update holds the Trainer's own figures of the whole run.
+FIGURES = {
+    "step": "optimizer steps so far",
+    "seconds": "since the command was started",
+    "update": "number of the update, from 1",
+    "episodes": "responses so far",
+    "score": "mean score of a response, without the penalty for a missing end",
+    "score_std": "standard deviation of the scores (GRPO, RLOO: of the rewards)",
+    "score_scale": "what scores are divided by (--scale-scores)",
+    "score_NAME": "mean score by one of several rewards, before its weight",
+    "overlong": "responses too long for a reward model's or a judge's context; left out if there are none. PPO gives "
+    "them the lowest score of the update, GRPO and RLOO leave them out of their group",
+    "judge": "mean score by --judge, which rewards nothing (PPO)",
+    "judge_std": "its standard deviation",
+    "label_mass": "probability that a judge gives to the labels together (GRPO, RLOO with --judge)",
+    "kl": "KL to the reference in nats per response: summed over its tokens, averaged over responses",
+    "kl_coef": "weight of the KL",
+    "reward": "mean reward of a response: its score, the penalty for a missing end, and (PPO, RLOO) the KL penalty",
+    "entropy": "nats per token, estimated from the sampled tokens",
+    "response_length": "tokens per response",
+    "eos_rate": "share of the responses that came to their end",
+    "groups_alike": "share of the groups whose rewards are all the same (GRPO, RLOO)",
+    "duplicates": "share of the responses that repeat the response to another prompt",
+    "boilerplate": "growth since the start of the share of responses with one phrase, of the phrase that grew most",
+    "value": "mean value of a token (PPO)",
+    "return": "mean return of a token (PPO)",
+    "explained_variance": "of the returns by the values: 1 is perfect, 0 no better than a constant (PPO)",
+    "policy_loss": "mean over tokens and epochs (PPO)",
+    "value_loss": "mean over tokens and epochs (PPO)",
+    "clip_fraction": "share of the tokens whose ratio is outside the clip range",
+    "ratio": "mean ratio of the policy to the one that sampled (PPO)",
+    "update_kl": "KL to the policy that sampled, nats per token (PPO)",
+    "loss": "the Trainer's loss",
+    "grad_norm": "of the last optimizer step",
+    "learning_rate": "of the last optimizer step",
+    "alarms": "names of the alarms raised in this update; left out if there are none",
+    "seconds_sampling": "of the update (PPO), as are the following",
+    "seconds_scoring": "by the rewards and the judge",
+    "seconds_forward": "log-probabilities, values and reference",
+    "seconds_training": "forward and backward passes, optimizer steps",
+}
+
+# What the manifest and the summary repeat from the last row.
+LAST_FIGURES = ("score", "kl", "response_length", "eos_rate", "entropy")
 
 
 class Stopped(CaiError):
-    """An alarm has stopped the run, as it was told to."""
+    """An alarm named by --stop-on has stopped the run."""
 
 
 class UpdateLog(common.MetricsLog):
-    """metrics.jsonl with the names of an update's alarms, and score, KL and length beside the progress bar.
+    """metrics.jsonl with one row per update, alarms, and score, KL and length beside the progress bar.
 
+    It runs in every process, so that all of them stop where an alarm stops the run.
+
+    Args:
+        output, label: see `MetricsLog`.
+        settings: has `updates` and `steps_per_update`.
+        watch: raises the alarms, and says which of them stop the run.
     Attributes:
-        alarms: names of the newest update's alarms.
+        alarms: of the newest update.
+        raised: alarm -> the update in which it was first raised.
     """
 
-    def __init__(self, output, label: str, steps_per_update: int):
+    def __init__(self, output: str | Path, label: str, settings, watch: Watch):
         super().__init__(output, label)
-        self.steps_per_update, self.alarms = steps_per_update, []
+        self.settings, self.watch = settings, watch
+        self.alarms: list[Alarm] = []
+        self.raised: dict[str, int] = {}
 
     def on_train_begin(self, args, state, control, **_):
         super().on_train_begin(args, state, control)
+        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / ALARMS
+        if state.global_step and saved.exists():
+            self.watch.restore(json.loads(saved.read_text(encoding="utf-8")))
+
+    def is_current(self, row: dict, step: int) -> bool:
         # A run that an alarm stopped wrote the row of an update before its steps were made.
-        if state.is_world_process_zero and state.global_step:
-            done = state.global_step // self.steps_per_update
-            rows = [row for _, row in readers.read_jsonl(self.path) if row.get("update", 0) <= done]
-            outputs.write_jsonl(self.path, rows)
+        return super().is_current(row, step) and row.get("update", 0) <= step // self.settings.steps_per_update
 
     def on_log(self, args, state, control, logs=None, **_):
-        if logs and "score" in logs and self.alarms:  # here, because the trackers take numbers only
-            logs = {**logs, "alarms": self.alarms}
+        if not logs or "score" not in logs:
+            super().on_log(args, state, control, logs)
+            return
+        if self.alarms:  # added here, because the trackers take numbers only
+            logs = {**logs, "alarms": [alarm.name for alarm in self.alarms]}
         super().on_log(args, state, control, logs)
-        if self.bar is not None and logs and "score" in logs:
-            shown = {"score": "score", "kl": "kl", "length": "response_length"}
-            said = {short: f"{logs[name]:.3g}" for short, name in shown.items()}
-            self.bar.set_postfix(said, refresh=self.bar.fp.isatty())
+        if self.bar is not None:
+            names = {"score": "score", "kl": "kl", "length": "response_length"}
+            postfix = {short: f"{logs[name]:.3g}" for short, name in names.items() if name in logs}
+            self.bar.set_postfix(postfix, refresh=self.bar.fp.isatty())
+
+    def check(self, figures: dict, prompts: Sequence, responses: Sequence[str]) -> Alarm | None:
+        """Raise the alarms of an update, each with a warning the first time.
+
+        Args:
+            figures: of the row; what the watch counts in the texts is added.
+            prompts, responses: of the update, in the same order.
+        Returns:
+            The alarm that stops the run, or None.
+        """
+        self.alarms = self.watch.look(figures, prompts, responses)
+        figures |= self.watch.figures
+        for alarm in self.alarms:
+            if alarm.name not in self.raised and loading.is_main_process():
+                cli.warn(f"alarm in update {figures['update']}: {alarm.message}.")
+            self.raised.setdefault(alarm.name, figures["update"])
+        return self.watch.stops(self.alarms)
+
+    def stop(self, alarm: Alarm, update: int, states: str | Path) -> NoReturn:
+        """Raise `Stopped`, which names the newest saved policy in the folder `states`."""
+        if self.bar is not None:
+            self.bar.close()
+        raise Stopped(
+            f"stopped in update {update} of {self.settings.updates} by --stop-on {alarm.name}: {alarm.message}. "
+            f"{common.describe_last_state(states)}"
+        )
+
+    def save_alarms(self, state: str | Path) -> None:
+        """Write into a saved state what a resumed run's alarms compare with."""
+        (Path(state) / ALARMS).write_text(json.dumps(self.watch.state()), encoding="utf-8")
 
 
-def figures_of(output: str | Path) -> list[dict]:
+def read_figures(output: str | Path) -> list[dict]:
     """The rows of metrics.jsonl that stand for an update."""
     path = Path(output) / common.METRICS
     rows = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else []
     return [row for row in rows if "update" in row]
+
+
+def write_samples(output: str | Path, update: int, rows: Sequence[dict]) -> None:
+    """Write rows of one update to samples.jsonl, in place of any that a stopped run wrote from this update on."""
+    path = Path(output) / SAMPLES
+    kept = [row for _, row in readers.read_jsonl(path) if row["update"] < update] if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    outputs.write_jsonl(path, kept + [{"update": update, **row} for row in rows])
+
+
+def draw_curves(output: str | Path) -> None:
+    """Draw the figures of the run as curves.png, beside metrics.jsonl."""
+    if loading.is_main_process():
+        drawing.curves(Path(output) / CURVES, read_figures(output), Path(output).name)
+
+
+def summarise(output: str | Path, steps: int) -> dict:
+    """The counts of the manifest, from the rows of metrics.jsonl."""
+    rows = read_figures(output)
+    return {
+        "updates": rows[-1]["update"],
+        "episodes": rows[-1]["episodes"],
+        "steps": steps,
+        "score_at_first": rows[0]["score"],
+        **{name: rows[-1][name] for name in LAST_FIGURES if name in rows[-1]},
+        "alarms": sorted({name for row in rows for name in row.get("alarms", ())}),
+    }
+
+
+def read_settings(kind, options: Mapping):
+    """The settings (a dataclass with `processes`) that the options of a command give."""
+    names = kind.__dataclass_fields__.keys() & options.keys()
+    return kind(**{name: options[name] for name in names}, processes=common.count_processes())
+
+
+def identify_settings(settings) -> dict:
+    """The settings that decide the result: a run stopped for want of memory may continue in smaller batches."""
+    return {
+        name: value
+        for name, value in asdict(settings).items()
+        if name != "processes" and not name.endswith("batch_size")
+    }
+
+
+def plan(options, settings, prompts: Sequence[list[dict]], **models) -> dict:
+    """What `--dry-run` reports: updates, optimizer steps, and `estimate.rl_plan`.
+
+    Args:
+        options: of the command.
+        settings: of PPO or of GRPO.
+        models: value_model and frozen, see `estimate.rl_plan`.
+    """
+    return {
+        "prompts": len(prompts),
+        "updates": settings.updates,
+        "episodes": settings.episodes,
+        "steps": settings.steps,
+        **estimate.rl_plan(
+            options.model,
+            prompts,
+            episodes=settings.episodes,
+            new_tokens=settings.max_new_tokens,
+            epochs=settings.epochs,
+            batch_size=settings.rows_per_pass,
+            sampled=settings.rows_sampled_at_once,
+            lora_rank=options.lora_rank if options.lora else None,
+            gpu=options.gpu,
+            device=options.device,
+            **models,
+        ),
+    }

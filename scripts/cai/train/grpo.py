@@ -1,0 +1,349 @@
+"""GRPO (arXiv 2402.03300) and RLOO (arXiv 2402.14740) on TRL's trainers: counts, configuration, reward, trainer.
+
+    settings = Settings(updates=20, samples=8)
+    trainer_class, config = make_config("grpo", "", arguments)
+    trainer = make_trainer(trainer_class, config, policy, chat, prompts, scorer, output, settings, Watch())
+
+A scorer is a callable: (rows, update, conversations, responses) -> (scores, figures). A response whose score is None
+has no advantage and is left out of its group's baseline. Leaves out the algorithms themselves, which are TRL's.
+"""
+
+import argparse
+import copy
+import dataclasses
+import importlib.util
+import math
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cai.base.errors import CaiError, InputError, shorten
+from cai.models.chat import Chat, chat_stops
+from cai.train import common, updates
+from cai.train.alarms import Watch
+from cai.train.prompts import Prompt
+
+Scorer = Callable[[list[int], int, list[list[dict]], list[str]], tuple[list[float | None], dict[str, float]]]
+
+# Figures of metrics.jsonl (`updates.FIGURES`) and TRL's names for them.
+TRL_NAMES = {
+    "score": "score",
+    "score_std": "reward_std",
+    "reward": "reward",
+    "overlong": "overlong",
+    "label_mass": "label_mass",
+    "kl": "kl",
+    "entropy": "entropy",
+    "response_length": "completions/mean_length",
+    "eos_rate": "completions/clipped_ratio",
+    "groups_alike": "frac_reward_zero_std",
+    "clip_fraction": "clip_ratio/region_mean",
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings of a run, and every count that follows from them.
+
+    An update draws `prompts_per_update` prompts and `samples` responses to each, their group. Every epoch goes once
+    over these rows, in `minibatches` of equal size; each minibatch is one optimizer step.
+    """
+
+    updates: int = 100
+    prompts_per_update: int = 16
+    samples: int = 8
+    epochs: int = 1
+    minibatches: int = 1
+    batch_size: int = 8
+    processes: int = 1
+    learning_rate: float = 1e-6
+    kl_coef: float = 0.04
+    temperature: float = 0.7
+    max_new_tokens: int = 256
+    missing_eos_penalty: float = 1.0
+    samples_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self):
+        parts = self.minibatches * self.processes
+        if self.rows_per_update % parts:
+            raise InputError(
+                f"{self.rows_per_update} responses per update do not divide by {parts} (minibatches and processes)",
+                where="--prompts-per-update",
+                expected=f"with --samples, a multiple of {parts}",
+            )
+
+    @property
+    def rows_per_update(self) -> int:
+        """Responses of an update, over all processes."""
+        return self.prompts_per_update * self.samples
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Rows of a forward pass on each process: the most up to `batch_size` that divide a minibatch."""
+        share = self.rows_per_update // self.minibatches // self.processes
+        return max(size for size in range(1, min(share, self.batch_size) + 1) if share % size == 0)
+
+    @property
+    def rows_sampled_at_once(self) -> int:
+        """Responses that each process samples in an update."""
+        return self.rows_per_update // self.processes
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes per optimizer step, on each process."""
+        return self.rows_sampled_at_once // self.minibatches // self.rows_per_pass
+
+    @property
+    def steps_per_update(self) -> int:
+        return self.epochs * self.minibatches
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.updates * self.steps_per_update
+
+    @property
+    def episodes(self) -> int:
+        """Responses of the run."""
+        return self.updates * self.rows_per_update
+
+    def trainer_arguments(self) -> dict:
+        """What `common.trainer_arguments` takes for TRL."""
+        return {
+            "batch_size": self.rows_per_pass,
+            "gradient_accumulation": self.accumulation,
+            "max_steps": self.steps,
+            "num_generations": self.samples,
+            "steps_per_generation": self.rows_sampled_at_once // self.rows_per_pass,
+            "num_iterations": self.epochs,
+            "max_completion_length": self.max_new_tokens,
+            "temperature": self.temperature,
+            "beta": self.kl_coef,
+            "shuffle_dataset": False,  # `make_trainer` puts the prompts in order
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 0,
+            # One row of metrics per update, and checkpoints between updates only.
+            "logging_steps": self.steps_per_update,
+            "logging_first_step": False,
+            "logging_nan_inf_filter": False,
+        }
+
+
+def make_config(algorithm: str, flags: str, arguments: dict):
+    """TRL's trainer class and its configuration: ours, and what TRL's own flags add.
+
+    Args:
+        algorithm: "grpo" or "rloo".
+        flags: as on a command line.
+        arguments: what the options decide.
+    Raises:
+        InputError: a flag that TRL does not know, that an option decides, or that TRL refuses.
+    """
+    import trl
+    from transformers import HfArgumentParser
+
+    name = algorithm.upper()
+    config_class = getattr(trl, f"{name}Config")
+
+    def refuse(message: str) -> InputError:
+        return InputError(shorten(message, 300), where="--trl", expected=f"flags of TRL's {name}Config")
+
+    class Parser(HfArgumentParser):
+        def error(self, message):
+            raise refuse(message)
+
+    unset = object()
+    namespace = argparse.Namespace(**{field.name: unset for field in dataclasses.fields(config_class)})
+    try:
+        words = shlex.split(flags)
+        parsed = vars(Parser(config_class, add_help=False, allow_abbrev=False).parse_args(words, namespace))
+        extra = {key: value for key, value in parsed.items() if value is not unset}
+        if overridden := sorted(extra.keys() & arguments.keys()):
+            raise refuse(f"{', '.join(overridden)}: decided by the options of this command")
+        config = config_class(**arguments, **extra)
+    except ValueError as error:
+        raise refuse(str(error)) from error
+    if config.use_vllm and importlib.util.find_spec("vllm") is None:
+        raise InputError("vLLM is not installed", where="--trl", remedy="pip install 'trl[vllm]', or leave it out")
+    return getattr(trl, f"{name}Trainer"), config
+
+
+class GroupReward:
+    """The reward function that TRL calls. It also writes samples.jsonl.
+
+    Args:
+        prompts: of the run; TRL's rows name them by their number.
+        stops: token ids that end a response.
+        scorer: see the module.
+        output: folder of samples.jsonl.
+    Attributes:
+        conversations, responses: of every row of the newest update, over all processes.
+    """
+
+    __name__ = "reward"  # TRL names its figures by it
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        chat: Chat,
+        stops: set[int],
+        scorer: Scorer,
+        output: str | Path,
+        settings: Settings,
+    ):
+        self.prompts, self.chat, self.stops, self.scorer = prompts, chat, stops, scorer
+        self.output, self.settings = output, settings
+        self.conversations: list[list[dict]] = []
+        self.responses: list[str] = []
+
+    def __call__(self, completion_ids, row, update, trainer_state, log_metric, **_) -> list[float | None]:
+        """One reward per response: its score, less the penalty for a missing end; None without a score."""
+        from accelerate.utils import gather_object
+
+        ended = [ids[-1] in self.stops for ids in completion_ids]
+        texts = [
+            self.chat.answer(ids[:-1] if end else ids, continued=False)[0]
+            for ids, end in zip(completion_ids, ended, strict=True)
+        ]
+        conversations = [self.prompts[i].messages for i in row]
+        scores, figures = self.scorer(row, update[0], conversations, texts)
+        self.conversations, self.responses = gather_object(conversations), gather_object(texts)
+        known = [score for score in scores if score is not None]
+        if not known or not all(map(math.isfinite, known)):
+            raise CaiError(f"no finite score in update {update[0] + 1}")
+        log_metric("score", sum(known) / len(known))
+        for name, value in figures.items():
+            log_metric(name, value)
+        if overlong := sum(gather_object([scores.count(None)])):
+            log_metric("overlong", overlong)
+        if update[0] % self.settings.samples_every == 0 and trainer_state.is_world_process_zero:
+            columns = (conversations, texts, scores, map(len, completion_ids), ended)
+            names = ("prompt", "response", "score", "tokens", "ended")
+            samples = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+            updates.write_samples(self.output, update[0] + 1, samples[: updates.SAMPLES_PER_UPDATE])
+        penalty = self.settings.missing_eos_penalty
+        return [
+            None if score is None else score - penalty * (not end) for score, end in zip(scores, ended, strict=True)
+        ]
+
+
+class GroupLog(updates.UpdateLog):
+    """`UpdateLog` of TRL's figures, under our names.
+
+    Args:
+        reward: knows the texts of the newest update.
+    """
+
+    def __init__(self, output: str | Path, settings: Settings, watch: Watch, reward: GroupReward):
+        super().__init__(output, "train", settings, watch)
+        self.reward = reward
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if not logs or "reward" not in logs:
+            super().on_log(args, state, control, logs)
+            return
+        row = {**rename_figures(logs, state.global_step, self.settings), "kl_coef": args.beta}
+        alarm = self.check(row, self.reward.conversations, self.reward.responses)
+        super().on_log(args, state, control, row)
+        if alarm:
+            self.stop(alarm, row["update"], args.output_dir)
+
+
+def rename_figures(logs: dict, step: int, settings: Settings) -> dict:
+    """TRL's figures of one update under the names of `updates.FIGURES`."""
+    row = {name: logs[key] for name, key in TRL_NAMES.items() if logs.get(key) is not None}
+    row["eos_rate"] = 1 - row["eos_rate"]
+    if "kl" in row:  # TRL's is per token
+        row["kl"] *= row["response_length"]
+    update = step // settings.steps_per_update
+    return {"update": update, "episodes": update * settings.rows_per_update, **row}
+
+
+def make_trainer(
+    trainer_class,
+    config,
+    policy,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    scorer: Scorer,
+    output: str | Path,
+    settings: Settings,
+    watch: Watch,
+    adapters=None,
+):
+    """TRL's trainer over the prompts, each with a group of responses.
+
+    Args:
+        trainer_class, config: from `make_config`.
+        scorer: see the module.
+        watch: raises the alarms, and says which of them stop the run.
+        adapters: a LoraConfig, or None.
+    """
+    import torch
+    from datasets import Dataset
+    from transformers import GenerationConfig
+
+    class CheckedTrainer(trainer_class):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            if not torch.isfinite(loss):
+                raise common.describe_not_finite(self, "the loss is")
+            return loss
+
+        def save_model(self, output_dir=None, _internal_call=False):
+            super().save_model(output_dir, _internal_call)
+            if self.args.should_save:
+                log.save_alarms(output_dir or self.args.output_dir)
+
+    stops = chat_stops(chat, policy)
+    reward = GroupReward(prompts, chat, stops, scorer, output, settings)
+    log = GroupLog(output, settings, watch, reward)
+    # NaN weights are to be reported by the loss, whose error names the remedy, and not by the sampling.
+    sampling = {"stop_token_ids": sorted(stops)} if config.use_vllm else {"remove_invalid_values": True}
+    config.generation_kwargs = {**(config.generation_kwargs or {}), **sampling}
+    # Rendered here and not by TRL, so that text from a record can't end a turn.
+    texts = [chat.render(prompt.messages) for prompt in prompts]
+    drawn = settings.updates * settings.prompts_per_update
+    order = common.training_order([1] * len(prompts), 1, drawn / len(prompts), settings.seed)
+    rows = [
+        {"prompt": texts[i], "row": i, "update": position // settings.prompts_per_update}
+        for position, i in enumerate(order)
+    ]
+    saved = policy.generation_config
+    # Our own configuration: a checkpoint's sampling settings would act in addition to ours.
+    policy.generation_config = GenerationConfig(eos_token_id=sorted(stops))
+    trainer = CheckedTrainer(
+        model=policy,
+        reward_funcs=reward,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=without_special_tokens(chat.tokenizer),
+        peft_config=adapters,
+        callbacks=[log],
+    )
+    trainer.saved_generation_config = saved  # for `save_policy`
+    return trainer
+
+
+def without_special_tokens(tokenizer):
+    """A copy of the tokenizer that adds no token: a rendered prompt has all of its own."""
+    kind = type(tokenizer)
+
+    class Plain(kind):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **{**kwargs, "add_special_tokens": False})
+
+    Plain.__name__ = kind.__name__  # it is written into saved states
+    copied = copy.copy(tokenizer)
+    copied.__class__ = Plain
+    return copied
+
+
+def save_policy(trainer, policy, tokenizer, output: str | Path) -> None:
+    """Save the trained policy with the generation settings of its checkpoint, and delete the states to resume from."""
+    policy.generation_config = trainer.saved_generation_config
+    common.save_trained(trainer, tokenizer, output)
