@@ -111,7 +111,13 @@ def main(**arguments):
     frozen = [options.reward_model or options.judge, *([] if options.lora or not options.kl_coef else [options.model])]
     rows = list(source)
     if run.report_if_done(
-        lambda: updates.plan(options, settings, [as_messages(row["prompt"]) for row in rows], frozen=frozen)
+        lambda: updates.plan(
+            options,
+            settings,
+            [as_messages(row["prompt"]) for row in rows],
+            sampled=settings.rows_per_update // settings.processes,
+            frozen=frozen,
+        )
     ):
         return
 

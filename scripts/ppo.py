@@ -169,6 +169,7 @@ def plan(options, settings, weights: dict[str, float], source: Source) -> dict:
         options,
         settings,
         [as_messages(row["prompt"]) for row in source],
+        sampled=settings.generation_batch_size,
         value_model=None if options.value_head else reward_models[0],
         frozen=[*reward_models, *([options.ref_model or options.model] if has_reference(options) else [])],
     )

@@ -167,7 +167,7 @@ def test_the_counts():
     settings = Settings(updates=5, prompts_per_update=24, epochs=3, minibatches=2, batch_size=5, processes=2)
     # 24 rows in 2 minibatches of 12, 6 on each process, in passes of at most 5: 2.
     assert (settings.accumulation, settings.steps_per_update, settings.steps, settings.episodes) == (2, 6, 30, 120)
-    with pytest.raises(InputError, match="24 prompts do not divide by 5"):
+    with pytest.raises(InputError, match="24 responses per update do not divide by 5"):
         Settings(prompts_per_update=24, minibatches=5)
 
 

@@ -1,15 +1,15 @@
-"""Alarms: what goes wrong in reinforcement learning on a language model, seen in the figures of each update.
+"""Alarms: what goes wrong in reinforcement learning on a language model, recognised in the figures of each update.
 
     watch = Watch(limits(("kl=25", "length=off")), stop_on=("kl",))
     for alarm in watch.look({"kl": 31.0, "entropy": 0.4}, prompts, responses): print(alarm.message)
 
-A policy that games its reward looks ever better by that reward. What gives it away is beside the score: how far it
-is from the reference, what it still varies, how long it talks, and which phrases it has come to put everywhere. Each
-alarm compares the newest figures with a limit or with the start of the run, when the policy was still the reference.
-It says what was found, what it means, and what to do; whether that is bad enough to stop is `--stop-on`'s to say.
+A policy that exploits its reward improves steadily by that reward. Other figures give it away: how far it is from the
+reference, how much it still varies, how long its responses are, and which phrases appear in all of them. Each alarm
+compares the newest figures with a limit or with the start of the run, when the policy was still the reference. Its
+message says what was observed, what it means, and what to do; `--stop-on` decides whether it stops the run.
 
-`DEFAULTS` has an alarm's limit. What a row of figures does not have is not looked at, so that any trainer can use
-this. Leaves out languages written without spaces for the phrases (a clause is then one word), and any cure.
+`DEFAULTS` has an alarm's limit. An alarm whose figures are missing is not raised, so that any trainer can use this.
+Leaves out languages written without spaces for the phrases (a clause is then one word), and any remedy.
 """
 
 import math
@@ -21,28 +21,28 @@ import click
 from cai.base.errors import InputError, shorten
 from cai.stats.texts import duplicates, grown
 
-# Responses that a share or a mean is taken over at least: of fewer, chance alone moves it by more than the limits.
+# The fewest responses that a share or a mean is taken over: of fewer, chance alone moves it by more than the limits.
 ENOUGH = 128
 
-# Updates to a window of the judge's alarm, and words to a phrase.
+# Updates in a window of the judge's alarm.
 WINDOW = 5
 
 DEFAULTS = {"kl": 40.0, "entropy": 0.3, "length": 1.5, "eos": 0.8, "duplicates": 0.3, "boilerplate": 0.3, "judge": 3.0}
 
 MEANING = {
-    "kl": "nats a response that the policy may be from the reference",
-    "entropy": "share of the entropy at the start that must be left",
+    "kl": "nats per response between the policy and the reference",
+    "entropy": "share of the entropy at the start that must remain",
     "length": "factor by which responses may grow or shrink",
     "eos": "share of responses that must come to their end",
-    "duplicates": "share of responses, more than at the start, that may repeat the answer to another prompt",
-    "boilerplate": "share of responses, more than at the start, that may have one phrase",
+    "duplicates": "share of responses, beyond that at the start, that may repeat the response to another prompt",
+    "boilerplate": "share of responses, beyond that at the start, that may have one phrase",
     "judge": "standard errors by which the judge may fall while the score does not",
 }
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """One thing wrong: its name in `DEFAULTS`, the value found, the limit, and a line for people."""
+    """One thing that goes wrong: its name in `DEFAULTS`, the value, the limit, and a message for people."""
 
     name: str
     value: float
@@ -67,10 +67,10 @@ def options(function):
     )(function)
 
 
-def limits(given: Iterable[str]) -> dict[str, float]:
-    """The limits of the alarms that are on, from `NAME=LIMIT` and `NAME=off`. InputError for another text."""
-    found = dict(DEFAULTS)
-    for text in given:
+def limits(settings: Iterable[str]) -> dict[str, float]:
+    """The limits of the alarms that are on, from `NAME=LIMIT` and `NAME=off`. Raises InputError for another text."""
+    limit_of = dict(DEFAULTS)
+    for text in settings:
         name, _, value = text.partition("=")
         if name not in DEFAULTS:
             raise InputError(
@@ -79,32 +79,31 @@ def limits(given: Iterable[str]) -> dict[str, float]:
                 expected=f"one of {', '.join(DEFAULTS)}",
                 remedy="For instance --alarm kl=25, or --alarm length=off",
             )
-        if value == "off":
-            found.pop(name, None)
-            continue
+        least = 1 if name == "length" else 0
         try:
-            found[name] = float(value)
+            limit_of[name] = math.inf if value == "off" else float(value)
         except ValueError:
-            found[name] = math.nan
-        if not 0 < found[name] < math.inf or (name == "length" and found[name] <= 1):
+            limit_of[name] = math.nan
+        if value != "off" and not least < limit_of[name] < math.inf:
             raise InputError(
                 f"the limit {shorten(value)!r} of {name}",
                 where="--alarm",
-                expected=f"a number above {1 if name == 'length' else 0} ({MEANING[name]}), or off",
+                expected=f"a number above {least} ({MEANING[name]}), or off",
             )
-    return found
+    return {name: limit for name, limit in limit_of.items() if limit < math.inf}
 
 
 @dataclass
 class Watch:
-    """Looks at each update of a run, and remembers as much of the updates before as the alarms need.
+    """Looks at each update of a run, and remembers as much of the earlier updates as the alarms need.
 
     Args:
-        limits: of `limits`; an alarm without one is off.
+        limits: of `limits`; an alarm without a limit is off.
         stop_on: names of alarms that stop the run, or "all".
     Attributes:
-        figures: what the last look counted in the texts: duplicates, boilerplate (growth of the phrase that grew most).
-        grown: the phrases behind it, of `grown`.
+        figures: counted in the texts of the newest update: duplicates, boilerplate (growth of the phrase that grew
+            most).
+        grown: the phrases behind it: (phrase, share at the start, share now), of `texts.grown`.
     """
 
     limits: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULTS))
@@ -116,12 +115,12 @@ class Watch:
     _last: list[list[str]] = field(default_factory=list)  # those of the newest updates
 
     def look(self, figures: Mapping, prompts: Sequence = (), responses: Sequence[str] = ()) -> list[Alarm]:
-        """The alarms of one update; none where all is well.
+        """The alarms of one update.
 
         Args:
-            figures: of any of kl (nats a response), entropy (nats a token), response_length (tokens), eos_rate, score
-                (mean), judge (mean of a judge that the policy is not trained on) with judge_std (of a response).
-            prompts, responses: of this update, in the same order; without them no texts are looked at.
+            figures: any of kl (nats per response), entropy (nats per token), response_length (tokens), eos_rate,
+                score (mean), judge (mean of a judge that the policy is not trained on) with judge_std.
+            prompts, responses: of this update, in the same order; without them no texts are compared.
         """
         row = {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
         row["count"] = len(responses) or ENOUGH
@@ -132,22 +131,23 @@ class Watch:
             self.grown = grown(self._first, [text for texts in self._last for text in texts])
             row["boilerplate"] = self.figures["boilerplate"] = max((b - a for _, a, b in self.grown), default=0.0)
         self._rows.append(row)
-        found = []
-        for name, check in _CHECKS.items():
-            if name in self.limits and (alarm := check(self, self.limits[name])):
-                found.append(Alarm(name, float(alarm[0]), self.limits[name], alarm[1]))
-        return found
+        checked = {name: CHECKS[name](self, limit) for name, limit in self.limits.items()}
+        return [
+            Alarm(name, float(checked[name][0]), self.limits[name], checked[name][1])
+            for name in CHECKS
+            if checked.get(name)
+        ]
 
     def stops(self, alarms: Iterable[Alarm]) -> Alarm | None:
-        """The first of the alarms that is to stop the run, or None."""
+        """The first of the alarms that stops the run, or None."""
         return next((alarm for alarm in alarms if alarm.name in self.stop_on or "all" in self.stop_on), None)
 
     def state(self) -> dict:
-        """What `restore` takes, fit for JSON: a resumed run compares with the same start."""
+        """What `restore` takes, ready for JSON: a resumed run compares with the same start."""
         return {"rows": self._rows, "first": self._first, "last": self._last}
 
     def restore(self, state: Mapping) -> None:
-        """Go on from where `state` was taken."""
+        """Continue from a `state`."""
         self._rows, self._first, self._last = list(state["rows"]), list(state["first"]), list(state["last"])
 
     def _remember(self, responses: Sequence[str]) -> None:
@@ -157,103 +157,96 @@ class Watch:
         while sum(map(len, self._last[1:])) >= ENOUGH:
             self._last.pop(0)
 
-    def _mean(self, name: str, rows: Sequence[dict]) -> float | None:
-        """Mean over the first of `rows` that make up `ENOUGH` responses; None where they are too few."""
-        total = count = 0.0
-        for row in rows:
-            if name not in row:
-                return None
-            total, count = total + row["count"] * row[name], count + row["count"]
-            if count >= ENOUGH:
-                return total / count
-        return None
+    def now(self, name: str) -> float:
+        """A figure's mean over the newest updates that make up `ENOUGH` responses; NaN if there are too few."""
+        return _mean(name, self._rows[::-1])
 
-    def then_and_now(self, name: str) -> tuple[float, float] | None:
-        """A figure's mean at the start and over the newest updates, `ENOUGH` responses each; None before that."""
-        then, now = self._mean(name, self._rows), self._mean(name, self._rows[::-1])
-        return None if then is None or now is None else (then, now)
+    def then_and_now(self, name: str) -> tuple[float, float]:
+        """A figure's mean at the start and over the newest updates, `ENOUGH` responses each; NaN before that."""
+        return _mean(name, self._rows), self.now(name)
 
 
-def _kl(watch: Watch, limit: float):
+def _mean(name: str, rows: Sequence[dict]) -> float:
+    total = count = 0.0
+    for row in rows:
+        total, count = total + row["count"] * row.get(name, math.nan), count + row["count"]
+        if count >= ENOUGH:
+            return total / count
+    return math.nan
+
+
+# Each check returns (value, message), or None if all is well. A comparison with NaN is false.
+
+
+def check_kl(watch: Watch, limit: float) -> tuple[float, str] | None:
     kl = watch._rows[-1].get("kl", 0.0)
     if kl > limit:
         return kl, (
-            f"KL to the reference is {kl:.1f} nats a response (limit {limit:g}). The policy writes what the reward "
-            "model was never trained on, so its scores mean little there. Go back to a policy saved before, with a "
-            "higher --kl-coef or a lower --learning-rate"
+            f"KL to the reference is {kl:.1f} nats per response (limit {limit:g}). The policy writes text that the "
+            "reward model was never trained on, so its scores mean little there. Go back to an earlier checkpoint, "
+            "with a higher --kl-coef or a lower --learning-rate"
         )
-    return None
 
 
-def _entropy(watch: Watch, limit: float):
-    both = watch.then_and_now("entropy")
-    if both and both[0] > 0 and both[1] < limit * both[0]:
-        then, now = both
+def check_entropy(watch: Watch, limit: float) -> tuple[float, str] | None:
+    then, now = watch.then_and_now("entropy")
+    if now < limit * then:
         return now / then, (
-            f"entropy fell from {then:.3g} to {now:.3g} nats a token, to {now / then:.0%} (limit {limit:.0%}). The "
-            "policy hardly varies any more, and what it does not try it can't learn. Lower --learning-rate or "
+            f"entropy fell from {then:.3g} to {now:.3g} nats per token, to {now / then:.0%} (limit {limit:.0%}). The "
+            "policy hardly varies any more, and it can't learn what it does not try. Lower --learning-rate or "
             "--epochs, or raise --kl-coef"
         )
-    return None
 
 
-def _length(watch: Watch, limit: float):
-    both = watch.then_and_now("response_length")
-    if both and both[0] > 0:
-        then, now = both
-        factor = now / then
-        if factor > limit or factor < 1 / limit:
-            longer = factor > 1
-            return factor, (
-                f"responses went from {then:.0f} to {now:.0f} tokens, {factor:.2f} times (limit {limit:g} or one over "
-                f"it). The reward may be paid for {'length' if longer else 'saying little'}: read samples.jsonl, and "
-                "compare the reward model's scores of long and short responses alike in content"
-            )
-    return None
-
-
-def _eos(watch: Watch, limit: float):
-    now = watch._mean("eos_rate", watch._rows[::-1])
-    if now is not None and now < limit:
-        return now, (
-            f"only {now:.0%} of the responses came to an end (limit {limit:.0%}). The others were cut and are scored "
-            "unfinished. Raise --max-new-tokens where answers need it, else --missing-eos-penalty"
+def check_length(watch: Watch, limit: float) -> tuple[float, str] | None:
+    then, now = watch.then_and_now("response_length")
+    if now > limit * then or now < then / limit:
+        return now / then, (
+            f"responses went from {then:.0f} to {now:.0f} tokens, {now / then:.2f} times (limit {limit:g} or "
+            f"1/{limit:g}). The reward may favour {'long' if now > then else 'short'} ones: read samples.jsonl, and "
+            "compare the reward model's scores of long and short responses with the same content"
         )
-    return None
 
 
-def _duplicates(watch: Watch, limit: float):
-    both = watch.then_and_now("duplicates")
-    if both and both[1] > both[0] + limit:
-        then, now = both
+def check_eos(watch: Watch, limit: float) -> tuple[float, str] | None:
+    share = watch.now("eos_rate")
+    if share < limit:
+        return share, (
+            f"only {share:.0%} of the responses came to an end (limit {limit:.0%}). The others were cut and are scored "
+            "unfinished. Raise --max-new-tokens if answers need it, else --missing-eos-penalty"
+        )
+
+
+def check_duplicates(watch: Watch, limit: float) -> tuple[float, str] | None:
+    then, now = watch.then_and_now("duplicates")
+    if now > then + limit:
         return now - then, (
-            f"{now:.0%} of the responses repeat the answer to another prompt, {then:.0%} at the start (limit "
-            f"{limit:.0%} more). One answer for every prompt earns the reward: raise --kl-coef, and let the reward "
-            "model see pairs in which such an answer loses"
+            f"{now:.0%} of the responses repeat the response to another prompt, {then:.0%} at the start (limit "
+            f"{limit:.0%} more). One response to every prompt earns the reward: raise --kl-coef, and train the reward "
+            "model on pairs in which such a response loses"
         )
-    return None
 
 
-def _boilerplate(watch: Watch, limit: float):
-    if len(watch._first) < ENOUGH or sum(map(len, watch._last)) < ENOUGH or not watch.grown:
-        return None
-    growth = watch._rows[-1]["boilerplate"]
-    if growth > limit:
-        shown = [(phrase, a, b) for phrase, a, b in watch.grown[:3] if b - a > limit / 2]
-        said = "; ".join(f"“{shorten(phrase, 60)}” {a:.0%} → {b:.0%}" for phrase, a, b in shown)
+def check_boilerplate(watch: Watch, limit: float) -> tuple[float, str] | None:
+    growth = watch._rows[-1].get("boilerplate", 0.0)
+    if growth > limit and min(len(watch._first), sum(map(len, watch._last))) >= ENOUGH:
+        phrases = "; ".join(
+            f"“{shorten(phrase, 60)}” {then:.0%} → {now:.0%}"
+            for phrase, then, now in watch.grown[:3]
+            if now - then > limit / 2
+        )
         return growth, (
-            f"the same words are in {growth:.0%} more of the responses than at the start (limit {limit:.0%}): {said}. "
-            "If they say nothing about the request, the reward model pays for their sound: raise --kl-coef, or end "
-            "earlier"
+            f"the same words are in {growth:.0%} more of the responses than at the start (limit {limit:.0%}): "
+            f"{phrases}. If they have nothing to do with the request, the reward model pays for their sound: raise "
+            "--kl-coef, or stop earlier"
         )
-    return None
 
 
-def _judge(watch: Watch, limit: float):
+def check_judge(watch: Watch, limit: float) -> tuple[float, str] | None:
     """Goodhart's law: the judge's mean over `WINDOW` updates is below its best by more than chance, the score's not."""
     rows = [row for row in watch._rows if {"score", "judge", "judge_std"} <= set(row)]
     windows = [rows[i : i + WINDOW] for i in range(len(rows) - WINDOW + 1)]
-    if len(windows) <= WINDOW:  # windows that overlap say nothing about a change
+    if len(windows) <= WINDOW:  # windows that overlap show no change
         return None
 
     def mean(name, window):
@@ -267,18 +260,17 @@ def _judge(watch: Watch, limit: float):
         errors = (judge_then - judge) / error if error else math.inf
         return errors, (
             f"the score rose from {score_then:.3g} to {score:.3g} while the judge fell from {judge_then:.3g} to "
-            f"{judge:.3g}, {errors:.1f} standard errors (limit {limit:g}). The policy serves the reward model, no "
-            "longer what it stands for: take a policy saved before (--select does), and raise --kl-coef"
+            f"{judge:.3g}, {errors:.1f} standard errors (limit {limit:g}). The policy is exploiting the reward model: "
+            "roll back to an earlier checkpoint (--select does), and raise --kl-coef"
         )
-    return None
 
 
-_CHECKS: dict[str, Callable] = {
-    "kl": _kl,
-    "entropy": _entropy,
-    "length": _length,
-    "eos": _eos,
-    "duplicates": _duplicates,
-    "boilerplate": _boilerplate,
-    "judge": _judge,
+CHECKS: dict[str, Callable[[Watch, float], tuple[float, str] | None]] = {
+    "kl": check_kl,
+    "entropy": check_entropy,
+    "length": check_length,
+    "eos": check_eos,
+    "duplicates": check_duplicates,
+    "boilerplate": check_boilerplate,
+    "judge": check_judge,
 }

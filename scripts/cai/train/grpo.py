@@ -45,71 +45,19 @@ TRL_NAMES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """The settings of a run, and every count that follows from them.
+class Settings(updates.Settings):
+    """The settings of a run; those that PPO has too, and the counts, are in `updates.Settings`.
 
-    An update draws `prompts_per_update` prompts and `samples` responses to each, their group. Every epoch goes once
-    over these rows, in `minibatches` of equal size; each minibatch is one optimizer step.
+    An update draws `prompts_per_update` prompts and `samples` responses to each, their group.
     """
 
-    updates: int = 100
-    prompts_per_update: int = 16
     samples: int = 8
-    epochs: int = 1
-    minibatches: int = 1
-    batch_size: int = 8
-    processes: int = 1
-    learning_rate: float = 1e-6
-    kl_coef: float = 0.04
-    temperature: float = 0.7
-    max_new_tokens: int = 256
-    missing_eos_penalty: float = 1.0
-    samples_every: int = 10
-    seed: int = 0
-
-    def __post_init__(self):
-        parts = self.minibatches * self.processes
-        if self.rows_per_update % parts:
-            raise InputError(
-                f"{self.rows_per_update} responses per update do not divide by {parts} (minibatches and processes)",
-                where="--prompts-per-update",
-                expected=f"with --samples, a multiple of {parts}",
-            )
-
-    @property
-    def rows_per_update(self) -> int:
-        """Responses of an update, over all processes."""
-        return self.prompts_per_update * self.samples
 
     @property
     def rows_per_pass(self) -> int:
-        """Rows of a forward pass on each process: the most up to `batch_size` that divide a minibatch."""
-        share = self.rows_per_update // self.minibatches // self.processes
-        return max(size for size in range(1, min(share, self.batch_size) + 1) if share % size == 0)
-
-    @property
-    def rows_sampled_at_once(self) -> int:
-        """Responses that each process samples in an update."""
-        return self.rows_per_update // self.processes
-
-    @property
-    def accumulation(self) -> int:
-        """Forward passes per optimizer step, on each process."""
-        return self.rows_sampled_at_once // self.minibatches // self.rows_per_pass
-
-    @property
-    def steps_per_update(self) -> int:
-        return self.epochs * self.minibatches
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the run."""
-        return self.updates * self.steps_per_update
-
-    @property
-    def episodes(self) -> int:
-        """Responses of the run."""
-        return self.updates * self.rows_per_update
+        """Rows of a forward pass on each process: the largest number up to `batch_size` that divides a minibatch."""
+        sizes = range(1, min(self.rows_per_step, self.batch_size) + 1)
+        return max(size for size in sizes if self.rows_per_step % size == 0)
 
     def trainer_arguments(self) -> dict:
         """What `common.trainer_arguments` takes for TRL."""
@@ -118,7 +66,7 @@ class Settings:
             "gradient_accumulation": self.accumulation,
             "max_steps": self.steps,
             "num_generations": self.samples,
-            "steps_per_generation": self.rows_sampled_at_once // self.rows_per_pass,
+            "steps_per_generation": self.rows_per_update // self.processes // self.rows_per_pass,
             "num_iterations": self.epochs,
             "max_completion_length": self.max_new_tokens,
             "temperature": self.temperature,

@@ -50,74 +50,29 @@ PASS_TOKENS = {"cpu": 32, "other": 2048}
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The algorithm's settings, and every count that follows from them.
+class Settings(updates.Settings):
+    """The algorithm's settings; those that GRPO has too, and the counts, are in `updates.Settings`.
 
     An update draws `prompts_per_update` prompts and one response to each. Every epoch goes once over these rows, in
     `minibatches` of equal size; each minibatch is one optimizer step, computed in forward passes of at most
     `batch_size` rows on each of the `processes`.
     """
 
-    updates: int = 100
     prompts_per_update: int = 128
     epochs: int = 4
-    minibatches: int = 1
-    batch_size: int = 8
-    generation_batch_size: int = 128
-    processes: int = 1
     learning_rate: float = 3e-6
-    value_learning_rate: float | None = None  # None: the policy's
     kl_coef: float = 0.05
+    generation_batch_size: int = 128
+    value_learning_rate: float | None = None  # None: the policy's
     kl_estimator: str = "k1"
-    kl_target: float | None = None  # None: kl_coef stays as it is
+    kl_target: float | None = None  # None: kl_coef is constant
     kl_horizon: int = 10_000
     clip_range: float = 0.2
     value_clip_range: float = 0.2
     vf_coef: float = 0.1
     gamma: float = 1.0
     lam: float = 0.95
-    temperature: float = 0.7
-    max_new_tokens: int = 256
-    missing_eos_penalty: float = 1.0
     scale_scores: bool = False
-    samples_every: int = 10
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, parts in (("minibatches", self.minibatches), ("processes", self.minibatches * self.processes)):
-            if self.prompts_per_update % parts:
-                raise InputError(
-                    f"{self.prompts_per_update} prompts do not divide by {parts} ({name})",
-                    where="--prompts-per-update",
-                    expected=f"a multiple of {parts}",
-                )
-
-    @property
-    def accumulation(self) -> int:
-        """Forward passes per optimizer step, on each process."""
-        return math.ceil(self.prompts_per_update / self.minibatches / self.processes / self.batch_size)
-
-    @property
-    def steps_per_update(self) -> int:
-        return self.epochs * self.minibatches
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the run."""
-        return self.updates * self.steps_per_update
-
-    @property
-    def episodes(self) -> int:
-        """Responses of the run."""
-        return self.updates * self.prompts_per_update
-
-    @property
-    def rows_per_pass(self) -> int:
-        return self.batch_size
-
-    @property
-    def rows_sampled_at_once(self) -> int:
-        return self.generation_batch_size
 
     def draw_prompts(self, update: int, count: int) -> list[int]:
         """The prompts of an update: all of them in a random order, then in another one, and so on.

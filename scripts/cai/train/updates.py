@@ -8,13 +8,14 @@ GRPO's and RLOO's is TRL's.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from cai.base import cli
-from cai.base.errors import CaiError
+from cai.base.errors import CaiError, InputError
 from cai.data import outputs, readers
 from cai.models import estimate, loading
 from cai.stats import drawing
@@ -70,6 +71,70 @@ FIGURES = {
 
 # What the manifest and the summary repeat from the last row.
 LAST_FIGURES = ("score", "kl", "response_length", "eos_rate", "entropy")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings that PPO and GRPO share, and every count that follows from them."""
+
+    updates: int = 100
+    prompts_per_update: int = 16
+    epochs: int = 1
+    minibatches: int = 1
+    batch_size: int = 8
+    processes: int = 1
+    learning_rate: float = 1e-6
+    kl_coef: float = 0.04
+    temperature: float = 0.7
+    max_new_tokens: int = 256
+    missing_eos_penalty: float = 1.0
+    samples_every: int = 10
+    seed: int = 0
+
+    samples = 1  # responses per prompt; no field, for PPO has no other number
+
+    def __post_init__(self):
+        parts = self.minibatches * self.processes
+        if self.rows_per_update % parts:
+            raise InputError(
+                f"{self.rows_per_update} responses per update do not divide by {parts} (minibatches and processes)",
+                where="--prompts-per-update",
+                expected=f"with {self.samples} per prompt, a multiple of {parts} responses",
+            )
+
+    @property
+    def rows_per_update(self) -> int:
+        """Responses of an update, over all processes."""
+        return self.prompts_per_update * self.samples
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, on each process."""
+        return self.rows_per_update // self.minibatches // self.processes
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Rows of a forward pass, on each process."""
+        return self.batch_size
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes per optimizer step, on each process."""
+        return math.ceil(self.rows_per_step / self.rows_per_pass)
+
+    @property
+    def steps_per_update(self) -> int:
+        return self.epochs * self.minibatches
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.updates * self.steps_per_update
+
+    @property
+    def episodes(self) -> int:
+        """Responses of the run."""
+        return self.updates * self.rows_per_update
 
 
 class Stopped(CaiError):
@@ -183,13 +248,13 @@ def summarise(output: str | Path, steps: int) -> dict:
     }
 
 
-def read_settings(kind, options: Mapping):
-    """The settings (a dataclass with `processes`) that the options of a command give."""
+def read_settings(kind: type[Settings], options: Mapping) -> Settings:
+    """The settings of PPO or of GRPO that the options of a command give."""
     names = kind.__dataclass_fields__.keys() & options.keys()
     return kind(**{name: options[name] for name in names}, processes=common.count_processes())
 
 
-def identify_settings(settings) -> dict:
+def identify_settings(settings: Settings) -> dict:
     """The settings that decide the result: a run stopped for want of memory may continue in smaller batches."""
     return {
         name: value
@@ -198,13 +263,12 @@ def identify_settings(settings) -> dict:
     }
 
 
-def plan(options, settings, prompts: Sequence[list[dict]], **models) -> dict:
+def plan(options, settings: Settings, prompts: Sequence[list[dict]], **more) -> dict:
     """What `--dry-run` reports: updates, optimizer steps, and `estimate.rl_plan`.
 
     Args:
         options: of the command.
-        settings: of PPO or of GRPO.
-        models: value_model and frozen, see `estimate.rl_plan`.
+        more: sampled, value_model and frozen, see `estimate.rl_plan`.
     """
     return {
         "prompts": len(prompts),
@@ -215,13 +279,12 @@ def plan(options, settings, prompts: Sequence[list[dict]], **models) -> dict:
             options.model,
             prompts,
             episodes=settings.episodes,
+            batch_size=settings.rows_per_pass,
             new_tokens=settings.max_new_tokens,
             epochs=settings.epochs,
-            batch_size=settings.rows_per_pass,
-            sampled=settings.rows_sampled_at_once,
             lora_rank=options.lora_rank if options.lora else None,
             gpu=options.gpu,
             device=options.device,
-            **models,
+            **more,
         ),
     }
