@@ -8,8 +8,6 @@ p = 1. Leaves out TRL's other losses, a held-out share (evaluate.py measures the
 the judge could not decide.
 """
 
-from types import SimpleNamespace
-
 import click
 
 from cai.base import cli, hashing
@@ -35,7 +33,7 @@ from cai.train.arguments import ABOVE_0, labels_option, training_options
     "--beta", type=ABOVE_0, default=0.1, show_default=True, help="How strongly the policy is kept near the reference."
 )
 @training_options(epochs=1, learning_rate=1e-6)
-def main(**arguments):
+def main(options):
     """Train a policy on preferences directly, with soft labels and no reward model.
 
     \b
@@ -43,7 +41,6 @@ def main(**arguments):
       python scripts/dpo.py --input preferences.jsonl --model runs/sft \\
           --output runs/dpo --learning-rate 1e-5
     """
-    options = SimpleNamespace(**arguments)
     reference_name = options.ref_model or options.model
     for name in (options.model, reference_name):
         loading.check_model(name)
@@ -68,17 +65,16 @@ def main(**arguments):
         return
 
     chat = loading.load_chat(options.model)
-    rows, counts["overlong"] = tokenize(pairs, chat, options.max_length)
+    # Left out here, because TRL would cut long pairs and train on responses without an end.
+    rows, counts["overlong"] = common.drop_overlong(tokenize(pairs, chat), row_length, options)
     policy, reference = run.load_policy(dropout=False), None
     for name in references:
         reference = run.load_policy(name, dropout=False)
         check_vocabulary(reference, policy, name)
-    lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
-    order = common.training_order(lengths, options.batch_size, options.epochs, options.seed)
     with run.folder:
-        arguments = run.arguments(beta=options.beta)
-        ordered = [rows[i] for i in order]
-        trainer = make_trainer(policy, reference, chat.tokenizer, ordered, arguments, options.output, run.adapters())
+        trainer = make_trainer(
+            policy, reference, chat.tokenizer, rows, run.arguments(beta=options.beta), options.output, run.adapters()
+        )
         counts |= run.train(trainer)
         common.save_trained(trainer, chat.tokenizer, options.output)
         run.finish({**counts, **last_figures(trainer.state.log_history)})
@@ -96,29 +92,26 @@ def check_vocabulary(reference, policy, name: str) -> None:
         )
 
 
-def tokenize(pairs: list[dict], chat, max_length: int) -> tuple[list[dict], int]:
-    """Token ids of the pairs. TRL would cut long ones, and train on responses without an end.
+def tokenize(pairs: list[dict], chat) -> list[dict]:
+    """Token ids of the pairs: rows of {prompt_ids, chosen_ids, rejected_ids, p_chosen}.
 
     Args:
         pairs: of `preferences.read_pairs`.
-        max_length: longest prompt and response, in tokens.
-    Returns:
-        (rows of {prompt_ids, chosen_ids, rejected_ids, p_chosen}, how many pairs were longer and are left out).
     """
-    rows, overlong = [], 0
+    rows = []
     for pair in pairs:
         messages = as_messages(pair["prompt"])
         prompt, chosen = encode(chat, messages, pair["chosen"])
         _, rejected = encode(chat, messages, pair["rejected"])
-        if len(prompt) + max(len(chosen), len(rejected)) > max_length:
-            overlong += 1
-            continue
         rows.append(
             {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "p_chosen": pair["p_chosen"]}
         )
-    if not rows:
-        raise InputError(f"all {overlong} pairs are longer", where="--max-length", remedy="Raise --max-length")
-    return rows, overlong
+    return rows
+
+
+def row_length(row: dict) -> int:
+    """Tokens of a pair's prompt and longer response."""
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
 def make_trainer(policy, reference, tokenizer, rows: list[dict], arguments: dict, output: str, adapters=None):

@@ -9,7 +9,6 @@ Leaves out rewards that are code, and a reference other than --model before trai
 """
 
 import math
-from types import SimpleNamespace
 
 import click
 
@@ -77,7 +76,7 @@ CERTAIN = 0.995
     metavar="FLAGS",
     help="TRL's own flags of GRPOConfig or RLOOConfig, in quotes: '--use_vllm true --vllm_mode colocate'.",
 )
-def main(**arguments):
+def main(options):
     """Train a policy by comparing its own responses to the same prompt: GRPO or RLOO.
 
     --kl-coef 0 trains without a reference, which is TRL's default for GRPO. --batch-size is lowered to the next
@@ -88,9 +87,8 @@ def main(**arguments):
       python scripts/grpo.py --input scripts/cai/tiny/prompts/train.jsonl --model runs/sft \\
           --reward-model runs/reward --output runs/grpo --updates 20 --learning-rate 1e-4
     """
-    options = SimpleNamespace(**arguments)
     check_usage(options)
-    source, settings = Source(options.inputs, limit=options.limit), updates.read_settings(grpo.Settings, arguments)
+    source, settings = Source(options.inputs, limit=options.limit), updates.read_settings(grpo.Settings, options)
     watch = alarms.Watch(alarms.limits(options.alarm), options.stop_on)
     question, references, reward_identity = read_reward(options, source)
     run = common.TrainingRun(
@@ -102,23 +100,13 @@ def main(**arguments):
             "algorithm": options.algorithm,
             **reward_identity,
             "trl": options.trl,
-            **updates.identify_settings(settings),
+            **updates.identify_settings(settings, options),
         },
         inputs=[*options.inputs, *filter(None, [options.against])],
         next_command=f"python scripts/evaluate.py --model {options.output} --input PROMPTS --output FIGURES",
     )
-    # Under LoRA the policy without its adapters is the reference.
-    frozen = [options.reward_model or options.judge, *([] if options.lora or not options.kl_coef else [options.model])]
     rows = list(source)
-    if run.report_if_done(
-        lambda: updates.plan(
-            options,
-            settings,
-            [as_messages(row["prompt"]) for row in rows],
-            sampled=settings.rows_per_update // settings.processes,
-            frozen=frozen,
-        )
-    ):
+    if run.report_if_done(lambda: plan(options, settings, rows)):
         return
 
     trainer_arguments = run.arguments(
@@ -136,10 +124,23 @@ def main(**arguments):
             common.run_trainer(trainer, options.output)
         finally:
             updates.draw_curves(options.output)
-        grpo.save_policy(trainer, policy, chat.tokenizer, options.output)
+        policy.generation_config = trainer.saved_generation_config
+        common.save_trained(trainer, chat.tokenizer, options.output)
         counts = updates.summarise(options.output, trainer.state.global_step)
-        engine = getattr(scorer, "engine", None)
-        run.finish({"prompts": source.count, **counts}, **local.fast_path(engine))
+        run.finish({"prompts": source.count, **counts}, **local.fast_path(getattr(scorer, "engine", None)))
+
+
+def plan(options, settings: grpo.Settings, rows: list[dict]) -> dict:
+    """What --dry-run reports."""
+    # Under LoRA the policy without its adapters is the reference.
+    reference = [] if options.lora or not options.kl_coef else [options.model]
+    return updates.plan(
+        options,
+        settings,
+        [as_messages(row["prompt"]) for row in rows],
+        sampled=settings.rows_per_update // settings.processes,
+        frozen=[options.reward_model or options.judge, *reference],
+    )
 
 
 def check_usage(options) -> None:

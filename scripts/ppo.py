@@ -10,7 +10,6 @@ takes the policy that did best on harmful and on other prompts, not the last one
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 
@@ -84,7 +83,7 @@ from cai.train.arguments import ppo_options, rl_options
     type=click.Choice(["tensorboard", "wandb", "trackio"]),
     help="Send the figures to a tracker as well, which must be installed. Repeatable.",
 )
-def main(**arguments):
+def main(options):
     """Train a policy against a reward model with PPO.
 
     \b
@@ -94,10 +93,9 @@ def main(**arguments):
     """
     from cai.train.ppo import PPOTrainer, Settings
 
-    options = SimpleNamespace(**arguments)
     for name in filter(None, (options.model, options.ref_model)):
         loading.check_model(name)
-    source, settings = Source(options.inputs, limit=options.limit), updates.read_settings(Settings, arguments)
+    source, settings = Source(options.inputs, limit=options.limit), updates.read_settings(Settings, options)
     watch, trackers = (
         alarms.Watch(alarms.limits(options.alarm), options.stop_on),
         common.check_trackers(options.report_to),
@@ -155,7 +153,7 @@ def identify(options, source: Source, settings, weights: dict[str, float], selec
         "ref_model": hashing.identity(options.ref_model or options.model),
         "input": source.digest,
         "value_head": options.value_head,
-        **updates.identify_settings(settings),
+        **updates.identify_settings(settings, options),
         **({"judge": rewards.identify(options.judge)} if options.judge else {}),
         **selecting,
         **({} if options.merge else {"merge": False}),

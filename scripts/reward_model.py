@@ -8,13 +8,11 @@ trained further. Beside the weights are `holdout.json` and `reliability.png`, th
 evaluate.py measures it on other pairs. Leaves out ensembles, and a separate loss for every source.
 """
 
-from types import SimpleNamespace
-
 import click
 
 from cai.base import cli, hashing
 from cai.data import preferences
-from cai.models import loading, scorer
+from cai.models import loading
 from cai.train import common, reward_model
 from cai.train.arguments import labels_option, training_options
 
@@ -70,7 +68,7 @@ from cai.train.arguments import labels_option, training_options
     help="Weight of a penalty that keeps the scores near 0; 0.01 is usual.",
 )
 @training_options(epochs=1, learning_rate=1e-5)
-def main(**arguments):
+def main(options):
     """Train a reward model on preferences with soft labels.
 
     With several files, --limit reads the first rows of each. Every row read is accounted for: train + held_out +
@@ -83,7 +81,6 @@ def main(**arguments):
     """
     from transformers import set_seed
 
-    options = SimpleNamespace(**arguments)
     loading.check_model(options.model, classifier=True)
     weights = reward_model.read_weights(options.inputs, options.mix)
     pairs, counts, digests = reward_model.read_sources(weights, options)
@@ -95,7 +92,7 @@ def main(**arguments):
         {
             "model": hashing.identity(options.model),
             "input": digests,
-            **{name: arguments[name] for name in names},
+            **{name: getattr(options, name) for name in names},
             **common.identify_options(options),
         },
         inputs=list(weights),
@@ -117,20 +114,16 @@ def main(**arguments):
         trainer = reward_model.make_trainer(
             model,
             chat.tokenizer,
-            rows,
+            [rows[i] for i in order],
             run.arguments(center_rewards_coefficient=options.center or None),
             options.output,
             run.adapters("SEQ_CLS"),
-            order=order,
             test_rows=test_rows,
             eval_steps=eval_steps,
             patience=options.patience,
         )
         counts |= run.train(trainer)
-        measures = reward_model.measure(reward_model.score_pairs(trainer, test_rows), test_rows) if test_rows else {}
-        # Also where none was fitted: the temperature of a reward model that is trained further would be saved again.
-        config = trainer.accelerator.unwrap_model(trainer.model).config
-        setattr(config, scorer.TEMPERATURE, measures.get("temperature", 1.0))
+        measures = reward_model.measure_holdout(trainer, test_rows)
         common.save_trained(trainer, chat.tokenizer, options.output)
         if measures:
             counts["holdout"] = reward_model.write_holdout(measures, options.output)

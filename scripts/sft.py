@@ -7,7 +7,6 @@ The loss is taken on the response and the token that ends it, never on the promp
 """
 
 from collections import Counter
-from types import SimpleNamespace
 
 import click
 
@@ -46,7 +45,7 @@ from cai.train.arguments import training_options
     help="Train on revisions with this flag too. Repeatable.",
 )
 @training_options(epochs=2, learning_rate=1e-5)
-def main(**arguments):
+def main(options):
     """Fine-tune a model on revised responses, with helpful ones mixed in.
 
     \b
@@ -54,7 +53,6 @@ def main(**arguments):
       python scripts/sft.py --input revised.jsonl --helpful helpful.jsonl \\
           --model tiny --output runs/sft --learning-rate 1e-3
     """
-    options = SimpleNamespace(**arguments)
     loading.check_model(options.model)
     rows, counts, digests = read_rows(
         options.inputs, options.helpful, options.rounds, frozenset(options.keep), options.limit
@@ -77,13 +75,12 @@ def main(**arguments):
         return
 
     chat = loading.load_chat(options.model)
-    token_rows, counts["overlong"] = tokenize(rows, chat, options.max_length)
+    token_rows, counts["overlong"] = common.drop_overlong(
+        tokenize(rows, chat), lambda row: len(row["input_ids"]), options
+    )
     policy = run.load_policy()
-    lengths = [len(row["input_ids"]) for row in token_rows]
-    order = common.training_order(lengths, options.batch_size, options.epochs, options.seed)
     with run.folder:
-        ordered = [token_rows[i] for i in order]
-        trainer = make_trainer(policy, chat.tokenizer, ordered, run.arguments(), options.output, run.adapters())
+        trainer = make_trainer(policy, chat.tokenizer, token_rows, run.arguments(), options.output, run.adapters())
         counts |= run.train(trainer)
         common.save_trained(trainer, chat.tokenizer, options.output)
         run.finish(counts)
@@ -158,26 +155,16 @@ def choose_revisions(row: dict, rounds: str, keep: frozenset[str]) -> tuple[list
     return (revisions[-1:] if rounds == "last" else revisions), flags
 
 
-def tokenize(rows: list[tuple[list[dict], str]], chat, max_length: int) -> tuple[list[dict], int]:
+def tokenize(rows: list[tuple[list[dict], str]], chat) -> list[dict]:
     """Token ids of the conversations, with a loss on the response alone.
 
     Args:
         rows: (prompt messages, response).
-        max_length: longest prompt and response, in tokens.
     Returns:
-        (rows of {input_ids, labels}, how many were longer and are left out); labels are -100, no loss, on the
-        prompt's tokens.
+        rows of {input_ids, labels}; labels are -100, no loss, on the prompt's tokens.
     """
-    token_rows, overlong = [], 0
-    for messages, response in rows:
-        prompt, answer = encode(chat, messages, response)
-        if len(prompt) + len(answer) > max_length:
-            overlong += 1
-        else:
-            token_rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-    if not token_rows:
-        raise InputError(f"all {overlong} rows are longer", where="--max-length", remedy="Raise --max-length")
-    return token_rows, overlong
+    encoded = [encode(chat, messages, response) for messages, response in rows]
+    return [{"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer} for prompt, answer in encoded]
 
 
 def make_trainer(policy, tokenizer, rows: list[dict], arguments: dict, output: str, adapters=None):

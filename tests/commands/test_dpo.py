@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import conftest
 import models
@@ -51,7 +52,7 @@ def trainer(tmp_path, pairs, *, family="qwen", beta=0.5, apart=False, adapters=N
     """A trainer over the pairs, in their order. apart: from a reference with other weights."""
     path = str(models.folder(family))
     chat = loading.load_chat(path)
-    rows, _ = command.tokenize(pairs, chat, 512)
+    rows = command.tokenize(pairs, chat)
     policy = loading.load_policy(path, dropout=False)
     other = str(models.build(family, tmp_path / "other", seed=1)) if apart else path
     reference = None if adapters else loading.load_policy(other, dropout=False)
@@ -172,8 +173,10 @@ def test_rows_as_the_judge_writes_them(tmp_path):
     pairs, counts, _ = preferences.read_pairs([str(path)], "soft", None)
     assert counts == {"rows": 4, "undecided": 1} and len(pairs) == 3
     chat = loading.load_chat(str(models.folder("qwen")))
-    rows, overlong = command.tokenize(pairs, chat, 100)
-    assert overlong == 1 and [row["p_chosen"] for row in rows] == [0.9, 0.9]
+    options = SimpleNamespace(max_length=100, batch_size=1, epochs=1, seed=0)
+    rows = command.tokenize(pairs, chat)
+    kept, overlong = common.drop_overlong(rows, command.row_length, options)
+    assert overlong == 1 and [row["p_chosen"] for row in kept] == [0.9, 0.9] and rows[2] not in kept
     assert rows[1]["prompt_ids"] == chat.encode(chat.render(turns))  # every turn is kept
     assert rows[0]["chosen_ids"][-1] == rows[0]["rejected_ids"][-1] == chat.stop_id
 
@@ -273,7 +276,7 @@ def test_bad_input_is_refused_and_nothing_written(invoke, tmp_path):
     cases = [
         ([pair(1), pair(2, p="high")], (), "2: p_chosen is 'high'"),
         ([undecided(1)], (), "no decided pair"),
-        ([pair(1)], ("--max-length", 4), "all 1 pairs are longer"),
+        ([pair(1)], ("--max-length", 4), "all 1 rows are longer"),
         ([pair(1)], ("--beta", 0), "--beta"),
         ([pair(1)], ("--device", "tpu"), "tpu"),
         ([pair(1)], ("--ref-model", tmp_path / "nowhere"), "nowhere"),

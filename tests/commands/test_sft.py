@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import conftest
 import models
 import pytest
 
+from cai.base.errors import InputError
 from cai.data import outputs, readers
 from cai.models import loading
 from cai.models.engine import Sampling
@@ -145,7 +147,7 @@ def test_no_revision_is_left(invoke, tmp_path):
 
 def trainer(tmp_path, rows, family="qwen", **settings):
     chat = loading.load_chat(str(models.folder(family)))
-    tokens, _ = sft.tokenize(rows, chat, 512)
+    tokens = sft.tokenize(rows, chat)
     arguments = common.trainer_arguments(
         tmp_path, **{"learning_rate": 1e-3, "batch_size": 4, "device": "cpu", **settings}
     )
@@ -194,11 +196,21 @@ def test_the_loss_is_that_of_the_response_alone(tmp_path, revised):
 def test_a_long_row_is_left_out_and_counted(revised):
     chat = loading.load_chat(str(models.folder("qwen")))
     rows, _, _ = sft.read_rows([str(revised)], [], "last", frozenset(), None)
-    every, none = sft.tokenize(rows, chat, 512)
+    every = sft.tokenize(rows, chat)
     longest = max(len(row["input_ids"]) for row in every)
-    kept, overlong = sft.tokenize(rows, chat, longest - 1)
-    assert none == 0 and overlong == 1
-    assert kept == [row for row in every if len(row["input_ids"]) < longest]
+    options = SimpleNamespace(max_length=longest, batch_size=1, epochs=1, seed=0)
+
+    def kept():
+        return common.drop_overlong(every, lambda row: len(row["input_ids"]), options)
+
+    assert kept()[1] == 0
+    options.max_length -= 1
+    shorter, overlong = kept()
+    assert overlong == 1
+    assert sorted(map(every.index, shorter)) == [i for i, row in enumerate(every) if len(row["input_ids"]) < longest]
+    options.max_length = 1
+    with pytest.raises(InputError, match="all 3 rows are longer"):
+        kept()
 
 
 # --- the command -----------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
     @click.command(cls=cli.Command)
     @training_options(epochs=2, learning_rate=1e-5)
-    def main(**options): ...
+    def main(options): ...
 
 Leaves out what one command alone takes.
 """
 
 from collections.abc import Callable
+from functools import wraps
+from types import SimpleNamespace
 
 import click
 
@@ -38,6 +40,11 @@ def add_options(*decorators: Callable) -> Callable:
         return function
 
     return decorate
+
+
+def take_options(function: Callable) -> Callable:
+    """Decorator: the command gets its options as one object, with an attribute for each."""
+    return wraps(function)(lambda **options: function(SimpleNamespace(**options)))
 
 
 lora_options = add_options(
@@ -88,6 +95,7 @@ def training_options(
         ),
         estimate.gpu_option,
         cli.options("device", "dtype", "seed", "limit", "json", "dry_run", "overwrite"),
+        take_options,
     )
 
 
@@ -168,6 +176,7 @@ def rl_options(
         alarms.options,
         estimate.gpu_option,
         cli.options("seed", "limit", "device", "dtype", "json", "dry_run", "overwrite"),
+        take_options,
     )
 
 

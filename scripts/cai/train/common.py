@@ -231,6 +231,22 @@ def _repeat_by_weight(rows: Sequence[int], weights: Sequence[float], draw: rando
     return sampled
 
 
+def drop_overlong(rows: list[dict], length: Callable[[dict], int], options) -> tuple[list[dict], int]:
+    """The rows that are not longer than --max-length, in the order to train on, and how many are longer.
+
+    Args:
+        length: of a row, in tokens.
+        options: have max_length, batch_size, epochs and seed.
+    Raises:
+        InputError: no row is left.
+    """
+    kept = [row for row in rows if length(row) <= options.max_length]
+    if not kept:
+        raise InputError(f"all {len(rows)} rows are longer", where="--max-length", remedy="Raise --max-length")
+    order = training_order(list(map(length, kept)), options.batch_size, options.epochs, options.seed)
+    return [kept[i] for i in order], len(rows) - len(kept)
+
+
 def trainer_arguments(
     output: str | Path,
     *,

@@ -194,21 +194,16 @@ class GroupLog(updates.UpdateLog):
         if not logs or "reward" not in logs:
             super().on_log(args, state, control, logs)
             return
-        row = {**rename_figures(logs, state.global_step, self.settings), "kl_coef": args.beta}
+        row = {name: logs[key] for name, key in TRL_NAMES.items() if logs.get(key) is not None}
+        row |= {"eos_rate": 1 - row["eos_rate"], "kl_coef": args.beta}
+        if "kl" in row:  # TRL's is per token
+            row["kl"] *= row["response_length"]
+        update = state.global_step // self.settings.steps_per_update
+        row = {"update": update, "episodes": update * self.settings.rows_per_update, **row}
         alarm = self.check(row, self.reward.conversations, self.reward.responses)
         super().on_log(args, state, control, row)
         if alarm:
-            self.stop(alarm, row["update"], args.output_dir)
-
-
-def rename_figures(logs: dict, step: int, settings: Settings) -> dict:
-    """TRL's figures of one update under the names of `updates.FIGURES`."""
-    row = {name: logs[key] for name, key in TRL_NAMES.items() if logs.get(key) is not None}
-    row["eos_rate"] = 1 - row["eos_rate"]
-    if "kl" in row:  # TRL's is per token
-        row["kl"] *= row["response_length"]
-    update = step // settings.steps_per_update
-    return {"update": update, "episodes": update * settings.rows_per_update, **row}
+            self.stop(alarm, update, args.output_dir)
 
 
 def make_trainer(
@@ -230,6 +225,8 @@ def make_trainer(
         scorer: see the module.
         watch: raises the alarms, and says which of them stop the run.
         adapters: a LoraConfig, or None.
+    Returns:
+        The trainer; its `saved_generation_config` is the policy's own, to be put back before it is saved.
     """
     import torch
     from datasets import Dataset
@@ -253,14 +250,6 @@ def make_trainer(
     # NaN weights are to be reported by the loss, whose error names the remedy, and not by the sampling.
     sampling = {"stop_token_ids": sorted(stops)} if config.use_vllm else {"remove_invalid_values": True}
     config.generation_kwargs = {**(config.generation_kwargs or {}), **sampling}
-    # Rendered here and not by TRL, so that text from a record can't end a turn.
-    texts = [chat.render(prompt.messages) for prompt in prompts]
-    drawn = settings.updates * settings.prompts_per_update
-    order = common.training_order([1] * len(prompts), 1, drawn / len(prompts), settings.seed)
-    rows = [
-        {"prompt": texts[i], "row": i, "update": position // settings.prompts_per_update}
-        for position, i in enumerate(order)
-    ]
     saved = policy.generation_config
     # Our own configuration: a checkpoint's sampling settings would act in addition to ours.
     policy.generation_config = GenerationConfig(eos_token_id=sorted(stops))
@@ -268,13 +257,25 @@ def make_trainer(
         model=policy,
         reward_funcs=reward,
         args=config,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(arrange_prompts(prompts, chat, settings)),
         processing_class=without_special_tokens(chat.tokenizer),
         peft_config=adapters,
         callbacks=[log],
     )
-    trainer.saved_generation_config = saved  # for `save_policy`
+    trainer.saved_generation_config = saved
     return trainer
+
+
+def arrange_prompts(prompts: Sequence[Prompt], chat: Chat, settings: Settings) -> list[dict]:
+    """The prompts of all updates, in their order, as rows of {prompt, row, update}."""
+    # Rendered here and not by TRL, so that text from a record can't end a turn.
+    texts = [chat.render(prompt.messages) for prompt in prompts]
+    drawn = settings.updates * settings.prompts_per_update
+    order = common.training_order([1] * len(prompts), 1, drawn / len(prompts), settings.seed)
+    return [
+        {"prompt": texts[i], "row": i, "update": position // settings.prompts_per_update}
+        for position, i in enumerate(order)
+    ]
 
 
 def without_special_tokens(tokenizer):
@@ -289,9 +290,3 @@ def without_special_tokens(tokenizer):
     copied = copy.copy(tokenizer)
     copied.__class__ = Plain
     return copied
-
-
-def save_policy(trainer, policy, tokenizer, output: str | Path) -> None:
-    """Save the trained policy with the generation settings of its checkpoint, and delete the states to resume from."""
-    policy.generation_config = trainer.saved_generation_config
-    common.save_trained(trainer, tokenizer, output)

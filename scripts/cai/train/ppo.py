@@ -358,8 +358,7 @@ class PolicyAndValue(nn.Module):
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **_):
         for model in (self.policy, self.value)[: 1 + self.has_value_model]:
             model = base_of(model)
-            is_renamed = hasattr(model, "activation_checkpointing_enable")
-            enable = model.activation_checkpointing_enable if is_renamed else model.gradient_checkpointing_enable
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable(activation_checkpointing_kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **_):
@@ -738,13 +737,13 @@ class PPOTrainer(Trainer):
         """Trainer's optimizer, with a separate learning rate for the value model."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            groups = {"policy": [], "value": []}
-            for name, weights in (self.model if model is None else model).named_parameters():
-                if weights.requires_grad:
-                    groups["value" if name.startswith("value.") else "policy"].append(weights)
             rate = self.settings.learning_rate
-            rates = {"policy": rate, "value": self.settings.value_learning_rate or rate}
-            self.optimizer = kind([{"params": groups[name], "lr": rates[name]} for name in groups], **options)
+            rates = {"policy.": rate, "value.": self.settings.value_learning_rate or rate}
+            trained = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
+            groups = [
+                {"params": [p for name, p in trained if name.startswith(part)], "lr": rates[part]} for part in rates
+            ]
+            self.optimizer = kind(groups, **options)
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -176,21 +176,18 @@ def make_trainer(
     output,
     adapters=None,
     *,
-    order: Sequence[int] | None = None,
     test_rows: Sequence[dict] = (),
     eval_steps: int = 0,
     patience: int = 0,
 ):
-    """TRL's RewardTrainer with the soft-label loss, over rows of `tokenize`.
+    """TRL's RewardTrainer with the soft-label loss, over rows of `tokenize` in their order.
 
     Args:
         arguments: of `common.trainer_arguments`.
-        order: row numbers in the order to train on; by default that of the rows.
         test_rows: held-out rows whose loss is evaluated every `eval_steps` optimizer steps (0: never).
         patience: stop after this many evaluations in a row that were not better than the best, and keep the weights
             of the best (0: train to the end). A state to resume from is then saved at each evaluation.
     """
-    from datasets import Dataset
     from transformers import EarlyStoppingCallback
     from trl import RewardConfig, RewardTrainer
     from trl.trainer.reward_trainer import DataCollatorForPreference
@@ -216,22 +213,13 @@ def make_trainer(
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
-    def make_dataset(rows: Sequence[dict]):
-        columns = ("chosen_ids", "rejected_ids", "p_chosen")
-        return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
-
-    callbacks = [common.MetricsLog(output, "reward model")]
-    if eval_steps:
-        arguments = {**arguments, "eval_strategy": "steps", "eval_steps": eval_steps}
-    if patience:
-        arguments |= stop_early(eval_steps)
-        callbacks.append(EarlyStoppingCallback(patience))
-    train_dataset = make_dataset(rows)
+    callbacks = [common.MetricsLog(output, "reward model"), *([EarlyStoppingCallback(patience)] if patience else [])]
+    arguments = {**arguments, **decide_evaluations(eval_steps, patience)}
     return SoftRewardTrainer(
         model=model,
         processing_class=tokenizer,
         peft_config=adapters,
-        train_dataset=train_dataset if order is None else train_dataset.select(order),
+        train_dataset=make_dataset(rows),
         eval_dataset=make_dataset(test_rows) if eval_steps else None,
         data_collator=common.soft_label_collator(DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)),
         # Every column is used: by default, Trainer drops those that the model does not know by name.
@@ -241,9 +229,23 @@ def make_trainer(
     )
 
 
-def stop_early(eval_steps: int) -> dict:
-    """Trainer's arguments for stopping early, with the best weights."""
+def make_dataset(rows: Sequence[dict]):
+    """The columns of `tokenize` that TRL and the loss read."""
+    from datasets import Dataset
+
+    columns = ("chosen_ids", "rejected_ids", "p_chosen")
+    return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
+
+
+def decide_evaluations(eval_steps: int, patience: int) -> dict:
+    """Trainer's arguments for evaluating, and for keeping the best weights with `patience`."""
+    if not eval_steps:
+        return {}
+    evaluating = {"eval_strategy": "steps", "eval_steps": eval_steps}
+    if not patience:
+        return evaluating
     return {
+        **evaluating,
         "save_strategy": "steps",
         "save_steps": eval_steps,
         "load_best_model_at_end": True,
@@ -252,6 +254,15 @@ def stop_early(eval_steps: int) -> dict:
         # The count of evaluations that were not better is saved too: a resumed run stops where an unbroken one does.
         "restore_callback_states_from_checkpoint": True,
     }
+
+
+def measure_holdout(trainer, rows: Sequence[dict]) -> dict:
+    """`measure` of the trained model, {} without rows; its temperature is put into the model's configuration."""
+    measures = measure(score_pairs(trainer, rows), rows) if rows else {}
+    # Also where none was fitted: the temperature of a reward model that is trained further would be saved again.
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    setattr(config, scorer.TEMPERATURE, measures.get("temperature", 1.0))
+    return measures
 
 
 def score_pairs(trainer, rows: Sequence[dict]) -> list[float]:

@@ -9,7 +9,7 @@ GRPO's and RLOO's is TRL's.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -75,7 +75,14 @@ LAST_FIGURES = ("score", "kl", "response_length", "eos_rate", "entropy")
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that PPO and GRPO share, and every count that follows from them."""
+    """The settings that PPO and GRPO share, and every count that follows from them.
+
+    Attributes:
+        rows_per_update: responses of an update, over all processes.
+        rows_per_step: rows of an optimizer step, on each process; rows_per_pass: of a forward pass.
+        accumulation: forward passes per optimizer step, on each process.
+        steps, episodes: optimizer steps and responses of the run.
+    """
 
     updates: int = 100
     prompts_per_update: int = 16
@@ -104,22 +111,18 @@ class Settings:
 
     @property
     def rows_per_update(self) -> int:
-        """Responses of an update, over all processes."""
         return self.prompts_per_update * self.samples
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of an optimizer step, on each process."""
         return self.rows_per_update // self.minibatches // self.processes
 
     @property
     def rows_per_pass(self) -> int:
-        """Rows of a forward pass, on each process."""
         return self.batch_size
 
     @property
     def accumulation(self) -> int:
-        """Forward passes per optimizer step, on each process."""
         return math.ceil(self.rows_per_step / self.rows_per_pass)
 
     @property
@@ -128,12 +131,10 @@ class Settings:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run."""
         return self.updates * self.steps_per_update
 
     @property
     def episodes(self) -> int:
-        """Responses of the run."""
         return self.updates * self.rows_per_update
 
 
@@ -248,19 +249,16 @@ def summarise(output: str | Path, steps: int) -> dict:
     }
 
 
-def read_settings(kind: type[Settings], options: Mapping) -> Settings:
+def read_settings(kind: type[Settings], options) -> Settings:
     """The settings of PPO or of GRPO that the options of a command give."""
-    names = kind.__dataclass_fields__.keys() & options.keys()
-    return kind(**{name: options[name] for name in names}, processes=common.count_processes())
+    names = kind.__dataclass_fields__.keys() & vars(options).keys()
+    return kind(**{name: getattr(options, name) for name in names}, processes=common.count_processes())
 
 
-def identify_settings(settings: Settings) -> dict:
-    """The settings that decide the result: a run stopped for want of memory may continue in smaller batches."""
-    return {
-        name: value
-        for name, value in asdict(settings).items()
-        if name != "processes" and not name.endswith("batch_size")
-    }
+def identify_settings(settings: Settings, options) -> dict:
+    """The options that decide the result: a run that ran out of memory may continue in smaller batches."""
+    names = asdict(settings).keys() & vars(options).keys()
+    return {name: getattr(options, name) for name in names if not name.endswith("batch_size")}
 
 
 def plan(options, settings: Settings, prompts: Sequence[list[dict]], **more) -> dict:
