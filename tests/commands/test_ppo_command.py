@@ -104,6 +104,7 @@ def test_the_policy_is_a_model_to_go_on_with(invoke, common, tmp_path):
     # Settings of the checkpoint, which the sampling of the rollouts must not see, are still there.
     assert json.loads((folder / "generation_config.json").read_text())["repetition_penalty"] == 1.5
     manifest = json.loads((tmp_path / "policy.run.json").read_text())
+    assert manifest["fast_path"] is True
     assert manifest["status"] == "done" and manifest["fingerprint"]["kl_coef"] == 0.05
 
     again = invoke("ppo", *common, "--json")
