@@ -486,6 +486,8 @@ def ablate(
         raise InputError(
             "--by judge without --judge MODEL", remedy="Name the judge, or for prompts of tiny.py say --by oracle"
         )
+    if judge:
+        check_model(judge)
     loaded = load_constitution(constitution)
     left_out = [p.id for p in _chosen(loaded, principles)]
     reduced = {name: loaded.without(name) for name in left_out}

@@ -17,7 +17,8 @@ from cai.constitution.files import Constitution
 from cai.constitution.templates import load_template
 from cai.data.rounds import current_response
 from cai.evaluate import rates
-from cai.models.engine import Sampling
+from cai.models.choice import choose, probabilities
+from cai.models.engine import Engine, Request, Sampling
 from cai.stats import intervals
 from cai.steps.flags import flags
 
@@ -27,52 +28,48 @@ LABELS = ("A", "B")
 # --- coverage -----------------------------------------------------------------------------------------------
 
 
-def coverage(engine, prompts: Sequence[dict], constitution: Constitution, threshold: float) -> Iterator[dict]:
+def coverage(engine: Engine, prompts: Sequence[dict], constitution: Constitution, threshold: float) -> Iterator[dict]:
     """{id, prompt, covered, by: {principle: probability}, label_mass} of each prompt, in order.
 
     Each principle is asked about in two orders of the answers, and the probabilities of "it speaks to the prompt",
     normalised over the two labels, are averaged: a bent for one letter cancels out.
 
     Args:
-        engine: has `score`.
         prompts: rows with id and prompt.
         threshold: a principle speaks to a prompt at this probability or above.
 
-    A prompt too long for the model's context has `covered` None and no probabilities.
+    A prompt about which the judge makes no choice (it is too long, for example) has `covered` None and no
+    probabilities.
     """
     template = load_template("coverage")
     # By principle, so that what its questions begin with is read once.
-    asked = [
-        (place, principle, swapped)
+    requests = (
+        Request(
+            (number, principle.id, swapped), template.render(principle=principle, prompt=row["prompt"], swapped=swapped)
+        )
         for principle in constitution.principles
         for swapped in (False, True)
-        for place in range(len(prompts))
-    ]
-    questions = (
-        template.render(principle=principle, prompt=prompts[place]["prompt"], swapped=swapped)
-        for place, principle, swapped in asked
+        for number, row in enumerate(prompts)
     )
     by: list[dict[str, float]] = [{} for _ in prompts]
-    masses, too_long = [0.0] * len(prompts), set()
-    for index, logprobs in engine.score(questions, LABELS):
-        place, principle, swapped = asked[index]
+    masses, unread = [0.0] * len(prompts), set()
+    for request, logprobs in choose(engine, requests, LABELS):
+        number, principle_id, swapped = request.key
         if logprobs is None:
-            too_long.add(place)
+            unread.add(number)
             continue
-        first = 0.5 + 0.5 * math.tanh((logprobs[0] - logprobs[1]) / 2)
-        yes = 1 - first if swapped else first
-        by[place][principle.id] = by[place].get(principle.id, 0.0) + yes / 2
-        masses[place] += sum(map(math.exp, logprobs)) / (2 * len(constitution.principles))
-    for place, row in enumerate(prompts):
-        said = {} if place in too_long else {name: round(p, 4) for name, p in by[place].items()}
-        found = dict(sorted(said.items(), key=lambda one: -one[1]))
-        covered = None if place in too_long else any(p >= threshold for p in found.values())
+        yes = probabilities(logprobs)[1 if swapped else 0]
+        by[number][principle_id] = by[number].get(principle_id, 0.0) + yes / 2
+        masses[number] += sum(map(math.exp, logprobs)) / (2 * len(constitution.principles))
+    for number, row in enumerate(prompts):
+        shares = {} if number in unread else {name: round(p, 4) for name, p in by[number].items()}
+        shares = dict(sorted(shares.items(), key=lambda item: -item[1]))
         yield {
             "id": row["id"],
             "prompt": row["prompt"],
-            "covered": covered,
-            "by": found,
-            "label_mass": None if place in too_long else round(masses[place], 4),
+            "covered": None if number in unread else any(p >= threshold for p in shares.values()),
+            "by": shares,
+            "label_mass": None if number in unread else round(masses[number], 4),
         }
 
 
@@ -123,7 +120,7 @@ def without_each(rows: Iterable[dict], left_out: Sequence[str]) -> Iterator[dict
 
 
 def redo(
-    engine, rows: list[dict], constitutions: dict[str, Constitution], sampling: Sampling, seed: int
+    engine: Engine, rows: list[dict], constitutions: dict[str, Constitution], sampling: Sampling, seed: int
 ) -> Iterator[dict]:
     """Rows of `without_each` with their rounds completed under `constitutions[left_out]`.
 
@@ -133,9 +130,12 @@ def redo(
     critique, revise = load_template("critique"), load_template("revise")
 
     def ask(command, render):
-        seeds = [hashed_seed(command, seed, row["original"], len(row["rounds"])) for row in active]
-        made = dict(engine.generate([render(row) for row in active], sampling, seeds))
-        return [(row, made[place]) for place, row in enumerate(active) if not made[place].lost]
+        requests = [
+            Request(row["id"], render(row), hashed_seed(command, seed, row["original"], len(row["rounds"])))
+            for row in active
+        ]
+        answers = {request.key: generation for request, generation in engine.generate(requests, sampling)}
+        return [(row, answers[row["id"]]) for row in active if not answers[row["id"]].lost]
 
     def principle(row):
         if row["rounds"] and row["rounds"][-1].get("revision") is None:

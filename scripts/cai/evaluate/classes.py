@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from cai.base.errors import InputError, shorten
 from cai.constitution.templates import load_template
 from cai.evaluate import rates
-from cai.models.choice import choose_letter
-from cai.models.loading import check_model, split_endpoint
+from cai.models.choice import choose
+from cai.models.engine import Engine, RowRequest
+from cai.models.loading import check_model, find_model, split_endpoint
 from cai.world.oracle import classify
 
 # The letters of templates/classify.jinja. Declining a harmless request is one thing, however it is done.
@@ -61,14 +62,18 @@ def by_oracle(rows: Iterable[dict]) -> Iterator[tuple[dict, dict]]:
         yield row, {"class": classify(row, row["response"])}
 
 
-def by_judge(rows: Iterable[dict], engine) -> Iterator[tuple[dict, dict]]:
-    """Each row with the class whose letter the judge finds likeliest; None if it is too long for the judge.
+def by_judge(rows: Iterable[dict], engine: Engine) -> Iterator[tuple[dict, dict]]:
+    """Each row with the class whose letter the judge finds likeliest; None where the judge made no choice.
 
     `letter_mass` is the probability of all the letters together: where it is far below 1, the judge would
     have said something else, and its choice means little. A server without log-probabilities writes its letter.
     """
-    template = load_template("classify" if getattr(engine, "scores_choices", True) else "classify_answer")
-    for row, logprobs in choose_letter(engine, template, rows, list(LETTERS)):
+    template = load_template("classify" if engine.scores_choices else "classify_answer")
+    requests = [
+        RowRequest(row["id"], template.render(prompt=row["prompt"], response=row["response"]), row=row) for row in rows
+    ]
+    for request, logprobs in choose(engine, requests, list(LETTERS)):
+        row = request.row
         if logprobs is None:
             yield row, {"class": None, "letter_mass": None}
             continue
@@ -86,6 +91,8 @@ def check_readers(by: str, judge: str | None, classifier: str | None) -> None:
         )
     if judge:
         check_model(split_endpoint(judge)[0])
+    if classifier:
+        find_model(classifier)
     if classifier and judge:
         raise InputError("--classifier and --judge", remedy="One reads the responses")
 

@@ -7,13 +7,14 @@ its prose is not searched for words. Leaves out which principle deserves the cre
 the first has mended the second can't. `constitution.py ablate` asks that.
 """
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 from cai.constitution.files import Constitution
 from cai.constitution.templates import load_template
 from cai.evaluate.rates import UNSAFE
+from cai.models.choice import choose, probabilities
+from cai.models.engine import Engine, RowRequest
 from cai.stats import intervals
 
 LETTERS = ("A", "B")  # of the template: a fault is found, none is
@@ -47,18 +48,20 @@ def critiques(rows: Iterable[dict]) -> Iterator[dict]:
             }
 
 
-def found(engine, rows: Iterable[dict]) -> Iterator[dict]:
-    """Each critique with `fault`, True or False, and `p_fault`; None for one that is too long for the judge."""
+def found(engine: Engine, rows: Iterable[dict]) -> Iterator[dict]:
+    """Each critique with `fault`, True or False, and `p_fault`; None where the judge made no choice."""
     template = load_template("classify_critique")
-    rows = list(rows)
-    questions = [template.render(**{key: row[key] for key in ("prompt", "response", "critique")}) for row in rows]
-    for index, logprobs in engine.score(questions, list(LETTERS)):
-        if logprobs is None or max(logprobs) == -math.inf:
-            p = None
-        else:
-            yes, no = (math.exp(one - max(logprobs)) for one in logprobs)
-            p = yes / (yes + no)
-        yield {**rows[index], "fault": None if p is None else p > 0.5, "p_fault": p}
+    requests = [
+        RowRequest(
+            row["id"],
+            template.render(prompt=row["prompt"], response=row["response"], critique=row["critique"]),
+            row=row,
+        )
+        for row in rows
+    ]
+    for request, logprobs in choose(engine, requests, LETTERS):
+        p = None if logprobs is None else probabilities(logprobs)[0]
+        yield {**request.row, "fault": None if p is None else p > 0.5, "p_fault": p}
 
 
 def figures(
