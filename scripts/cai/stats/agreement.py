@@ -2,9 +2,9 @@
 
     labels = combine("dawid-skene", [[0.9, 0.8, 0.3], [0.2, 0.4, None]])
 
-One row a pair, one column a judge: the probability that response_a is better, after averaging both orders; None
+One row per pair, one column per judge: the probability that response_a is better, after averaging both orders; None
 where a judge gave no readable verdict. Everything is symmetric in a and b, since averaging the orders makes each
-judge so: calling the responses by each other's name turns every label p into 1 − p and changes nothing else.
+judge symmetric: exchanging the names of the responses turns every label p into 1 − p and changes nothing else.
 
 Memory holds how often each pattern of votes occurs, not the rows. Leaves out judges' dependence on each other
 (two checkpoints of one model err together, and Dawid–Skene then takes their agreement for evidence), how hard a pair
@@ -59,9 +59,9 @@ class DawidSkene:
 
     Each pair has a true, unseen answer; a judge gives a vote of one of four strengths, right or wrong, with
     probabilities of its own, independently of the others. Expectation maximisation finds them from the votes alone.
-    Against the original: the two answers are treated alike (see the module), which halves what is to be learnt, and
-    votes have strengths, so that a judge that errs when it is unsure is trusted when it is sure. Each count starts
-    with one right and one wrong vote, so that a few rows prove nothing.
+    Two things differ from the original: the two answers are treated alike (see the module), which halves the number
+    of parameters, and votes have strengths, so that a judge that errs when it is unsure is trusted when it is sure.
+    Each count starts with one right and one wrong vote, so that a few rows prove nothing.
 
     It begins from the mean vote, and so takes the majority to be right more often than not. Where most judges are
     worse than chance no method without gold labels can tell.
@@ -79,7 +79,7 @@ class DawidSkene:
         for _ in range(1000):
             self._count(patterns, beliefs, judges)
             updated = {pattern: self._belief(pattern) for pattern in patterns}
-            moved = max((abs(updated[one] - beliefs[one]) for one in patterns), default=0.0)
+            moved = max((abs(updated[pattern] - beliefs[pattern]) for pattern in patterns), default=0.0)
             beliefs = updated
             if moved < 1e-9:
                 break
@@ -92,7 +92,7 @@ class DawidSkene:
         return None if all(p is None for p in labels) else self._belief(tuple(map(binary_vote, labels)))
 
     def _count(self, patterns: Counter, beliefs: dict, judges: int) -> None:
-        """[right, wrong] for each judge and strength, as far as is believed."""
+        """Set the counts [right, wrong] of each judge and strength that the beliefs imply."""
         self._seen = [[[1.0, 1.0] for _ in range(len(_STRENGTHS) + 1)] for _ in range(judges)]
         for pattern, n in patterns.items():
             for judge, vote in enumerate(pattern):
@@ -112,7 +112,7 @@ class DawidSkene:
 
 
 def binary_vote(p: float | None) -> int:
-    """+1 to +4 for response_a, −1 to −4 for response_b, by strength; 0 where the judge has or says nothing."""
+    """+1 to +4 for response_a, −1 to −4 for response_b, by strength; 0 without a label or at 0.5."""
     if p is None or p == 0.5:
         return 0
     strength = 1 + bisect_right(_STRENGTHS, max(p, 1 - p))
