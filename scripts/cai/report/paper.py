@@ -41,8 +41,7 @@ Points = tuple[dict, Callable[[], list[dict]]]
 @dataclass(frozen=True)
 class PaperFigure:
     """points: (run folders, options of figures.py) to (settings that decide the figure, a function that makes the
-    rows). Rows: {series, x, value, low, high, n}, and for a plane x_low and x_high. several: how many run folders at
-    least; 0 for exactly one."""
+    rows). Rows: {series, x, value, low, high, n}, and for a plane x_low and x_high."""
 
     title: str
     x: str
@@ -50,11 +49,10 @@ class PaperFigure:
     points: Callable[[Sequence[str], object], Points]
 
 
-def _collect(folders: Sequence[str], least: int = 1, most: int | None = None) -> list[run_folder.Run]:
-    """The runs. InputError for too few, too many, or two whose folders have the same name, which names their lines."""
-    if len(folders) < least or (most is not None and len(folders) > most):
-        expected = f"{least} or more" if most is None else "one"
-        raise InputError(f"{len(folders)} run folders", where="--run", expected=expected)
+def _collect(folders: Sequence[str], least: int = 1) -> list[run_folder.Run]:
+    """The runs. InputError for too few, or two whose folders have the same name: the figure names runs by it."""
+    if len(folders) < least:
+        raise InputError(f"{len(folders)} run folders", where="--run", expected=f"{least} or more")
     runs = [run_folder.collect(folder) for folder in folders]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
@@ -63,12 +61,19 @@ def _collect(folders: Sequence[str], least: int = 1, most: int | None = None) ->
     return runs
 
 
+def _collect_single(folders: Sequence[str]) -> run_folder.Run:
+    if len(folders) > 1:
+        expected = "one; figures 6, 7, 9 and 10 take several"
+        raise InputError(f"{len(folders)} run folders", where="--run", expected=expected)
+    return run_folder.collect(folders[0])
+
+
 # --- 2: the plane -------------------------------------------------------------------------------------------
 
 
 def plane(folders: Sequence[str], options) -> Points:
     """The Elo scores of compare.py that lie in the run folder."""
-    [run] = _collect(folders, most=1)
+    run = _collect_single(folders)
     comparisons = [rates for _, rates in run.others if figures.elo_points(rates)]
     if len(comparisons) != 1:
         raise InputError(
@@ -85,7 +90,7 @@ def plane(folders: Sequence[str], options) -> Points:
 
 def scores_by_kind(folders: Sequence[str], options) -> Points:
     """One line per kind of prompt of one run."""
-    return _score_rounds(_collect(folders, most=1), options, lambda run, row: row.get("kind") or "all prompts")
+    return _score_rounds([_collect_single(folders)], options, lambda run, row: row.get("kind") or "all prompts")
 
 
 def scores_by_constitution(folders: Sequence[str], options) -> Points:

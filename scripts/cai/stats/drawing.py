@@ -10,7 +10,7 @@ opened.
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -37,6 +37,8 @@ _STYLE = {
     "axes.edgecolor": INK,
     "xtick.color": INK,
     "ytick.color": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": INK,
     "grid.alpha": 0.15,
     "axes.facecolor": PAPER,
@@ -71,11 +73,14 @@ class Picture:
     svg: str
     png: bytes
 
+    def save_png(self, path: str | Path) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(self.png)
+
     def save(self, folder: str | Path, stem: str | None = None) -> None:
         """Write <stem>.svg and <stem>.png into the folder; the stem is by default the picture's name."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.save_png(Path(folder, f"{stem or self.name}.png"))
         Path(folder, f"{stem or self.name}.svg").write_text(self.svg, encoding="utf-8")
-        Path(folder, f"{stem or self.name}.png").write_bytes(self.png)
 
     @property
     def inline(self) -> str:
@@ -99,12 +104,12 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 @contextmanager
-def _canvas(height: float, width: float = WIDTH, rows: int = 1, columns: int = 1, **grid) -> Iterator[tuple]:
-    """(matplotlib's figure, its axes of shape (rows, columns)), in the style of all pictures."""
+def _canvas(height: float, width: float = WIDTH, rows: int = 1, columns: int = 1, lines: str = "both", **grid):
+    """(matplotlib's figure, its axes of shape (rows, columns)), in the style of all pictures; lines: of the grid."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context({**_STYLE, "axes.grid.axis": lines}):
         canvas = Figure(figsize=(width, height), layout="constrained")
         yield canvas, canvas.subplots(rows, columns, squeeze=False, **grid)
 
@@ -163,11 +168,11 @@ def ranges(name: str, title: str, rows: Sequence[Mapping], *, x: str, says: str)
         }
         for row in rows
     ]
-    with _canvas(0.9 + 0.36 * len(labels)) as (canvas, ((axes,),)):
+    with _canvas(0.9 + 0.36 * len(labels), lines="x") as (canvas, ((axes,),)):
         _plot(canvas, axes, dots, linestyle="", elinewidth=1.5)
-        axes.set_yticks(range(len(labels)), labels)
-        axes.set(xlim=(-3, 103), xlabel=x, ylim=(len(labels) - 0.4, -0.6))
-        axes.grid(axis="x")
+        axes.set(
+            xlim=(-3, 103), xlabel=x, yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.4, -0.6)
+        )
         return _finish(canvas, name, title, says)
 
 
@@ -184,7 +189,6 @@ def plane(name: str, title: str, rows: Sequence[Mapping], *, x: str, y: str, say
         axes.plot(*zip(*best, strict=True), linestyle="--", linewidth=1, color=INK, alpha=0.5, zorder=0)
         axes.set(xlabel=x, ylabel=y, **limits)
         axes.locator_params(axis="x", nbins=6, integer=True)
-        axes.grid()
         names = ", ".join(rows[i]["series"] for i in front)
         return _finish(canvas, name, title, f"{says}. On the front (nothing is better in both): {names}.")
 
@@ -198,7 +202,7 @@ def lines(
     """
     positions = sorted({row["x"] for row in rows})
     labels = {row["x"]: fill(row["label"], 10) for row in rows if row.get("label")}
-    with _canvas(3.4) as (canvas, ((axes,),)):
+    with _canvas(3.4, lines="y") as (canvas, ((axes,),)):
         _plot(canvas, axes, sorted(rows, key=lambda row: row["x"]))
         axes.set_xticks(positions, [labels.get(position, f"{position:g}") for position in positions])
         axes.margins(x=0.08)
@@ -207,7 +211,6 @@ def lines(
             margin = 0.03 * (limits[1] - limits[0])
             axes.set_ylim(limits[0] - margin, limits[1] + margin)
             axes.locator_params(axis="y", integer=True)
-        axes.grid(axis="y")
         return _finish(canvas, name, title, says or _words(rows))
 
 
@@ -220,7 +223,7 @@ def _words(rows: Iterable[Mapping]) -> str:
 
 def histogram(name: str, title: str, values: Sequence[float], edges: Sequence[float], *, x: str, y: str) -> Picture:
     """How many values lie between each two edges."""
-    with _canvas(2.6) as (canvas, ((axes,),)):
+    with _canvas(2.6, lines="y") as (canvas, ((axes,),)):
         counts, *_ = axes.hist(values, bins=edges, color=COLOURS[1], edgecolor=PAPER)
         axes.set(xlabel=x, ylabel=y, xlim=(edges[0], edges[-1]))
         bars = (f"{low:.2f} to {high:.2f}: {n:.0f}" for low, high, n in zip(edges, edges[1:], counts, strict=False))
@@ -248,7 +251,6 @@ def _plot_calibration(canvas, axes, rows: Sequence[Mapping]) -> None:
         x, y = ([row[field] for row in points] for field in ("x", "value"))
         axes.scatter(x, y, sizes, alpha=0.75, color=colour, linewidths=0, zorder=3)
     axes.set(ylim=(-0.03, 1.04), xlim=(min([0.48, *(row["x"] - 0.02 for row in rows)]), 1.03))
-    axes.grid()
 
 
 def reliability(path: str | Path, calibration: Mapping, title: str) -> None:
@@ -274,12 +276,7 @@ def reliability(path: str | Path, calibration: Mapping, title: str) -> None:
             edgecolor=PAPER,
         )
         below.set(xlabel="probability", ylabel="rows")
-        _write(path, _finish(canvas, "reliability", title, _words(rows)))
-
-
-def _write(path: str | Path, picture: Picture) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(picture.png)
+        _finish(canvas, "reliability", title, _words(rows)).save_png(path)
 
 
 def panels(
@@ -318,11 +315,12 @@ def panels(
             axes.set_title(fields[field])
             axes.margins(x=0.03)
             axes.locator_params(axis="x", nbins=5, integer=True, min_n_ticks=1)
-            axes.grid()
             other = (beside or {}).get(field)
             if other and (second := _points(rows, along, other)):
                 axes.set_title(f"{fields[field]} (blue), {other} (orange)")
-                _plot_curve(axes.twinx(), second, COLOURS[2])
+                twin = axes.twinx()
+                twin.grid(False)
+                _plot_curve(twin, second, COLOURS[2])
         canvas.supxlabel(along, fontsize=10)
         if heading:
             canvas.suptitle(heading)
@@ -351,4 +349,4 @@ def curves(path: str | Path, rows: Sequence[Mapping], title: str) -> None:
     alarms = [row["update"] for row in rows if row.get("alarms")]
     shape = {"columns": 3, "width": 11, "beside": {"score": "judge"}, "heading": title}
     if picture := panels("curves", title, rows, _UPDATES, along="update", alarms=alarms, **shape):
-        _write(path, picture)
+        picture.save_png(path)
