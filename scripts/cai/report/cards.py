@@ -14,7 +14,7 @@ from markupsafe import Markup
 from cai.base.paths import model_path
 from cai.evaluate.rates import KINDS, RATES
 from cai.report import run_folder
-from cai.report.escaping import MARK, environment
+from cai.report.escaping import MARK, environment, file_name
 from cai.report.run_folder import Run, Training
 
 PURPOSES = {
@@ -75,11 +75,6 @@ def card_of(path: Path) -> str:
         if training.name == path.name:
             return model_card(run, training)
     return dataset_card(run, path.name, "preferences")
-
-
-def file_name(name: str) -> str:
-    """The name as a part of a file name."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "unnamed"
 
 
 def hub_id(model: str | None) -> str | None:

@@ -6,10 +6,10 @@
 Leaves out how a picture is drawn (stats/drawing.py) and the figures of the paper (paper.py).
 """
 
-import re
 from collections.abc import Mapping
 
 from cai.evaluate.rates import RATES
+from cai.report.escaping import file_name
 from cai.report.run_folder import Run, Training, p_a, rounds
 from cai.stats import drawing, tables
 from cai.stats.drawing import Picture
@@ -117,7 +117,7 @@ def elo_plane(name: str, title: str, rows: list[dict]) -> Picture:
 def _elo_planes(run: Run) -> list[Picture]:
     """One plane per comparison of policies in the folder."""
     return [
-        elo_plane(f"elo-{slug(name)}", "Policies against each other, judged in pairs", rows)
+        elo_plane(f"elo-{file_name(name)}", "Policies against each other, judged in pairs", rows)
         for name, rates in run.others
         if len(rows := elo_points(rates)) > 1
     ]
@@ -156,11 +156,6 @@ def _training(training: Training) -> Picture | None:
     """The curves of CURVES that the log has."""
     along = "update" if any("update" in row for row in training.rows) else "step"
     fields = {field: field.replace("_", " ") for field in CURVES.get(training.command, ())}
-    name, title = f"training-{slug(training.name)}", f"Training: {training.name}"
+    name, title = f"training-{file_name(training.name)}", f"Training: {training.name}"
     alarms = [step for step, _ in training.alarms]
     return drawing.panels(name, title, training.rows, fields, along=along, alarms=alarms)
-
-
-def slug(name: str) -> str:
-    """The name as a part of a file name: letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "model"
