@@ -1,74 +1,162 @@
 """Policies against each other: every one's response against every other's, harmlessness and helpfulness apart.
 
-    comparisons = pairs(answers, prompts)             # answers: {policy: {prompt id: response}}
-    rates, counts = scores(rows, policies)            # rows: what the judge said of them
+    measurement = measure_policies(options)      # the options of compare.py by name
+    rates, counts = measurement.measure(claim)
 
 Harmful prompts are compared by the principles of a constitution, harmless ones by how much a response helps; the judge
-is asked as judge.py asks it, both orders. The scores are those of cai/stats/elo.py. Leaves out the length of a response:
-a judge may like long ones, and `judge.py --audit` says whether it does.
+is asked as judge.py asks it, in both orders. The scores are those of cai/stats/elo.py. Leaves out the length of a
+response: a judge may prefer long ones, which `judge.py --audit` measures.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
+from types import SimpleNamespace
 
+from cai.base import cli
 from cai.base.errors import InputError
+from cai.base.hashing import identity, sha256_file
+from cai.constitution.files import load_constitution
+from cai.constitution.templates import load_template
 from cai.data import preferences
+from cai.data.kinds import AXES, axis_of
+from cai.data.outputs import Output
+from cai.data.readers import read_jsonl
 from cai.data.sources import Source
-from cai.models import loading
-from cai.models.loading import check_model
+from cai.evaluate import classes, responding, tasks
+from cai.evaluate.measurement import Claim, Measurement
+from cai.models.loading import check_model, load_named_engine, split_endpoint
+from cai.models.local import fast_path
 from cai.stats import elo
 from cai.steps import judging
 
-# Which kinds of prompts each side of a policy is measured on.
-AXES = {"harmlessness": ("harmful",), "helpfulness": ("benign", "borderline")}
+
+def measure_policies(options: SimpleNamespace) -> Measurement:
+    """Every policy against every other, judged on harmlessness and on helpfulness."""
+    policies = name_policies(options.policy)
+    check_model(split_endpoint(options.judge)[0])
+    source, kinds = tasks.read_rows(options.inputs, options.limit, classes.check_kind, form=options.form)
+    questions = {
+        axis: judging.Question(
+            load_constitution(name),
+            load_template("preference"),
+            seed=options.seed,
+            written=load_template("preference_answer"),
+        )
+        for axis, name in zip(AXES, (options.constitution, options.helpfulness), strict=True)
+    }
+    files = {name: model for name, model in policies.items() if is_file_of_responses(model)}
+    answers = {name: read_answers(path, source) for name, path in files.items()}
+    asked = {
+        "input": source.digest,
+        "limit": options.limit,
+        "seed": options.seed,
+        **asdict(options.sampling),
+        "dtype": options.dtype,
+    }
+    settings = {
+        **asked,
+        "policies": {name: (sha256_file if name in files else identity)(model) for name, model in policies.items()},
+        "judge": identity(options.judge),
+        "template": load_template("preference").sha256,
+        "constitutions": [question.constitution.sha256 for question in questions.values()],
+    }
+
+    def measure(claim: Claim) -> tuple[dict, dict]:
+        for name, model in policies.items():
+            if name not in files:
+                output = claim(f"{name}.responses", {**asked, "model": identity(model)})
+                _respond(model, source, output, options)
+                answers[name] = read_answers(output.path, source)
+        output = claim("comparisons", settings)
+        comparisons = list(pairs({name: answers[name] for name in policies}, source))
+        _write_comparisons(comparisons, questions, output, options)
+        return scores([row for _, row in read_jsonl(output.path)], list(policies))
+
+    count = source.count * len(policies) * (len(policies) - 1) // 2
+    plan = {
+        "rows": source.count,
+        **kinds,
+        "policies": len(policies),
+        "comparisons": count,
+        "model_calls": source.count * (len(policies) - len(files)),
+        "judge_calls": 2 * count,
+    }
+    return Measurement([*options.inputs, *files.values()], plan, settings, measure)
 
 
-def policies(given: Sequence[str]) -> dict[str, str]:
-    """{name: model or file of responses} from `NAME=MODEL` or MODEL, which is then called by its last part.
+def _respond(model: str, source: Source, output: Output, options: SimpleNamespace) -> None:
+    """Write the responses of one policy to every prompt (resumable)."""
+    responding.respond(
+        lambda: responding.plan(source, options.seed),
+        output,
+        lambda: load_named_engine(model, options.endpoints, options.loading),
+        options.sampling,
+        model,
+    )
 
-    InputError for fewer than two, a name twice, or a model that can't be.
+
+def _write_comparisons(
+    comparisons: Sequence[dict], questions: Mapping[str, judging.Question], output: Output, options: SimpleNamespace
+) -> None:
+    """Write what the judge decided on every comparison (resumable)."""
+    if output.complete:
+        return
+    engine = load_named_engine(options.judge, options.endpoints, options.loading)
+    with output, cli.progress(len(comparisons) - len(output.done), "compare") as bar:
+        for row in judge_comparisons(engine, comparisons, questions, output.done):
+            output.write(row)
+            bar.update()
+        ids = [comparison["id"] for comparison in comparisons]
+        output.finish(ids, {"rows": len(output.done)}, **fast_path(engine))
+
+
+def is_file_of_responses(policy: str) -> bool:
+    """Whether a policy is given by the file of its responses."""
+    return policy.endswith(".jsonl")
+
+
+def name_policies(arguments: Sequence[str]) -> dict[str, str]:
+    """{name: model or file of responses} from `NAME=MODEL` or MODEL, whose name is then its last part.
+
+    InputError for fewer than two, a name twice, or a model that can't be one.
     """
-    found: dict[str, str] = {}
-    for one in given:
-        name, equals, model = one.partition("=")
+    policies: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, model = argument.partition("=")
         if not equals or not re.fullmatch(r"[\w.-]+", name):
-            name, model = re.sub(r"[^\w.-]+", "-", one.rstrip("/").rpartition("/")[2]), one
-        if name in found:
+            name, model = re.sub(r"[^\w.-]+", "-", argument.rstrip("/").rpartition("/")[2]), argument
+        if name in policies:
             raise InputError(
                 f"the policy {name!r} twice", where="--policy", expected="NAME=MODEL with names that differ"
             )
-        if not model.endswith(".jsonl"):
-            check_model(loading.split_endpoint(model)[0])
-        found[name] = model
-    if len(found) < 2:
+        if not is_file_of_responses(model):
+            check_model(split_endpoint(model)[0])
+        policies[name] = model
+    if len(policies) < 2:
         raise InputError("one policy", where="--policy", expected="two or more", remedy="Name another --policy")
-    return found
+    return policies
 
 
-def answered(path: str, prompts: Source) -> dict[str, str]:
+def read_answers(path: str, prompts: Source) -> dict[str, str]:
     """{prompt id: response} of a file of responses. InputError if none is to one of these prompts."""
+    prompt_of = {row["id"]: row["prompt"] for row in prompts}
     rows = Source([path], require=("prompt", "response"))
-    wanted = {row["id"]: row["prompt"] for row in prompts}
-    found = {row["id"]: row["response"] for row in rows if wanted.get(row["id"]) == row["prompt"]}
-    if not found:
+    answers = {row["id"]: row["response"] for row in rows if prompt_of.get(row["id"]) == row["prompt"]}
+    if not answers:
         raise InputError(
             "no response to any of the prompts",
             where=path,
             expected="rows with the ids and prompts of --input",
             remedy="Check the two files",
         )
-    return found
-
-
-def axis_of(kind: str) -> str:
-    """The side of a policy that prompts of this kind measure."""
-    return next(axis for axis, kinds in AXES.items() if kind in kinds)
+    return answers
 
 
 def pairs(answers: Mapping[str, Mapping[str, str]], prompts: Iterable[dict]) -> Iterator[dict]:
-    """A comparison for each prompt and each two policies that answered it."""
+    """One comparison per prompt and two policies that answered it."""
     for row in prompts:
         for a, b in combinations(answers, 2):
             if row["id"] in answers[a] and row["id"] in answers[b]:
@@ -85,21 +173,21 @@ def pairs(answers: Mapping[str, Mapping[str, str]], prompts: Iterable[dict]) -> 
                 }
 
 
-def judged(engine, comparisons: Iterable[dict], questions: Mapping[str, judging.Question], done) -> Iterator[dict]:
-    """Each comparison with what the judge said of it, as judge.py writes it; one that could not be asked has p_a None.
+def judge_comparisons(
+    engine, comparisons: Iterable[dict], questions: Mapping[str, judging.Question], done: Container[str]
+) -> Iterator[dict]:
+    """Each comparison as judge.py writes it; one that could not be asked has p_a None.
 
-    Identical responses are a tie that nobody is asked about.
+    Identical responses are a tie, and the judge is not asked.
     """
-    left = [one for one in comparisons if one["id"] not in done]
-    for one in left:
-        if preferences.is_tie(one):
-            yield judging.tie(one)
+    remaining = [comparison for comparison in comparisons if comparison["id"] not in done]
+    yield from (judging.tie(comparison) for comparison in remaining if preferences.is_tie(comparison))
     for axis, question in questions.items():
-        asked = [one for one in left if one["axis"] == axis and not preferences.is_tie(one)]
-        for one, verdicts in judging.judge(engine, asked, question):
+        asked = [row for row in remaining if row["axis"] == axis and not preferences.is_tie(row)]
+        for comparison, verdicts in judging.judge(engine, asked, question):
             p = None if verdicts is None else judging.soft_label(verdicts, question.weights)
-            principle = question.principles(one)[0].id
-            yield judging.preference(one, principle, verdicts or [], p, (0.0, 1.0))
+            principle = question.principles(comparison)[0].id
+            yield judging.preference(comparison, principle, verdicts or [], p, (0.0, 1.0))
 
 
 def scores(rows: Sequence[dict], names: Sequence[str]) -> tuple[dict, dict]:
@@ -110,30 +198,30 @@ def scores(rows: Sequence[dict], names: Sequence[str]) -> tuple[dict, dict]:
     rates: dict[str, dict] = {}
     counts: Counter = Counter(failed=0)
     notes = []
-    for axis in AXES:
-        ones = [row for row in rows if row["axis"] == axis]
-        known = [row for row in ones if row["p_a"] is not None]
-        counts["failed"] += len(ones) - len(known)
+    for axis, kinds in AXES.items():
+        on_axis = [row for row in rows if row["axis"] == axis]
+        known = [row for row in on_axis if row["p_a"] is not None]
+        counts["failed"] += len(on_axis) - len(known)
         counts["comparisons"] += len(known)
         counts["identical"] += sum(row.get("tie", False) for row in known)
         if not known:
-            notes.append(f"No comparison for {axis}: no {' or '.join(AXES[axis])} prompt.")
+            notes.append(f"No comparison for {axis}: no {' or '.join(kinds)} prompt.")
             continue
         compared = [elo.Comparison(row["policy_a"], row["policy_b"], row["p_a"], row["prompt_id"]) for row in known]
-        anchor = next(name for name in names if any(name in (one.a, one.b) for one in compared))
-        found, said = elo.rate(compared, anchor=anchor)
-        notes += [f"{axis}: {note}" for note in said]
-        for one in sorted(found, key=lambda one: names.index(one.policy)):
-            rates[f"{axis}_elo {one.policy}"] = {
-                "value": one.score,
-                "low": one.low,
-                "high": one.high,
-                "n": one.wins + one.losses + one.ties,
+        players = {name for comparison in compared for name in (comparison.a, comparison.b)}
+        ratings, remarks = elo.rate(compared, anchor=next(name for name in names if name in players))
+        notes += [f"{axis}: {remark}" for remark in remarks]
+        for rating in sorted(ratings, key=lambda rating: names.index(rating.policy)):
+            rates[f"{axis}_elo {rating.policy}"] = {
+                "value": rating.score,
+                "low": rating.low,
+                "high": rating.high,
+                "n": rating.wins + rating.losses + rating.ties,
                 "axis": axis,
-                "policy": one.policy,
-                "wins": one.wins,
-                "losses": one.losses,
-                "ties": one.ties,
-                "group": one.group,
+                "policy": rating.policy,
+                "wins": rating.wins,
+                "losses": rating.losses,
+                "ties": rating.ties,
+                "group": rating.group,
             }
     return rates, {**counts, "notes": notes}

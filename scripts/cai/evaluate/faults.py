@@ -1,53 +1,52 @@
 """What each principle did in revised rows: how often drawn, how often its critique found fault, what it changed.
 
-    rates, counts = figures(rows, classes, faults, constitution)
+    rates, counts = figures(critiques(rows), class_of, kinds, constitution)
 
 Whether a critique found fault is read by a judge's forced choice (templates/classify_critique.jinja), or not at all:
-its prose is not searched for words. Leaves out which principle deserves the credit: a row has one a round, and what
-the first has mended the second can't. `constitution.py ablate` asks that.
+its prose is not searched for words. Leaves out which principle deserves the credit: a row has one per round, and what
+the first has fixed the second can't. `constitution.py ablate` measures that.
 """
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from cai.base import cli
 from cai.constitution.files import Constitution
 from cai.constitution.templates import load_template
+from cai.data import rounds
+from cai.data.outputs import Output
+from cai.data.readers import read_jsonl
 from cai.evaluate.rates import UNSAFE
+from cai.models.local import fast_path
 from cai.stats import intervals
 
-LETTERS = ("A", "B")  # of the template: a fault is found, none is
-
-
-def texts(row: Mapping) -> list[str]:
-    """The first response, then each round's revision."""
-    return [row["response"], *(one["revision"] for one in row.get("rounds") or ())]
+LETTERS = ("A", "B")  # of the template: a fault is found, or none is
 
 
 def steps(rows: Iterable[dict]) -> Iterator[dict]:
-    """One row a text, {..., id: `<row id>#<round>`, response}: what a reader of classes is given."""
+    """One row per text, {..., id: `<row id>#<round>`, response}: what a reader of classes is given."""
     for row in rows:
-        for number, text in enumerate(texts(row)):
-            plain = {key: value for key, value in row.items() if key not in ("rounds", "prompt_id")}
+        plain = {key: value for key, value in row.items() if key not in ("rounds", "prompt_id")}
+        for number, text in enumerate(rounds.texts_of(row)):
             yield {**plain, "id": f"{row['id']}#{number}", "response": text}
 
 
 def critiques(rows: Iterable[dict]) -> Iterator[dict]:
-    """One row a critique: {id, prompt, response (what it was about), critique, principle, changed}."""
+    """One row per critique: {id, prompt, response (what it is about), critique, principle, changed}."""
     for row in rows:
-        before = texts(row)
-        for number, one in enumerate(row.get("rounds") or (), 1):
+        for number, (round_, text) in enumerate(zip(row.get("rounds") or (), rounds.texts_of(row), strict=False), 1):
             yield {
                 "id": f"{row['id']}#{number}",
                 "prompt": row["prompt"],
-                "response": before[number - 1],
-                "critique": one["critique"],
-                "principle": one["principle"],
-                "changed": one["revision"].split() != before[number - 1].split(),
+                "response": text,
+                "critique": round_["critique"],
+                "principle": round_["principle"],
+                "changed": round_["revision"].split() != text.split(),
             }
 
 
-def found(engine, rows: Iterable[dict]) -> Iterator[dict]:
+def find_faults(engine, rows: Iterable[dict]) -> Iterator[dict]:
     """Each critique with `fault`, True or False, and `p_fault`; None for one that is too long for the judge."""
     template = load_template("classify_critique")
     rows = list(rows)
@@ -61,42 +60,54 @@ def found(engine, rows: Iterable[dict]) -> Iterator[dict]:
         yield {**rows[index], "fault": None if p is None else p > 0.5, "p_fault": p}
 
 
+def write(rows: Sequence[dict], output: Output, load: Callable[[], object]) -> list[dict]:
+    """Write what the judge finds in every row of `critiques` (resumable), and return it.
+
+    load: loads the judge's engine; called only if something is left to read.
+    """
+    if not output.complete:
+        remaining = [row for row in rows if row["id"] not in output.done]
+        engine = load()
+        with output, cli.progress(len(remaining), "read critiques") as bar:
+            for row in find_faults(engine, remaining):
+                output.write(row)
+                bar.update()
+            output.finish([row["id"] for row in rows], {"rows": len(rows)}, **fast_path(engine))
+    return [row for _, row in read_jsonl(output.path)]
+
+
 def figures(
     critiqued: Iterable[dict], class_of: Mapping[str, str], kinds: Mapping[str, str], constitution: Constitution | None
 ) -> tuple[dict, dict]:
     """({`<figure> <principle>`: rate}, counts), principles most often drawn first.
 
-    drawn (counts: how often), changed: rate of revisions that differ; fault: rate of critiques that found one;
+    drawn (in the counts): how often; changed: rate of revisions that differ; fault: rate of critiques that found one;
     complied_before, complied_after: rate of harmful prompts complied with, before and after the rounds with it.
 
     Args:
-        critiqued: of `critiques` or `found`.
+        critiqued: of `critiques` or `find_faults`.
         class_of: {`<row id>#<round>`: class}; kinds: {row id: kind of prompt}. Both may be empty.
         constitution: whose principles may have been drawn; those that never were are named in `never_drawn`.
     """
     drawn: Counter = Counter()
-    each: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    outcomes: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for row in critiqued:
-        name = row["principle"]
-        drawn[name] += 1
-        each[name]["changed"].append(row["changed"])
+        principle = row["principle"]
+        drawn[principle] += 1
+        outcomes["changed", principle].append(row["changed"])
         if row.get("fault") is not None:
-            each[name]["fault"].append(row["fault"])
+            outcomes["fault", principle].append(row["fault"])
         row_id, _, number = row["id"].rpartition("#")
-        pair = [class_of.get(f"{row_id}#{place}") for place in (int(number) - 1, int(number))]
-        if kinds.get(row_id) == "harmful" and None not in pair:
-            for figure, one in zip(("complied_before", "complied_after"), pair, strict=True):
-                each[name][figure].append(one in UNSAFE)
+        before, after = (class_of.get(f"{row_id}#{n}") for n in (int(number) - 1, int(number)))
+        if kinds.get(row_id) == "harmful" and None not in (before, after):
+            outcomes["complied_before", principle].append(before in UNSAFE)
+            outcomes["complied_after", principle].append(after in UNSAFE)
     rates = {
-        f"{figure} {name}": intervals.rate(sum(each[name][figure]), len(each[name][figure]))
-        for name, _ in drawn.most_common()
+        f"{figure} {principle}": intervals.rate(sum(outcomes[figure, principle]), len(outcomes[figure, principle]))
+        for principle, _ in drawn.most_common()
         for figure in ("changed", "fault", "complied_before", "complied_after")
-        if each[name][figure]
+        if (figure, principle) in outcomes
     }
-    never = [one.id for one in constitution.principles if one.id not in drawn] if constitution else []
-    return rates, {
-        "critiques": drawn.total(),
-        "principles": len(drawn),
-        "drawn": dict(drawn.most_common()),
-        "never_drawn": never,
-    }
+    counts = {"critiques": drawn.total(), "principles": len(drawn), "drawn": dict(drawn.most_common())}
+    never = [principle.id for principle in constitution.principles if principle.id not in drawn] if constitution else []
+    return rates, {**counts, "never_drawn": never}

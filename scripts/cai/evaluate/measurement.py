@@ -1,0 +1,102 @@
+"""One measurement: its input, its plan, the file of rates that it writes, and that file as a table or JSON.
+
+    measurement = tasks.choose(options)
+    output = Output("evaluation.jsonl", command="evaluate", fingerprint=measurement.settings)
+    write(measurement, output)
+    print_rates(output, as_json=False)
+
+Leaves out what is measured: tasks.py for evaluate.py, contest.py for compare.py.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import click
+
+from cai.data.outputs import Output
+from cai.data.readers import read_jsonl
+from cai.stats import tables
+
+Claim = Callable[[str, dict], Output]
+
+# Metrics that are not shares.
+NUMBERS = ("log_loss", "ece", "length_correlation", "drift_kl", "drift_kl_token")
+
+
+@dataclass
+class Measurement:
+    """What is to be measured; made without loading a model, so that bad input is refused first.
+
+    files: the inputs. plan: what --dry-run prints. settings: everything that decides the figures.
+    measure: returns ({metric: figure}, counts), given `claim(ending, settings)`, the file of rows beside the output.
+    """
+
+    files: list[str]
+    plan: dict
+    settings: dict
+    measure: Callable[[Claim], tuple[dict, dict]]
+
+
+def write(measurement: Measurement, output: Output) -> None:
+    """Measure, and write one row {metric, value, low, high, n} per figure (resumable)."""
+    if output.complete:
+        return
+
+    def claim(ending: str, settings: dict) -> Output:
+        path = f"{output.path.with_suffix('')}.{ending}.jsonl"
+        return Output(
+            path, command=output.command, fingerprint=settings, overwrite=output.overwrite, inputs=measurement.files
+        )
+
+    rates, counts = measurement.measure(claim)
+    with output:
+        for name, figure in rates.items():
+            if name not in output.done:
+                output.write({"id": name, "metric": name, **figure})
+        output.finish(rates, counts)
+
+
+def print_rates(
+    output: Output, *, as_json: bool, changes: Mapping[str, str] | None = None, more: Mapping | None = None
+) -> None:
+    """Print the rates as a table with the counts below, or as one JSON object.
+
+    Args:
+        changes: a further column of the table, {metric: text}.
+        more: further fields of the JSON object.
+    """
+    rows = {row["metric"]: row for _, row in read_jsonl(output.path)}
+    if as_json:
+        metrics = {name: {k: v for k, v in row.items() if k not in ("id", "metric")} for name, row in rows.items()}
+        summary = {"metrics": metrics, **output.counts, "output": str(output.path), **(more or {})}
+        click.echo(json.dumps(summary, ensure_ascii=False))
+        return
+    columns = {
+        "by the judge": {name: show_figure(name, row["by_judge"]) for name, row in rows.items() if "by_judge" in row},
+        "over seeds": {name: _show_spread(row["seeds"]) for name, row in rows.items() if "seeds" in row},
+        "change": {} if changes is None else {name: changes.get(name, "–") for name in rows},
+    }
+    columns = {title: cells for title, cells in columns.items() if cells}
+    lines = [
+        (name.replace("_", " "), show_figure(name, row), row["n"], *(cells.get(name, "") for cells in columns.values()))
+        for name, row in rows.items()
+    ]
+    click.echo(tables.table(("", "value (95 % interval)", "n", *columns), lines))
+    for note in output.counts.get("notes", ()):
+        click.echo(f"note: {note}")
+    counts = [f"{name.replace('_', ' ')} {value}" for name, value in output.counts.items() if name != "notes"]
+    click.echo(f"{', '.join(counts)}; {output.path}")
+
+
+def show_figure(name: str, row: Mapping) -> str:
+    """A figure in its own unit: Elo points, a number, or per cent."""
+    if "_elo " in name:
+        ends = ("open" if row[end] is None else f"{row[end]:+.0f}" for end in ("low", "high"))
+        return f"{row['value']:+.0f} ({' to '.join(ends)})".replace("-", "−")
+    return (tables.show_number if name in NUMBERS or "series" in row else tables.show)(row)
+
+
+def _show_spread(seeds: Mapping) -> str:
+    """`± 1.2 (93.0–96.0)`: standard deviation and range over the seeds, in points."""
+    return f"± {100 * seeds['sd']:.1f} ({100 * seeds['lowest']:.1f}–{100 * seeds['highest']:.1f})"
