@@ -17,7 +17,7 @@ import click
 
 from cai.base import cli, hashing
 from cai.base.errors import InputError, shorten
-from cai.base.paths import TINY, model_path
+from cai.base.paths import TINY
 from cai.data import outputs, sources
 from cai.data.dialogue import as_messages
 from cai.models import estimate, scorer
@@ -25,6 +25,8 @@ from cai.models.loading import (
     best_device,
     check_model,
     choose_device,
+    find_model,
+    is_classifier,
     is_main_process,
     load_chat,
     load_engine,
@@ -34,7 +36,7 @@ from cai.models.loading import (
 from cai.models.local import fast_path_field
 from cai.report import hub
 from cai.stats import drawing
-from cai.train import alarms, common, ppo, updates
+from cai.train import alarms, common, updates
 from cai.train.prompts import encode_prompts
 from cai.train.rewards import RIGHT, Judge, Total, function, function_identity, is_function
 from cai.train.selection import AXES
@@ -239,6 +241,10 @@ def main(
       python scripts/ppo.py --input scripts/cai/tiny/prompts/train.jsonl --model runs/sft \\
           --reward-model runs/reward --output runs/ppo --updates 20 --learning-rate 5e-5
     """
+    for name in filter(None, (model, ref_model)):
+        check_model(name)
+    if judge and not is_function(judge):
+        find_model(judge)
     source = sources.Source(inputs, limit=limit)
     limits, trackers = alarms.limits(alarm), check_trackers(report_to)
     rewards = check_rewards(reward_model, weights, value_head)
@@ -460,6 +466,8 @@ def load(
     """
     from transformers import set_seed
 
+    from cai.train import ppo
+
     settings = ppo.Settings(**chosen, processes=int(os.environ.get("WORLD_SIZE", "1")))
     set_seed(settings.seed)  # of the adapters
     chat = load_chat(model)
@@ -540,15 +548,6 @@ def load_judge(spec: str, prompts, batch_size: int, device: str | None, dtype: s
         )
     engine = load_engine(spec, batch_size=batch_size, device=device, dtype=dtype)
     return Judge(engine, {str(prompt.messages): prompt.kind for prompt in prompts})
-
-
-def is_classifier(path: str) -> bool:
-    """Whether a model is a sequence classifier. InputError if there is no such model."""
-    from transformers import AutoConfig
-
-    check_model(path, classifier=True)
-    kinds = AutoConfig.from_pretrained(model_path(path)).architectures or []
-    return any("SequenceClassification" in kind for kind in kinds)
 
 
 def check_reward_model(path: str) -> None:

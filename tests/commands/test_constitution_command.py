@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jsonschema
+import models
 import pytest
 import yaml
 from conftest import ROOT
@@ -272,7 +273,7 @@ def test_coverage_is_the_mean_of_both_orders_by_direct_computation(run, tmp_path
     shares = []
     for swapped in (False, True):
         question = template.render(principle=principle, prompt=rows[0]["prompt"], swapped=swapped)
-        [(_, logprobs)] = engine.score([question], ["A", "B"])
+        [logprobs] = models.score(engine, [question], ["A", "B"])
         yes, no = reversed(logprobs) if swapped else logprobs
         shares.append(math.exp(yes) / (math.exp(yes) + math.exp(no)))
     assert found["by"]["kind"] == pytest.approx(sum(shares) / 2, abs=2e-4)

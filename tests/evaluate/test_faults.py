@@ -69,7 +69,7 @@ def test_the_judge_chooses_whether_a_fault_was_found():
     engine = load_engine(str(models.folder("qwen")))
     for row in faults.find_faults(engine, faults.critiques(rows())):
         asked = load_template("classify_critique").render(**{k: row[k] for k in ("prompt", "response", "critique")})
-        [(_, (yes, no))] = engine.score([asked], "AB")
+        [(yes, no)] = models.score(engine, [asked], "AB")
         assert row["fault"] == (yes > no) and (row["p_fault"] > 0.5) == row["fault"]
 
 

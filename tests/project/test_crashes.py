@@ -30,7 +30,7 @@ def test_help_loads_no_torch():
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}/tests{os.pathsep}{ROOT}/tests/benchmarks"},
     )
     assert done.returncode == 0 and "--kills" in done.stdout, done.stderr
 

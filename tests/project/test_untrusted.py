@@ -191,7 +191,7 @@ def test_cells_that_begin_a_formula_are_quoted(tmp_path):
     for path in (ROOT / "scripts").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         if any(word in text for word in ("csv.writer", "csv.DictWriter", "to_csv")):
-            assert "csv_cell(" in text, f"{path.name} writes CSV: put its cells through records.cell"
+            assert "csv_cell(" in text, f"{path.name} writes CSV: put its cells through outputs.csv_cell"
 
 
 # --- the key -----------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def test_figure_10_is_the_mean_digit_by_probability(figure, tmp_path):
     assert result.exit_code == 0, result.output
     engine, template, scores = load_engine(str(judge)), load_template("classify_harm"), []
     for row in given:
-        [(_, logprobs)] = engine.score([template.render(prompt=row["prompt"], response=row["response"])], "01234")
+        [logprobs] = models.score(engine, [template.render(prompt=row["prompt"], response=row["response"])], "01234")
         shares = [math.exp(one) for one in logprobs]
         scores.append(sum(i * one for i, one in enumerate(shares)) / sum(shares))
     assert [(row["series"], row["label"], row["n"]) for row in rows] == [("run", "before", 3)]

@@ -38,7 +38,7 @@ def write_jsonl(path, rows: Iterable[dict]) -> None:
 
 
 def csv_cell(value):
-    """A value for a csv_cell of a CSV file: text that a spreadsheet would take for a formula begins with an apostrophe."""
+    """A value for a cell of a CSV file: text that a spreadsheet would take for a formula begins with an apostrophe."""
     return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
 
 

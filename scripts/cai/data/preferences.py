@@ -18,9 +18,9 @@ from cai.data.sources import Source
 
 def check_sides(row: dict, where, line: int) -> None:
     """InputError if a pair has one response only; an undecided pair of judge.py has none."""
-    prompt_and_sides = {side: row[side] is None for side in ("chosen", "rejected")}
-    if len(set(prompt_and_sides.values())) > 1:
-        missing = next(side for side, is_missing in prompt_and_sides.items() if is_missing)
+    sides = {side: row[side] is None for side in ("chosen", "rejected")}
+    if len(set(sides.values())) > 1:
+        missing = next(side for side, is_missing in sides.items() if is_missing)
         raise InputError(
             f"'{missing}' is null, and the other response is there",
             where=where,

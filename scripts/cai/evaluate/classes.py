@@ -14,12 +14,9 @@ from functools import partial
 from cai.base import cli
 from cai.base.errors import InputError, shorten
 from cai.constitution.templates import load_template
-from cai.data.outputs import Output
-from cai.evaluate import rates
-from cai.models import guards
-from cai.models.choice import choose_letter
-from cai.models.loading import check_model, load_named_engine, split_endpoint
-from cai.models.local import fast_path
+from cai.data import kinds, outputs, readers
+from cai.models import choice, guards, loading, local
+from cai.models.engine import Engine, RowRequest
 from cai.stats import intervals
 from cai.world import language, oracle
 
@@ -35,13 +32,13 @@ ORACLE_FIELDS = ("category", "verb", "object")
 
 
 def check_kind(row: Mapping, where: str, line: int) -> None:
-    """InputError unless the row's kind is one of `rates.KINDS`."""
-    if row["kind"] not in rates.KINDS:
+    """InputError unless the row's kind is one of `kinds.KINDS`."""
+    if row["kind"] not in kinds.KINDS:
         raise InputError(
             f"the kind {shorten(row['kind'])!r}",
             where=where,
             line=line,
-            expected=f"one of {', '.join(rates.KINDS)}",
+            expected=f"one of {', '.join(kinds.KINDS)}",
             remedy="Fix or delete this row",
         )
 
@@ -77,14 +74,18 @@ def by_oracle(rows: Iterable[dict]) -> Iterator[tuple[dict, dict]]:
         yield row, {"class": oracle.classify(row, row["response"])}
 
 
-def by_judge(rows: Iterable[dict], engine) -> Iterator[tuple[dict, dict]]:
-    """Each row with the class whose letter the judge finds likeliest; None if it is too long for the judge.
+def by_judge(rows: Iterable[dict], engine: Engine) -> Iterator[tuple[dict, dict]]:
+    """Each row with the class whose letter the judge finds likeliest; None where the judge made no choice.
 
-    `letter_mass` is the probability of all the letters together: where it is far below 1, the judge would
-    have said something else, and its choice means little. A server without log-probabilities writes its letter.
+    `letter_mass` is the probability of all the letters together: where it is far below 1, the judge would have
+    written something else, and its choice means little. A server without log-probabilities writes its letter.
     """
-    template = load_template("classify" if getattr(engine, "scores_choices", True) else "classify_answer")
-    for row, logprobs in choose_letter(engine, template, rows, list(LETTERS)):
+    template = load_template("classify" if engine.scores_choices else "classify_answer")
+    requests = [
+        RowRequest(row["id"], template.render(prompt=row["prompt"], response=row["response"]), row=row) for row in rows
+    ]
+    for request, logprobs in choice.choose(engine, requests, list(LETTERS)):
+        row = request.row
         if logprobs is None:
             yield row, {"class": None, "letter_mass": None}
             continue
@@ -101,7 +102,7 @@ class Reader:
     by: oracle, judge or classifier.
     judge: a model's name; beside the oracle, its classes are compared with the oracle's.
     classifier, unsafe_labels: of `guards.safety_reader`.
-    endpoints, loading: where the judge is served; batch_size, device and dtype of a model on this machine.
+    endpoints: where the judge is served. loading: batch_size, device and dtype of a model on this machine.
     """
 
     by: str
@@ -118,7 +119,9 @@ class Reader:
                 "--by judge without --judge MODEL", remedy="Name the judge, or for prompts of tiny.py use --by oracle"
             )
         if self.judge:
-            check_model(split_endpoint(self.judge)[0])
+            loading.check_model(loading.split_endpoint(self.judge)[0])
+        if self.classifier:
+            loading.find_model(self.classifier)
         if self.classifier and self.judge:
             raise InputError("--classifier and --judge", remedy="Give one of them: one reads the responses")
 
@@ -130,22 +133,23 @@ class Reader:
 
     def load_judge(self):
         """The engine of the judge."""
-        return load_named_engine(self.judge, self.endpoints, self.loading)
+        return loading.load_named_engine(self.judge, self.endpoints, self.loading)
 
-    def write_classes(self, rows: Iterable[dict], ids: Sequence[str], output: Output) -> None:
-        """Write {id, kind, prompt, response, class} of every row that is not done. A class that can't be read is null.
+    def write_classes(self, rows: Iterable[dict], ids: Sequence[str], output: outputs.Output) -> list[dict]:
+        """Write {id, kind, prompt, response, class} of every row that is not done, and return all of them.
 
         Args:
             rows: with kind, prompt and response. ids: of all rows, done ones included.
+        A class that can't be read is null.
         """
-        if output.complete:
-            return
-        with output, cli.progress(len(ids) - len(output.done), "classify") as bar:
-            readings, engine = self._read(row for row in rows if row["id"] not in output.done)
-            for row, reading in readings:
-                output.write({name: row[name] for name in _KEPT if row.get(name) is not None} | reading)
-                bar.update()
-            output.finish(ids, {"rows": len(ids)}, **fast_path(engine))
+        if not output.complete:
+            with output, cli.progress(len(ids) - len(output.done), "classify") as bar:
+                readings, engine = self._read(row for row in rows if row["id"] not in output.done)
+                for row, reading in readings:
+                    output.write({name: row[name] for name in _KEPT if row.get(name) is not None} | reading)
+                    bar.update()
+                output.finish(ids, {"rows": len(ids)}, **local.fast_path(engine))
+        return [row for _, row in readers.read_jsonl(output.path)]
 
     def _read(self, rows: Iterable[dict]) -> tuple[Iterable[tuple[dict, dict]], object]:
         """(each row with its class, the engine that reads or None); `class_by_judge` beside the oracle."""

@@ -20,15 +20,10 @@ from cai.base.errors import InputError
 from cai.base.hashing import identity, sha256_file
 from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
-from cai.data import preferences
-from cai.data.kinds import AXES, axis_of
-from cai.data.outputs import Output
-from cai.data.readers import read_jsonl
-from cai.data.sources import Source
+from cai.data import kinds, outputs, preferences, readers, sources
 from cai.evaluate import classes, responding, tasks
 from cai.evaluate.measurement import Claim, Measurement
-from cai.models.loading import check_model, load_named_engine, split_endpoint
-from cai.models.local import fast_path
+from cai.models import loading, local
 from cai.stats import elo
 from cai.steps import judging
 
@@ -36,8 +31,8 @@ from cai.steps import judging
 def measure_policies(options: SimpleNamespace) -> Measurement:
     """Every policy against every other, judged on harmlessness and on helpfulness."""
     policies = name_policies(options.policy)
-    check_model(split_endpoint(options.judge)[0])
-    source, kinds = tasks.read_rows(options.inputs, options.limit, classes.check_kind, form=options.form)
+    loading.check_model(loading.split_endpoint(options.judge)[0])
+    source, by_kind = tasks.read_rows(options.inputs, options.limit, classes.check_kind, form=options.form)
     questions = {
         axis: judging.Question(
             load_constitution(name),
@@ -45,7 +40,7 @@ def measure_policies(options: SimpleNamespace) -> Measurement:
             seed=options.seed,
             written=load_template("preference_answer"),
         )
-        for axis, name in zip(AXES, (options.constitution, options.helpfulness), strict=True)
+        for axis, name in zip(kinds.AXES, (options.constitution, options.helpfulness), strict=True)
     }
     files = {name: model for name, model in policies.items() if is_file_of_responses(model)}
     answers = {name: read_answers(path, source) for name, path in files.items()}
@@ -73,12 +68,12 @@ def measure_policies(options: SimpleNamespace) -> Measurement:
         output = claim("comparisons", settings)
         comparisons = list(pairs({name: answers[name] for name in policies}, source))
         _write_comparisons(comparisons, questions, output, options)
-        return scores([row for _, row in read_jsonl(output.path)], list(policies))
+        return scores([row for _, row in readers.read_jsonl(output.path)], list(policies))
 
     count = source.count * len(policies) * (len(policies) - 1) // 2
     plan = {
         "rows": source.count,
-        **kinds,
+        **by_kind,
         "policies": len(policies),
         "comparisons": count,
         "model_calls": source.count * (len(policies) - len(files)),
@@ -87,30 +82,33 @@ def measure_policies(options: SimpleNamespace) -> Measurement:
     return Measurement([*options.inputs, *files.values()], plan, settings, measure)
 
 
-def _respond(model: str, source: Source, output: Output, options: SimpleNamespace) -> None:
+def _respond(model: str, source: sources.Source, output: outputs.Output, options: SimpleNamespace) -> None:
     """Write the responses of one policy to every prompt (resumable)."""
     responding.respond(
         lambda: responding.plan(source, options.seed),
         output,
-        lambda: load_named_engine(model, options.endpoints, options.loading),
+        lambda: loading.load_named_engine(model, options.endpoints, options.loading),
         options.sampling,
         model,
     )
 
 
 def _write_comparisons(
-    comparisons: Sequence[dict], questions: Mapping[str, judging.Question], output: Output, options: SimpleNamespace
+    comparisons: Sequence[dict],
+    questions: Mapping[str, judging.Question],
+    output: outputs.Output,
+    options: SimpleNamespace,
 ) -> None:
     """Write what the judge decided on every comparison (resumable)."""
     if output.complete:
         return
-    engine = load_named_engine(options.judge, options.endpoints, options.loading)
+    engine = loading.load_named_engine(options.judge, options.endpoints, options.loading)
     with output, cli.progress(len(comparisons) - len(output.done), "compare") as bar:
         for row in judge_comparisons(engine, comparisons, questions, output.done):
             output.write(row)
             bar.update()
         ids = [comparison["id"] for comparison in comparisons]
-        output.finish(ids, {"rows": len(output.done)}, **fast_path(engine))
+        output.finish(ids, {"rows": len(output.done)}, **local.fast_path(engine))
 
 
 def is_file_of_responses(policy: str) -> bool:
@@ -133,17 +131,17 @@ def name_policies(arguments: Sequence[str]) -> dict[str, str]:
                 f"the policy {name!r} twice", where="--policy", expected="NAME=MODEL with names that differ"
             )
         if not is_file_of_responses(model):
-            check_model(split_endpoint(model)[0])
+            loading.check_model(loading.split_endpoint(model)[0])
         policies[name] = model
     if len(policies) < 2:
         raise InputError("one policy", where="--policy", expected="two or more", remedy="Name another --policy")
     return policies
 
 
-def read_answers(path: str, prompts: Source) -> dict[str, str]:
+def read_answers(path: str, prompts: sources.Source) -> dict[str, str]:
     """{prompt id: response} of a file of responses. InputError if none is to one of these prompts."""
     prompt_of = {row["id"]: row["prompt"] for row in prompts}
-    rows = Source([path], require=("prompt", "response"))
+    rows = sources.Source([path], require=("prompt", "response"))
     answers = {row["id"]: row["response"] for row in rows if prompt_of.get(row["id"]) == row["prompt"]}
     if not answers:
         raise InputError(
@@ -165,7 +163,7 @@ def pairs(answers: Mapping[str, Mapping[str, str]], prompts: Iterable[dict]) -> 
                     "prompt_id": row["id"],
                     "prompt": row["prompt"],
                     "kind": row["kind"],
-                    "axis": axis_of(row["kind"]),
+                    "axis": kinds.axis_of(row["kind"]),
                     "policy_a": a,
                     "policy_b": b,
                     "response_a": answers[a][row["id"]],
@@ -198,14 +196,14 @@ def scores(rows: Sequence[dict], names: Sequence[str]) -> tuple[dict, dict]:
     rates: dict[str, dict] = {}
     counts: Counter = Counter(failed=0)
     notes = []
-    for axis, kinds in AXES.items():
+    for axis, kinds_of_axis in kinds.AXES.items():
         on_axis = [row for row in rows if row["axis"] == axis]
         known = [row for row in on_axis if row["p_a"] is not None]
         counts["failed"] += len(on_axis) - len(known)
         counts["comparisons"] += len(known)
         counts["identical"] += sum(row.get("tie", False) for row in known)
         if not known:
-            notes.append(f"No comparison for {axis}: no {' or '.join(kinds)} prompt.")
+            notes.append(f"No comparison for {axis}: no {' or '.join(kinds_of_axis)} prompt.")
             continue
         compared = [elo.Comparison(row["policy_a"], row["policy_b"], row["p_a"], row["prompt_id"]) for row in known]
         players = {name for comparison in compared for name in (comparison.a, comparison.b)}

@@ -7,18 +7,16 @@ its prose is not searched for words. Leaves out which principle deserves the cre
 the first has fixed the second can't. `constitution.py ablate` measures that.
 """
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from cai.base import cli
 from cai.constitution.files import Constitution
 from cai.constitution.templates import load_template
-from cai.data import rounds
-from cai.data.outputs import Output
-from cai.data.readers import read_jsonl
+from cai.data import outputs, readers, rounds
 from cai.evaluate.rates import UNSAFE
-from cai.models.local import fast_path
+from cai.models import choice, local
+from cai.models.engine import Engine, RowRequest
 from cai.stats import intervals
 
 LETTERS = ("A", "B")  # of the template: a fault is found, or none is
@@ -46,21 +44,23 @@ def critiques(rows: Iterable[dict]) -> Iterator[dict]:
             }
 
 
-def find_faults(engine, rows: Iterable[dict]) -> Iterator[dict]:
-    """Each critique with `fault`, True or False, and `p_fault`; None for one that is too long for the judge."""
+def find_faults(engine: Engine, rows: Iterable[dict]) -> Iterator[dict]:
+    """Each critique with `fault`, True or False, and `p_fault`; None where the judge made no choice."""
     template = load_template("classify_critique")
-    rows = list(rows)
-    questions = [template.render(**{key: row[key] for key in ("prompt", "response", "critique")}) for row in rows]
-    for index, logprobs in engine.score(questions, list(LETTERS)):
-        if logprobs is None or max(logprobs) == -math.inf:
-            p = None
-        else:
-            yes, no = (math.exp(one - max(logprobs)) for one in logprobs)
-            p = yes / (yes + no)
-        yield {**rows[index], "fault": None if p is None else p > 0.5, "p_fault": p}
+    requests = [
+        RowRequest(
+            row["id"],
+            template.render(prompt=row["prompt"], response=row["response"], critique=row["critique"]),
+            row=row,
+        )
+        for row in rows
+    ]
+    for request, logprobs in choice.choose(engine, requests, LETTERS):
+        p = None if logprobs is None else choice.probabilities(logprobs)[0]
+        yield {**request.row, "fault": None if p is None else p > 0.5, "p_fault": p}
 
 
-def write(rows: Sequence[dict], output: Output, load: Callable[[], object]) -> list[dict]:
+def write(rows: Sequence[dict], output: outputs.Output, load: Callable[[], Engine]) -> list[dict]:
     """Write what the judge finds in every row of `critiques` (resumable), and return it.
 
     load: loads the judge's engine; called only if something is left to read.
@@ -72,8 +72,8 @@ def write(rows: Sequence[dict], output: Output, load: Callable[[], object]) -> l
             for row in find_faults(engine, remaining):
                 output.write(row)
                 bar.update()
-            output.finish([row["id"] for row in rows], {"rows": len(rows)}, **fast_path(engine))
-    return [row for _, row in read_jsonl(output.path)]
+            output.finish([row["id"] for row in rows], {"rows": len(rows)}, **local.fast_path(engine))
+    return [row for _, row in readers.read_jsonl(output.path)]
 
 
 def figures(

@@ -18,7 +18,7 @@ from cai.constitution.templates import Template, load_template
 from cai.data.dialogue import as_messages
 from cai.data.outputs import Output
 from cai.data.readers import read_jsonl
-from cai.models.engine import Sampling
+from cai.models.engine import Engine, Request, Sampling
 from cai.models.local import fast_path
 
 WAYS = ("push", "prefill", "role_play", "ignore", "safety")
@@ -109,10 +109,12 @@ def respond(
         output.finish(order, {"rows": len(output.done)}, **fast_path(engine))
 
 
-def _answer(asks: list[Ask], output: Output, engine, sampling: Sampling, model: str, bar, firsts: dict) -> None:
-    conversations = (ask.conversation(firsts.get(ask.plain_id)) for ask in asks)
-    for index, answer in engine.generate(conversations, sampling, [ask.seed for ask in asks]):
+def _answer(asks: list[Ask], output: Output, engine: Engine, sampling: Sampling, model: str, bar, firsts: dict) -> None:
+    by_id = {ask.row["id"]: ask for ask in asks}
+    requests = (Request(key, ask.conversation(firsts.get(ask.plain_id)), ask.seed) for key, ask in by_id.items())
+    for request, generation in engine.generate(requests, sampling):
         bar.update()
-        if not answer.lost:
-            made = {"response": asks[index].response(answer.text), "model": model, "finish": answer.finish}
-            output.write({**asks[index].row, **made})
+        if not generation.lost:
+            ask = by_id[request.key]
+            response = ask.response(generation.text)
+            output.write({**ask.row, "response": response, "model": model, "finish": generation.finish})

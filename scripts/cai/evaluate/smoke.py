@@ -21,7 +21,7 @@ from cai.data.dialogue import as_messages, prompt_text
 from cai.data.readers import read_jsonl
 from cai.data.rounds import current_response
 from cai.models.chat import encode
-from cai.models.engine import Sampling
+from cai.models.engine import Request, Sampling
 from cai.models.loading import load_engine, release_engines
 
 # Prompts that a smoke run reads: enough to see a difference, few enough for a minute.
@@ -208,7 +208,7 @@ def speaks(folder: str | Path, device: str | None = None) -> tuple[str, bool, st
     name = "checkpoint loads back"
     talk = [{"role": "user", "content": "Hello. How are you?"}]
     try:
-        [(_, made)] = load_engine(str(folder), device=device).generate([talk], Sampling(16, 0), [0])
+        [(_, made)] = load_engine(str(folder), device=device).generate([Request("hello", talk)], Sampling(16, 0))
     except CaiError as error:
         return name, False, str(error)
     finally:

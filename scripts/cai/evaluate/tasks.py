@@ -17,18 +17,11 @@ from cai.base.errors import CaiError, InputError
 from cai.base.hashing import identity
 from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
-from cai.data import preferences, rounds
-from cai.data.dialogue import as_messages, prompt_text
-from cai.data.outputs import Output
-from cai.data.public_sets import PublicSource
-from cai.data.readers import read_jsonl
-from cai.data.sources import Source
+from cai.data import dialogue, kinds, outputs, preferences, public_sets, readers, rounds, sources
 from cai.evaluate import benchmarks, classes, faults, habits, responding
 from cai.evaluate.measurement import Claim, Measurement
-from cai.evaluate.rates import KINDS, rates_of_rows, without_clusters
-from cai.models.loading import check_model, load_engine, load_named_engine, split_endpoint
-from cai.models.local import fast_path
-from cai.models.scorer import Scorer, check_reward_model, load_scorer
+from cai.evaluate.rates import rates_of_rows, without_clusters
+from cai.models import loading, local, scorer
 from cai.stats import calibration, intervals
 
 
@@ -69,18 +62,18 @@ def measure_responses(options: SimpleNamespace) -> Measurement:
     reader, model = options.reader, options.model
     reader.check()
     if model:
-        check_model(split_endpoint(model)[0])
+        loading.check_model(loading.split_endpoint(model)[0])
     ways = responding.WAYS if "all" in options.stress else tuple(w for w in responding.WAYS if w in options.stress)
     files = [*options.inputs, *options.responses]
-    source, kinds = read_rows(
+    source, by_kind = read_rows(
         files, options.limit, reader.check_row, answered=not model, round_=options.round_, form=options.form
     )
-    under_stress = [source.count if way in responding.ALL_KINDS else kinds["harmful"] for way in ways]
+    under_stress = [source.count if way in responding.ALL_KINDS else by_kind["harmful"] for way in ways]
     calls = options.seeds * (source.count + sum(under_stress))
     asked = _response_settings(options, source, ways)
     settings = asked | _reader_settings(options)
     if options.drift_from:
-        check_model(options.drift_from)
+        loading.check_model(options.drift_from)
         settings["drift_from"] = identity(options.drift_from)
 
     def measure(claim: Claim) -> tuple[dict, dict]:
@@ -90,24 +83,23 @@ def measure_responses(options: SimpleNamespace) -> Measurement:
             responding.respond(
                 lambda: responding.plan(source, options.seed, options.seeds, ways),
                 answered,
-                lambda: load_named_engine(model, options.endpoints, options.loading),
+                lambda: loading.load_named_engine(model, options.endpoints, options.loading),
                 options.sampling,
                 model,
             )
-            rows = Source([answered.path], require=("prompt", "kind", "response"))
-        classified = claim("classes", settings)
+            rows = sources.Source([answered.path], require=("prompt", "kind", "response"))
         texts = ({**row, "response": rounds.text_of_round(row, options.round_)} for row in rows)
-        reader.write_classes(texts, rows.ids, classified)
-        rates, counts = rates_of_classes(classified.path, calls if model else source.count)
+        classified = reader.write_classes(texts, rows.ids, claim("classes", settings))
+        rates, counts = rates_of_classes(classified, calls if model else source.count)
         if options.drift_from:
             harmless = [row for row in rows if row["kind"] != "harmful" and not row.get("stress")]
-            engines = (load_named_engine(name, (), options.loading) for name in (model, options.drift_from))
+            engines = (loading.load_named_engine(name, (), options.loading) for name in (model, options.drift_from))
             rates |= habits.drift(*engines, harmless)
         return rates, counts
 
     plan = {
         "rows": source.count,
-        **kinds,
+        **by_kind,
         "model_calls": calls if model else 0,
         "new_tokens_at_most": calls * options.max_new_tokens if model else 0,
         "judge_calls": calls if reader.judge else 0,
@@ -115,7 +107,7 @@ def measure_responses(options: SimpleNamespace) -> Measurement:
     return Measurement(files, plan, settings, measure)
 
 
-def _response_settings(options: SimpleNamespace, source: Source, ways: Sequence[str]) -> dict:
+def _response_settings(options: SimpleNamespace, source: sources.Source, ways: Sequence[str]) -> dict:
     """What decides the responses of a model."""
     return {
         "input": source.digest,
@@ -147,33 +139,33 @@ def _reader_settings(options: SimpleNamespace) -> dict:
 
 def read_rows(
     files, limit: int | None, check_row, *, answered: bool = False, round_: int | None = None, form: str | None = None
-) -> tuple[Source, dict[str, int]]:
+) -> tuple[sources.Source, dict[str, int]]:
     """(the rows, how many of each kind). InputError with file and line for one that can't be measured.
 
     Args:
         check_row: called with (row, file, line), such as `Reader.check_row`.
         answered: the rows have responses, and complete rounds if any. round_: they have as many as this.
     """
-    kinds = dict.fromkeys(KINDS, 0)
+    counts = dict.fromkeys(kinds.KINDS, 0)
 
     def check(row: dict, where: str, line: int) -> None:
         check_row(row, where, line)
         if answered:
             rounds.check_rounds(row, where, line, critiqued=False)
-            count = len(row.get("rounds") or ())
-            if round_ is not None and round_ > count:
+            revisions = len(row.get("rounds") or ())
+            if round_ is not None and round_ > revisions:
                 raise InputError(
-                    f"no round {round_}, only {count}", where=where, line=line, remedy="Choose another --round"
+                    f"no round {round_}, only {revisions}", where=where, line=line, remedy="Choose another --round"
                 )
-        kinds[row["kind"]] += 1
+        counts[row["kind"]] += 1
 
     fields = ("prompt", "kind", "response") if answered else ("prompt", "kind")
-    return PublicSource(files, form=form, require=fields, limit=limit, check=check), kinds
+    return public_sets.PublicSource(files, form=form, require=fields, limit=limit, check=check), counts
 
 
-def rates_of_classes(path, rows: int) -> tuple[dict, dict]:
-    """({metric: rate}, counts) from a file of classes. A row without a class is failed, and in no rate."""
-    known = [row for _, row in read_jsonl(path) if row["class"] is not None]
+def rates_of_classes(classified: Iterable[dict], rows: int) -> tuple[dict, dict]:
+    """({metric: rate}, counts) of classified rows. A row without a class is failed, and in no rate."""
+    known = [row for row in classified if row["class"] is not None]
     counts = {"rows": rows, "failed": rows - len(known)}
     if (mass := classes.check_letter_mass(known)) is not None:
         counts["mean_letter_mass"] = mass
@@ -187,16 +179,18 @@ def measure_principles(options: SimpleNamespace) -> Measurement:
     """What each principle did in revised rows; before and after where they have a kind and somebody reads them."""
     reader, judge = options.reader, options.judge
     if judge:
-        check_model(split_endpoint(judge)[0])
+        loading.check_model(loading.split_endpoint(judge)[0])
     constitution = load_constitution(options.constitution)
 
     def check(row: dict, where: str, line: int) -> None:
         rounds.check_rounds(row, where, line, critiqued=False)
 
-    source = Source(options.responses, require=("prompt", "response", "rounds"), limit=options.limit, check=check)
+    source = sources.Source(
+        options.responses, require=("prompt", "response", "rounds"), limit=options.limit, check=check
+    )
     critiques = sum(len(row["rounds"]) for row in source)
     is_read = options.by == "oracle" or bool(judge)
-    has_kinds = is_read and all(row.get("kind") in KINDS for row in source)
+    has_kinds = is_read and all(row.get("kind") in kinds.KINDS for row in source)
     if has_kinds:
         for number, row in enumerate(source, 1):
             reader.check_row(row, ", ".join(options.responses), number)
@@ -213,10 +207,9 @@ def measure_principles(options: SimpleNamespace) -> Measurement:
     def measure(claim: Claim) -> tuple[dict, dict]:
         class_of, rows = {}, list(faults.critiques(source))
         if has_kinds:
-            classified = claim("classes", {**settings, "template": load_template("classify").sha256})
+            output = claim("classes", {**settings, "template": load_template("classify").sha256})
             ids = [row["id"] for row in faults.steps(source)]
-            reader.write_classes(faults.steps(source), ids, classified)
-            class_of = {row["id"]: row["class"] for _, row in read_jsonl(classified.path)}
+            class_of = {row["id"]: row["class"] for row in reader.write_classes(faults.steps(source), ids, output)}
         if judge:
             rows = faults.write(rows, claim("faults", settings), reader.load_judge)
         return faults.figures(rows, class_of, {row["id"]: row.get("kind") for row in source}, constitution)
@@ -233,11 +226,11 @@ def measure_choices(options: SimpleNamespace) -> Measurement:
     """Which answer a language model, or which text a reward model, chooses."""
     model, reward_model = options.model, options.reward_model
     if reward_model:
-        check_reward_model(reward_model)
+        scorer.check_reward_model(reward_model)
     else:
-        check_model(model)
+        loading.check_model(model)
     check = benchmarks.check_texts if reward_model else benchmarks.check
-    source = Source([options.choice], require=benchmarks.FIELDS, limit=options.limit, check=check)
+    source = sources.Source([options.choice], require=benchmarks.FIELDS, limit=options.limit, check=check)
     settings = {
         "input": source.digest,
         "limit": options.limit,
@@ -251,7 +244,7 @@ def measure_choices(options: SimpleNamespace) -> Measurement:
         output = claim("choices", settings)
         if not output.complete:
             _write_choices(source, output, options)
-        results = [row for _, row in read_jsonl(output.path)]
+        results = [row for _, row in readers.read_jsonl(output.path)]
         if not results:
             raise CaiError(f"all {source.count} rows of {options.choice} are longer than the model's context")
         rates, counts = benchmarks.figures(results)
@@ -261,22 +254,22 @@ def measure_choices(options: SimpleNamespace) -> Measurement:
     return Measurement([options.choice], {"rows": source.count, "model_calls": calls}, settings, measure)
 
 
-def _write_choices(source: Source, output: Output, options: SimpleNamespace) -> None:
+def _write_choices(source: sources.Source, output: outputs.Output, options: SimpleNamespace) -> None:
     """Write the scores of every row's answers (resumable). A row that is too long for the model has no row."""
     with output, cli.progress(source.count - len(output.done), "choose") as bar:
         rows = (row for row in source if row["id"] not in output.done)
         engine = temperature = None
         if options.reward_model:
-            scorer = load_scorer(options.reward_model, **options.loading)
-            scored, temperature = benchmarks.by_reward_model(rows, scorer), scorer.temperature
+            reward_model = scorer.load_scorer(options.reward_model, **options.loading)
+            scored, temperature = benchmarks.by_reward_model(rows, reward_model), reward_model.temperature
         else:
-            engine = load_engine(options.model, **options.loading)
+            engine = loading.load_engine(options.model, **options.loading)
             scored = benchmarks.by_model(rows, engine, options.choice_format)
         for row, scores in scored:
             if scores is not None:
                 output.write(benchmarks.result(row, scores, temperature))
             bar.update()
-        output.finish(source.ids, {"rows": source.count}, **fast_path(engine))
+        output.finish(source.ids, {"rows": source.count}, **local.fast_path(engine))
 
 
 # --- a reward model on pairs --------------------------------------------------------------------------------
@@ -284,7 +277,7 @@ def _write_choices(source: Source, output: Output, options: SimpleNamespace) -> 
 
 def measure_pairs(options: SimpleNamespace) -> Measurement:
     """How often a reward model prefers the response that is known to be better."""
-    check_reward_model(options.reward_model)
+    scorer.check_reward_model(options.reward_model)
     files = list(options.inputs)
     source = preferences.GivenPairs(files, options.limit)
     settings = {
@@ -302,13 +295,13 @@ def measure_pairs(options: SimpleNamespace) -> Measurement:
     }
 
     def measure(_claim: Claim) -> tuple[dict, dict]:
-        return pair_figures(list(source), load_scorer(options.reward_model, **options.loading))
+        return pair_figures(list(source), scorer.load_scorer(options.reward_model, **options.loading))
 
     rows = len(source.ids)
     return Measurement(files, {"rows": rows, "reward_model_calls": 2 * rows}, settings, measure)
 
 
-def pair_figures(rows: list[dict], scorer: Scorer) -> tuple[dict, dict]:
+def pair_figures(rows: list[dict], reward_model: scorer.Scorer) -> tuple[dict, dict]:
     """({metric: figure}, counts) of a reward model on pairs with gold; pairs without gold are counted.
 
     A tie of the two scores is not a right answer. Beside the accuracy stand two baselines that need no model:
@@ -318,16 +311,16 @@ def pair_figures(rows: list[dict], scorer: Scorer) -> tuple[dict, dict]:
     pairs = [row for row in rows if row.get("gold")]
     if not pairs:
         raise InputError(f"none of {len(rows)} pairs has a gold label", expected='gold: "a" or "b"')
-    texts = [(as_messages(row["prompt"]), row[side]) for row in pairs for side in ("response_a", "response_b")]
-    scores = scorer.scores(texts)
+    texts = [(dialogue.as_messages(row["prompt"]), row[side]) for row in pairs for side in ("response_a", "response_b")]
+    scores = reward_model.scores(texts)
     scored = [(row, a, b) for row, a, b in zip(pairs, scores[::2], scores[1::2], strict=True) if None not in (a, b)]
     if not scored:
         raise CaiError(f"all {len(pairs)} pairs with a gold label are longer than the model's context")
-    prompts = [prompt_text(row["prompt"]) for row, _, _ in scored]
+    prompts = [dialogue.prompt_text(row["prompt"]) for row, _, _ in scored]
     signs = [1 if row["gold"] == "a" else -1 for row, _, _ in scored]
     margins = [a - b for _, a, b in scored]
     lengths = [len(row["response_a"]) - len(row["response_b"]) for row, _, _ in scored]
-    p_gold = [scorer.probability(sign * margin, 0.0) for sign, margin in zip(signs, margins, strict=True)]
+    p_gold = [reward_model.probability(sign * margin, 0.0) for sign, margin in zip(signs, margins, strict=True)]
 
     def share(differences: Iterable[float]) -> dict:
         """The rate of pairs in which the difference is for the better side."""

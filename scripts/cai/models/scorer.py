@@ -22,7 +22,7 @@ from cai.stats.calibration import sigmoid
 
 
 def score_sequences(model, pad_id: int, sequences: Sequence[Sequence[int]], batch_size: int) -> list[float]:
-    """A reward model's score_sequences of each sequence of token ids (`encode`, prompt and response joined).
+    """A reward model's score of each sequence of token ids (`encode`, prompt and response joined).
 
     Read at the last token that is not `pad_id`; longest first, padded on the right.
     """
@@ -32,7 +32,7 @@ def score_sequences(model, pad_id: int, sequences: Sequence[Sequence[int]], batc
     device = next(model.parameters()).device
     found = [0.0] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    with cli.progress(len(sequences), "score_sequences") as bar, torch.inference_mode():
+    with cli.progress(len(sequences), "score") as bar, torch.inference_mode():
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             width = len(sequences[rows[0]])

@@ -2,7 +2,7 @@
 
     environment(html=True).get_template("page.html.jinja").render(...)
 
-Whatever a template prints is escaped, unless it is Markup. Leaves out prompts: those are cai.templates.
+Whatever a template prints is escaped, unless it is Markup. Leaves out prompts: those are constitution/templates.py.
 """
 
 import json

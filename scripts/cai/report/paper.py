@@ -26,6 +26,7 @@ from cai.data.dialogue import as_messages
 from cai.data.outputs import csv_cell
 from cai.data.readers import read_jsonl
 from cai.models import choice, loading
+from cai.models.engine import Request
 from cai.models.loading import check_model
 from cai.models.scorer import check_reward_model, load_scorer
 from cai.report import figures, run_folder
@@ -223,19 +224,19 @@ def harmfulness(folders: Sequence[str], given) -> tuple[dict, Callable]:
             defaultdict(list),
             [],
         )
-        rows = [
-            {"prompt": row["prompt"], "response": row["response"], "place": (name, place, label)}
-            for name, place, label, row in texts
+        requests = [
+            Request((name, place, label, number), template.render(prompt=row["prompt"], response=row["response"]))
+            for number, (name, place, label, row) in enumerate(texts)
         ]
-        with cli.progress(len(rows), "rate") as bar:
-            for row, logprobs in choice.choose_letter(engine, template, rows, DIGITS):
+        with cli.progress(len(requests), "rate") as bar:
+            for request, logprobs in choice.choose(engine, requests, DIGITS):
                 bar.update()
                 score, mass = expected(logprobs)
                 if score is not None:
-                    found[row["place"]].append(score)
+                    found[request.key[:3]].append(score)
                     masses.append(mass)
         if not masses:
-            raise CaiError(f"the judge {given.judge} could read none of {len(rows)} responses")
+            raise CaiError(f"the judge {given.judge} could read none of {len(requests)} responses")
         mass = intervals.mean(masses)["value"]
         if mass < 0.5:
             cli.warn("the judge would rather not answer with a digit: take a larger judge")

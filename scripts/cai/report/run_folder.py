@@ -228,8 +228,8 @@ def _stage(run: Run, step: dict) -> Stage:
 
 def _reader(step: dict) -> str:
     """Who read the responses' classes, in words."""
-    if step["fingerprint"].get("by") == "oracle_reader":
-        return "the bundled world's oracle_reader"
+    if step["fingerprint"].get("by") == "oracle":
+        return "the bundled world's oracle"
     return f"the judge {argument(step, '--judge') or '?'}"
 
 
@@ -249,7 +249,7 @@ def _rows(run: Run) -> None:
 
 
 def _classes(run: Run) -> None:
-    """Classes of the rows' texts round by round: those that evaluate.py wrote, else the oracle_reader's."""
+    """Classes of the rows' texts round by round: those that evaluate.py wrote, else the oracle's."""
     ids = {row.get("id") for row in run.rows}
     for step in run.of("evaluate"):
         number = step["fingerprint"].get("round")
@@ -263,15 +263,15 @@ def _classes(run: Run) -> None:
     for row in run.rows:
         classify = oracle_reader(row)
         if classify:
-            run.classes_by = "the bundled world's oracle_reader"
+            run.classes_by = "the bundled world's oracle"
             for number, text in enumerate(texts_of(row)):
                 run.classes[row["id"], number] = classify(text)
 
 
 def rounds(run: Run) -> list[dict]:
-    """One entry a round, 0 being the first responses: {round, n, is_changed, flags, rates}.
+    """One entry a round, 0 being the first responses: {round, n, changed, flags, rates}.
 
-    is_changed: rate, None for round 0; flags: how often each; rates: as evaluate.py's, {} if no class is known.
+    changed: rate, None for round 0; flags: how often each; rates: as evaluate.py's, {} if no class is known.
     """
     counts, kinds = defaultdict(Counter), {row.get("id"): row.get("kind") for row in run.rows}
     for (row_id, number), found in run.classes.items():
@@ -285,7 +285,7 @@ def rounds(run: Run) -> list[dict]:
             {
                 "round": number,
                 "n": len(ones) if number else len(run.rows),
-                "is_changed": intervals.rate(sum(map(is_changed, ones)), len(ones)) if number else None,
+                "changed": intervals.rate(sum(map(is_changed, ones)), len(ones)) if number else None,
                 "flags": dict(flags.most_common()),
                 "rates": class_rates(counts[number]) if counts[number] else {},
             }
@@ -297,7 +297,7 @@ def principles(run: Run) -> list[dict]:
     """One entry a principle, most drawn first, those of the constitution that were never drawn at the end.
 
     {id, text and question (its critique request and preference question, if the constitution is at hand), drawn,
-    is_changed: rate, before, after: rate of harmful compliance of what it was drawn for, before and
+    changed: rate, before, after: rate of harmful compliance of what it was drawn for, before and
     after that round; compared: times drawn by the judge; fault: rate of critiques in which a judge read a fault
     (`evaluate.py --faults`)}. before, after and fault are None where nobody knows.
     """
@@ -330,7 +330,7 @@ def principles(run: Run) -> list[dict]:
             "text": texts[name].critique if name in texts else "",
             "question": texts[name].preference if name in texts else "",
             "drawn": drawn[name],
-            "is_changed": intervals.rate(altered[name], drawn[name]),
+            "changed": intervals.rate(altered[name], drawn[name]),
             "compared": compared[name],
             "fault": faults.get(name),
             "before": intervals.rate(before[name], harmful[name]) if harmful[name] else None,
@@ -420,6 +420,6 @@ def _constitution(run: Run) -> Constitution | None:
             found = None
         if found and found.sha256 == step["fingerprint"].get("constitution"):
             return found
-        run.missing.append("The constitution's file is gone or has is_changed since: principles are shown by their id.")
+        run.missing.append("The constitution's file is gone or has changed since: principles are shown by their id.")
         return None
     return None

@@ -113,7 +113,7 @@ def lora_config(rank: int, task: str = "CAUSAL_LM"):
         lora_dropout=0.0,
         target_modules="all-linear",
         task_type=task,
-        modules_to_save=["score_sequences"] if task == "SEQ_CLS" else None,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
 
 

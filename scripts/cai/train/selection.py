@@ -16,7 +16,7 @@ def axis_means(kinds: Sequence[str], scores: Sequence[float]) -> dict[str, float
 
 
 def choose_update(kinds: Sequence[str], candidates: Mapping[int, Sequence[float]]) -> int:
-    """Which of the candidates to take: the largest sum of both axis_means among those that lost on neither.
+    """Which of the candidates to take: the largest sum of both axes among those that lost on neither.
 
     To lose is to fall below the start by more than two standard errors of the paired difference, for every candidate
     is asked the same prompts. The start itself has lost nothing, so that there always is one to take.
