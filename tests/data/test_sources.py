@@ -186,7 +186,7 @@ U, A, S = ({"role": role, "content": "x"} for role in ("user", "assistant", "sys
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (lines(TWO[0], '{"prompt": '), [":2: not JSON", '{"prompt":', "one JSON object a line"]),
+        (lines(TWO[0], '{"prompt": '), [":2: not JSON", '{"prompt":', "one JSON object per line"]),
         (lines(TWO[0], "[1, 2]"), [":2: a JSON list", "[1, 2]", "one object"]),
         (lines('{"prompt": "x", "score": NaN}'), [":1: not JSON", "NaN"]),
         (lines('{"prompt": "\\ud800"}'), [":1: half a surrogate pair", "ud800"]),
@@ -420,7 +420,7 @@ def test_a_row_is_written_once(tmp_path):
 HOLD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from cai.records import Output
+from cai.data.outputs import Output
 with Output(sys.argv[2], command="test", fingerprint={"seed": 0, "model": "m"}) as output:
     output.write({"id": "a", "text": "text of a – ü"})
     print("held", flush=True)
@@ -451,8 +451,8 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
 FULL = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-from cai.errors import CaiError
-from cai.records import Output
+from cai.base.errors import CaiError
+from cai.data.outputs import Output
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 try:
     with Output(sys.argv[2], command="test", fingerprint={"seed": 0, "model": "m"}) as output:

@@ -15,7 +15,7 @@ from cai.base.errors import InputError
 from cai.base.hashing import hashed_seed
 from cai.constitution.files import Constitution
 from cai.constitution.templates import load_template
-from cai.data.rounds import current_response
+from cai.data.rounds import text_of_round
 from cai.evaluate import rates
 from cai.models.engine import Sampling
 from cai.stats import intervals
@@ -143,7 +143,7 @@ def redo(
         return constitutions[row["left_out"]].draw(seed, row["original"], len(row["rounds"]))
 
     def shown(row):
-        return {"principle": principle(row), "prompt": row["prompt"], "response": current_response(row)}
+        return {"principle": principle(row), "prompt": row["prompt"], "response": text_of_round(row)}
 
     rows = [{**row, "rounds": list(row["rounds"])} for row in rows]
     while active := [row for row in rows if len(row["rounds"]) < row["wanted"] and not row.get("failed")]:
@@ -153,7 +153,7 @@ def redo(
             row["rounds"].append({"principle": principle(row).id, "critique": made.text})
         active = [row for row in active if row["rounds"] and row["rounds"][-1].get("revision") is None]
         for row, made in ask("revise", lambda row: revise.render(**shown(row), critique=row["rounds"][-1]["critique"])):
-            before = current_response(row)
+            before = text_of_round(row)
             row["rounds"][-1] |= {"revision": made.text, "flags": flags(before, made.text, made.finish)}
             row["failed"] = False
     for row in rows:

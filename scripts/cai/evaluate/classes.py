@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from cai.base.errors import InputError, shorten
 from cai.constitution.templates import load_template
-from cai.evaluate import rates
+from cai.data import kinds
 from cai.models.choice import choose_letter
 from cai.models.loading import check_model, split_endpoint
 from cai.world.oracle import classify
@@ -25,13 +25,13 @@ ORACLE_FIELDS = ("category", "verb", "object")
 
 
 def check_kind(row: dict, where: str, line: int) -> None:
-    """InputError unless the row's kind is one of `rates.KINDS`."""
-    if row["kind"] not in rates.KINDS:
+    """InputError unless the row's kind is one of `kinds.KINDS`."""
+    if row["kind"] not in kinds.KINDS:
         raise InputError(
             f"the kind {shorten(row['kind'])!r}",
             where=where,
             line=line,
-            expected=f"one of {', '.join(rates.KINDS)}",
+            expected=f"one of {', '.join(kinds.KINDS)}",
             remedy="Mend or delete this row",
         )
 

@@ -15,14 +15,12 @@ from itertools import combinations
 
 from cai.base.errors import InputError
 from cai.data import preferences
+from cai.data.kinds import AXES, axis_of
 from cai.data.sources import Source
 from cai.models import loading
 from cai.models.loading import check_model
 from cai.stats import elo
 from cai.steps import judging
-
-# Which kinds of prompts each side of a policy is measured on.
-AXES = {"harmlessness": ("harmful",), "helpfulness": ("benign", "borderline")}
 
 
 def policies(given: Sequence[str]) -> dict[str, str]:
@@ -60,11 +58,6 @@ def answered(path: str, prompts: Source) -> dict[str, str]:
             remedy="Check the two files",
         )
     return found
-
-
-def axis_of(kind: str) -> str:
-    """The side of a policy that prompts of this kind measure."""
-    return next(axis for axis, kinds in AXES.items() if kind in kinds)
 
 
 def pairs(answers: Mapping[str, Mapping[str, str]], prompts: Iterable[dict]) -> Iterator[dict]:

@@ -13,21 +13,17 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from cai.constitution.files import Constitution
 from cai.constitution.templates import load_template
+from cai.data.rounds import texts_of
 from cai.evaluate.rates import UNSAFE
 from cai.stats import intervals
 
 LETTERS = ("A", "B")  # of the template: a fault is found, none is
 
 
-def texts(row: Mapping) -> list[str]:
-    """The first response, then each round's revision."""
-    return [row["response"], *(one["revision"] for one in row.get("rounds") or ())]
-
-
 def steps(rows: Iterable[dict]) -> Iterator[dict]:
     """One row a text, {..., id: `<row id>#<round>`, response}: what a reader of classes is given."""
     for row in rows:
-        for number, text in enumerate(texts(row)):
+        for number, text in enumerate(texts_of(row)):
             plain = {key: value for key, value in row.items() if key not in ("rounds", "prompt_id")}
             yield {**plain, "id": f"{row['id']}#{number}", "response": text}
 
@@ -35,7 +31,7 @@ def steps(rows: Iterable[dict]) -> Iterator[dict]:
 def critiques(rows: Iterable[dict]) -> Iterator[dict]:
     """One row a critique: {id, prompt, response (what it was about), critique, principle, changed}."""
     for row in rows:
-        before = texts(row)
+        before = texts_of(row)
         for number, one in enumerate(row.get("rounds") or (), 1):
             yield {
                 "id": f"{row['id']}#{number}",

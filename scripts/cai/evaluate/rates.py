@@ -15,8 +15,6 @@ from cai.data.readers import read_jsonl
 from cai.stats import intervals
 from cai.stats.intervals import rate
 
-KINDS = ("harmful", "benign", "borderline")
-
 # Each rate: its kind of prompt, and the classes of response that count as a success.
 RATES: dict[str, tuple[str, tuple[str, ...]]] = {
     "harmful_compliance": ("harmful", ("comply", "partial")),

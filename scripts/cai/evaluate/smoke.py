@@ -19,7 +19,7 @@ from pathlib import Path
 from cai.base.errors import CaiError
 from cai.data.dialogue import as_messages, prompt_text
 from cai.data.readers import read_jsonl
-from cai.data.rounds import current_response
+from cai.data.rounds import text_of_round
 from cai.models.chat import encode
 from cai.models.engine import Sampling
 from cai.models.loading import load_engine, release_engines
@@ -109,7 +109,7 @@ def critiques(rows: Sequence[dict]) -> tuple[str, bool, str]:
 def naming(rows: Sequence[dict]) -> tuple[str, bool, str]:
     """Half of the critiques or more take up a word of the prompt or the response they are about."""
     named = [
-        _words(row["rounds"][-1]["critique"]) & _words(f"{prompt_text(row['prompt'])} {current_response(row)}")
+        _words(row["rounds"][-1]["critique"]) & _words(f"{prompt_text(row['prompt'])} {text_of_round(row)}")
         for row in rows
     ]
     count = sum(map(bool, named))
@@ -124,7 +124,7 @@ def revisions(rows: Sequence[dict]) -> tuple[str, bool, str]:
     for row in rows:
         *before, last = row["rounds"]
         made.append(last["revision"])
-        changed += last["revision"].split() != current_response({**row, "rounds": before}).split()
+        changed += last["revision"].split() != text_of_round({**row, "rounds": before}).split()
     same = len(rows) > 1 and len(set(made)) == 1
     return (
         "revisions differ",

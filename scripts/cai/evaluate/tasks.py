@@ -19,13 +19,14 @@ from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
 from cai.data import preferences, rounds
 from cai.data.dialogue import as_messages, prompt_text
+from cai.data.kinds import KINDS
 from cai.data.outputs import Output
 from cai.data.public_sets import PublicSource
 from cai.data.readers import read_jsonl
 from cai.data.rounds import check_rounds
 from cai.data.sources import Source
 from cai.evaluate import benchmarks, classes, contest, faults, habits, responding
-from cai.evaluate.rates import KINDS, rates_of_rows
+from cai.evaluate.rates import rates_of_rows
 from cai.models import guards
 from cai.models.engine import Sampling
 from cai.models.loading import check_model, load_engine, load_named_engine, split_endpoint
