@@ -21,7 +21,8 @@ from markupsafe import Markup
 from cai.base import cli
 from cai.base.errors import CaiError, InputError, shorten
 from cai.base.paths import TEMPLATES
-from cai.evaluate.rates import KINDS, RATES
+from cai.data.kinds import KINDS
+from cai.evaluate.rates import RATES
 from cai.report import cards, figures, run_folder, transcripts
 from cai.report.escaping import MARK, environment, percent
 from cai.report.run_folder import Run

@@ -181,7 +181,7 @@ def measure_without_each(options: SimpleNamespace, stem: Path) -> measurement.Me
         for name, without in reduced.items():
             rendering.save_constitution(f"{stem}.without-{files.file_name(name)}.yaml", without, overwrite=True)
         texts = [*source, *(row for row in redone if len(row["rounds"]) == row["wanted"])]
-        texts = [{**row, "response": rounds.current_response(row)} for row in texts]
+        texts = [{**row, "response": rounds.text_of_round(row)} for row in texts]
         classified = reader.write_classes(texts, [row["id"] for row in texts], claim("classes", reading))
         classes.check_letter_mass(classified)
         return _figures_without_each(classified, redone, reduced)
@@ -262,7 +262,7 @@ def redo(
         requests = []
         for row in rows:
             critique = {"critique": critiques[row["id"]].text} if critiques else {}
-            response = rounds.current_response(row)
+            response = rounds.text_of_round(row)
             template = templates.load_template(command)
             question = template.render(principle=draw(row), prompt=row["prompt"], response=response, **critique)
             number = len(row["rounds"]) + bool(critiques)  # revise.py counts the round that it completes
@@ -276,7 +276,7 @@ def redo(
         active = [row for row in active if row["id"] in revisions]
         for row in active:
             critique, revision = critiques[row["id"]], revisions[row["id"]]
-            flagged = flags(rounds.current_response(row), revision.text, revision.finish)
+            flagged = flags(rounds.text_of_round(row), revision.text, revision.finish)
             texts = {"critique": critique.text, "revision": revision.text, "flags": flagged}
             row["rounds"].append({"principle": draw(row).id, **texts})
         active = [row for row in active if len(row["rounds"]) < row["wanted"]]

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from cai.base.errors import InputError
-from cai.data import dialogue
+from cai.data import dialogue, kinds
 from cai.evaluate.rates import without_clusters
 from cai.stats import intervals, tables
 from cai.stats.texts import distinct, duplicates, phrases, repetition, words
@@ -30,7 +30,7 @@ CLOSERS = re.compile(
 
 _CLOSING = 160  # characters at the end of a response in which a closer is looked for
 
-GROUPS = {"harmful": ("harmful",), "harmless": ("benign", "borderline")}
+GROUPS = dict(zip(("harmful", "harmless"), kinds.AXES.values(), strict=True))
 
 
 def watch(before: Sequence[dict], now: Sequence[dict]) -> dict:
@@ -45,8 +45,8 @@ def watch(before: Sequence[dict], now: Sequence[dict]) -> dict:
     if not common:
         raise InputError("no prompt in common", expected="responses of two policies to the same prompts")
     signs = {}
-    for group, kinds in GROUPS.items():
-        pairs = [(old, new) for old, new in common if new["kind"] in kinds]
+    for group, group_kinds in GROUPS.items():
+        pairs = [(old, new) for old, new in common if new["kind"] in group_kinds]
         if pairs:
             prompts = [old["prompt"] for old, _ in pairs]
             texts = [[row["response"] for row in rows] for rows in zip(*pairs, strict=True)]

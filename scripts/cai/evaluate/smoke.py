@@ -89,7 +89,7 @@ def critiques_name_something(rows: Sequence[dict]) -> _Result:
 
     repeated = [
         set(_WORD.findall(row["rounds"][-1]["critique"].lower()))
-        .intersection(_WORD.findall(f"{dialogue.prompt_text(row['prompt'])} {rounds.current_response(row)}".lower()))
+        .intersection(_WORD.findall(f"{dialogue.prompt_text(row['prompt'])} {rounds.text_of_round(row)}".lower()))
         .difference(_SMALL)
         for row in rows
     ]
