@@ -11,6 +11,7 @@ constitution, which `run.py` does.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +20,10 @@ from cai.base import cli, files, hashing
 from cai.base.errors import InputError
 from cai.constitution import rendering, templates
 from cai.constitution.files import Constitution, load_constitution
-from cai.data import outputs, readers, rounds, sources
+from cai.data import rounds, sources
+from cai.data.outputs import Output, read_manifest
 from cai.evaluate import classes, measurement, rates
-from cai.models import choice, loading, local
+from cai.models import choice, loading
 from cai.models.engine import Engine, Generation, Request, Sampling
 from cai.stats import intervals, tables
 from cai.steps.flags import flags
@@ -50,27 +52,29 @@ class Coverage:
             "dtype": options.dtype,
         }
 
-    def count_calls(self, output: outputs.Output) -> int:
+    def count_calls(self, output: Output) -> int:
         """Questions that are still to be asked."""
         remaining = 0 if output.complete else self.source.count - len(output.done)
         return 2 * len(self.constitution.principles) * remaining
 
-    def write(self, output: outputs.Output) -> None:
+    def write(self, output: Output) -> None:
         """Write the row of `cover` for every prompt (resumable), and warn of a judge that does not answer."""
         options = self.options
-        if not output.complete:
-            engine = loading.load_engine(options.model, endpoints=options.endpoints, **options.loading)
-            with output, cli.progress(self.source.count, "coverage") as bar:
-                bar.update(len(output.done))
-                remaining = (row for row in self.source if row["id"] not in output.done)
-                while window := list(islice(remaining, 16 * options.batch_size)):
-                    for row in cover(engine, window, self.constitution, options.threshold):
-                        output.write(row)
-                        bar.update()
-                rows = (row for _, row in readers.read_jsonl(output.journal))
-                counts = coverage_counts(rows, self.constitution, options.threshold)
-                output.finish(self.source.ids, counts, **local.fast_path(engine))
-        classes.warn_of_low_mass(output.counts["label_mass"], "take a larger judge before you rely on this")
+
+        def produce(engine: Engine) -> Iterator[dict]:
+            remaining = (row for row in self.source if row["id"] not in output.done)
+            while window := list(islice(remaining, 16 * options.batch_size)):
+                yield from cover(engine, window, self.constitution, options.threshold)
+
+        measurement.fill(
+            output,
+            self.source.ids,
+            "coverage",
+            partial(loading.load_engine, options.model, endpoints=options.endpoints, **options.loading),
+            produce,
+            lambda rows: coverage_counts(rows, self.constitution, options.threshold),
+        )
+        classes.mean_letter_mass([output.counts["label_mass"]], "take a larger judge before you rely on this")
 
 
 def cover(engine: Engine, prompts: Sequence[dict], constitution: Constitution, threshold: float) -> Iterator[dict]:
@@ -183,7 +187,8 @@ def measure_without_each(options: SimpleNamespace, stem: Path) -> measurement.Me
         texts = [*source, *(row for row in redone if len(row["rounds"]) == row["wanted"])]
         texts = [{**row, "response": rounds.text_of_round(row)} for row in texts]
         classified = reader.write_classes(texts, [row["id"] for row in texts], claim("classes", reading))
-        classes.check_letter_mass(classified)
+        masses = (row.get("letter_mass") for row in classified)
+        classes.mean_letter_mass(masses, "take a larger judge before you rely on this")
         return _figures_without_each(classified, redone, reduced)
 
     plan = {
@@ -198,7 +203,7 @@ def measure_without_each(options: SimpleNamespace, stem: Path) -> measurement.Me
 def _warn_of_other_settings(inputs: Iterable[str], settings: dict) -> None:
     """Warn where the rows were written with other settings: the difference would then not be the principle's."""
     for path in inputs:
-        before = (outputs.read_manifest(path) or {}).get("fingerprint", {})
+        before = (read_manifest(path) or {}).get("fingerprint", {})
         for key, value in settings.items():
             if key in before and before[key] != value:
                 what = "another constitution file" if key == "constitution" else f"{key} {before[key]}, not {value}"
@@ -206,24 +211,22 @@ def _warn_of_other_settings(inputs: Iterable[str], settings: dict) -> None:
 
 
 def _write_redone(
-    output: outputs.Output, rows: Sequence[dict], reduced: dict[str, Constitution], options: SimpleNamespace
+    output: Output, rows: Sequence[dict], reduced: dict[str, Constitution], options: SimpleNamespace
 ) -> list[dict]:
     """Write the rows of `redo`, window by window (resumable), and return them."""
-    if not output.complete:
-        engine = None
-        if rows:
-            engine = loading.load_engine(options.model, endpoints=options.endpoints, **options.loading)
-        with output, cli.progress(len(rows), "revise again") as bar:
-            bar.update(len(output.done))
-            remaining = (row for row in rows if row["id"] not in output.done)
-            while window := list(islice(remaining, 16 * options.batch_size)):
-                for row in redo(engine, window, reduced, options.sampling, options.seed):
-                    output.write(row)
-                    bar.update()
-            failed = sum(len(row["rounds"]) < row["wanted"] for _, row in readers.read_jsonl(output.journal))
-            counts = {"rows": len(rows), "failed": failed}
-            output.finish([row["id"] for row in rows], counts, **local.fast_path(engine))
-    return [row for _, row in readers.read_jsonl(output.path)]
+
+    def produce(engine: Engine) -> Iterator[dict]:
+        remaining = (row for row in rows if row["id"] not in output.done)
+        while window := list(islice(remaining, 16 * options.batch_size)):
+            yield from redo(engine, window, reduced, options.sampling, options.seed)
+
+    def count(redone: Iterable[dict]) -> dict:
+        return {"rows": len(rows), "failed": sum(len(row["rounds"]) < row["wanted"] for row in redone)}
+
+    def load() -> Engine | None:
+        return loading.load_engine(options.model, endpoints=options.endpoints, **options.loading) if rows else None
+
+    return measurement.fill(output, [row["id"] for row in rows], "revise again", load, produce, count)
 
 
 def without_each(rows: Iterable[dict], left_out: Sequence[str]) -> Iterator[dict]:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from cai.base import files, hashing
@@ -20,26 +20,6 @@ from cai.data import preferences
 from cai.stats import agreement, calibration, drawing, intervals
 
 NOTHING = {"value": None, "low": None, "high": None, "n": 0}
-
-
-class _Tally:
-    """Outcomes by name, each with the prompt that it belongs to."""
-
-    def __init__(self):
-        self.outcomes: dict[str, list[tuple[float, int]]] = defaultdict(list)
-
-    def add(self, prompt: int, **outcomes: float) -> None:
-        for name, outcome in outcomes.items():
-            self.outcomes[name].append((outcome, prompt))
-
-    def values(self, name: str) -> list[float]:
-        return [outcome for outcome, _ in self.outcomes.get(name, ())]
-
-    def rate(self, name: str) -> dict:
-        return intervals.clustered_rate(self.values(name), [prompt for _, prompt in self.outcomes.get(name, ())])
-
-    def mean(self, name: str) -> dict:
-        return intervals.mean(self.values(name))
 
 
 def measure(rows: Iterable[dict], judges: Sequence[str]) -> dict:
@@ -71,145 +51,170 @@ def measure(rows: Iterable[dict], judges: Sequence[str]) -> dict:
 
     Raises InputError for a row that judge.py did not write, or a label that is not a probability.
     """
-    audit = _Audit(judges)
+    identical, pairs, verdicts, orders, labels = 0, [], [], [], []
     for number, row in enumerate(rows, 1):
         _check(row, number)
-        audit.add(row)
-    return audit.figures()
-
-
-class _Audit:
-    """What the rows of judge.py add up to: all together, by principle, by judge, and the combined label."""
-
-    def __init__(self, judges: Sequence[str]):
-        self.counts = dict.fromkeys(("rows", "pairs", "identical", "empty"), 0)
-        self.judges = {name: _Tally() for name in judges}
-        self.principles: dict[str, _Tally] = defaultdict(_Tally)
-        self.pairs, self.combined = _Tally(), _Tally()
-        self.votes: Counter = Counter()
-
-    def add(self, row: dict) -> None:
-        self.counts["rows"] += 1
         if row.get("tie"):
-            self.counts["identical"] += 1
-            return
-        prompt = hashing.hashed_seed(preferences.prompt_key(row))  # eight bytes for what may be long
-        self.counts["pairs"] += 1
-        self.counts["empty"] += not (row["response_a"].strip() and row["response_b"].strip())
-        self.pairs.add(prompt, nulls=row["p_a"] is None)
-        self._add_verdicts(row, prompt)
-        self._add_judges(row, prompt)
-        if row["p_a"] is not None:
-            self._add_combined(row, prompt)
-
-    def _add_verdicts(self, row: dict, prompt: int) -> None:
-        for verdict in row["verdicts"]:
-            p, mass = verdict["p_a"], verdict.get("mass")
-            if mass is not None:
-                self.pairs.add(prompt, label_mass=mass, low_mass=mass < 0.5)
-            if p is not None:
-                self.pairs.add(prompt, first_shown=p if verdict["order"] == preferences.ORDERS[0] else 1 - p)
-        for (_, principle), (p_ab, p_ba) in preferences.group_verdicts(row["verdicts"]).items():
-            if p_ab is None or p_ba is None:
-                continue
-            same, p = preferences.same_position(p_ab, p_ba), (p_ab + p_ba) / 2
-            self.pairs.add(prompt, same_position=same, order_agreement=(p_ab - 0.5) * (p_ba - 0.5) > 0)
-            tally = self.principles[principle or row["principle"]]
-            tally.add(prompt, win_rate=p, same_position=same)
-            if principle and _are_decided(p, row["p_a"]):
-                disagreement = (p > 0.5) != (row["p_a"] > 0.5)
-                tally.add(prompt, disagreement=disagreement)
-                self.pairs.add(prompt, disagreement=disagreement)
-            if row.get("gold") and p != 0.5:
-                tally.add(prompt, accuracy=(p > 0.5) == (row["gold"] == "a"))
-
-    def _add_judges(self, row: dict, prompt: int) -> None:
-        labels = row.get("judges") or {next(iter(self.judges)): row["p_a"]}
-        for name, p in labels.items():
-            judge = self.judges.setdefault(name, _Tally())
-            judge.add(prompt, nulls=p is None)
-            if _are_decided(p, row["p_a"]):
-                judge.add(prompt, disagreement=(p > 0.5) != (row["p_a"] > 0.5))
-            _add_label(judge, p, row.get("gold"), prompt)
-            if (preference := _own_preference(name, labels, row)) is not None:
-                is_own, others = preference
-                judge.add(prompt, self_preference=is_own)
-                self.pairs.add(prompt, self_preference=is_own)
-                if others is not None:
-                    self.pairs.add(prompt, self_preference_excess=is_own - others)
-        self.votes[agreement.votes(list(labels.values()))] += 1
-
-    def _add_combined(self, row: dict, prompt: int) -> None:
-        p, gold = row["p_a"], row.get("gold")
-        _add_label(self.combined, p, gold, prompt)
-        longer = len(row["response_a"]) - len(row["response_b"])
-        self.pairs.add(prompt, undecided=p == 0.5, win_rate=p, mean_margin=abs(2 * p - 1), length_difference=longer)
-        if p != 0.5 and longer:
-            self.pairs.add(prompt, longer_wins=(p > 0.5) == (longer > 0))
-        if p != 0.5 and gold:
-            self.pairs.add(prompt, always_a=gold == "a", longer=(longer > 0) == (gold == "a"))
-
-    def figures(self) -> dict:
-        """The figures of `measure`."""
-        pairs = self.pairs
-        labels, lengths = pairs.values("win_rate"), pairs.values("length_difference")
-        prompts = [prompt for _, prompt in pairs.outcomes.get("win_rate", ())]
-        figures = {
-            **self.counts,
-            **_label_figures(self.combined),
-            **{name: pairs.rate(name) for name in ("nulls", "undecided", "same_position", "order_agreement")},
-            "first_shown": pairs.mean("first_shown"),
-            "label_mass": pairs.mean("label_mass"),
-            "low_mass": pairs.rate("low_mass"),
-            "mean_margin": pairs.mean("mean_margin"),
-            "win_rate": pairs.rate("win_rate"),
-            "length_corrected_win_rate": length_corrected(labels, lengths, prompts),
-            "length_correlation": intervals.correlation(labels, lengths),
-            "longer_wins": pairs.rate("longer_wins"),
-            "self_preference": pairs.rate("self_preference"),
-            "self_preference_excess": pairs.mean("self_preference_excess"),
-            **{name: pairs.rate(name) for name in ("always_a", "longer", "disagreement") if name in pairs.outcomes},
-            "principles": {
-                name: {figure: tally.rate(figure) for figure in tally.outcomes}
-                for name, tally in sorted(self.principles.items())
-            },
+            identical += 1
+            continue
+        by_judge = row.get("judges") or {judges[0]: row["p_a"]}
+        pair = {
+            "prompt": hashing.hashed_seed(preferences.prompt_key(row)),  # eight bytes for what may be long
+            "p": row["p_a"],
+            "combined": row["p_a"],
+            "gold": row.get("gold"),
+            "longer": len(row["response_a"]) - len(row["response_b"]),
+            "empty": not (row["response_a"].strip() and row["response_b"].strip()),
+            "votes": agreement.votes(list(by_judge.values())),
         }
-        if len(self.judges) > 1:
-            figures["agreement"] = agreement.agreement(self.votes)
-            figures["judges"] = {
-                name: _label_figures(judge)
-                | {figure: judge.rate(figure) for figure in ("nulls", "disagreement", "self_preference")}
-                for name, judge in self.judges.items()
+        pairs.append(pair)
+        labels += [{**pair, "judge": name, "p": p, "own": _own(name, by_judge, row)} for name, p in by_judge.items()]
+        verdicts += [{**verdict, "prompt": pair["prompt"]} for verdict in row["verdicts"]]
+        orders += [
+            {
+                **pair,
+                "principle": principle or row["principle"],
+                "p": sum(p_of_orders) / 2,
+                "orders": p_of_orders,
+                "combined": row["p_a"] if principle else None,
             }
-        return figures
+            for (_, principle), p_of_orders in preferences.group_verdicts(row["verdicts"]).items()
+            if None not in p_of_orders
+        ]
+    counts = {"rows": len(pairs) + identical, "pairs": len(pairs), "identical": identical}
+    figures = {
+        **counts,
+        "empty": sum(pair["empty"] for pair in pairs),
+        **_label_figures(pairs),
+        **_pair_figures(pairs),
+        **_verdict_figures(verdicts),
+        **_order_figures(orders),
+        **_own_figures(labels),
+    }
+    names = list(dict.fromkeys([*judges, *(label["judge"] for label in labels)]))
+    if len(names) > 1:
+        figures["agreement"] = agreement.agreement(Counter(pair["votes"] for pair in pairs))
+        figures["judges"] = {name: _judge_figures([row for row in labels if row["judge"] == name]) for name in names}
+    return figures
 
 
-def _are_decided(*labels: float | None) -> bool:
-    return None not in labels and 0.5 not in labels
+def _rate(rows: Sequence[dict], success: Callable[[dict], float]) -> dict:
+    """The rate over rows, those of one prompt alike."""
+    return intervals.clustered_rate([success(row) for row in rows], [row["prompt"] for row in rows])
 
 
-def _add_label(tally: _Tally, p: float | None, gold: str | None, prompt: int) -> None:
-    """Count a label against the gold one, if there is one."""
-    if p is None or not gold:
-        return
-    is_right, p_gold = (p > 0.5) == (gold == "a"), p if gold == "a" else 1 - p
-    if p != 0.5:
-        tally.add(prompt, accuracy=is_right)
-    # The confidence is in the side that was chosen; at a half neither was, and either would do.
-    outcome = 0.5 if p == 0.5 else float(is_right)
-    tally.add(prompt, confidence=max(p, 1 - p), outcome=outcome, log_loss=-math.log(max(p_gold, 1e-12)))
+def _accuracy(rows: Iterable[dict]) -> dict:
+    """How often a decided label is the gold one."""
+    return _rate([row for row in rows if row["gold"] and row["p"] not in (None, 0.5)], _is_right)
 
 
-def _label_figures(tally: _Tally) -> dict:
+def _is_right(row: dict) -> bool:
+    return (row["p"] > 0.5) == (row["gold"] == "a")
+
+
+def _disagreement(rows: Iterable[dict]) -> dict:
+    """How often a decided label is against the combined one."""
+    decided = [row for row in rows if not {None, 0.5} & {row["p"], row["combined"]}]
+    return _rate(decided, lambda row: (row["p"] > 0.5) != (row["combined"] > 0.5))
+
+
+def _label_figures(rows: Iterable[dict]) -> dict:
     """accuracy, ece, log_loss and calibration of labels whose gold is known; {} without any."""
-    if "confidence" not in tally.outcomes:
+    known = [row for row in rows if row["gold"] and row["p"] is not None]
+    if not known:
         return {}
-    bins = calibration.calibration(tally.values("confidence"), tally.values("outcome"))
-    log_loss = tally.mean("log_loss")
-    return {"accuracy": tally.rate("accuracy"), "ece": bins["ece"], "log_loss": log_loss, "calibration": bins}
+    # The confidence is in the side that was chosen; at a half neither was, and either would do.
+    outcomes = [0.5 if row["p"] == 0.5 else float(_is_right(row)) for row in known]
+    bins = calibration.calibration([max(row["p"], 1 - row["p"]) for row in known], outcomes)
+    p_gold = [row["p"] if row["gold"] == "a" else 1 - row["p"] for row in known]
+    log_loss = intervals.mean([-math.log(max(p, 1e-12)) for p in p_gold])
+    return {"accuracy": _accuracy(known), "ece": bins["ece"], "log_loss": log_loss, "calibration": bins}
 
 
-def _own_preference(judge: str, labels: Mapping, row: dict) -> tuple[bool, float | None] | None:
+def _pair_figures(pairs: Sequence[dict]) -> dict:
+    known = [pair for pair in pairs if pair["p"] is not None]
+    decided = [pair for pair in known if pair["p"] != 0.5]
+    with_gold = [pair for pair in decided if pair["gold"]]
+    labels, lengths = [pair["p"] for pair in known], [pair["longer"] for pair in known]
+    rules = {
+        "always_a": _rate(with_gold, lambda pair: pair["gold"] == "a"),
+        "longer": _rate(with_gold, lambda pair: (pair["longer"] > 0) == (pair["gold"] == "a")),
+    }
+    return {
+        "nulls": _rate(pairs, lambda pair: pair["p"] is None),
+        "undecided": _rate(known, lambda pair: pair["p"] == 0.5),
+        "mean_margin": intervals.mean([abs(2 * p - 1) for p in labels]),
+        "win_rate": _rate(known, lambda pair: pair["p"]),
+        "length_corrected_win_rate": length_corrected(labels, lengths, [pair["prompt"] for pair in known]),
+        "length_correlation": intervals.correlation(labels, lengths),
+        "longer_wins": _rate(
+            [pair for pair in decided if pair["longer"]], lambda pair: (pair["p"] > 0.5) == (pair["longer"] > 0)
+        ),
+        **(rules if with_gold else {}),
+    }
+
+
+def _verdict_figures(verdicts: Sequence[dict]) -> dict:
+    with_mass = [verdict for verdict in verdicts if verdict.get("mass") is not None]
+    first = [
+        v["p_a"] if v["order"] == preferences.ORDERS[0] else 1 - v["p_a"] for v in verdicts if v["p_a"] is not None
+    ]
+    return {
+        "first_shown": intervals.mean(first),
+        "label_mass": intervals.mean([verdict["mass"] for verdict in with_mass]),
+        "low_mass": _rate(with_mass, lambda verdict: verdict["mass"] < 0.5),
+    }
+
+
+def _order_figures(orders: Sequence[dict]) -> dict:
+    """Figures of verdicts in both orders, all together and by principle; without those that no row counts for."""
+
+    def same_position(rows: Sequence[dict]) -> dict:
+        return _rate(rows, lambda row: preferences.same_position(*row["orders"]))
+
+    by_principle = defaultdict(list)
+    for row in orders:
+        by_principle[row["principle"]].append(row)
+    principles = {
+        name: {
+            "win_rate": _rate(rows, lambda row: row["p"]),
+            "same_position": same_position(rows),
+            "disagreement": _disagreement(rows),
+            "accuracy": _accuracy(rows),
+        }
+        for name, rows in sorted(by_principle.items())
+    }
+    disagreement = _disagreement(orders)
+    return {
+        "same_position": same_position(orders),
+        "order_agreement": _rate(orders, lambda row: (row["orders"][0] - 0.5) * (row["orders"][1] - 0.5) > 0),
+        **({"disagreement": disagreement} if disagreement["n"] else {}),
+        "principles": {
+            name: {figure: rate for figure, rate in rates.items() if rate["n"]} for name, rates in principles.items()
+        },
+    }
+
+
+def _own_figures(labels: Sequence[dict]) -> dict:
+    own = [row for row in labels if row["own"]]
+    return {
+        "self_preference": _rate(own, lambda row: row["own"][0]),
+        "self_preference_excess": intervals.mean(
+            [is_own - others for is_own, others in (row["own"] for row in own) if others is not None]
+        ),
+    }
+
+
+def _judge_figures(labels: Sequence[dict]) -> dict:
+    return {
+        **_label_figures(labels),
+        "nulls": _rate(labels, lambda row: row["p"] is None),
+        "disagreement": _disagreement(labels),
+        "self_preference": _own_figures(labels)["self_preference"],
+    }
+
+
+def _own(judge: str, labels: Mapping[str, float | None], row: dict) -> tuple[bool, float | None] | None:
     """(whether a judge prefers its own response, how far others do); None where it wrote neither, or both.
 
     The others: the gold label, or the share of the other judges.
@@ -218,12 +223,10 @@ def _own_preference(judge: str, labels: Mapping, row: dict) -> tuple[bool, float
     if len(own_sides) != 1 or labels[judge] in (None, 0.5):
         return None
     [side] = own_sides
-    if row.get("gold"):
-        others = float(row["gold"] == side)
-    else:
-        others = agreement.majority([p for name, p in labels.items() if name != judge])
-        if others is not None and side == "b":
-            others = 1 - others
+    prefers_a = [p for name, p in labels.items() if name != judge]
+    others = float(row["gold"] == "a") if row.get("gold") else agreement.majority(prefers_a)
+    if others is not None and side == "b":
+        others = 1 - others
     return (labels[judge] > 0.5) == (side == "a"), others
 
 

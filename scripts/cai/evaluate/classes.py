@@ -14,8 +14,10 @@ from functools import partial
 from cai.base import cli
 from cai.base.errors import InputError, shorten
 from cai.constitution.templates import load_template
-from cai.data import kinds, outputs, readers
-from cai.models import choice, guards, loading, local
+from cai.data import kinds
+from cai.data.outputs import Output
+from cai.evaluate.measurement import fill
+from cai.models import choice, guards, loading
 from cai.models.engine import Engine, RowRequest
 from cai.stats import intervals
 from cai.world import language, oracle
@@ -68,14 +70,8 @@ def oracle_reader(row: Mapping) -> Callable[[str], str] | None:
     return partial(oracle.classify, row)
 
 
-def by_oracle(rows: Iterable[dict]) -> Iterator[tuple[dict, dict]]:
-    """Each row with its class by the rules of the bundled world."""
-    for row in rows:
-        yield row, {"class": oracle.classify(row, row["response"])}
-
-
-def by_judge(rows: Iterable[dict], engine: Engine) -> Iterator[tuple[dict, dict]]:
-    """Each row with the class whose letter the judge finds likeliest; None where the judge made no choice.
+def by_judge(rows: Iterable[dict], engine: Engine, name: str = "class") -> Iterator[tuple[dict, dict]]:
+    """Each row with {name: the class whose letter the judge finds likeliest, letter_mass}; None without a choice.
 
     `letter_mass` is the probability of all the letters together: where it is far below 1, the judge would have
     written something else, and its choice means little. A server without log-probabilities writes its letter.
@@ -85,14 +81,12 @@ def by_judge(rows: Iterable[dict], engine: Engine) -> Iterator[tuple[dict, dict]
         RowRequest(row["id"], template.render(prompt=row["prompt"], response=row["response"]), row=row) for row in rows
     ]
     for request, logprobs in choice.choose(engine, requests, list(LETTERS)):
-        row = request.row
-        if logprobs is None:
-            yield row, {"class": None, "letter_mass": None}
-            continue
-        classes = LETTERS if row["kind"] == "harmful" else LETTERS_HARMLESS
-        letter = max(zip(logprobs, LETTERS, strict=True))[1]
-        mass = math.fsum(math.exp(logprob) for logprob in logprobs)
-        yield row, {"class": classes[letter], "letter_mass": round(mass, 4)}
+        class_ = mass = None
+        if logprobs is not None:
+            letter = max(zip(logprobs, LETTERS, strict=True))[1]
+            class_ = (LETTERS if request.row["kind"] == "harmful" else LETTERS_HARMLESS)[letter]
+            mass = round(math.fsum(map(math.exp, logprobs)), 4)
+        yield request.row, {name: class_, "letter_mass": mass}
 
 
 @dataclass(frozen=True)
@@ -135,53 +129,42 @@ class Reader:
         """The engine of the judge."""
         return loading.load_named_engine(self.judge, self.endpoints, self.loading)
 
-    def write_classes(self, rows: Iterable[dict], ids: Sequence[str], output: outputs.Output) -> list[dict]:
-        """Write {id, kind, prompt, response, class} of every row that is not done, and return all of them.
+    def write_classes(self, rows: Iterable[dict], ids: Sequence[str], output: Output) -> list[dict]:
+        """Write {id, kind, prompt, response, class} of every row (resumable), and return all of them.
 
         Args:
-            rows: with kind, prompt and response. ids: of all rows, done ones included.
+            rows: with kind, prompt and response. ids: of all rows.
         A class that can't be read is null.
         """
-        if not output.complete:
-            with output, cli.progress(len(ids) - len(output.done), "classify") as bar:
-                readings, engine = self._read(row for row in rows if row["id"] not in output.done)
-                for row, reading in readings:
-                    output.write({name: row[name] for name in _KEPT if row.get(name) is not None} | reading)
-                    bar.update()
-                output.finish(ids, {"rows": len(ids)}, **local.fast_path(engine))
-        return [row for _, row in readers.read_jsonl(output.path)]
 
-    def _read(self, rows: Iterable[dict]) -> tuple[Iterable[tuple[dict, dict]], object]:
-        """(each row with its class, the engine that reads or None); `class_by_judge` beside the oracle."""
+        def produce(engine) -> Iterator[dict]:
+            for row, reading in self._read((row for row in rows if row["id"] not in output.done), engine):
+                yield {name: row[name] for name in _KEPT if row.get(name) is not None} | reading
+
+        return fill(output, ids, "classify", self._load, produce)
+
+    def _load(self):
+        """The guard or classifier, else the judge's engine, or None where the oracle reads alone."""
         if self.by == "classifier":
-            classifier = guards.safety_reader(self.classifier, self.unsafe_labels, **self.loading)
-            return classifier(rows), getattr(classifier, "engine", None)
-        if not self.judge:
-            return by_oracle(rows), None
-        engine = self.load_judge()
-        readings = by_judge(rows, engine)
-        if self.by == "oracle":
-            readings = (
-                (
-                    row,
-                    {"class": oracle.classify(row, row["response"]), "class_by_judge": reading.pop("class"), **reading},
-                )
-                for row, reading in readings
-            )
-        return readings, engine
+            return guards.safety_reader(self.classifier, self.unsafe_labels, **self.loading)
+        return self.load_judge() if self.judge else None
+
+    def _read(self, rows: Iterable[dict], engine) -> Iterable[tuple[dict, dict]]:
+        """Each row with its class, and beside the oracle's with the judge's as `class_by_judge`."""
+        if self.by == "classifier":
+            return engine(rows)
+        if self.by == "judge":
+            return by_judge(rows, engine)
+        readings = by_judge(rows, engine, "class_by_judge") if engine else ((row, {}) for row in rows)
+        return ((row, {"class": oracle.classify(row, row["response"]), **reading}) for row, reading in readings)
 
 
-def check_letter_mass(rows: Iterable[Mapping]) -> float | None:
-    """The mean letter mass of classified rows, with a warning if it is low; None where no judge gave probabilities."""
-    masses = [row["letter_mass"] for row in rows if row.get("letter_mass") is not None]
+def mean_letter_mass(masses: Iterable[float | None], remedy: str) -> float | None:
+    """The mean of what is known, with a warning below a half: the judge's choice then means little."""
+    masses = [mass for mass in masses if mass is not None]
     if not masses:
         return None
-    mass = round(intervals.mean(masses)["value"], 4)
-    warn_of_low_mass(mass, "take a larger judge, or read some rows of the classes file")
-    return mass
-
-
-def warn_of_low_mass(mass: float | None, remedy: str) -> None:
-    """Warn if the judge's labels have less than half of its probability: its choice then means little."""
-    if mass is not None and mass < 0.5:
-        cli.warn(f"the judge would rather not answer with a letter (they have {mass:.0%} of its probability): {remedy}")
+    mean = round(intervals.mean(masses)["value"], 4)
+    if mean < 0.5:
+        cli.warn(f"the judge would rather not answer with a letter (they have {mean:.0%} of its probability): {remedy}")
+    return mean

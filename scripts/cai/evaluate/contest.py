@@ -9,21 +9,20 @@ response: a judge may prefer long ones, which `judge.py --audit` measures.
 """
 
 import re
-from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import combinations
 from types import SimpleNamespace
 
-from cai.base import cli
 from cai.base.errors import InputError
 from cai.base.hashing import identity, sha256_file
 from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
-from cai.data import kinds, outputs, preferences, readers, sources
+from cai.data import kinds, preferences, sources
 from cai.evaluate import classes, responding, tasks
-from cai.evaluate.measurement import Claim, Measurement
-from cai.models import loading, local
+from cai.evaluate.measurement import Claim, Measurement, fill
+from cai.models import loading
 from cai.stats import elo
 from cai.steps import judging
 
@@ -42,7 +41,7 @@ def measure_policies(options: SimpleNamespace) -> Measurement:
         )
         for axis, name in zip(kinds.AXES, (options.constitution, options.helpfulness), strict=True)
     }
-    files = {name: model for name, model in policies.items() if is_file_of_responses(model)}
+    files = {name: model for name, model in policies.items() if model.endswith(".jsonl")}
     answers = {name: read_answers(path, source) for name, path in files.items()}
     asked = {
         "input": source.digest,
@@ -63,12 +62,20 @@ def measure_policies(options: SimpleNamespace) -> Measurement:
         for name, model in policies.items():
             if name not in files:
                 output = claim(f"{name}.responses", {**asked, "model": identity(model)})
-                _respond(model, source, output, options)
+                how = {"endpoints": options.endpoints, "loading_options": options.loading}
+                responding.respond(responding.plan(source, options.seed), output, options.sampling, model, **how)
                 answers[name] = read_answers(output.path, source)
         output = claim("comparisons", settings)
         comparisons = list(pairs({name: answers[name] for name in policies}, source))
-        _write_comparisons(comparisons, questions, output, options)
-        return scores([row for _, row in readers.read_jsonl(output.path)], list(policies))
+        load = partial(loading.load_named_engine, options.judge, options.endpoints, options.loading)
+        rows = fill(
+            output,
+            [comparison["id"] for comparison in comparisons],
+            "compare",
+            load,
+            lambda engine: judge_comparisons(engine, comparisons, questions, frozenset(output.done)),
+        )
+        return scores(rows, list(policies))
 
     count = source.count * len(policies) * (len(policies) - 1) // 2
     plan = {
@@ -80,40 +87,6 @@ def measure_policies(options: SimpleNamespace) -> Measurement:
         "judge_calls": 2 * count,
     }
     return Measurement([*options.inputs, *files.values()], plan, settings, measure)
-
-
-def _respond(model: str, source: sources.Source, output: outputs.Output, options: SimpleNamespace) -> None:
-    """Write the responses of one policy to every prompt (resumable)."""
-    responding.respond(
-        lambda: responding.plan(source, options.seed),
-        output,
-        lambda: loading.load_named_engine(model, options.endpoints, options.loading),
-        options.sampling,
-        model,
-    )
-
-
-def _write_comparisons(
-    comparisons: Sequence[dict],
-    questions: Mapping[str, judging.Question],
-    output: outputs.Output,
-    options: SimpleNamespace,
-) -> None:
-    """Write what the judge decided on every comparison (resumable)."""
-    if output.complete:
-        return
-    engine = loading.load_named_engine(options.judge, options.endpoints, options.loading)
-    with output, cli.progress(len(comparisons) - len(output.done), "compare") as bar:
-        for row in judge_comparisons(engine, comparisons, questions, output.done):
-            output.write(row)
-            bar.update()
-        ids = [comparison["id"] for comparison in comparisons]
-        output.finish(ids, {"rows": len(output.done)}, **local.fast_path(engine))
-
-
-def is_file_of_responses(policy: str) -> bool:
-    """Whether a policy is given by the file of its responses."""
-    return policy.endswith(".jsonl")
 
 
 def name_policies(arguments: Sequence[str]) -> dict[str, str]:
@@ -130,7 +103,7 @@ def name_policies(arguments: Sequence[str]) -> dict[str, str]:
             raise InputError(
                 f"the policy {name!r} twice", where="--policy", expected="NAME=MODEL with names that differ"
             )
-        if not is_file_of_responses(model):
+        if not model.endswith(".jsonl"):
             loading.check_model(loading.split_endpoint(model)[0])
         policies[name] = model
     if len(policies) < 2:
@@ -194,21 +167,18 @@ def scores(rows: Sequence[dict], names: Sequence[str]) -> tuple[dict, dict]:
     Elo points above the first policy, 95 % intervals by prompt. `notes` in the counts: what the scores can't say.
     """
     rates: dict[str, dict] = {}
-    counts: Counter = Counter(failed=0)
-    notes = []
+    known = [row for row in rows if row["p_a"] is not None]
+    identical = sum(row.get("tie", False) for row in known)
+    counts = {"failed": len(rows) - len(known), "comparisons": len(known), "identical": identical, "notes": []}
     for axis, kinds_of_axis in kinds.AXES.items():
-        on_axis = [row for row in rows if row["axis"] == axis]
-        known = [row for row in on_axis if row["p_a"] is not None]
-        counts["failed"] += len(on_axis) - len(known)
-        counts["comparisons"] += len(known)
-        counts["identical"] += sum(row.get("tie", False) for row in known)
-        if not known:
-            notes.append(f"No comparison for {axis}: no {' or '.join(kinds_of_axis)} prompt.")
+        on_axis = [row for row in known if row["axis"] == axis]
+        if not on_axis:
+            counts["notes"].append(f"No comparison for {axis}: no {' or '.join(kinds_of_axis)} prompt.")
             continue
-        compared = [elo.Comparison(row["policy_a"], row["policy_b"], row["p_a"], row["prompt_id"]) for row in known]
+        compared = [elo.Comparison(row["policy_a"], row["policy_b"], row["p_a"], row["prompt_id"]) for row in on_axis]
         players = {name for comparison in compared for name in (comparison.a, comparison.b)}
-        ratings, remarks = elo.rate(compared, anchor=next(name for name in names if name in players))
-        notes += [f"{axis}: {remark}" for remark in remarks]
+        ratings, notes = elo.rate(compared, anchor=next(name for name in names if name in players))
+        counts["notes"] += [f"{axis}: {note}" for note in notes]
         for rating in sorted(ratings, key=lambda rating: names.index(rating.policy)):
             rates[f"{axis}_elo {rating.policy}"] = {
                 "value": rating.score,
@@ -222,4 +192,4 @@ def scores(rows: Sequence[dict], names: Sequence[str]) -> tuple[dict, dict]:
                 "ties": rating.ties,
                 "group": rating.group,
             }
-    return rates, {**counts, "notes": notes}
+    return rates, counts

@@ -8,14 +8,13 @@ the first has fixed the second can't. `constitution.py ablate` measures that.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
-from cai.base import cli
 from cai.constitution.files import Constitution
 from cai.constitution.templates import load_template
-from cai.data import outputs, readers, rounds
+from cai.data import rounds
 from cai.evaluate.rates import UNSAFE
-from cai.models import choice, local
+from cai.models import choice
 from cai.models.engine import Engine, RowRequest
 from cai.stats import intervals
 
@@ -58,22 +57,6 @@ def find_faults(engine: Engine, rows: Iterable[dict]) -> Iterator[dict]:
     for request, logprobs in choice.choose(engine, requests, LETTERS):
         p = None if logprobs is None else choice.probabilities(logprobs)[0]
         yield {**request.row, "fault": None if p is None else p > 0.5, "p_fault": p}
-
-
-def write(rows: Sequence[dict], output: outputs.Output, load: Callable[[], Engine]) -> list[dict]:
-    """Write what the judge finds in every row of `critiques` (resumable), and return it.
-
-    load: loads the judge's engine; called only if something is left to read.
-    """
-    if not output.complete:
-        remaining = [row for row in rows if row["id"] not in output.done]
-        engine = load()
-        with output, cli.progress(len(remaining), "read critiques") as bar:
-            for row in find_faults(engine, remaining):
-                output.write(row)
-                bar.update()
-            output.finish([row["id"] for row in rows], {"rows": len(rows)}, **local.fast_path(engine))
-    return [row for _, row in readers.read_jsonl(output.path)]
 
 
 def figures(

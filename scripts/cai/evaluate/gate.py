@@ -116,17 +116,20 @@ def _read_printed(path: Path) -> tuple[dict, Path]:
 def _read_outcomes(stem: Path) -> dict[str, dict[str, float]]:
     """{metric: {prompt: mean outcome}} of the rows beside an evaluation; a prompt is known by its id and its text."""
     by_metric: dict = {}
-    for ending, read in ((".classes.jsonl", _mean_outcomes), (".choices.jsonl", _choices)):
-        file = Path(f"{stem}{ending}")
-        if file.is_file():
-            try:
-                by_metric |= read([row for _, row in read_jsonl(file)])
-            except (KeyError, TypeError, ValueError, OverflowError) as error:
-                raise InputError(
-                    f"a row that is not as evaluate.py wrote it ({shorten(repr(error))})",
-                    where=file,
-                    remedy="Measure again",
-                ) from error
+    for ending in ("classes", "choices"):
+        file = Path(f"{stem}.{ending}.jsonl")
+        try:
+            rows = [row for _, row in read_jsonl(file)] if file.is_file() else []
+            if ending == "classes":
+                by_metric |= _mean_outcomes(rows)
+            elif rows:
+                by_metric["accuracy"] = {row["id"]: float(row["right"]) for row in rows}
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(
+                f"a row that is not as evaluate.py wrote it ({shorten(repr(error))})",
+                where=file,
+                remedy="Measure again",
+            ) from error
     return by_metric
 
 
@@ -135,14 +138,10 @@ def _mean_outcomes(rows: list[dict]) -> dict[str, dict[str, float]]:
     means = {}
     for metric, results in outcomes(rows).items():
         by_prompt = defaultdict(list)
-        for outcome in results:
-            by_prompt[f"{outcome.prompt}\x1f{texts[outcome.prompt]}"].append(outcome.success)
+        for prompt, success, _ in results:
+            by_prompt[f"{prompt}\x1f{texts[prompt]}"].append(success)
         means[metric] = {prompt: statistics.fmean(values) for prompt, values in by_prompt.items()}
     return means
-
-
-def _choices(rows: list[dict]) -> dict[str, dict[str, float]]:
-    return {"accuracy": {row["id"]: float(row["right"]) for row in rows}}
 
 
 def read_responses(path: str | Path) -> list[dict]:

@@ -9,13 +9,16 @@ Leaves out what is measured: tasks.py for evaluate.py, contest.py for compare.py
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import click
 
+from cai.base import cli
 from cai.data.outputs import Output
 from cai.data.readers import read_jsonl
+from cai.models.local import fast_path
 from cai.stats import tables
 
 Claim = Callable[[str, dict], Output]
@@ -57,6 +60,35 @@ def write(measurement: Measurement, output: Output) -> None:
         output.finish(rates, counts)
 
 
+def fill(
+    output: Output,
+    ids: Sequence[str],
+    label: str,
+    load: Callable[[], object],
+    produce: Callable[[Any], Iterable[dict | None]],
+    count: Callable[[Iterable[dict]], dict] | None = None,
+) -> list[dict]:
+    """Write what `produce(engine)` yields, unless the output is complete, and return all rows of it (resumable).
+
+    Args:
+        ids: of all rows, in the order of the file. label: of the progress bar.
+        load: loads the engine, or returns None; called only if something is left to do.
+        produce: yields the rows whose ids are not in `output.done`, and None in place of one that could not be made.
+        count: the counts of the manifest, by all rows; the number of ids by default.
+    """
+    if not output.complete:
+        engine = load()
+        with output, cli.progress(len(ids) - len(output.done), label) as bar:
+            for row in produce(engine):
+                if row is not None:
+                    output.write(row)
+                bar.update()
+            rows = (row for _, row in read_jsonl(output.journal))
+            counts = count(rows) if count else {"rows": len(ids)}
+            output.finish(ids, counts, **fast_path(getattr(engine, "engine", engine)))  # a guard model has one inside
+    return [row for _, row in read_jsonl(output.path)]
+
+
 def print_rates(
     output: Output, *, as_json: bool, changes: Mapping[str, str] | None = None, more: Mapping | None = None
 ) -> None:
@@ -74,7 +106,12 @@ def print_rates(
         return
     columns = {
         "by the judge": {name: show_figure(name, row["by_judge"]) for name, row in rows.items() if "by_judge" in row},
-        "over seeds": {name: _show_spread(row["seeds"]) for name, row in rows.items() if "seeds" in row},
+        # standard deviation and range over the seeds, in points
+        "over seeds": {
+            name: "± {sd:.1f} ({lowest:.1f}–{highest:.1f})".format(**{key: 100 * x for key, x in row["seeds"].items()})
+            for name, row in rows.items()
+            if "seeds" in row
+        },
         "change": {} if changes is None else {name: changes.get(name, "–") for name in rows},
     }
     columns = {title: cells for title, cells in columns.items() if cells}
@@ -95,8 +132,3 @@ def show_figure(name: str, row: Mapping) -> str:
         ends = ("open" if row[end] is None else f"{row[end]:+.0f}" for end in ("low", "high"))
         return f"{row['value']:+.0f} ({' to '.join(ends)})".replace("-", "−")
     return (tables.show_number if name in NUMBERS or "series" in row else tables.show)(row)
-
-
-def _show_spread(seeds: Mapping) -> str:
-    """`± 1.2 (93.0–96.0)`: standard deviation and range over the seeds, in points."""
-    return f"± {100 * seeds['sd']:.1f} ({100 * seeds['lowest']:.1f}–{100 * seeds['highest']:.1f})"

@@ -1,21 +1,23 @@
 """Held-out prompts answered by a policy: with one seed or several, plainly and under stress.
 
     answers = plan(rows, seed=0, seeds=1, ways=("push", "prefill"))
-    respond(lambda: answers, output, lambda: load_engine("tiny"), Sampling(), "tiny")
+    respond(answers, output, Sampling(), "tiny", endpoints=(), loading_options={})
 
 Under stress the same harmful prompt comes with a prefilled answer, after a push, or under a system prompt that asks for
 harm or for care: templates/stress/, one way each. Leaves out searched-for attacks: these are what anybody would try.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from cai.base import cli, hashing, paths
+from cai.base import hashing, paths
 from cai.constitution.templates import Template, load_template
-from cai.data import dialogue, outputs, readers
-from cai.models import local
-from cai.models.engine import Engine, Request, Sampling
+from cai.data import dialogue, readers
+from cai.data.outputs import Output
+from cai.evaluate.measurement import fill
+from cai.models import loading
+from cai.models.engine import Engine, RowRequest, Sampling
 
 WAYS = ("push", "prefill", "role_play", "ignore", "safety")
 
@@ -58,19 +60,6 @@ class Answer:
         system = [message for message in stress if message["role"] == "system"]
         return [*system, *messages[:-1], *stress[len(system) :]]
 
-    def request(self, plain_responses: Mapping[str, str]) -> "AnswerRequest":
-        """What is asked of the engine, once the plain response is known."""
-        return AnswerRequest(
-            self.row["id"], self.conversation(plain_responses.get(self.plain_id)), self.seed, answer=self
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswerRequest(Request):
-    """The request for an answer."""
-
-    answer: Answer
-
 
 def plan(rows: Iterable[dict], seed: int, seeds: int = 1, ways: Iterable[str] = ()) -> Iterator[Answer]:
     """Every answer that is wanted, each plain one before those under stress."""
@@ -90,38 +79,49 @@ def plan(rows: Iterable[dict], seed: int, seeds: int = 1, ways: Iterable[str] = 
 
 
 def respond(
-    answers: Callable[[], Iterable[Answer]],
-    output: outputs.Output,
-    load: Callable[[], Engine],
+    answers: Iterable[Answer],
+    output: Output,
     sampling: Sampling,
     model: str,
+    *,
+    endpoints: Sequence[str],
+    loading_options: Mapping,
 ) -> None:
-    """Write {...row, response, model, finish} of every Answer (resumable), except those too long for the model."""
+    """Write {...row, response, model, finish} of every Answer (resumable), except those too long for the model.
+
+    Args:
+        endpoints, loading_options: of `loading.load_named_engine`.
+    """
     if output.complete:
         return
-    engine = load()
-    with output:
-        order, first, pushed = [], [], []
-        for answer in answers():
-            order.append(answer.row["id"])
-            if answer.row["id"] not in output.done:
-                (pushed if answer.way == "push" else first).append(answer)
-        with cli.progress(len(first) + len(pushed), "respond") as bar:
+    answers = list(answers)
 
-            def write(batch: Iterable[Answer], plain_responses: Mapping[str, str]) -> None:
-                requests = (answer.request(plain_responses) for answer in batch)
-                for request, generation in engine.generate(requests, sampling):
-                    bar.update()
-                    if not generation.lost:
-                        # A prefilled beginning is a part of the response.
-                        response = f"{request.prefill} {generation.text}" if request.prefill else generation.text
-                        made_by = {"model": model, "finish": generation.finish}
-                        output.write({**request.answer.row, "response": response, **made_by})
+    def produce(engine: Engine) -> Iterator[dict | None]:
+        remaining = [answer for answer in answers if answer.row["id"] not in output.done]
+        yield from _generate(engine, [answer for answer in remaining if answer.way != "push"], {}, sampling, model)
+        pushed = {answer.plain_id: answer for answer in remaining if answer.way == "push"}
+        if pushed:
+            rows = (row for _, row in readers.read_jsonl(output.journal))
+            plain = {row["id"]: row["response"] for row in rows if row["id"] in pushed}
+            answered = [answer for plain_id, answer in pushed.items() if plain_id in plain]
+            yield from _generate(engine, answered, plain, sampling, model)
 
-            write(first, {})
-            if pushed:
-                wanted = {answer.plain_id for answer in pushed}
-                rows = (row for _, row in readers.read_jsonl(output.journal))
-                plain_responses = {row["id"]: row["response"] for row in rows if row["id"] in wanted}
-                write((answer for answer in pushed if answer.plain_id in plain_responses), plain_responses)
-        output.finish(order, {"rows": len(output.done)}, **local.fast_path(engine))
+    ids = [answer.row["id"] for answer in answers]
+    fill(output, ids, "respond", lambda: loading.load_named_engine(model, endpoints, loading_options), produce)
+
+
+def _generate(
+    engine: Engine, answers: Iterable[Answer], plain_responses: Mapping[str, str], sampling: Sampling, model: str
+) -> Iterator[dict | None]:
+    """The row of each answer, None if it is too long."""
+    requests = (
+        RowRequest(
+            answer.row["id"], answer.conversation(plain_responses.get(answer.plain_id)), answer.seed, row=answer.row
+        )
+        for answer in answers
+    )
+    for request, generation in engine.generate(requests, sampling):
+        # A prefilled beginning is a part of the response.
+        response = f"{request.prefill} {generation.text}" if request.prefill else generation.text
+        row = {**request.row, "response": response, "model": model, "finish": generation.finish}
+        yield None if generation.lost else row

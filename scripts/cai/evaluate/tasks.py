@@ -8,20 +8,21 @@ printed: evaluate.py and measurement.py.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from types import SimpleNamespace
 
-from cai.base import cli
 from cai.base.errors import CaiError, InputError
 from cai.base.hashing import identity
 from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
-from cai.data import dialogue, kinds, outputs, preferences, public_sets, readers, rounds, sources
+from cai.data import dialogue, kinds, preferences, public_sets, rounds, sources
+from cai.data.outputs import Output
 from cai.evaluate import benchmarks, classes, faults, habits, responding
-from cai.evaluate.measurement import Claim, Measurement
+from cai.evaluate.measurement import Claim, Measurement, fill
 from cai.evaluate.rates import rates_of_rows, without_clusters
-from cai.models import loading, local, scorer
+from cai.models import loading, scorer
 from cai.stats import calibration, intervals
 
 
@@ -80,13 +81,9 @@ def measure_responses(options: SimpleNamespace) -> Measurement:
         rows = source
         if model:
             answered = claim("responses", asked)
-            responding.respond(
-                lambda: responding.plan(source, options.seed, options.seeds, ways),
-                answered,
-                lambda: loading.load_named_engine(model, options.endpoints, options.loading),
-                options.sampling,
-                model,
-            )
+            answers = responding.plan(source, options.seed, options.seeds, ways)
+            how = {"endpoints": options.endpoints, "loading_options": options.loading}
+            responding.respond(answers, answered, options.sampling, model, **how)
             rows = sources.Source([answered.path], require=("prompt", "kind", "response"))
         texts = ({**row, "response": rounds.text_of_round(row, options.round_)} for row in rows)
         classified = reader.write_classes(texts, rows.ids, claim("classes", settings))
@@ -167,7 +164,9 @@ def rates_of_classes(classified: Iterable[dict], rows: int) -> tuple[dict, dict]
     """({metric: rate}, counts) of classified rows. A row without a class is failed, and in no rate."""
     known = [row for row in classified if row["class"] is not None]
     counts = {"rows": rows, "failed": rows - len(known)}
-    if (mass := classes.check_letter_mass(known)) is not None:
+    masses = (row.get("letter_mass") for row in known)
+    mass = classes.mean_letter_mass(masses, "take a larger judge, or read some rows of the classes file")
+    if mass is not None:
         counts["mean_letter_mass"] = mass
     return rates_of_rows(known), counts
 
@@ -211,7 +210,10 @@ def measure_principles(options: SimpleNamespace) -> Measurement:
             ids = [row["id"] for row in faults.steps(source)]
             class_of = {row["id"]: row["class"] for row in reader.write_classes(faults.steps(source), ids, output)}
         if judge:
-            rows = faults.write(rows, claim("faults", settings), reader.load_judge)
+            output = claim("faults", settings)
+            remaining = [row for row in rows if row["id"] not in output.done]
+            ids = [row["id"] for row in rows]
+            rows = fill(output, ids, "read critiques", reader.load_judge, partial(faults.find_faults, rows=remaining))
         return faults.figures(rows, class_of, {row["id"]: row.get("kind") for row in source}, constitution)
 
     calls = 2 * critiques + source.count if judge else 0
@@ -227,8 +229,10 @@ def measure_choices(options: SimpleNamespace) -> Measurement:
     model, reward_model = options.model, options.reward_model
     if reward_model:
         scorer.check_reward_model(reward_model)
+        load = partial(scorer.load_scorer, reward_model, **options.loading)
     else:
         loading.check_model(model)
+        load = partial(loading.load_engine, model, **options.loading)
     check = benchmarks.check_texts if reward_model else benchmarks.check
     source = sources.Source([options.choice], require=benchmarks.FIELDS, limit=options.limit, check=check)
     settings = {
@@ -240,11 +244,17 @@ def measure_choices(options: SimpleNamespace) -> Measurement:
         "choice_format": None if reward_model else options.choice_format,
     }
 
+    def score(engine, output: Output) -> Iterator[dict | None]:
+        """The scores of every row's answers; None for a row that is too long for the model."""
+        rows = (row for row in source if row["id"] not in output.done)
+        form, temperature = options.choice_format, getattr(engine, "temperature", None)  # of a reward model
+        scored = benchmarks.by_reward_model(rows, engine) if temperature else benchmarks.by_model(rows, engine, form)
+        for row, scores in scored:
+            yield None if scores is None else benchmarks.result(row, scores, temperature)
+
     def measure(claim: Claim) -> tuple[dict, dict]:
         output = claim("choices", settings)
-        if not output.complete:
-            _write_choices(source, output, options)
-        results = [row for _, row in readers.read_jsonl(output.path)]
+        results = fill(output, source.ids, "choose", load, lambda engine: score(engine, output))
         if not results:
             raise CaiError(f"all {source.count} rows of {options.choice} are longer than the model's context")
         rates, counts = benchmarks.figures(results)
@@ -252,24 +262,6 @@ def measure_choices(options: SimpleNamespace) -> Measurement:
 
     calls = 2 * source.count if reward_model else sum(len(benchmarks.answers(row)) for row in source)
     return Measurement([options.choice], {"rows": source.count, "model_calls": calls}, settings, measure)
-
-
-def _write_choices(source: sources.Source, output: outputs.Output, options: SimpleNamespace) -> None:
-    """Write the scores of every row's answers (resumable). A row that is too long for the model has no row."""
-    with output, cli.progress(source.count - len(output.done), "choose") as bar:
-        rows = (row for row in source if row["id"] not in output.done)
-        engine = temperature = None
-        if options.reward_model:
-            reward_model = scorer.load_scorer(options.reward_model, **options.loading)
-            scored, temperature = benchmarks.by_reward_model(rows, reward_model), reward_model.temperature
-        else:
-            engine = loading.load_engine(options.model, **options.loading)
-            scored = benchmarks.by_model(rows, engine, options.choice_format)
-        for row, scores in scored:
-            if scores is not None:
-                output.write(benchmarks.result(row, scores, temperature))
-            bar.update()
-        output.finish(source.ids, {"rows": source.count}, **local.fast_path(engine))
 
 
 # --- a reward model on pairs --------------------------------------------------------------------------------
