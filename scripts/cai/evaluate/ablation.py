@@ -185,8 +185,8 @@ def measure_without_each(options: SimpleNamespace, stem: Path) -> measurement.Me
         for name, without in reduced.items():
             rendering.save_constitution(f"{stem}.without-{files.file_name(name)}.yaml", without, overwrite=True)
         texts = [*source, *(row for row in redone if len(row["rounds"]) == row["wanted"])]
-        texts = [{**row, "response": rounds.text_of_round(row)} for row in texts]
-        classified = reader.write_classes(texts, [row["id"] for row in texts], claim("classes", reading))
+        texts = ({**row, "response": rounds.text_of_round(row)} for row in texts)
+        classified = reader.write_classes(texts, claim("classes", reading))
         masses = (row.get("letter_mass") for row in classified)
         classes.mean_letter_mass(masses, "take a larger judge before you rely on this")
         return _figures_without_each(classified, redone, reduced)

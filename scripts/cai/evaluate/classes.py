@@ -1,6 +1,6 @@
 """What a response does, as one class: read by the bundled world's oracle, a judge model or a safety classifier.
 
-    Reader("judge", judge="my-org/my-judge").write_classes(rows, ids, output)
+    Reader("judge", judge="my-org/my-judge").write_classes(rows, output)
 
 The classes are those of `rates.RATES`; for harmless prompts every way of declining is one class. A safety classifier
 knows only `safe` and `unsafe`, which have rates of their own. Leaves out any score of how good a text is.
@@ -129,19 +129,18 @@ class Reader:
         """The engine of the judge."""
         return loading.load_named_engine(self.judge, self.endpoints, self.loading)
 
-    def write_classes(self, rows: Iterable[dict], ids: Sequence[str], output: Output) -> list[dict]:
+    def write_classes(self, rows: Iterable[dict], output: Output) -> list[dict]:
         """Write {id, kind, prompt, response, class} of every row (resumable), and return all of them.
 
-        Args:
-            rows: with kind, prompt and response. ids: of all rows.
         A class that can't be read is null.
         """
+        rows = list(rows)
 
         def produce(engine) -> Iterator[dict]:
             for row, reading in self._read((row for row in rows if row["id"] not in output.done), engine):
                 yield {name: row[name] for name in _KEPT if row.get(name) is not None} | reading
 
-        return fill(output, ids, "classify", self._load, produce)
+        return fill(output, [row["id"] for row in rows], "classify", self._load, produce)
 
     def _load(self):
         """The guard or classifier, else the judge's engine, or None where the oracle reads alone."""

@@ -62,9 +62,8 @@ def measure_policies(options: SimpleNamespace) -> Measurement:
         for name, model in policies.items():
             if name not in files:
                 output = claim(f"{name}.responses", {**asked, "model": identity(model)})
-                how = {"endpoints": options.endpoints, "loading_options": options.loading}
-                responding.respond(responding.plan(source, options.seed), output, options.sampling, model, **how)
-                answers[name] = read_answers(output.path, source)
+                rows = responding.respond(responding.plan(source, options.seed), output, model, options)
+                answers[name] = {row["id"]: row["response"] for row in rows}
         output = claim("comparisons", settings)
         comparisons = list(pairs({name: answers[name] for name in policies}, source))
         load = partial(loading.load_named_engine, options.judge, options.endpoints, options.loading)

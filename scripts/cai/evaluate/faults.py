@@ -8,7 +8,7 @@ the first has fixed the second can't. `constitution.py ablate` measures that.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 from cai.constitution.files import Constitution
 from cai.constitution.templates import load_template
@@ -43,8 +43,12 @@ def critiques(rows: Iterable[dict]) -> Iterator[dict]:
             }
 
 
-def find_faults(engine: Engine, rows: Iterable[dict]) -> Iterator[dict]:
-    """Each critique with `fault`, True or False, and `p_fault`; None where the judge made no choice."""
+def find_faults(engine: Engine, rows: Iterable[dict], done: Container[str] = ()) -> Iterator[dict]:
+    """Each critique with `fault`, True or False, and `p_fault`; None where the judge made no choice.
+
+    Args:
+        rows: of `critiques`. done: ids to leave out.
+    """
     template = load_template("classify_critique")
     requests = [
         RowRequest(
@@ -53,6 +57,7 @@ def find_faults(engine: Engine, rows: Iterable[dict]) -> Iterator[dict]:
             row=row,
         )
         for row in rows
+        if row["id"] not in done
     ]
     for request, logprobs in choice.choose(engine, requests, LETTERS):
         p = None if logprobs is None else choice.probabilities(logprobs)[0]

@@ -1,20 +1,22 @@
 """Held-out prompts answered by a policy: with one seed or several, plainly and under stress.
 
     answers = plan(rows, seed=0, seeds=1, ways=("push", "prefill"))
-    respond(answers, output, Sampling(), "tiny", endpoints=(), loading_options={})
+    respond(answers, output, "tiny", options)
 
 Under stress the same harmful prompt comes with a prefilled answer, after a push, or under a system prompt that asks for
 harm or for care: templates/stress/, one way each. Leaves out searched-for attacks: these are what anybody would try.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from types import SimpleNamespace
 
 from cai.base import hashing, paths
 from cai.constitution.templates import Template, load_template
 from cai.data import dialogue, readers
 from cai.data.outputs import Output
+from cai.data.sources import Source
 from cai.evaluate.measurement import fill
 from cai.models import loading
 from cai.models.engine import Engine, RowRequest, Sampling
@@ -78,40 +80,32 @@ def plan(rows: Iterable[dict], seed: int, seeds: int = 1, ways: Iterable[str] = 
                     yield Answer(stressed, hashing.hashed_seed("evaluate", number, row["id"], way), way, plain)
 
 
-def respond(
-    answers: Iterable[Answer],
-    output: Output,
-    sampling: Sampling,
-    model: str,
-    *,
-    endpoints: Sequence[str],
-    loading_options: Mapping,
-) -> None:
+def respond(answers: Iterable[Answer], output: Output, model: str, options: SimpleNamespace) -> Source:
     """Write {...row, response, model, finish} of every Answer (resumable), except those too long for the model.
 
     Args:
-        endpoints, loading_options: of `loading.load_named_engine`.
+        options: sampling, and endpoints and loading of the model.
     """
-    if output.complete:
-        return
     answers = list(answers)
 
     def produce(engine: Engine) -> Iterator[dict | None]:
         remaining = [answer for answer in answers if answer.row["id"] not in output.done]
-        yield from _generate(engine, [answer for answer in remaining if answer.way != "push"], {}, sampling, model)
+        yield from _generate(engine, [answer for answer in remaining if answer.way != "push"], {}, model, options.sampling)
         pushed = {answer.plain_id: answer for answer in remaining if answer.way == "push"}
         if pushed:
             rows = (row for _, row in readers.read_jsonl(output.journal))
             plain = {row["id"]: row["response"] for row in rows if row["id"] in pushed}
-            answered = [answer for plain_id, answer in pushed.items() if plain_id in plain]
-            yield from _generate(engine, answered, plain, sampling, model)
+            yield from _generate(
+                engine, [pushed[plain_id] for plain_id in pushed if plain_id in plain], plain, model, options.sampling
+            )
 
-    ids = [answer.row["id"] for answer in answers]
-    fill(output, ids, "respond", lambda: loading.load_named_engine(model, endpoints, loading_options), produce)
+    load = partial(loading.load_named_engine, model, options.endpoints, options.loading)
+    fill(output, [answer.row["id"] for answer in answers], "respond", load, produce)
+    return Source([output.path], require=("prompt", "kind", "response"))
 
 
 def _generate(
-    engine: Engine, answers: Iterable[Answer], plain_responses: Mapping[str, str], sampling: Sampling, model: str
+    engine: Engine, answers: Iterable[Answer], plain_responses: Mapping[str, str], model: str, sampling: Sampling
 ) -> Iterator[dict | None]:
     """The row of each answer, None if it is too long."""
     requests = (

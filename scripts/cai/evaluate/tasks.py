@@ -9,7 +9,7 @@ printed: evaluate.py and measurement.py.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -62,8 +62,8 @@ def measure_responses(options: SimpleNamespace) -> Measurement:
         raise InputError("--seeds or --stress with --responses", remedy="They ask a model: give --input and --model")
     reader, model = options.reader, options.model
     reader.check()
-    if model:
-        loading.check_model(loading.split_endpoint(model)[0])
+    for name in filter(None, (model, options.drift_from)):
+        loading.check_model(loading.split_endpoint(name)[0])
     ways = responding.WAYS if "all" in options.stress else tuple(w for w in responding.WAYS if w in options.stress)
     files = [*options.inputs, *options.responses]
     source, by_kind = read_rows(
@@ -71,27 +71,20 @@ def measure_responses(options: SimpleNamespace) -> Measurement:
     )
     under_stress = [source.count if way in responding.ALL_KINDS else by_kind["harmful"] for way in ways]
     calls = options.seeds * (source.count + sum(under_stress))
-    asked = _response_settings(options, source, ways)
-    settings = asked | _reader_settings(options)
-    if options.drift_from:
-        loading.check_model(options.drift_from)
-        settings["drift_from"] = identity(options.drift_from)
+    asked, settings = _settings(options, source, ways)
 
     def measure(claim: Claim) -> tuple[dict, dict]:
         rows = source
         if model:
-            answered = claim("responses", asked)
             answers = responding.plan(source, options.seed, options.seeds, ways)
-            how = {"endpoints": options.endpoints, "loading_options": options.loading}
-            responding.respond(answers, answered, options.sampling, model, **how)
-            rows = sources.Source([answered.path], require=("prompt", "kind", "response"))
-        texts = ({**row, "response": rounds.text_of_round(row, options.round_)} for row in rows)
-        classified = reader.write_classes(texts, rows.ids, claim("classes", settings))
+            rows = responding.respond(answers, claim("responses", asked), model, options)
+        rows = [{**row, "response": rounds.text_of_round(row, options.round_)} for row in rows]
+        classified = reader.write_classes(rows, claim("classes", settings))
         rates, counts = rates_of_classes(classified, calls if model else source.count)
         if options.drift_from:
             harmless = [row for row in rows if row["kind"] != "harmful" and not row.get("stress")]
-            engines = (loading.load_named_engine(name, (), options.loading) for name in (model, options.drift_from))
-            rates |= habits.drift(*engines, harmless)
+            policy, base = (loading.load_named_engine(m, (), options.loading) for m in (model, options.drift_from))
+            rates |= habits.drift(policy, base, harmless)
         return rates, counts
 
     plan = {
@@ -104,9 +97,10 @@ def measure_responses(options: SimpleNamespace) -> Measurement:
     return Measurement(files, plan, settings, measure)
 
 
-def _response_settings(options: SimpleNamespace, source: sources.Source, ways: Sequence[str]) -> dict:
-    """What decides the responses of a model."""
-    return {
+def _settings(options: SimpleNamespace, source: sources.Source, ways: Sequence[str]) -> tuple[dict, dict]:
+    """(what decides the responses of a model, what decides their classes as well)."""
+    reader = options.reader
+    asked = {
         "input": source.digest,
         "limit": options.limit,
         "model": identity(options.model) if options.model else None,
@@ -117,21 +111,17 @@ def _response_settings(options: SimpleNamespace, source: sources.Source, ways: S
         "dtype": options.dtype,
         **({"set": options.form} if options.form else {}),
     }
-
-
-def _reader_settings(options: SimpleNamespace) -> dict:
-    """What decides the classes of given responses."""
-    reader = options.reader
-    settings = {
+    return asked, {
+        **asked,
         "reward_model": None,
         "round": options.round_,
         "by": reader.by,
         "judge": identity(reader.judge) if reader.judge else None,
         "template": load_template("classify").sha256,
+        **({"classifier": identity(reader.classifier)} if reader.classifier else {}),
+        **({"unsafe_label": reader.unsafe_labels} if reader.classifier else {}),
+        **({"drift_from": identity(options.drift_from)} if options.drift_from else {}),
     }
-    if reader.classifier:
-        settings |= {"classifier": identity(reader.classifier), "unsafe_label": reader.unsafe_labels}
-    return settings
 
 
 def read_rows(
@@ -163,12 +153,10 @@ def read_rows(
 def rates_of_classes(classified: Iterable[dict], rows: int) -> tuple[dict, dict]:
     """({metric: rate}, counts) of classified rows. A row without a class is failed, and in no rate."""
     known = [row for row in classified if row["class"] is not None]
-    counts = {"rows": rows, "failed": rows - len(known)}
     masses = (row.get("letter_mass") for row in known)
     mass = classes.mean_letter_mass(masses, "take a larger judge, or read some rows of the classes file")
-    if mass is not None:
-        counts["mean_letter_mass"] = mass
-    return rates_of_rows(known), counts
+    counts = {"rows": rows, "failed": rows - len(known)}
+    return rates_of_rows(known), counts if mass is None else {**counts, "mean_letter_mass": mass}
 
 
 # --- the principles of revised rows -------------------------------------------------------------------------
@@ -176,19 +164,15 @@ def rates_of_classes(classified: Iterable[dict], rows: int) -> tuple[dict, dict]
 
 def measure_principles(options: SimpleNamespace) -> Measurement:
     """What each principle did in revised rows; before and after where they have a kind and somebody reads them."""
-    reader, judge = options.reader, options.judge
+    by, judge, constitution = options.by, options.judge, load_constitution(options.constitution)
     if judge:
         loading.check_model(loading.split_endpoint(judge)[0])
-    constitution = load_constitution(options.constitution)
-
-    def check(row: dict, where: str, line: int) -> None:
-        rounds.check_rounds(row, where, line, critiqued=False)
-
-    source = sources.Source(
-        options.responses, require=("prompt", "response", "rounds"), limit=options.limit, check=check
-    )
+    # Beside the oracle, the judge reads critiques only.
+    reader = replace(options.reader, by=by, judge=judge if by == "judge" else None)
+    check, fields = partial(rounds.check_rounds, critiqued=False), ("prompt", "response", "rounds")
+    source = sources.Source(options.responses, require=fields, limit=options.limit, check=check)
     critiques = sum(len(row["rounds"]) for row in source)
-    is_read = options.by == "oracle" or bool(judge)
+    is_read = by == "oracle" or bool(judge)
     has_kinds = is_read and all(row.get("kind") in kinds.KINDS for row in source)
     if has_kinds:
         for number, row in enumerate(source, 1):
@@ -196,7 +180,7 @@ def measure_principles(options: SimpleNamespace) -> Measurement:
     settings = {
         "input": source.digest,
         "limit": options.limit,
-        "by": options.by if is_read else None,
+        "by": by if is_read else None,
         "judge": identity(judge) if judge else None,
         "constitution": constitution.sha256,
         "template": load_template("classify_critique").sha256,
@@ -204,16 +188,15 @@ def measure_principles(options: SimpleNamespace) -> Measurement:
     }
 
     def measure(claim: Claim) -> tuple[dict, dict]:
-        class_of, rows = {}, list(faults.critiques(source))
+        classified, rows = [], list(faults.critiques(source))
         if has_kinds:
-            output = claim("classes", {**settings, "template": load_template("classify").sha256})
-            ids = [row["id"] for row in faults.steps(source)]
-            class_of = {row["id"]: row["class"] for row in reader.write_classes(faults.steps(source), ids, output)}
+            output = claim("classes", settings | {"template": load_template("classify").sha256})
+            classified = reader.write_classes(faults.steps(source), output)
         if judge:
             output = claim("faults", settings)
-            remaining = [row for row in rows if row["id"] not in output.done]
-            ids = [row["id"] for row in rows]
-            rows = fill(output, ids, "read critiques", reader.load_judge, partial(faults.find_faults, rows=remaining))
+            find = partial(faults.find_faults, rows=rows, done=output.done)
+            rows = fill(output, [row["id"] for row in rows], "read critiques", options.reader.load_judge, find)
+        class_of = {row["id"]: row["class"] for row in classified}
         return faults.figures(rows, class_of, {row["id"]: row.get("kind") for row in source}, constitution)
 
     calls = 2 * critiques + source.count if judge else 0
@@ -286,11 +269,12 @@ def measure_pairs(options: SimpleNamespace) -> Measurement:
         "template": load_template("classify").sha256,
     }
 
-    def measure(_claim: Claim) -> tuple[dict, dict]:
-        return pair_figures(list(source), scorer.load_scorer(options.reward_model, **options.loading))
-
-    rows = len(source.ids)
-    return Measurement(files, {"rows": rows, "reward_model_calls": 2 * rows}, settings, measure)
+    return Measurement(
+        files,
+        {"rows": len(source.ids), "reward_model_calls": 2 * len(source.ids)},
+        settings,
+        lambda _claim: pair_figures(list(source), scorer.load_scorer(options.reward_model, **options.loading)),
+    )
 
 
 def pair_figures(rows: list[dict], reward_model: scorer.Scorer) -> tuple[dict, dict]:
