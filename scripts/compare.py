@@ -8,16 +8,13 @@ orders. A policy is a model, or a file of its responses. Leaves out rates of wha
 evaluate.py.
 """
 
-from types import SimpleNamespace
-
 import click
 
 from cai.base import cli
 from cai.data import public_sets
 from cai.data.outputs import Output
 from cai.evaluate import contest
-from cai.evaluate.measurement import print_rates, write
-from cai.models.engine import Sampling
+from cai.evaluate.measurement import gather, print_rates, write
 
 
 @click.command(cls=cli.Command)
@@ -63,8 +60,7 @@ def main(output, as_json, dry_run, overwrite, **values):
       python scripts/compare.py --input prompts.jsonl --policy base=tiny --policy sft=runs/sft \\
           --judge tiny --output elo.jsonl
     """
-    options = SimpleNamespace(**values, loading={name: values[name] for name in ("batch_size", "device", "dtype")})
-    options.sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
+    options = gather(values)
     measurement = contest.measure_policies(options)
     final = Output(
         output, command="compare", fingerprint=measurement.settings, overwrite=overwrite, inputs=measurement.files

@@ -9,7 +9,6 @@ training: `run.py --constitution FILE` does that with any constitution written h
 import json
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 
@@ -18,8 +17,8 @@ from cai.base.errors import InputError
 from cai.constitution import files, importing, rendering
 from cai.data import outputs, readers
 from cai.evaluate import ablation, measurement
-from cai.models.engine import Sampling
 
+OUTPUT = click.option("--output", required=True, metavar="PATH", help="The YAML file to write.")
 NAME = click.option("--name", metavar="NAME", help="The constitution's name.  [default: that of the output]")
 PRINCIPLE = click.option(
     "--principle", "principles", multiple=True, metavar="ID", help="Only this principle; repeatable.  [default: all]"
@@ -54,8 +53,7 @@ def lint(constitution, as_json):
     Example:
       python scripts/constitution.py lint --constitution harmlessness --json
     """
-    names = constitution or sorted(path.stem for path in paths.CONSTITUTIONS.glob("*.yaml"))
-    report = rendering.check_all(names)
+    report = rendering.check_all(constitution or sorted(path.stem for path in paths.CONSTITUTIONS.glob("*.yaml")))
     click.echo(json.dumps(report, ensure_ascii=False) if as_json else rendering.findings_as_text(report))
     if report["findings"]:
         is_broken = any(finding["rule"] == "schema" for finding in report["findings"])
@@ -78,7 +76,7 @@ def show(constitution, principles, as_json):
 
 
 @main.command(cls=cli.Command)
-@click.option("--output", required=True, metavar="PATH", help="The YAML file to write.")
+@OUTPUT
 @NAME
 @click.option("--description", default="", metavar="TEXT", help="One sentence: what it asks for, and of whom.")
 @click.option("--audience", default="", metavar="TEXT", help="Whom it is for; written at the top of the file.")
@@ -101,10 +99,6 @@ def new(output, name, description, audience, sentences, base, as_json, overwrite
       python scripts/constitution.py new --output kitchen.yaml --audience "a cooking assistant" \\
           --base helpful-honest-harmless --sentence "Never play down an allergy"
     """
-    if not sentences and not base:
-        raise InputError("no principles", expected="--sentence or --base, or both")
-    if not all(sentence.strip() for sentence in sentences):
-        raise InputError("an empty sentence", where="--sentence", expected="a principle in one sentence")
     bases = [files.load_constitution(base_name) for base_name in base]
     constitution = rendering.compose(name or Path(output).stem, sentences, bases, description, audience)
     _finish_new(output, constitution, overwrite, as_json)
@@ -119,7 +113,7 @@ def new(output, name, description, audience, sentences, base, as_json, overwrite
     metavar="FILE",
     help="The paper's JSON files, llm-swarm's JSON, or a list in .md, .txt or .json. Repeatable.",
 )
-@click.option("--output", required=True, metavar="PATH", help="The YAML file to write.")
+@OUTPUT
 @NAME
 @cli.options("json", "overwrite")
 def import_(inputs, output, name, as_json, overwrite):
@@ -135,8 +129,8 @@ def import_(inputs, output, name, as_json, overwrite):
     """
     constitution = importing.read_foreign(inputs, name or Path(output).stem)
     phrased = sum(importing.PHRASED in principle.tags for principle in constitution.principles)
-    counts = {"examples": len(constitution.examples), "phrased_preferences": phrased}
-    _finish_new(output, constitution, overwrite, as_json, **counts)
+    examples = len(constitution.examples)
+    _finish_new(output, constitution, overwrite, as_json, examples=examples, phrased_preferences=phrased)
 
 
 def _finish_new(output: str, constitution: files.Constitution, overwrite: bool, as_json: bool, **counts: int) -> None:
@@ -166,15 +160,8 @@ def export(constitution, kind, output, as_json, overwrite):
       python scripts/constitution.py export --constitution harmlessness --format paper --output exported
     """
     contents, left_out = importing.write_foreign(files.load_constitution(constitution), kind)
-    texts = {
-        Path(output) / name: content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-        for name, content in contents.items()
-    }
-    for path in texts:
-        rendering.check_free(path, overwrite)
-    for path, text in texts.items():
-        rendering.save(path, text, overwrite)
-    cli.finish({"files": [str(path) for path in texts], "left_out": left_out}, as_json=as_json)
+    saved = rendering.save_all(Path(output), contents, overwrite)
+    cli.finish({"files": saved, "left_out": left_out}, as_json=as_json)
 
 
 @main.command(cls=cli.Command)
@@ -189,14 +176,8 @@ def schema(output, overwrite):
     Example:
       python scripts/constitution.py schema --output constitution.schema.json
     """
-    text = json.dumps(files.json_schema(), indent=2) + "\n"
-    if output:
-        rendering.save(output, text, overwrite)
-    else:
-        click.echo(text, nl=False)
-
-
-# --- what asks a model --------------------------------------------------------------------------------------
+    text = json.dumps(files.json_schema(), indent=2)
+    rendering.save(output, f"{text}\n", overwrite) if output else click.echo(text)
 
 
 @main.command(cls=cli.Command)
@@ -220,17 +201,13 @@ def coverage(output, as_json, dry_run, overwrite, **values):
       python scripts/constitution.py coverage --input prompts.jsonl --model tiny \\
           --constitution harmlessness --output coverage.jsonl
     """
-    coverage_ = ablation.Coverage(_options(values))
-    journal = outputs.Output(
-        output, command="coverage", fingerprint=coverage_.settings, overwrite=overwrite, inputs=coverage_.source.inputs
-    )
-    summary = {"command": "coverage", "output": output}
-    if dry_run:
-        counts = {"prompts": coverage_.source.count, "model_calls": coverage_.count_calls(journal)}
-        cli.finish({**summary, **counts}, as_json=as_json)
-        return
-    coverage_.write(journal)
-    cli.finish({**summary, **journal.counts}, as_json=as_json)
+    questions = ablation.Coverage(measurement.gather(values))
+    claim = {"fingerprint": questions.settings, "overwrite": overwrite, "inputs": values["inputs"]}
+    journal = outputs.Output(output, command="coverage", **claim)
+    if not dry_run:
+        questions.write(journal)
+    counts = questions.count(journal) if dry_run else journal.counts
+    cli.finish({"command": "coverage", "output": output, **counts}, as_json=as_json)
 
 
 @main.command(cls=cli.Command)
@@ -250,21 +227,17 @@ def ablate(output, as_json, dry_run, overwrite, **values):
     """Leave one principle out at a time, and show what changes in the figures of the revisions.
 
     Reads rows of revise.py, made with this model, constitution and sampling. The rows that drew a principle are
-    revised again without it and their classes are read as evaluate.py reads them; the others would stay as they
-    are. The constitutions without it lie beside OUTPUT, for `run.py` to train with.
+    revised and measured again without it. The constitutions without it lie beside OUTPUT, for `run.py` to use.
 
     \b
     Example:
       python scripts/constitution.py ablate --input revisions.jsonl --model tiny \\
           --constitution harmlessness --by oracle --output ablation.jsonl
     """
-    options = _options(values)
-    options.sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
-    without = ablation.measure_without_each(options, Path(output).with_suffix(""))
-    final = outputs.Output(
-        output, command="ablate", fingerprint=without.settings, overwrite=overwrite, inputs=without.files
-    )
-    summary = {"command": "ablate", "output": output, "rows": without.plan["rows"], "redone": without.plan["redone"]}
+    without = ablation.measure_without_each(measurement.gather(values), Path(output).with_suffix(""))
+    claim = {"fingerprint": without.settings, "overwrite": overwrite, "inputs": without.files}
+    final = outputs.Output(output, command="ablate", **claim)
+    summary = {"command": "ablate", "output": output}
     if dry_run:
         cli.finish({**summary, **without.plan}, as_json=as_json)
         return
@@ -272,12 +245,8 @@ def ablate(output, as_json, dry_run, overwrite, **values):
     rows = [row for _, row in readers.read_jsonl(output)]
     if not as_json:
         click.echo(ablation.differences_as_text(rows))
-    cli.finish({**summary, **final.counts, **({"principles": rows} if as_json else {})}, as_json=as_json)
-
-
-def _options(values: dict) -> SimpleNamespace:
-    """The options by name, with those of a model on this machine as `loading`."""
-    return SimpleNamespace(**values, loading={name: values[name] for name in ("batch_size", "device", "dtype")})
+    summary |= {"rows": without.plan["rows"], "redone": without.plan["redone"], **final.counts}
+    cli.finish({**summary, "principles": rows} if as_json else summary, as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ choices (`--choice`), and a reward model on pairs whose better response is known
 kind.
 """
 
-from types import SimpleNamespace
-
 import click
 
 from cai.base import cli
@@ -23,8 +21,7 @@ from cai.data import public_sets
 from cai.data.outputs import Output
 from cai.evaluate import benchmarks, gate, habits, responding, tasks
 from cai.evaluate.classes import Reader
-from cai.evaluate.measurement import print_rates, write
-from cai.models.engine import Sampling
+from cai.evaluate.measurement import gather, print_rates, write
 
 WORSE = 4  # exit code of --gate
 
@@ -162,8 +159,7 @@ def main(output, against, watch, gated, margin, as_json, dry_run, overwrite, **v
       python scripts/evaluate.py --input scripts/cai/tiny/prompts/heldout.jsonl \\
           --model tiny --by oracle --output evaluation.jsonl
     """
-    options = SimpleNamespace(**values, loading={name: values[name] for name in ("batch_size", "device", "dtype")})
-    options.sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
+    options = gather(values)
     options.reader = Reader(
         "classifier" if options.classifier else options.by,
         options.judge,

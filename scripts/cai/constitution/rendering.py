@@ -5,10 +5,12 @@
 Leaves out what a finding is (lint.py), and other formats (importing.py).
 """
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from cai.base import cli, files
 from cai.base.errors import InputError
@@ -100,7 +102,14 @@ def description_as_text(description: dict) -> str:
 def compose(
     name: str, sentences: Sequence[str], bases: Sequence[Constitution], description: str = "", audience: str = ""
 ) -> Constitution:
-    """A constitution of the principles of the bases, and of one principle per sentence, phrased from it."""
+    """A constitution of the principles of the bases, and of one principle per sentence, phrased from it.
+
+    Raises InputError without any principle, or for an empty sentence.
+    """
+    if not sentences and not bases:
+        raise InputError("no principles", expected="--sentence or --base, or both")
+    if not all(sentence.strip() for sentence in sentences):
+        raise InputError("an empty sentence", where="--sentence", expected="a principle in one sentence")
     principles = [principle for base in bases for principle in base.principles]
     known = {principle.id for principle in principles}
     free = (f"principle-{n}" for n in range(1, len(known) + len(sentences) + 1) if f"principle-{n}" not in known)
@@ -123,6 +132,16 @@ def save(path: str | Path, text: str, overwrite: bool) -> None:
         files.write_text(path, text)
     except OSError as error:
         raise InputError(f"cannot write ({error})", where=path, remedy="Check --output") from error
+
+
+def save_all(folder: Path, contents: Mapping[str, Any], overwrite: bool) -> list[str]:
+    """Write {name: text, or an object for JSON} into the folder, none if one of them exists; returns the paths."""
+    for name in contents:
+        check_free(folder / name, overwrite)
+    for name, content in contents.items():
+        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        save(folder / name, text, overwrite)
+    return [str(folder / name) for name in contents]
 
 
 def save_constitution(path: str | Path, constitution: Constitution, overwrite: bool) -> None:

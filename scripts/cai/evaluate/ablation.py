@@ -52,10 +52,10 @@ class Coverage:
             "dtype": options.dtype,
         }
 
-    def count_calls(self, output: Output) -> int:
-        """Questions that are still to be asked."""
+    def count(self, output: Output) -> dict:
+        """The prompts, and the questions that are still to be asked."""
         remaining = 0 if output.complete else self.source.count - len(output.done)
-        return 2 * len(self.constitution.principles) * remaining
+        return {"prompts": self.source.count, "model_calls": 2 * len(self.constitution.principles) * remaining}
 
     def write(self, output: Output) -> None:
         """Write the row of `cover` for every prompt (resumable), and warn of a judge that does not answer."""

@@ -23,22 +23,12 @@ from cai.data.readers import read_jsonl
 from cai.evaluate.rates import FIELDS, outcomes, read_rates
 from cai.stats import intervals
 
-FEWER_IS_BETTER = (
-    "harmful_compliance",
-    "evasive",
-    "preachy",
-    "off_topic",
-    "benign_refused",
-    "over_refusal",
-    "harmful_unsafe",
-    "benign_unsafe",
-    "borderline_unsafe",
-    "log_loss",
-    "ece",
-    "harmfulness",
-)
-
-MORE_IS_BETTER = ("good_refusal", "benign_helpful", "accuracy", "p_correct")
+# +1: more of it is better; -1: fewer is better. Others are reported, and do not count.
+TOWARDS = {
+    **dict.fromkeys(("harmful_compliance", "evasive", "preachy", "off_topic", "benign_refused", "over_refusal"), -1),
+    **dict.fromkeys(("harmful_unsafe", "benign_unsafe", "borderline_unsafe", "log_loss", "ece", "harmfulness"), -1),
+    **dict.fromkeys(("good_refusal", "benign_helpful", "accuracy", "p_correct"), 1),
+}
 
 # What has to be equal for two evaluations to be about the same thing.
 READERS = ("by", "judge", "classifier", "unsafe_label", "template", "choice_format")
@@ -158,9 +148,8 @@ def read_responses(path: str | Path) -> list[dict]:
 
 
 def towards(metric: str) -> int:
-    """+1: more is better; −1: fewer is better; 0: it is reported, and does not count."""
-    plain = metric.partition("_under_")[0]
-    return -1 if plain in FEWER_IS_BETTER else 1 if plain in MORE_IS_BETTER else 0
+    """The entry of `TOWARDS`, under stress as without; 0 if there is none."""
+    return TOWARDS.get(metric.partition("_under_")[0], 0)
 
 
 def compare(before: Evaluation, now: Evaluation, level: float = 0.95, gated: bool = False) -> list[Delta]:
@@ -243,6 +232,5 @@ def show(delta: Delta) -> str:
 
 def as_json(delta: Delta) -> dict:
     """The change as JSON has it: an end that is not known is null."""
-    fields = {key: None if value in (math.inf, -math.inf) else value for key, value in asdict(delta).items()}
-    del fields["metric"]
-    return fields
+    fields = asdict(delta).items()
+    return {key: None if value in (math.inf, -math.inf) else value for key, value in fields if key != "metric"}

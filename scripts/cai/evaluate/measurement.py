@@ -11,6 +11,7 @@ Leaves out what is measured: tasks.py for evaluate.py, contest.py for compare.py
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -18,6 +19,7 @@ import click
 from cai.base import cli
 from cai.data.outputs import Output
 from cai.data.readers import read_jsonl
+from cai.models.engine import Sampling
 from cai.models.local import fast_path
 from cai.stats import tables
 
@@ -39,6 +41,14 @@ class Measurement:
     plan: dict
     settings: dict
     measure: Callable[[Claim], tuple[dict, dict]]
+
+
+def gather(values: Mapping[str, Any]) -> SimpleNamespace:
+    """A command's options by name; with `loading`, those of a model on this machine, and `sampling` if it samples."""
+    options = SimpleNamespace(**values, loading={name: values[name] for name in ("batch_size", "device", "dtype")})
+    if "temperature" in values:
+        options.sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
+    return options
 
 
 def write(measurement: Measurement, output: Output) -> None:
@@ -74,7 +84,7 @@ def fill(
         ids: of all rows, in the order of the file. label: of the progress bar.
         load: loads the engine, or returns None; called only if something is left to do.
         produce: yields the rows whose ids are not in `output.done`, and None in place of one that could not be made.
-        count: the counts of the manifest, by all rows; the number of ids by default.
+        count: the counts of the manifest, by all rows; their number by default.
     """
     if not output.complete:
         engine = load()
@@ -84,7 +94,7 @@ def fill(
                     output.write(row)
                 bar.update()
             rows = (row for _, row in read_jsonl(output.journal))
-            counts = count(rows) if count else {"rows": len(ids)}
+            counts = count(rows) if count else {"rows": len(output.done)}
             output.finish(ids, counts, **fast_path(getattr(engine, "engine", engine)))  # a guard model has one inside
     return [row for _, row in read_jsonl(output.path)]
 

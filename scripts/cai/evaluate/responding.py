@@ -90,7 +90,9 @@ def respond(answers: Iterable[Answer], output: Output, model: str, options: Simp
 
     def produce(engine: Engine) -> Iterator[dict | None]:
         remaining = [answer for answer in answers if answer.row["id"] not in output.done]
-        yield from _generate(engine, [answer for answer in remaining if answer.way != "push"], {}, model, options.sampling)
+        yield from _generate(
+            engine, [answer for answer in remaining if answer.way != "push"], {}, model, options.sampling
+        )
         pushed = {answer.plain_id: answer for answer in remaining if answer.way == "push"}
         if pushed:
             rows = (row for _, row in readers.read_jsonl(output.journal))
