@@ -46,8 +46,7 @@ def main():
 def lint(constitution, as_json):
     """Check constitutions: schema, duplicates, contradictions, requests that are hard to follow.
 
-    Exits with 0 without findings, 3 with any, 2 if a file can't be read as a constitution. Prints what no rule
-    over words can judge.
+    Exits with 0 without findings, 3 with any, 2 if a file can't be read as a constitution.
 
     \b
     Example:
@@ -80,19 +79,15 @@ def show(constitution, principles, as_json):
 @NAME
 @click.option("--description", default="", metavar="TEXT", help="One sentence: what it asks for, and of whom.")
 @click.option("--audience", default="", metavar="TEXT", help="Whom it is for; written at the top of the file.")
-@click.option(
-    "--sentence",
-    "sentences",
-    multiple=True,
-    metavar="TEXT",
-    help="A principle in one sentence; repeatable. Its requests are phrased from it and written out.",
-)
+@click.option("--sentence", "sentences", multiple=True, metavar="TEXT", help="A principle in one sentence; repeatable.")
 @click.option(
     "--base", multiple=True, metavar="NAME|FILE", help="Take over the principles of this constitution; repeatable."
 )
 @cli.options("json", "overwrite")
 def new(output, name, description, audience, sentences, base, as_json, overwrite):
     """Write a new constitution from sentences, from other constitutions, or from both.
+
+    The requests of a principle are phrased from its sentence and written out.
 
     \b
     Example:
@@ -129,16 +124,15 @@ def import_(inputs, output, name, as_json, overwrite):
     """
     constitution = importing.read_foreign(inputs, name or Path(output).stem)
     phrased = sum(importing.PHRASED in principle.tags for principle in constitution.principles)
-    examples = len(constitution.examples)
-    _finish_new(output, constitution, overwrite, as_json, examples=examples, phrased_preferences=phrased)
+    counts = {"examples": len(constitution.examples), "phrased_preferences": phrased}
+    _finish_new(output, constitution, overwrite, as_json, **counts)
 
 
 def _finish_new(output: str, constitution: files.Constitution, overwrite: bool, as_json: bool, **counts: int) -> None:
-    """Save the constitution and print the summary."""
     rendering.save_constitution(output, constitution, overwrite)
-    lint_it = shlex.join(["python", "scripts/constitution.py", "lint", "--constitution", output])
     summary = {"output": output, "principles": len(constitution.principles), **counts}
-    cli.finish(summary, as_json=as_json, next_command=lint_it)
+    next_command = f"python scripts/constitution.py lint --constitution {shlex.quote(output)}"
+    cli.finish(summary, as_json=as_json, next_command=next_command)
 
 
 @main.command(cls=cli.Command)
@@ -146,8 +140,8 @@ def _finish_new(output: str, constitution: files.Constitution, overwrite: bool, 
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["paper", "llm-swarm", "markdown"]),
     required=True,
+    type=click.Choice(["paper", "llm-swarm", "markdown"]),
     help="The paper's JSON files, llm-swarm's JSON, or a Markdown list.",
 )
 @click.option("--output", required=True, metavar="FOLDER", help="The folder to write the files into.")
@@ -177,7 +171,10 @@ def schema(output, overwrite):
       python scripts/constitution.py schema --output constitution.schema.json
     """
     text = json.dumps(files.json_schema(), indent=2)
-    rendering.save(output, f"{text}\n", overwrite) if output else click.echo(text)
+    if output:
+        rendering.save(output, f"{text}\n", overwrite)
+    else:
+        click.echo(text)
 
 
 @main.command(cls=cli.Command)
@@ -193,8 +190,7 @@ def schema(output, overwrite):
 def coverage(output, as_json, dry_run, overwrite, **values):
     """Find the prompts that no principle applies to, by a judge model.
 
-    Each prompt is asked about with each principle, in both orders of the answers. OUTPUT has a row for each
-    prompt, with `covered` and the probability for every principle.
+    Each prompt is asked about with each principle, in both orders. OUTPUT has `covered` and the probabilities.
 
     \b
     Example:
