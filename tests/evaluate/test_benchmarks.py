@@ -1,4 +1,4 @@
-"""cai/evaluate/benchmarks.py: scores against a direct computation, contexts, baselines by hand, and rows that are refused."""
+"""benchmarks.py: scores against a direct computation, contexts, baselines by hand, and rows that are refused."""
 
 import json
 import math

@@ -9,7 +9,6 @@ from cai.base.errors import InputError
 from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
 from cai.data.outputs import write_jsonl
-from cai.data.readers import read_jsonl
 from cai.data.sources import Source
 from cai.evaluate import contest
 from cai.models.loading import load_engine

@@ -58,32 +58,17 @@ def measure(rows: Iterable[dict], judges: Sequence[str]) -> dict:
             identical += 1
             continue
         by_judge = row.get("judges") or {judges[0]: row["p_a"]}
-        pair = {
-            "prompt": hashing.hashed_seed(preferences.prompt_key(row)),  # eight bytes for what may be long
-            "p": row["p_a"],
-            "combined": row["p_a"],
-            "gold": row.get("gold"),
-            "longer": len(row["response_a"]) - len(row["response_b"]),
-            "empty": not (row["response_a"].strip() and row["response_b"].strip()),
-            "votes": agreement.votes(list(by_judge.values())),
-        }
+        pair = _read_pair(row, by_judge)
         pairs.append(pair)
-        labels += [{**pair, "judge": name, "p": p, "own": _own(name, by_judge, row)} for name, p in by_judge.items()]
-        verdicts += [{**verdict, "prompt": pair["prompt"]} for verdict in row["verdicts"]]
-        orders += [
-            {
-                **pair,
-                "principle": principle or row["principle"],
-                "p": sum(p_of_orders) / 2,
-                "orders": p_of_orders,
-                "combined": row["p_a"] if principle else None,
-            }
-            for (_, principle), p_of_orders in preferences.group_verdicts(row["verdicts"]).items()
-            if None not in p_of_orders
+        labels += [
+            {**pair, "judge": name, "p": p, "own": _own_preference(name, by_judge, row)} for name, p in by_judge.items()
         ]
-    counts = {"rows": len(pairs) + identical, "pairs": len(pairs), "identical": identical}
+        verdicts += [{**verdict, "prompt": pair["prompt"]} for verdict in row["verdicts"]]
+        orders += _read_orders(row, pair)
     figures = {
-        **counts,
+        "rows": len(pairs) + identical,
+        "pairs": len(pairs),
+        "identical": identical,
         "empty": sum(pair["empty"] for pair in pairs),
         **_label_figures(pairs),
         **_pair_figures(pairs),
@@ -96,6 +81,34 @@ def measure(rows: Iterable[dict], judges: Sequence[str]) -> dict:
         figures["agreement"] = agreement.agreement(Counter(pair["votes"] for pair in pairs))
         figures["judges"] = {name: _judge_figures([row for row in labels if row["judge"] == name]) for name in names}
     return figures
+
+
+def _read_pair(row: dict, by_judge: Mapping[str, float | None]) -> dict:
+    """What is counted of a row. p: the label that is measured, here the combined one."""
+    return {
+        "prompt": hashing.hashed_seed(preferences.prompt_key(row)),  # eight bytes for what may be long
+        "p": row["p_a"],
+        "combined": row["p_a"],
+        "gold": row.get("gold"),
+        "longer": len(row["response_a"]) - len(row["response_b"]),
+        "empty": not (row["response_a"].strip() and row["response_b"].strip()),
+        "votes": agreement.votes(list(by_judge.values())),
+    }
+
+
+def _read_orders(row: dict, pair: dict) -> list[dict]:
+    """Of each judge and principle, the verdicts in both orders. p: their mean; combined: only of several principles."""
+    return [
+        {
+            **pair,
+            "principle": principle or row["principle"],
+            "orders": orders,
+            "p": sum(orders) / 2,
+            "combined": row["p_a"] if principle else None,
+        }
+        for (_, principle), orders in preferences.group_verdicts(row["verdicts"]).items()
+        if None not in orders
+    ]
 
 
 def _rate(rows: Sequence[dict], success: Callable[[dict], float]) -> dict:
@@ -196,11 +209,11 @@ def _order_figures(orders: Sequence[dict]) -> dict:
 
 
 def _own_figures(labels: Sequence[dict]) -> dict:
-    own = [row for row in labels if row["own"]]
+    self_written = [row for row in labels if row["own"]]
     return {
-        "self_preference": _rate(own, lambda row: row["own"][0]),
+        "self_preference": _rate(self_written, lambda row: row["own"][0]),
         "self_preference_excess": intervals.mean(
-            [is_own - others for is_own, others in (row["own"] for row in own) if others is not None]
+            [is_own - others for is_own, others in (row["own"] for row in self_written) if others is not None]
         ),
     }
 
@@ -214,7 +227,7 @@ def _judge_figures(labels: Sequence[dict]) -> dict:
     }
 
 
-def _own(judge: str, labels: Mapping[str, float | None], row: dict) -> tuple[bool, float | None] | None:
+def _own_preference(judge: str, labels: Mapping[str, float | None], row: dict) -> tuple[bool, float | None] | None:
     """(whether a judge prefers its own response, how far others do); None where it wrote neither, or both.
 
     The others: the gold label, or the share of the other judges.

@@ -43,7 +43,7 @@ def measure_policies(options: SimpleNamespace) -> Measurement:
     }
     files = {name: model for name, model in policies.items() if model.endswith(".jsonl")}
     answers = {name: read_answers(path, source) for name, path in files.items()}
-    asked = {
+    response_settings = {
         "input": source.digest,
         "limit": options.limit,
         "seed": options.seed,
@@ -51,7 +51,7 @@ def measure_policies(options: SimpleNamespace) -> Measurement:
         "dtype": options.dtype,
     }
     settings = {
-        **asked,
+        **response_settings,
         "policies": {name: (sha256_file if name in files else identity)(model) for name, model in policies.items()},
         "judge": identity(options.judge),
         "template": load_template("preference").sha256,
@@ -61,7 +61,7 @@ def measure_policies(options: SimpleNamespace) -> Measurement:
     def measure(claim: Claim) -> tuple[dict, dict]:
         for name, model in policies.items():
             if name not in files:
-                output = claim(f"{name}.responses", {**asked, "model": identity(model)})
+                output = claim(f"{name}.responses", {**response_settings, "model": identity(model)})
                 rows = responding.respond(responding.plan(source, options.seed), output, model, options)
                 answers[name] = {row["id"]: row["response"] for row in rows}
         output = claim("comparisons", settings)
@@ -153,8 +153,8 @@ def judge_comparisons(
     remaining = [comparison for comparison in comparisons if comparison["id"] not in done]
     yield from (judging.tie(comparison) for comparison in remaining if preferences.is_tie(comparison))
     for axis, question in questions.items():
-        asked = [row for row in remaining if row["axis"] == axis and not preferences.is_tie(row)]
-        for comparison, verdicts in judging.judge(engine, asked, question):
+        comparable = [row for row in remaining if row["axis"] == axis and not preferences.is_tie(row)]
+        for comparison, verdicts in judging.judge(engine, comparable, question):
             p = None if verdicts is None else judging.soft_label(verdicts, question.weights)
             principle = question.principles(comparison)[0].id
             yield judging.preference(comparison, principle, verdicts or [], p, (0.0, 1.0))

@@ -71,13 +71,13 @@ def measure_responses(options: SimpleNamespace) -> Measurement:
     )
     under_stress = [source.count if way in responding.ALL_KINDS else by_kind["harmful"] for way in ways]
     calls = options.seeds * (source.count + sum(under_stress))
-    asked, settings = _settings(options, source, ways)
+    responding_settings, settings = _settings(options, source, ways)
 
     def measure(claim: Claim) -> tuple[dict, dict]:
         rows = source
         if model:
             answers = responding.plan(source, options.seed, options.seeds, ways)
-            rows = responding.respond(answers, claim("responses", asked), model, options)
+            rows = responding.respond(answers, claim("responses", responding_settings), model, options)
         rows = [{**row, "response": rounds.text_of_round(row, options.round_)} for row in rows]
         classified = reader.write_classes(rows, claim("classes", settings))
         rates, counts = rates_of_classes(classified, calls if model else source.count)
@@ -100,7 +100,7 @@ def measure_responses(options: SimpleNamespace) -> Measurement:
 def _settings(options: SimpleNamespace, source: sources.Source, ways: Sequence[str]) -> tuple[dict, dict]:
     """(what decides the responses of a model, what decides their classes as well)."""
     reader = options.reader
-    asked = {
+    responding_settings = {
         "input": source.digest,
         "limit": options.limit,
         "model": identity(options.model) if options.model else None,
@@ -111,8 +111,8 @@ def _settings(options: SimpleNamespace, source: sources.Source, ways: Sequence[s
         "dtype": options.dtype,
         **({"set": options.form} if options.form else {}),
     }
-    return asked, {
-        **asked,
+    return responding_settings, {
+        **responding_settings,
         "reward_model": None,
         "round": options.round_,
         "by": reader.by,
