@@ -141,4 +141,4 @@ def show_figure(name: str, row: Mapping) -> str:
     if "_elo " in name:
         ends = ("open" if row[end] is None else f"{row[end]:+.0f}" for end in ("low", "high"))
         return f"{row['value']:+.0f} ({' to '.join(ends)})".replace("-", "−")
-    return (tables.show_number if name in NUMBERS or "series" in row else tables.show)(row)
+    return (tables.show_number if name in NUMBERS else tables.show)(row)
