@@ -262,14 +262,21 @@ def redo(
 
     def answer(command: str, rows: Iterable[dict], critiques: Mapping | None = None) -> dict[str, Generation]:
         """{row id: its critique or revision}; a row that is not answered is missing."""
-        requests = []
-        for row in rows:
-            critique = {"critique": critiques[row["id"]].text} if critiques else {}
-            response = rounds.text_of_round(row)
-            template = templates.load_template(command)
-            question = template.render(principle=draw(row), prompt=row["prompt"], response=response, **critique)
-            number = len(row["rounds"]) + bool(critiques)  # revise.py counts the round that it completes
-            requests.append(Request(row["id"], question, hashing.hashed_seed(command, seed, row["original"], number)))
+        template = templates.load_template(command)
+        requests = (
+            Request(
+                row["id"],
+                template.render(
+                    principle=draw(row),
+                    prompt=row["prompt"],
+                    response=rounds.text_of_round(row),
+                    **({"critique": critiques[row["id"]].text} if critiques else {}),
+                ),
+                # revise.py counts the round that it completes
+                hashing.hashed_seed(command, seed, row["original"], len(row["rounds"]) + bool(critiques)),
+            )
+            for row in rows
+        )
         return {request.key: text for request, text in engine.generate(requests, sampling) if not text.lost}
 
     rows = active = [{**row, "rounds": list(row["rounds"])} for row in rows]
@@ -278,9 +285,9 @@ def redo(
         revisions = answer("revise", [row for row in active if row["id"] in critiques], critiques)
         active = [row for row in active if row["id"] in revisions]
         for row in active:
-            critique, revision = critiques[row["id"]], revisions[row["id"]]
+            revision = revisions[row["id"]]
             flagged = flags(rounds.text_of_round(row), revision.text, revision.finish)
-            texts = {"critique": critique.text, "revision": revision.text, "flags": flagged}
+            texts = {"critique": critiques[row["id"]].text, "revision": revision.text, "flags": flagged}
             row["rounds"].append({"principle": draw(row).id, **texts})
         active = [row for row in active if len(row["rounds"]) < row["wanted"]]
     yield from rows

@@ -61,11 +61,6 @@ class Delta:
     paired: bool
     towards: int
 
-    @property
-    def gain(self) -> tuple[float, float]:
-        """(low, high) of the change for the better."""
-        return (self.low, self.high) if self.towards > 0 else (-self.high, -self.low)
-
 
 def load(path: str | Path) -> Evaluation:
     """An evaluation by the file that evaluate.py wrote: its rates, or the object that it printed with --json.
@@ -207,10 +202,11 @@ def _delta(metric: str, before: Evaluation, now: Evaluation, z: float) -> Delta:
 
 def verdict(deltas: Sequence[Delta], margin: float = 0.0) -> str:
     """worse: a figure is surely worse by more than `margin`; better: none is, and one is surely better; else same."""
-    counting = [delta for delta in deltas if delta.towards]
-    if any(delta.gain[1] < -margin for delta in counting):
+    # (low, high) of each change for the better
+    gains = [(d.low, d.high) if d.towards > 0 else (-d.high, -d.low) for d in deltas if d.towards]
+    if any(high < -margin for _, high in gains):
         return "worse"
-    return "better" if any(delta.gain[0] > margin for delta in counting) else "same"
+    return "better" if any(low > margin for low, _ in gains) else "same"
 
 
 def verdict_line(deltas: Sequence[Delta], verdict: str) -> str:

@@ -97,16 +97,13 @@ def boilerplate(before: Sequence[str], now: Sequence[str], most: int = 10, least
     if len(both) < 2:  # a single phrase has no odds
         return []
 
-    weight, new_total, old_total = 100 / both.total(), new.total(), old.total()
-
-    def log_odds(count: int, total: int, prior: float) -> float:
-        return math.log((count + prior) / (total + 100 - count - prior))
-
+    weight, sides = 100 / both.total(), [(new, new.total()), (old, old.total())]
     scores = {}
     for phrase in new:
         prior = weight * both[phrase]
-        change = log_odds(new[phrase], new_total, prior) - log_odds(old[phrase], old_total, prior)
-        scores[phrase] = change / math.sqrt(1 / (new[phrase] + prior) + 1 / (old[phrase] + prior))
+        odds = [(counts[phrase] + prior) / (total + 100 - counts[phrase] - prior) for counts, total in sides]
+        deviation = math.sqrt(1 / (new[phrase] + prior) + 1 / (old[phrase] + prior))
+        scores[phrase] = (math.log(odds[0]) - math.log(odds[1])) / deviation
     habits: dict[tuple[str, ...], dict] = {}
     for phrase, z in sorted(scores.items(), key=lambda score: (-score[1], score[0])):
         if z >= least and len(habits) < most and not {word for known in habits for word in known} & set(phrase):

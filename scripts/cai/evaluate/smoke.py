@@ -14,6 +14,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 from cai.base.errors import CaiError
@@ -67,26 +69,16 @@ def look(steps: Iterable[tuple[str, str]], device: str | None = None) -> list[Si
 # --- text ---------------------------------------------------------------------------------------------------
 
 
-def responses_vary(rows: Sequence[dict]) -> _Result:
-    """Responses that have a text, and not the same one to every prompt."""
-    return _vary("responses", [row["response"] for row in rows])
-
-
-def critiques_vary(rows: Sequence[dict]) -> _Result:
-    """Critiques that have a text, and not the same one of every response."""
-    return _vary("critiques", [row["rounds"][-1]["critique"] for row in rows])
-
-
-def _vary(name: str, texts: Sequence[str]) -> _Result:
-    written = [text for text in texts if text.strip()]
+def texts_vary(name: str, read: Callable[[dict], str], rows: Sequence[dict]) -> _Result:
+    """Most rows have a text, and it is not the same one in every row."""
+    written = [text for text in map(read, rows) if text.strip()]
     different = len(set(written))
-    alive = 2 * len(written) >= len(texts) and (different > 1 or len(texts) == 1)
-    return name, alive, f"{len(written)} of {len(texts)} not empty, {different} different"
+    alive = 2 * len(written) >= len(rows) and (different > 1 or len(rows) == 1)
+    return name, alive, f"{len(written)} of {len(rows)} not empty, {different} different"
 
 
 def critiques_name_something(rows: Sequence[dict]) -> _Result:
     """Half of the critiques or more repeat a word of the prompt or the response that they are about."""
-
     repeated = [
         set(_WORD.findall(row["rounds"][-1]["critique"].lower()))
         .intersection(_WORD.findall(f"{dialogue.prompt_text(row['prompt'])} {rounds.text_of_round(row)}".lower()))
@@ -186,8 +178,8 @@ def scores(folder: str | Path, device: str | None = None) -> _Result:
 
 
 _OF_ROWS: dict[str, list[Callable[[Sequence[dict]], _Result]]] = {
-    "generate": [responses_vary],
-    "critique": [critiques_vary, critiques_name_something],
+    "generate": [partial(texts_vary, "responses", itemgetter("response"))],
+    "critique": [partial(texts_vary, "critiques", lambda row: row["rounds"][-1]["critique"]), critiques_name_something],
     "revise": [revisions_differ, revisions_in_form],
     "judge": [both_letters_are_chosen, labels_are_expected],
 }
