@@ -27,7 +27,7 @@ from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
 from cai.data import outputs, preferences, readers, sources
 from cai.data.dialogue import as_messages
-from cai.data.rounds import current_response
+from cai.data.rounds import text_of_round
 from cai.models import estimate, loading, local
 from cai.models.scorer import Scorer, check_reward_model
 from cai.report import hub
@@ -507,7 +507,7 @@ def read_references(against: str, source) -> tuple[list[list[str]], str]:
     given = sources.Source([against], require=("prompt", "response"))
     found: dict[str, list[str]] = {}
     for row in given:
-        found.setdefault(_key(row), []).append(current_response(row))
+        found.setdefault(_key(row), []).append(text_of_round(row))
     without = [row for row in source if _key(row) not in found]
     if without:
         raise InputError(

@@ -20,6 +20,7 @@ from cai.base.errors import InputError, shorten
 from cai.base.paths import TINY
 from cai.data import outputs, sources
 from cai.data.dialogue import as_messages
+from cai.data.kinds import AXES
 from cai.models import estimate, scorer
 from cai.models.loading import (
     best_device,
@@ -39,7 +40,6 @@ from cai.stats import drawing
 from cai.train import alarms, common, updates
 from cai.train.prompts import encode_prompts
 from cai.train.rewards import RIGHT, Judge, Total, function, function_identity, is_function
-from cai.train.selection import AXES
 
 CURVES = "curves.png"
 FROM_INPUT = "the input"

@@ -7,10 +7,11 @@ import random
 import models
 import pytest
 
+from cai.data.kinds import KINDS
 from cai.data.outputs import read_manifest, write_jsonl
 from cai.data.readers import read_jsonl
 from cai.evaluate import classes
-from cai.evaluate.rates import KINDS, RATES
+from cai.evaluate.rates import RATES
 from cai.stats import calibration, intervals
 from cai.world import language, oracle
 

@@ -11,9 +11,9 @@ import conftest
 import pytest
 import run_folders as runs
 
+from cai.data.kinds import KINDS
 from cai.data.outputs import write_jsonl
 from cai.data.readers import read_jsonl
-from cai.evaluate import rates
 from cai.evaluate.classes import oracle_reader
 from cai.report import pages, run_folder, transcripts
 from cai.report.escaping import markdown, visible
@@ -235,7 +235,7 @@ def test_a_run_too_large_is_drawn_from_evenly_within_the_limit(tmp_path, invoke)
     data = data_of(page)
     assert len(data["items"]) == summary["transcripts"]
     assert f"{summary['transcripts']:,} of 10,050 transcripts are in this page" in " ".join(page.split())
-    shares = [sum(item["kind"] == kind and item["set"] == "training" for item in data["items"]) for kind in rates.KINDS]
+    shares = [sum(item["kind"] == kind and item["set"] == "training" for item in data["items"]) for kind in KINDS]
     assert max(shares) - min(shares) < 0.3 * max(shares), "every kind has its share"
 
 

@@ -126,7 +126,7 @@ def bad(name):
     ("name", "parts"),
     [
         ("missing", ["in.jsonl: no such file", "Check the path"]),
-        ("not json", ["in.jsonl:2: not JSON", "'rubbish'", "one JSON object a line", "Mend or delete this line"]),
+        ("not json", ["in.jsonl:2: not JSON", "'rubbish'", "one JSON object per line", "Fix or delete this line"]),
         ("no prompt", ["in.jsonl:2: a row without 'prompt'", "The row has: id, question"]),
         ("duplicate", ["in.jsonl:2: the id 'a' again, first on line 1", "Rename or delete"]),
         ("principle key", ["rules.yaml:3: unknown key 'revison'", "Did you mean 'revision'?"]),

@@ -12,7 +12,8 @@ from pathlib import Path
 from markupsafe import Markup
 
 from cai.base.paths import model_path
-from cai.evaluate.rates import KINDS, RATES
+from cai.data.kinds import KINDS
+from cai.evaluate.rates import RATES
 from cai.report import run_folder
 from cai.report.escaping import MARK, environment, file_name
 from cai.report.run_folder import Run, Training

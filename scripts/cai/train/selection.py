@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-AXES = {"harmlessness": ("harmful",), "helpfulness": ("benign", "borderline")}
+from cai.data.kinds import AXES
 
 
 def axis_means(kinds: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
