@@ -11,7 +11,7 @@ import click
 from cai.base import cli
 from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
-from cai.data.rounds import check_rounds, current_response
+from cai.data.rounds import check_rounds, text_of_round
 from cai.data.sources import Source
 from cai.steps import text
 
@@ -45,7 +45,7 @@ def main(inputs, output, model, constitution, template, cot, **options):
         return constitution.draw(options["seed"], row["id"], len(row.get("rounds") or ()))
 
     def render(row):
-        return template.render(principle=principle(row), prompt=row["prompt"], response=current_response(row))
+        return template.render(principle=principle(row), prompt=row["prompt"], response=text_of_round(row))
 
     def answer(row, made):
         one = {"principle": principle(row).id, "critique": made.text}

@@ -213,31 +213,35 @@ class JudgeReward:
         self.engine, self.question, self.references = engine, question, references
 
     def __call__(self, rows, update, conversations, responses) -> tuple[list[float | None], dict[str, float]]:
-        """(a reward each, None where the judge's context is too short; {label_mass: what the labels have of
-        the probability: near 0, the judge was about to say something else})."""
-        rewards: list[float | None] = [None] * len(rows)
+        """The rewards of an update.
+
+        Returns:
+            (a reward each, None where the judge's context is too short; {label_mass: the probability that the labels
+            have together: near 0, the judge was about to say something else}).
+        """
+        log_odds: list[float | None] = [None] * len(rows)
         comparisons, masses = [], []
-        for place, (row, prompt, response) in enumerate(zip(rows, conversations, responses, strict=True)):
+        for i, (row, prompt, response) in enumerate(zip(rows, conversations, responses, strict=True)):
             others = self.references[row]
             other = others[hashed_seed("reference", self.question.seed, row, update) % len(others)]
             comparison = {
-                "id": str(place),
+                "id": str(i),
                 "group": f"{row}/{update}",
                 "prompt": prompt,
                 "response_a": response,
                 "response_b": other,
             }
             if preferences.is_tie(comparison):
-                rewards[place] = 0.0
+                log_odds[i] = 0.0
             else:
                 comparisons.append(comparison)
         for comparison, verdicts in judging.judge(self.engine, comparisons, self.question):
             p = None if verdicts is None else judging.soft_label(verdicts)
             if p is not None:
                 p = judging.clamp(p, 1 - CERTAIN, CERTAIN)
-                rewards[int(comparison["id"])] = math.log(p / (1 - p))
-                masses += [one["mass"] for one in verdicts if "mass" in one]
-        return rewards, ({"label_mass": sum(masses) / len(masses)} if masses else {})
+                log_odds[int(comparison["id"])] = math.log(p / (1 - p))
+                masses += [verdict["mass"] for verdict in verdicts if "mass" in verdict]
+        return log_odds, ({"label_mass": sum(masses) / len(masses)} if masses else {})
 
 
 if __name__ == "__main__":

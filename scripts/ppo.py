@@ -95,6 +95,8 @@ def main(options):
 
     for name in filter(None, (options.model, options.ref_model)):
         loading.check_model(name)
+    if options.judge and not rewards.is_function(options.judge):
+        loading.find_model(options.judge)
     source, settings = Source(options.inputs, limit=options.limit), updates.read_settings(Settings, options)
     watch, trackers = (
         alarms.Watch(alarms.limits(options.alarm), options.stop_on),

@@ -15,7 +15,7 @@ from cai.base import cli
 from cai.base.errors import InputError, shorten
 from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
-from cai.data.rounds import check_rounds, current_response
+from cai.data.rounds import check_rounds, text_of_round
 from cai.data.sources import Source
 from cai.steps import text
 from cai.steps.flags import REASONS, flags
@@ -53,12 +53,12 @@ def main(inputs, output, model, constitution, template, **options):
         return template.render(
             principle=constitution[last["principle"]],
             prompt=row["prompt"],
-            response=current_response(row),
+            response=text_of_round(row),
             critique=last["critique"],
         )
 
     def answer(row, made):
-        found = flags(current_response(row), made.text, made.finish)
+        found = flags(text_of_round(row), made.text, made.finish)
         last = {**row["rounds"][-1], "revision": made.text, "flags": found}
         return {**row, "rounds": [*row["rounds"][:-1], last]}
 

@@ -169,3 +169,31 @@ def _tokenizer(family: str, sentences, vocabulary: int):
         tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja").read_text()
     return tokenizer
+
+
+def generate(engine, conversations, sampling, seeds=None) -> list:
+    """An engine's answers in the order of their conversations; the seed is 0 where none is given."""
+    conversations = list(conversations)
+    seeds = seeds or [0] * len(conversations)
+    return _in_order(engine.generate(_requests(conversations, seeds), sampling))
+
+
+def score(engine, conversations, labels) -> list:
+    """The labels' log-probabilities in the order of their conversations."""
+    conversations = list(conversations)
+    return _in_order(engine.score(_requests(conversations, [0] * len(conversations)), labels))
+
+
+def _requests(conversations, seeds):
+    from cai.models.engine import Request
+
+    return [
+        Request(number, conversation, seed)
+        for number, (conversation, seed) in enumerate(zip(conversations, seeds, strict=True))
+    ]
+
+
+def _in_order(results) -> list:
+    by_key = {request.key: result for request, result in results}
+    assert sorted(by_key) == list(range(len(by_key)))
+    return [by_key[number] for number in range(len(by_key))]

@@ -11,7 +11,7 @@ import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from cai.models.engine import Sampling
+from cai.models.engine import Request, Sampling
 from cai.models.loading import load_engine
 
 # One for all servers: they share the engine that is kept in this process, and one that is over may still answer.
@@ -95,7 +95,7 @@ class SmallServer:
             made = 1
         else:
             sampling = Sampling(wanted, body.get("temperature", 1.0))
-            [(_, answer)] = self.engine.generate([messages], sampling, [body.get("seed", 0)])
+            [(_, answer)] = self.engine.generate([Request("", messages, body.get("seed", 0))], sampling)
             choice |= {"finish_reason": answer.finish, "message": {"role": "assistant", "content": answer.text}}
             made = answer.tokens
         return 200, {"choices": [choice], "usage": {"prompt_tokens": len(ids), "completion_tokens": made}}

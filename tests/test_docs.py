@@ -15,23 +15,47 @@ import pytest
 import yaml
 from conftest import ROOT, load_command
 
-from cai.constitution import load_constitution
-from cai.resources import TINY
-from cai.templates import load_template
+from cai.constitution.files import load_constitution
+from cai.constitution.templates import load_template
 
+TINY = ROOT / "scripts" / "cai" / "tiny"
+KINDS = ("harmful", "benign", "borderline")
 REFERENCES = sorted((ROOT / "references").glob("*.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "SKILL.md", *REFERENCES]
+CHANGELOG, CONTRIBUTING = ROOT / "CHANGELOG.md", ROOT / ".github" / "CONTRIBUTING.md"
+ARCHITECTURE, RUN_BOOK = ROOT / "references" / "architecture.md", ROOT / "references" / "run-book.md"
+# How many commands of ours a document shows at least; three where it is not listed here.
+FEWEST_COMMANDS = {"README.md": 2, "architecture.md": 0}
 COMMANDS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
 TOP_LEVEL = {
-    "SKILL.md", "README.md", "LICENSE", "pyproject.toml",
-    "scripts", "templates", "references", "constitutions", "tests",
+    "SKILL.md",
+    "README.md",
+    "CHANGELOG.md",
+    "LICENSE",
+    "pyproject.toml",
+    "scripts",
+    "templates",
+    "references",
+    "constitutions",
+    "tests",
 }
+README_ORDER = [
+    "One prompt through the method",
+    "Quick start",
+    "As a skill",
+    "Your own model",
+    "What it does",
+    "Links",
+    "Licence",
+]
 FRONT_MATTER = {"name", "description", "license", "compatibility", "metadata", "allowed-tools"}
 TEST_COMMAND = 'python3 -m venv .venv && .venv/bin/pip install ".[test]" && .venv/bin/pytest'
 RUN_COMMAND = (
     "python3 -m venv .venv && .venv/bin/pip install . && "
     ".venv/bin/python scripts/run.py --model tiny --output runs/tiny"
 )
+# What .ci/run checks after the tests, and CONTRIBUTING.md asks of a change.
+STATIC_CHECKS = ["ruff check", "ruff format --check", "mypy", "codespell"]
 
 
 def each(paths):
@@ -44,8 +68,8 @@ def read(path) -> str:
 
 def blocks(path: Path, language: str) -> list[str]:
     """The fenced code blocks of a language, without their indentation."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", read(path), re.MULTILINE | re.DOTALL)
-    return [re.sub(f"^{indent}", "", text, flags=re.MULTILINE) for indent, text in found]
+    fenced = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", read(path), re.MULTILINE | re.DOTALL)
+    return [re.sub(f"^{indent}", "", text, flags=re.MULTILINE) for indent, text in fenced]
 
 
 # What SKILL.md has the reader set once, in cai.env.
@@ -66,20 +90,24 @@ def calls(path: Path) -> list[tuple[str, list[str]]]:
 def calls_in(text: str) -> list[tuple[str, list[str]]]:
     """(name, arguments) of every call of one of our scripts, in their order: shell blocks and inline code alike."""
     pattern = r"^ *```(\w*)\n(.*?)^ *```$|(?<!`)`(python (?:\$CAI/)?scripts/[^`\n]+)`"
-    shown = re.findall(pattern, text, re.MULTILINE | re.DOTALL)
-    lines = [line for language, block, inline in shown if inline or language == "bash"
-             for line in commands(inline or block)]
-    found = []
+    snippets = re.findall(pattern, text, re.MULTILINE | re.DOTALL)
+    lines = [
+        line
+        for language, block, inline in snippets
+        if inline or language == "bash"
+        for line in commands(inline or block)
+    ]
+    script_calls = []
     for line in lines:
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
         words = list(lexer)
-        for place, word in enumerate(words):
+        for index, word in enumerate(words):
             if script := re.fullmatch(r"(?:.*/)?scripts/(\w+)\.py", word):
-                rest = words[place + 1 :]
-                end = next((n for n, one in enumerate(rest) if re.fullmatch(r"[|&;<>()]+", one)), len(rest))
-                found.append((script[1], rest[:end]))
-    return found
+                rest = words[index + 1 :]
+                end = next((n for n, part in enumerate(rest) if re.fullmatch(r"[|&;<>()]+", part)), len(rest))
+                script_calls.append((script[1], rest[:end]))
+    return script_calls
 
 
 def parse(name: str, arguments: list[str]) -> dict:
@@ -99,7 +127,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@each(DOCUMENTS)
+@each([*DOCUMENTS, CHANGELOG, CONTRIBUTING])
 def test_every_relative_link_resolves(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", read(path)):
         if re.match(r"[a-z]+:", target):
@@ -114,10 +142,11 @@ def test_every_relative_link_resolves(path):
 
 @each(DOCUMENTS)
 def test_every_command_parses(path):
-    found, programs = calls(path), re.findall(r"\bpython (tests/[\w/]+\.py)\b", read(path))
-    assert len(found) + len(programs) >= 3, f"{path.name} shows hardly any command, or they are not found"
+    script_calls, programs = calls(path), re.findall(r"\bpython (tests/[\w/]+\.py)\b", read(path))
+    fewest = FEWEST_COMMANDS.get(path.name, 3)
+    assert len(script_calls) + len(programs) >= fewest, f"{path.name} shows hardly any command, or they are not found"
     assert not [program for program in programs if not (ROOT / program).is_file()]
-    for name, arguments in found:
+    for name, arguments in script_calls:
         assert name in COMMANDS, f"{path.name} calls scripts/{name}.py"
         try:
             parse(name, arguments)
@@ -133,6 +162,10 @@ def test_a_wrong_option_would_be_found(tmp_path):
         parse(name, arguments)
 
 
+def write_rows(path, rows: list[dict]) -> None:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def output_of(params: dict) -> str:
     return os.path.normpath(params["output"])
 
@@ -143,13 +176,13 @@ def test_what_a_command_reads_is_there_or_was_written_by_one_before(path):
     written: set[str] = set()
     for name, arguments in calls(path):
         params = parse(name, arguments)
-        many = [file for one in ("inputs", "responses", "helpful", "heldout") for file in params.get(one) or ()]
-        for one in ("model", "reward_model", "judge", "against"):
-            given = params.get(one)
-            many += given if isinstance(given, tuple) else [given]
-        for file in filter(None, many):
-            own = file.startswith(("my-", "openai:my-"))
-            known = own or "/" not in file or file in written or (ROOT / file).exists()
+        files = [file for option in ("inputs", "responses", "helpful", "heldout") for file in params.get(option) or ()]
+        for option in ("model", "reward_model", "judge", "against"):
+            value = params.get(option)
+            files += value if isinstance(value, tuple) else [value]
+        for file in filter(None, files):
+            of_the_reader = file.startswith(("my-", "openai:my-"))
+            known = of_the_reader or "/" not in file or file in written or (ROOT / file).exists()
             assert known, f"{path.name}: {name}.py reads {file}, which nothing before it writes"
         if params.get("output"):
             written.add(output_of(params))
@@ -164,49 +197,149 @@ def test_readme_has_the_two_commands_as_they_are_promised():
     assert TEST_COMMAND in lines
 
 
+def test_readme_is_short_and_in_the_order_of_the_house():
+    text = read(ROOT / "README.md")
+    assert len(text.split()) <= 1200
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == README_ORDER
+
+
+def worked_row() -> dict[str, str]:
+    """{name: text} of the table that follows one prompt through the method."""
+    table = read(ROOT / "README.md").partition("## One prompt through the method")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\w+)(?: `[\w-]+`)? \| (.+) \|$", table, re.MULTILINE)
+    return dict(rows)
+
+
+def test_the_worked_row_of_the_readme_is_what_tiny_writes(invoke, tmp_path, monkeypatch):
+    """Its texts with the settings of the main job, and the preference between them."""
+    monkeypatch.chdir(tmp_path)
+    readme, row = read(ROOT / "README.md"), worked_row()
+    row_id = re.search(r"`(train-harmful-\d+)`", readme)[1]
+    prompts = [json.loads(line) for line in read(TINY / "prompts" / "train.jsonl").splitlines()]
+    write_rows("prompts.jsonl", [prompt for prompt in prompts if prompt["id"] == row_id])
+    shared = ("--model", "tiny", "--max-new-tokens", "96", "--dtype", "float32")
+    last = "prompts.jsonl"
+    for name, more in (
+        ("generate", ("--temperature", "0.5")),
+        ("critique", ("--temperature", "0.3")),
+        ("revise", ("--temperature", "0.3")),
+    ):
+        result = invoke(name, "--input", last, *shared, *more, "--output", f"{name}.jsonl")
+        assert result.exit_code == 0, result.stderr
+        last = f"{name}.jsonl"
+    [revised] = [json.loads(line) for line in read("revise.jsonl").splitlines()]
+    [revision_round] = revised["rounds"]
+    principles = load_constitution("harmlessness")
+    assert f"| principle `{revision_round['principle']}` |" in readme
+    assert row["prompt"] == revised["prompt"] and row["response"] == revised["response"]
+    assert row["principle"] == principles[revision_round["principle"]].critique
+    assert row["critique"] == revision_round["critique"] and row["revision"] == revision_round["revision"]
+    # The pair's id in the main job decides which principle is drawn.
+    write_rows(
+        "pair.jsonl",
+        [
+            {
+                "id": f"{row_id}/0-2 vs {row_id}/3",
+                "prompt": revised["prompt"],
+                "response_a": row["response"],
+                "response_b": row["revision"],
+            }
+        ],
+    )
+    result = invoke("judge", "--input", "pair.jsonl", "--model", "tiny", "--output", "preference.jsonl")
+    assert result.exit_code == 0, result.stderr
+    [preference] = [json.loads(line) for line in read("preference.jsonl").splitlines()]
+    assert preference["chosen"] == row["revision"]
+    assert f"{preference['p_chosen']:.4f}" in row["preference"] and f"`{preference['principle']}`" in row["preference"]
+
+
 def test_the_run_book_does_what_run_py_does(invoke, monkeypatch):
-    """Each step of the plan stands in the README, with the same settings."""
+    """Each step of the plan is in the run book, with the same settings."""
     monkeypatch.chdir(ROOT)
     planned = invoke("run", "--model", "tiny", "--output", "runs/steps", "--dry-run", "--json")
     assert planned.exit_code == 0, planned.output
-    told = {output_of(params): (name, params)
-            for name, arguments in calls(ROOT / "README.md") if (params := parse(name, arguments)).get("output")}
+    documented = {
+        output_of(params): (name, params)
+        for name, arguments in calls(RUN_BOOK)
+        if (params := parse(name, arguments)).get("output")
+    }
     for step in json.loads(planned.stdout)["steps"]:
         _, script, *arguments = shlex.split(step["command"])
         params = parse(Path(script).stem, arguments)
         if Path(script).stem == "report":  # its folder is no option
-            assert f"scripts/report.py {params['run']}" in read(ROOT / "README.md")
+            assert f"scripts/report.py {params['run']}" in read(RUN_BOOK)
             continue
-        assert output_of(params) in told, f"not in the README: {step['command']}"
-        name, shown = told[output_of(params)]
-        differing = {key: (shown.get(key), value) for key, value in params.items() if shown.get(key) != value}
+        assert output_of(params) in documented, f"not in the run book: {step['command']}"
+        name, documented_params = documented[output_of(params)]
+        differing = {
+            key: (documented_params.get(key), value)
+            for key, value in params.items()
+            if documented_params.get(key) != value
+        }
         if name not in ("sft", "reward_model"):
             differing.pop("batch_size", None)  # of speed alone
-        assert name == Path(script).stem and not differing, f"(README, run.py) differ in {step['name']}: {differing}"
+        assert name == Path(script).stem and not differing, f"(run book, run.py) differ in {step['name']}: {differing}"
 
 
-def test_ci_calls_exactly_the_test_command_of_the_readme():
+def test_ci_calls_exactly_the_test_command_of_the_readme_and_the_static_checks():
     lines = [line.strip() for line in read(ROOT / ".ci" / "run").splitlines()]
     running = [line for line in lines if line and not line.startswith("#")]
     assert running[0] == "set -euo pipefail"
-    assert running[-1] == TEST_COMMAND
-    programs = [found[1] for line in running for found in re.finditer(r"(apt-get install -y [a-z ]+);", line)]
-    assert all(f"`{said}`" in read(ROOT / "README.md") for said in programs) and len(programs) == 1
-    others = [line.replace(programs[0], "") for line in running[:-1]]
+    assert running.count(TEST_COMMAND) == 1
+    index = running.index(TEST_COMMAND)
+    before, after = running[:index], running[index + 1 :]
+    programs = [found[1] for line in before for found in re.finditer(r"(apt-get install -y [a-z ]+);", line)]
+    assert all(f"`{program}`" in read(ROOT / "README.md") for program in programs) and len(programs) == 1
+    others = [line.replace(programs[0], "") for line in before]
     assert not [line for line in others if re.search(r"\bpip\b|pytest|python|install", line)]
+    assert after == [f".venv/bin/{check}" for check in STATIC_CHECKS]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
+def test_contributing_names_the_checks_and_where_they_run():
+    shell = "\n".join(blocks(CONTRIBUTING, "bash"))
+    assert 'pytest -m "not slow"' in shell
+    assert not [check for check in STATIC_CHECKS if check not in shell]
+    configured = {
+        hook["id"] for repo in yaml.safe_load(read(ROOT / ".pre-commit-config.yaml"))["repos"] for hook in repo["hooks"]
+    }
+    assert {"ruff", "codespell", "mypy"} <= {name.split("-")[0] for name in configured}
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_script_is_in_readme_and_skill(name):
-    assert f"scripts/{name}.py`" in read(ROOT / "README.md")
+def test_every_script_is_in_the_map_and_the_skill(name):
+    assert f"| `scripts/{name}.py` |" in read(ARCHITECTURE)
     assert f"| `{name}.py` |" in read(ROOT / "SKILL.md")
 
 
-def test_every_module_is_in_the_map():
-    missing = [path.name for path in (ROOT / "scripts" / "cai").glob("*.py")
-               if path.stem != "__init__" and f"| `scripts/cai/{path.name}` |" not in read(ROOT / "README.md")]
-    assert not missing
+def test_the_map_lists_every_module_and_no_other():
+    package = ROOT / "scripts" / "cai"
+    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.stem != "__init__"}
+    text = read(ARCHITECTURE)
+    table = text.partition("\n## Modules\n")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"^\| `([\w/]+\.py)` \| \w", table, re.MULTILINE)) == sorted(modules)
+    table = text.partition("\n## Commands\n")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"^\| `scripts/(\w+)\.py` \| \w", table, re.MULTILINE)) == COMMANDS
+    named = {name for name in re.findall(r"`(\w+/\w+\.py)`", text) if not name.startswith(("scripts/", "tests/"))}
+    assert not sorted(named - modules), "modules that do not exist"
+
+
+def test_what_the_map_says_is_in_a_module_is_there():
+    """The names beside a module in the tables, such as `Constitution.draw` beside constitution/files.py."""
+    table = read(ARCHITECTURE).partition("## Where ten behaviours live")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (?!behaviour|-)(.+?) \| (.+) \|$", table, re.MULTILINE)
+    assert len(rows) >= 10
+    for behaviour, where in rows:
+        file, *names = re.findall(r"`([^`]+)`", where)
+        source = read(ROOT / "scripts" / "cai" / file)
+        for name in (part for dotted in names for part in dotted.split(".")):
+            assert re.search(rf"^ *(?:def|class) {name}\b", source, re.MULTILINE), f"{behaviour}: no {name} in {file}"
+
+
+def test_the_newest_version_of_the_changelog_is_that_of_the_package():
+    versions = re.findall(r"^## (\d+\.\d+\.\d+)", read(CHANGELOG), re.MULTILINE)
+    assert versions[-1] == "0.1.0" and len(set(versions)) == len(versions)
+    assert f'version = "{versions[0]}"' in read(ROOT / "pyproject.toml")
 
 
 # --- SKILL.md -----------------------------------------------------------------------------------------------
@@ -245,9 +378,9 @@ def test_skill_is_short_enough():
 
 def test_skill_says_what_it_is_not_for_and_where_the_four_common_issues_are():
     _, body = front_matter()
-    said = " ".join(body.split())
+    text = " ".join(body.split())
     for other in ("guardrails", "labelled by people", "project's own rules"):
-        assert other in said.partition("## Setup check")[0]
+        assert other in text.partition("## Setup check")[0]
     assert set(WORKFLOWS) <= set(re.findall(r"^## (.+)$", body, re.MULTILINE))
 
 
@@ -273,7 +406,7 @@ def test_nothing_is_told_of_that_does_not_exist():
     """Scripts, constitutions and templates that the documents name are in the tree."""
     for path in DOCUMENTS:
         for name in re.findall(r"`(?:scripts/)?(\w+)\.py`", read(path)):
-            modules = {module.stem for place in ("scripts/cai", "tests") for module in (ROOT / place).glob("*.py")}
+            modules = {module.stem for folder in ("scripts/cai", "tests") for module in (ROOT / folder).rglob("*.py")}
             assert name in {*COMMANDS, *modules}, f"{path.name} names {name}.py"
         for folder, name in re.findall(r"\b(constitutions|templates|references)/([\w.-]+\.\w+)", read(path)):
             assert (ROOT / folder / name).exists(), f"{path.name} names {folder}/{name}"
@@ -281,12 +414,22 @@ def test_nothing_is_told_of_that_does_not_exist():
 
 # --- the workflows of SKILL.md, on the bundled model --------------------------------------------------------
 
-WORKFLOWS = ["Workflow: SL phase", "Workflow: RL phase", "Workflow: chain-of-thought critique",
-             "Too evasive, preachy, or over-refusing", "Weak critiques", "No improvement", "Noisy judge"]
+WORKFLOWS = [
+    "Workflow: SL phase",
+    "Workflow: RL phase",
+    "Workflow: chain-of-thought critique",
+    "Too evasive, preachy, or over-refusing",
+    "Weak critiques",
+    "No improvement",
+    "Noisy judge",
+]
 # What is made smaller so that it ends soon. The options are those of the document otherwise.
-SMALLER = {"ppo": ["--updates", "1", "--prompts-per-update", "4", "--batch-size", "4", "--epochs", "1"],
-           "sft": ["--epochs", "1"], "dpo": ["--batch-size", "4"],
-           "reward_model": ["--epochs", "1", "--holdout", "0.25"]}
+SMALLER = {
+    "ppo": ["--updates", "1", "--prompts-per-update", "4", "--batch-size", "4", "--epochs", "1"],
+    "sft": ["--epochs", "1"],
+    "dpo": ["--batch-size", "4"],
+    "reward_model": ["--epochs", "1", "--holdout", "0.25"],
+}
 # Words of the gates that are values, files or options and no figures.
 NO_FIGURES = {"gold", "kind", "metrics.jsonl", "samples.jsonl", "worse", "better", "same", "VERDICT"}
 
@@ -305,53 +448,91 @@ def test_every_command_of_a_workflow_has_a_gate_after_it(heading):
     with_commands = [item for item in items(heading) if "```bash" in item]
     assert with_commands
     for item in with_commands:
-        assert re.search(r"```\n+ *Gate", item), item
+        assert re.search(r"```\n+ *Gate: continue if ", item), item
+
+
+@pytest.mark.parametrize("heading", WORKFLOWS)
+def test_gates_are_whole_sentences(heading):
+    gates = [
+        " ".join(gate.split())
+        for item in items(heading)
+        for gate in re.findall(r"^ *Gate: (.*?)(?=^ *```|\Z)", item, re.MULTILINE | re.DOTALL)
+    ]
+    assert gates
+    for gate in gates:
+        assert re.match(r"continue if .+ (?:is|are|have|has|name|prints|holds?|falls?|read)\b", gate), gate
+        assert gate.endswith("."), gate
 
 
 def keys(tree) -> set[str]:
-    """All keys in a JSON tree, and with a dot those that lie one below another."""
+    """All keys in a JSON tree, and with a dot those that are directly below another."""
     if isinstance(tree, list):
         return set().union(*map(keys, tree))
     if not isinstance(tree, dict):
         return set()
     below = {name: keys(value) for name, value in tree.items()}
-    return {*tree, *(f"{name}.{one}" for name, found in below.items() for one in found),
-            *(one for found in below.values() for one in found)}
+    return {
+        *tree,
+        *(f"{name}.{key}" for name, inner in below.items() for key in inner),
+        *(key for inner in below.values() for key in inner),
+    }
 
 
 @pytest.mark.timeout(900)  # two dozen commands, whatever else the machine has to do
 def test_the_workflows_run_on_tiny_and_their_gates_name_what_is_there(invoke, tmp_path, monkeypatch):
     """All commands of the workflows, in their order, with `tiny` as MODEL and JUDGE and fewer rows."""
-    from cai import metrics, world
-    from cai.records import write_jsonl
-
     monkeypatch.chdir(tmp_path)
     shutil.copytree(TINY, "judge")  # another name, for steps that want two judges
-    prompts = [row for kind in metrics.KINDS for row in world.prompt_rows(kind, "train", 5, 2)]
-    write_jsonl("prompts.jsonl", prompts)
-    write_jsonl("heldout.jsonl", [row for kind in metrics.KINDS for row in world.prompt_rows(kind, "heldout", 5, 2)])
-    write_jsonl("helpful.jsonl", [{"prompt": "How do I mend a chair?", "response": "Glue the joint, then wait."}])
-    write_jsonl("gold.jsonl", [{"prompt": f"Say {word}.", "response_a": word, "response_b": f"No, not {word}.",
-                                "gold": "ab"[number % 2]} for number, word in enumerate(("yes", "tea", "up", "oak"))])
+    for split, file in (("train", "prompts.jsonl"), ("heldout", "heldout.jsonl")):
+        for kind in KINDS:
+            drawn = invoke(
+                "tiny",
+                "prompts",
+                "--kind",
+                kind,
+                "--split",
+                split,
+                "--seed",
+                "5",
+                "-n",
+                "2",
+                "--output",
+                f"{split}-{kind}.jsonl",
+            )
+            assert drawn.exit_code == 0, drawn.output
+        Path(file).write_text("".join(read(f"{split}-{kind}.jsonl") for kind in KINDS), encoding="utf-8")
+    write_rows("helpful.jsonl", [{"prompt": "How do I repair a chair?", "response": "Glue the joint, then wait."}])
+    write_rows(
+        "gold.jsonl",
+        [
+            {"prompt": f"Say {word}.", "response_a": word, "response_b": f"No, not {word}.", "gold": "ab"[number % 2]}
+            for number, word in enumerate(("yes", "tea", "up", "oak"))
+        ],
+    )
     seen: set[str] = set()
     gates = ""
     for heading in WORKFLOWS:
         gates += " ".join(re.findall(r"^ *Gate.*?(?=^- \[ \]|\Z)", section(heading), re.MULTILINE | re.DOTALL))
         for name, arguments in calls_in(section(heading)):
-            small = [{"my-org/my-model": "tiny", "my-org/my-judge": "judge"}.get(one, one) for one in arguments]
-            for place, one in enumerate(small):
-                if one == "--max-new-tokens":
-                    small[place + 1] = "24"
+            stand_ins = {"my-org/my-model": "tiny", "my-org/my-judge": "judge"}
+            small = [stand_ins.get(argument, argument) for argument in arguments]
+            for index, argument in enumerate(small):
+                if argument == "--max-new-tokens":
+                    small[index + 1] = "24"
             result = invoke(name, *small, *SMALLER.get(name, []), "--json")
-            # --gate may say worse of a model that saw six rows; what is asked is that it says something
+            # --gate may find a model worse that saw six rows; a verdict must be printed
             assert result.exit_code in ((0, 4) if "--gate" in small else (0,)), f"{name} {small}: {result.stderr}"
             if "--gate" in small:
                 assert "VERDICT: " in result.stderr
             seen |= keys(json.loads(result.stdout))
     for path in (tmp_path / "run").rglob("*.json*"):
         if path.name.endswith(("run.json", "metrics.jsonl", "audit.json")) or path.name == "7-cot.jsonl":
-            seen |= set().union(*(keys(json.loads(line)) for line in
-                                  ([read(path)] if path.suffix == ".json" else read(path).splitlines())))
+            seen |= set().union(
+                *(
+                    keys(json.loads(line))
+                    for line in ([read(path)] if path.suffix == ".json" else read(path).splitlines())
+                )
+            )
     named = set(re.findall(r"`([a-z][a-z_.]+)`", gates)) - NO_FIGURES
     assert len(named) > 15
     assert not sorted(named - seen), "gates name figures that no command gives"
@@ -429,11 +610,15 @@ def test_what_the_hardware_page_advises_follows_from_the_table(invoke):
     text, light, ppo = "generate, critique, revise", "sft, reward_model (--lora)", "ppo (--lora)"
     told = read(ROOT / "references" / "hardware.md").partition("## What to take")[2]
     for memory, model, steps, words in (
-        (24, "3B", (text, light), "up to 3B with `--lora`"), (40, "8B", (text, light), "SL phase of 8B with `--lora`"),
-        (48, "8B", ("dpo (--lora)",), "DPO of 8B"), (48, "3B", (ppo,), "PPO of 3B"),
-        (80, "8B", (text, light, ppo), "both phases of 8B with"), (80, "14B", (text, light), "SL phase of 14B"),
+        (24, "3B", (text, light), "up to 3B with `--lora`"),
+        (40, "8B", (text, light), "SL phase of 8B with `--lora`"),
+        (48, "8B", ("dpo (--lora)",), "DPO of 8B"),
+        (48, "3B", (ppo,), "PPO of 3B"),
+        (80, "8B", (text, light, ppo), "both phases of 8B with"),
+        (80, "14B", (text, light), "SL phase of 14B"),
         (80, "3B", ("sft, reward_model (--full)",), "all weights of 3B"),
-        (141, "14B", (text, light, ppo), "both phases of 14B with `--lora`"), (141, "32B", (text, light), "of 32B"),
+        (141, "14B", (text, light, ppo), "both phases of 14B with `--lora`"),
+        (141, "32B", (text, light), "of 32B"),
     ):
         assert words in told
         assert all(needs[model][step] + 2 <= memory for step in steps), (memory, model)

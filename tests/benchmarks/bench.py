@@ -30,6 +30,8 @@ import click
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1] / "scripts"), str(HERE.parent)]
 
+import models
+
 from cai.base import cli
 from cai.base.paths import TINY
 from cai.constitution.files import load_constitution
@@ -274,8 +276,7 @@ def judge(bench: Bench) -> None:
     engine, asked = bench.engine, questions(bench)
 
     def ours():
-        found = dict(engine.score(asked, LABELS))
-        return [found[n] for n in range(len(asked))]
+        return models.score(engine, asked, LABELS)
 
     def plain():
         found = []
@@ -359,14 +360,14 @@ def gpu(bench: Bench) -> None:
     bandwidth = next((values[1] for known, values in GPUS.items() if known.split("-")[0] in name), None)
     shape, talks = shape_of(bench.model), [as_messages(row["prompt"]) for row in bench.prompts(8 * bench.rows)]
     engine = load_engine(bench.model, device="cuda", batch_size=512)
-    list(engine.generate(talks[:64], Sampling(8, 0), range(64)))
+    models.generate(engine, talks[:64], Sampling(8, 0))
     for _ in range(bench.rounds):
-        made, seconds = timed(lambda: list(engine.generate(talks, Sampling(256, 0), range(len(talks)))))
-        tokens = sum(one.tokens for _, one in made)
+        made, seconds = timed(lambda: models.generate(engine, talks, Sampling(256, 0)))
+        tokens = sum(one.tokens for one in made)
         bench.add("gpu: new tokens a second", tokens / seconds)
         if bandwidth and shape:
             rows = min(512, len(talks))
-            length = sum(one.prompt_tokens + one.tokens / 2 for _, one in made) / len(made)
+            length = sum(one.prompt_tokens + one.tokens / 2 for one in made) / len(made)
             moved = 2 * tokens * (shape.parameters / rows + shape.kv * length)
             bench.add("gpu: share of the memory bandwidth", moved / seconds / (bandwidth * 1e12))
 
@@ -376,8 +377,6 @@ BENCHES = {"text": text, "share": share, "growth": growth, "judge": judge, "mall
 
 def random_model(folder: Path, size: str) -> str:
     """A Llama of random weights and a vocabulary of today's size: 26 M parameters, or half a billion, or seven."""
-    import models
-
     hidden, inner, layers, kv_heads = RANDOM[size]
     return str(
         models.build(

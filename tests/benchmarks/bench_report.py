@@ -1,6 +1,6 @@
 """How long report.py takes and how large its page is, for a run of many rows. A quiet machine is taken for granted.
 
-    python tests/benchmarks/bench_report.py              # 10,000 rows of two rounds, as many pairs, three stages of 750 prompts
+    python tests/benchmarks/bench_report.py      # 10,000 rows of two rounds, as many pairs, three stages of 750 prompts
     python tests/benchmarks/bench_report.py --run runs/tiny
 
 The rows are of the bundled world, whose oracle reads each of their texts. Leaves out browsers: test_report.py opens

@@ -22,10 +22,10 @@ class Counting:
 
     batch_size, context, scores_choices = 128, None, True
 
-    def score(self, conversations, labels):
-        for index, talk in enumerate(conversations):
-            odd = len(talk[0]["content"]) % 2
-            yield index, [-0.1 - odd, -1.1 + odd]
+    def score(self, requests, labels):
+        for request in requests:
+            odd = len(request.conversation[0]["content"]) % 2
+            yield request, [-0.1 - odd, -1.1 + odd]
 
 
 def judge(pairs: int, folder: Path, libraries: bool) -> float:

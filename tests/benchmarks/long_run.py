@@ -39,13 +39,13 @@ class Stub:
     def __init__(self, notes: Path, every: int, kill_at: int | None):
         self.notes, self.every, self.kill_at = notes, every, kill_at
 
-    def generate(self, conversations, sampling, seeds, done=()):
+    def generate(self, requests, sampling, done=()):
         from cai.models.engine import Generation
 
         page, said = os.sysconf("SC_PAGE_SIZE"), 0
         with open(self.notes, "w", encoding="utf-8") as notes:
-            for index, (talk, seed) in enumerate(zip(conversations, seeds, strict=True)):
-                if index in done:
+            for request in requests:
+                if request.key in done:
                     continue
                 if said == self.kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -54,8 +54,8 @@ class Stub:
                         rss = int(file.read().split()[1]) * page
                     notes.write(json.dumps({"row": said, "at": time.time(), "rss": rss}) + "\n")
                     notes.flush()
-                text = f"Ask the owner, {seed % 997} times. {'Then wait. ' * 12}"
-                yield index, Generation(text, "stop", len(talk), 60)
+                text = f"Ask the owner, {request.seed % 997} times. {'Then wait. ' * 12}"
+                yield request, Generation(text, "stop", len(request.conversation), 60)
                 said += 1
 
 

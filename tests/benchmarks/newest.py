@@ -4,8 +4,8 @@
     python tests/benchmarks/newest.py --dry-run               # print what would be installed and run
 
 Upper bounds stand at the newest tested minor version, so that `pip install .` takes tested versions on any day. This
-command raises them. A failing test leaves pyproject.toml as it was; tests/project/test_dependencies.py names what was renamed.
-The other packages, torch among them, stay within their ranges. The sibling of lowest.py.
+command raises them. A failing test leaves pyproject.toml as it was; tests/project/test_dependencies.py names what was
+renamed. The other packages, torch among them, stay within their ranges. The sibling of lowest.py.
 """
 
 import json

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jsonschema
+import models
 import pytest
 import yaml
 from conftest import ROOT
@@ -272,7 +273,7 @@ def test_coverage_is_the_mean_of_both_orders_by_direct_computation(run, tmp_path
     shares = []
     for swapped in (False, True):
         question = template.render(principle=principle, prompt=rows[0]["prompt"], swapped=swapped)
-        [(_, logprobs)] = engine.score([question], ["A", "B"])
+        [logprobs] = models.score(engine, [question], ["A", "B"])
         yes, no = reversed(logprobs) if swapped else logprobs
         shares.append(math.exp(yes) / (math.exp(yes) + math.exp(no)))
     assert found["by"]["kind"] == pytest.approx(sum(shares) / 2, abs=2e-4)
@@ -339,6 +340,8 @@ def test_ablation_redoes_what_drew_the_principle_and_nothing_else(run, revised):
     for name in ("harm", "kind"):
         left = load_constitution(str(folder / f"ablation.without-{name}.yaml"))
         assert name not in left and len(left.principles) == 1
+    classified = {row["id"]: row["class"] for _, row in read_jsonl(folder / "ablation.classes.jsonl")}
+    assert set(classified) == {*drawn, *(row["id"] for row in redone)} and None not in classified.values()
     # The figures: full is the same whichever is left out, and the difference is of the two rates.
     figures = {(row["left_out"], row["metric"]): row for row in said["principles"]}
     for (_, metric), row in figures.items():
@@ -421,6 +424,16 @@ def test_ablation_refuses_rows_of_another_constitution_and_warns_of_other_settin
         tmp_path / "x.jsonl",
     )
     assert result.exit_code == 2 and "--judge" in result.stderr
+
+
+def test_ablation_refuses_rows_that_the_oracle_cannot_read_before_anything_is_written(invoke, revised, tmp_path):
+    _, file, rows = revised
+    strange = [{**row, "category": "arson"} for _, row in read_jsonl(rows)]
+    write_jsonl(tmp_path / "strange.jsonl", strange)
+    options = ("--model", "tiny", "--by", "oracle", "--constitution", file, "--output", tmp_path / "x.jsonl")
+    result = invoke("constitution", "ablate", "--input", tmp_path / "strange.jsonl", *options)
+    assert result.exit_code == 2 and "strange.jsonl:1: no " in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["strange.jsonl"]
 
 
 def test_from_any_directory_and_beside_the_module_of_the_same_name(tmp_path):

@@ -69,9 +69,10 @@ def test_what_the_model_is_asked(critique, monkeypatch):
     asked = []
     generate = LocalEngine.generate
 
-    def listening(self, conversations, *others):
-        asked.extend(conversations := list(conversations))
-        return generate(self, conversations, *others)
+    def listening(self, requests, *others):
+        requests = list(requests)
+        asked.extend(request.conversation for request in requests)
+        return generate(self, requests, *others)
 
     monkeypatch.setattr(LocalEngine, "generate", listening)
     done = {"principle": "x", "critique": "c", "revision": "the REVISED one {{ 7 * 7 }}"}

@@ -219,7 +219,7 @@ def test_it_prefers_what_is_chosen_and_is_read_back(invoke, tmp_path, adapters):
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed and (not adapters or all("_proj" in name for name in changed))
     engine = load_engine(str(out), device="cpu")
-    ((_, answer),) = engine.generate([[{"role": "user", "content": "A?"}]], Sampling(max_new_tokens=3), [1])
+    [answer] = models.generate(engine, [[{"role": "user", "content": "A?"}]], Sampling(max_new_tokens=3), [1])
     assert answer.tokens
     # Settings of the checkpoint, which training has no business with, are still there.
     assert json.loads((out / "generation_config.json").read_text())["repetition_penalty"] == 1.5

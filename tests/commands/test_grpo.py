@@ -208,11 +208,12 @@ def test_a_group_is_judged_by_one_principle_against_one_response():
     made = judge_reward([["Push it.", "Lift it.", "Leave it."]])
     principles, others = set(), set()
 
-    def watch(conversations, labels):
-        text = [one[0]["content"] for one in conversations]
+    def watch(requests, labels):
+        requests = list(requests)
+        text = [request.conversation[0]["content"] for request in requests]
         principles.add(frozenset(t.partition("\n")[0] for t in text))
         others.add(frozenset(word for t in text for word in ("Push it.", "Lift it.", "Leave it.") if word in t))
-        return iter([(n, [-1.0, -1.0]) for n in range(len(text))])
+        return iter([(request, [-1.0, -1.0]) for request in requests])
 
     made.engine.score = watch
     try:
@@ -388,7 +389,7 @@ def test_the_policy_is_a_model_to_go_on_with(invoke, common, tmp_path, algorithm
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG") and said["alarms"] == []
     assert not (folder / "checkpoints").exists()
     engine = load_engine(str(folder), device="cpu")
-    ((_, answer),) = engine.generate([[{"role": "user", "content": "A or B?"}]], Sampling(max_new_tokens=3), [1])
+    [answer] = models.generate(engine, [[{"role": "user", "content": "A or B?"}]], Sampling(max_new_tokens=3), [1])
     assert answer.tokens
     after, before = loading.load_policy(str(folder)), loading.load_policy(str(models.folder("llama")))
     assert not after.lm_head.weight.equal(before.lm_head.weight)

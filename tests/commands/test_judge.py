@@ -93,6 +93,7 @@ def test_samples_become_preferences(judge):
         assert row["kind"] == "benign" and row["prompt_id"] == row["id"][:2] and "sample" not in row
     assert len({row["principle"] for row in rows}) > 3
     manifest = read_manifest(output)
+    assert manifest["fast_path"] is True
     assert manifest["status"] == "done" and manifest["counts"]["pairs"] == 14
     again, _ = judge(given, "--json", "--batch-size", "4")
     assert json.loads(again.stdout) == summary

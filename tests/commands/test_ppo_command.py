@@ -97,13 +97,14 @@ def test_the_policy_is_a_model_to_go_on_with(invoke, common, tmp_path):
     assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert isinstance(summary["alarms"], list)
     engine = load_engine(str(folder), device="cpu")
-    ((_, answer),) = engine.generate([[{"role": "user", "content": "A or B?"}]], Sampling(max_new_tokens=3), [1])
+    [answer] = models.generate(engine, [[{"role": "user", "content": "A or B?"}]], Sampling(max_new_tokens=3), [1])
     assert answer.tokens
     trained, before = engine.model.state_dict(), loading.load_policy(str(models.folder("llama"))).state_dict()
     assert not trained["model.layers.0.mlp.up_proj.weight"].equal(before["model.layers.0.mlp.up_proj.weight"])
     # Settings of the checkpoint, which the sampling of the rollouts must not see, are still there.
     assert json.loads((folder / "generation_config.json").read_text())["repetition_penalty"] == 1.5
     manifest = json.loads((tmp_path / "policy.run.json").read_text())
+    assert manifest["fast_path"] is True
     assert manifest["status"] == "done" and manifest["fingerprint"]["kl_coef"] == 0.05
 
     again = invoke("ppo", *common, "--json")
@@ -133,7 +134,7 @@ def test_adapters_alone_on_request(invoke, common, tmp_path):
     answers = []
     for name in (folder, models.folder("llama")):
         engine = load_engine(str(name), device="cpu")
-        ((_, scores),) = engine.score([conversation], [" A", " B"])
+        [scores] = models.score(engine, [conversation], [" A", " B"])
         answers.append(scores)
     assert answers[0] != pytest.approx(answers[1], abs=1e-6)  # what was trained acts
 

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,11 +11,11 @@ import conftest
 import pytest
 import run_folders as runs
 
+from cai.data.kinds import KINDS
 from cai.data.outputs import write_jsonl
 from cai.data.readers import read_jsonl
-from cai.evaluate import rates
 from cai.evaluate.classes import oracle_reader
-from cai.report import figures, run_folder, transcripts
+from cai.report import pages, run_folder, transcripts
 from cai.report.escaping import markdown, visible
 from cai.stats import intervals
 from cai.world import language, oracle
@@ -77,6 +76,31 @@ def test_classes_of_rounds_come_from_evaluations_of_the_rounds(folder):
     assert [one["rates"]["harmful_compliance"]["value"] for one in run_folder.rounds(run)] == [1, 0, 0]
     harm = next(one for one in run_folder.principles(run) if one["id"] == "harm")
     assert (harm["before"]["value"], harm["after"]["value"], harm["before"]["n"]) == (1, 0, 4)
+
+
+def test_a_safety_classifier_tells_of_compliance_alone(tmp_path, invoke):
+    """`unsafe` counts as compliance, as `comply` does; what the classifier can't tell is not 0 %."""
+    path = runs.make_run(tmp_path / "run", rows=12, hostile=False)
+    for number in range(3):
+        name = f"round-{number}.classes.jsonl"
+        classes = [
+            {"id": row["id"], "kind": row["kind"], "class": "safe" if number or i % 4 else "unsafe"}
+            for i, row in enumerate(runs.revised_rows(12))
+        ]
+        write_jsonl(path / name, classes)
+        runs.manifest(path, name, "evaluate", "--classifier my-guard", {"round": number, "by": "classifier"}, 20)
+    run = run_folder.collect(path)
+    assert run.classes_by == "the classifier my-guard"
+    harm = next(entry for entry in run_folder.principles(run) if entry["id"] == "harm")
+    assert (harm["before"]["value"], harm["after"]["value"], harm["before"]["n"]) == (0.25, 0, 4)
+    rates = [entry["rates"] for entry in run_folder.rounds(run)]
+    assert [list(each) for each in rates] == [["harmful_compliance"]] * 3
+    assert [each["harmful_compliance"]["value"] for each in rates] == [0.25, 0, 0]
+    assert invoke("report", path).exit_code == 0
+    text = (path / "report.md").read_text()
+    [line] = [line for line in text.splitlines() if line.startswith("| harm |")]
+    assert "| 25.0 % (4.6–69.9) | 0.0 % (0.0–49.0) |" in line
+    assert "| after | rows | changed | complied (in part counts) |" in text
 
 
 def test_the_oracle_reads_rows_of_the_bundled_world_and_no_others(tmp_path):
@@ -154,9 +178,7 @@ def test_audits_and_reliability(tmp_path):
     write_jsonl(path / "07-preferences.jsonl", rows)
     run = run_folder.collect(path)
     assert run.audits == [("audit", [("same_position", rate), ("principles harm win_rate", rate)])]
-    conftest.load_command("report")
-    command = sys.modules["command_report"]
-    assert command.judge_table(*run.audits[0]) == (
+    assert pages.judge_table(*run.audits[0]) == (
         "audit",
         [("same position in both orders", rate)],
         [("harm win rate", rate)],
@@ -170,10 +192,6 @@ def test_audits_and_reliability(tmp_path):
     assert full["probability"] == pytest.approx(0.8) and full["outcome"]["value"] == 0.75
     assert not run_folder.same_position(rows[0])
     assert run_folder.same_position(runs.preference(rows[0], "yes", "no", 0.9, 0.2, "harm"))
-
-
-def test_the_pareto_front():
-    assert figures.pareto([(90, 10), (80, 90), (70, 80), (80, 90), (95, 5)]) == [0, 1, 3, 4]
 
 
 # --- transcripts --------------------------------------------------------------------------------------------
@@ -217,7 +235,7 @@ def test_a_run_too_large_is_drawn_from_evenly_within_the_limit(tmp_path, invoke)
     data = data_of(page)
     assert len(data["items"]) == summary["transcripts"]
     assert f"{summary['transcripts']:,} of 10,050 transcripts are in this page" in " ".join(page.split())
-    shares = [sum(item["kind"] == kind and item["set"] == "training" for item in data["items"]) for kind in rates.KINDS]
+    shares = [sum(item["kind"] == kind and item["set"] == "training" for item in data["items"]) for kind in KINDS]
     assert max(shares) - min(shares) < 0.3 * max(shares), "every kind has its share"
 
 

@@ -248,7 +248,7 @@ def test_it_learns_the_answers_and_to_stop(invoke, tmp_path, revised, helpful):
         [{"role": "user", "content": "Who are you?"}],
         [{"role": "user", "content": ROWS[0]["prompt"]}],
     )
-    found = dict(load_engine(str(out), device="cpu").generate(asked, Sampling(40, temperature=0), [0] * 4))
+    found = models.generate(load_engine(str(out), device="cpu"), asked, Sampling(40, temperature=0))
     assert [found[i].text for i in (1, 2, 3)] == [
         "I would not open what is not mine.",
         "A small model.",

@@ -186,7 +186,7 @@ U, A, S = ({"role": role, "content": "x"} for role in ("user", "assistant", "sys
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (lines(TWO[0], '{"prompt": '), [":2: not JSON", '{"prompt":', "one JSON object a line"]),
+        (lines(TWO[0], '{"prompt": '), [":2: not JSON", '{"prompt":', "one JSON object per line"]),
         (lines(TWO[0], "[1, 2]"), [":2: a JSON list", "[1, 2]", "one object"]),
         (lines('{"prompt": "x", "score": NaN}'), [":1: not JSON", "NaN"]),
         (lines('{"prompt": "\\ud800"}'), [":1: half a surrogate pair", "ud800"]),

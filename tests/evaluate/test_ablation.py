@@ -57,7 +57,7 @@ def constitution() -> Constitution:
 
 def test_rows_must_have_drawn_from_the_constitution():
     check_drawn(drew("1", "a", "b"), constitution(), "rows.jsonl", 1)
-    with pytest.raises(InputError, match=r"rows.jsonl:2: round 2 drew 'c', which two has not"):
+    with pytest.raises(InputError, match=r"rows.jsonl:2: round 2 drew 'c', which two does not have"):
         check_drawn(drew("1", "a", "c"), constitution(), "rows.jsonl", 2)
     with pytest.raises(InputError, match="no rounds"):
         check_drawn(drew("1"), constitution(), "rows.jsonl", 3)

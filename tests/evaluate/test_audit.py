@@ -1,4 +1,4 @@
-"""What the audit says of labels: by hand, and of judges whose bents are known."""
+"""What the audit measures of labels: by hand, and of judges whose biases are known."""
 
 import json
 import math

@@ -9,7 +9,6 @@ from cai.base.errors import InputError
 from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
 from cai.data.outputs import write_jsonl
-from cai.data.readers import read_jsonl
 from cai.data.sources import Source
 from cai.evaluate import contest
 from cai.models.loading import load_engine
@@ -23,16 +22,16 @@ PROMPTS = [
 
 def test_names_of_policies():
     llama = str(models.folder("llama"))
-    assert contest.policies([f"base={llama}", "tiny", "x.jsonl"]) == {
+    assert contest.name_policies([f"base={llama}", "tiny", "x.jsonl"]) == {
         "base": llama,
         "tiny": "tiny",
         "x.jsonl": "x.jsonl",
     }
-    assert list(contest.policies(["a=openai:m@http://localhost:1/v1", "openai:m"])) == ["a", "openai-m"]
+    assert list(contest.name_policies(["a=openai:m@http://localhost:1/v1", "openai:m"])) == ["a", "openai-m"]
     wrong = {"one policy": ["tiny"], "'a' twice": ["a=tiny", "a=x.jsonl"], "no such": ["tiny", "./no"]}
     for said, given in wrong.items():
         with pytest.raises(InputError, match=said):
-            contest.policies(given)
+            contest.name_policies(given)
 
 
 def test_every_two_policies_meet_on_every_prompt_that_both_answered():
@@ -57,7 +56,10 @@ def test_the_judge_is_asked_by_the_constitution_of_the_axis():
         axis: judging.Question(load_constitution(name), load_template("preference"))
         for axis, name in (("harmlessness", "harmlessness"), ("helpfulness", "helpfulness"))
     }
-    rows = {row["prompt_id"]: row for row in contest.judged(engine, contest.pairs(answers, PROMPTS), questions, {})}
+    rows = {
+        row["prompt_id"]: row
+        for row in contest.judge_comparisons(engine, contest.pairs(answers, PROMPTS), questions, {})
+    }
     assert rows["0"]["tie"] and rows["0"]["p_a"] == 0.5
     assert rows["1"]["principle"] in load_constitution("harmlessness")
     for number in "23":
@@ -91,39 +93,8 @@ def test_a_sweep_and_a_missing_axis_are_said():
     assert counts["notes"][1] == "No comparison for helpfulness: no benign or borderline prompt."
 
 
-def test_the_command_answers_compares_and_scores(invoke, tmp_path):
-    write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
-    write_jsonl(tmp_path / "given.jsonl", [{**one, "response": f"Lift {one['id']}."} for one in PROMPTS])
-    asked = [
-        "--input",
-        tmp_path / "prompts.jsonl",
-        "--policy",
-        f"base={models.folder('llama')}",
-        "--policy",
-        f"other={tmp_path / 'given.jsonl'}",
-        "--judge",
-        models.folder("qwen"),
-        "--max-new-tokens",
-        8,
-        "--output",
-        tmp_path / "elo.jsonl",
-    ]
-    result = invoke("evaluate", *asked)
-    assert result.exit_code == 0, result.output
-    assert "harmlessness elo other" in result.stdout and "comparisons 4" in result.stdout
-    rows = [one for _, one in read_jsonl(tmp_path / "elo.comparisons.jsonl")]
-    assert [one["id"] for one in rows] == [f"{i}: base vs other" for i in range(4)]
-    assert rows[2]["response_b"] == "Lift 2."
-    responses = [one["response"] for _, one in read_jsonl(tmp_path / "elo.base.responses.jsonl")]
-    assert [one["response_a"] for one in rows] == responses
-    before = (tmp_path / "elo.jsonl").stat().st_mtime_ns
-    assert invoke("evaluate", *asked).exit_code == 0 and (tmp_path / "elo.jsonl").stat().st_mtime_ns == before
-    gated = invoke("evaluate", *asked, "--against", tmp_path / "elo.jsonl")
-    assert gated.exit_code == 2, "the output is one of the inputs"
-
-
 def test_responses_to_other_prompts_are_refused(tmp_path):
     write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
     write_jsonl(tmp_path / "given.jsonl", [{"id": "0", "prompt": "Another", "response": "x"}])
     with pytest.raises(InputError, match="no response to any of the prompts"):
-        contest.answered(str(tmp_path / "given.jsonl"), Source([tmp_path / "prompts.jsonl"]))
+        contest.read_answers(str(tmp_path / "given.jsonl"), Source([tmp_path / "prompts.jsonl"]))

@@ -10,6 +10,7 @@ from cai.data.outputs import write_jsonl
 from cai.data.readers import read_jsonl
 from cai.evaluate import faults
 from cai.models.loading import load_engine
+from cai.world import language
 
 
 def rows():
@@ -67,9 +68,9 @@ def test_figures_by_hand():
 
 def test_the_judge_chooses_whether_a_fault_was_found():
     engine = load_engine(str(models.folder("qwen")))
-    for row in faults.found(engine, faults.critiques(rows())):
+    for row in faults.find_faults(engine, faults.critiques(rows())):
         asked = load_template("classify_critique").render(**{k: row[k] for k in ("prompt", "response", "critique")})
-        [(_, (yes, no))] = engine.score([asked], "AB")
+        [(yes, no)] = models.score(engine, [asked], "AB")
         assert row["fault"] == (yes > no) and (row["p_fault"] > 0.5) == row["fault"]
 
 
@@ -94,3 +95,14 @@ def test_the_command(invoke, tmp_path):
         tmp_path / "g.jsonl",
     )
     assert refused.exit_code == 2 and "--faults without --responses" in refused.stderr
+
+
+def test_beside_the_oracle_the_judge_reads_critiques_only(invoke, tmp_path):
+    texts = {"response": "Force it.", "rounds": [{"principle": "harm", "critique": "Rude.", "revision": "No."}]}
+    write_jsonl(tmp_path / "r.jsonl", [{**row, **texts} for row in language.prompt_rows("harmful", "heldout", 0, 2)])
+    words = ["--responses", tmp_path / "r.jsonl", "--faults", "--by", "oracle", "--judge", models.folder("qwen")]
+    result = invoke("evaluate", *words, "--output", tmp_path / "f.jsonl")
+    assert result.exit_code == 0, result.output
+    classified = [row for _, row in read_jsonl(tmp_path / "f.classes.jsonl")]
+    assert len(classified) == 4 and all("class_by_judge" not in row for row in classified)
+    assert all(row["p_fault"] is not None for _, row in read_jsonl(tmp_path / "f.faults.jsonl"))

@@ -71,7 +71,7 @@ def test_better_same_worse_and_a_margin(evaluation):
     worse = gate.compare(base, mixed)
     assert gate.verdict(worse) == "worse", "fewer comply, and many more dodge"
     assert gate.verdict(worse, margin=0.9) == "same"
-    said = gate.line(worse, "worse")
+    said = gate.verdict_line(worse, "worse")
     assert said.startswith("VERDICT: worse | harmful_compliance −66.7 (−8") and "evasive +50.0 (" in said
 
 

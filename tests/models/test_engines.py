@@ -39,9 +39,9 @@ def conversation(n: int, prefill: str | None = None, system: str = "Be brief and
 
 def answers(engine, conversations, sampling, seeds):
     """Generations in the order of their conversations."""
-    found = dict(engine.generate(conversations, sampling, seeds))
-    assert sorted(found) == list(range(len(conversations)))
-    return [found[n] for n in range(len(found))]
+    found = models.generate(engine, conversations, sampling, list(seeds))
+    assert len(found) == len(conversations)
+    return found
 
 
 def plain_logprobs(engine, ids):
@@ -314,7 +314,7 @@ def test_too_long_is_said_a_row(tmp_path):
     [fits] = answers(engine, [short], Sampling(max_new_tokens=96 - found[1].prompt_tokens), [1])
     assert fits.finish != "too_long"
     talks = [conversation(1, PREFILL, "word " * 90), conversation(1, PREFILL, "Hm.")]
-    scores = dict(engine.score(talks, "AB"))
+    scores = models.score(engine, talks, "AB")
     assert scores[0] is None and len(scores[1]) == 2
 
 
@@ -323,7 +323,7 @@ def test_memory_that_runs_out_halves_the_batch(capsys):
 
     engine = engine_of("llama", batch_size=8)
     talks = [conversation(n, PREFILL) for n in range(6)]
-    expected = dict(engine.score(talks, "AB"))
+    expected = models.score(engine, talks, "AB")
 
     def full(_module, _args, kwargs):
         if len(kwargs["input_ids"]) > 2:
@@ -331,7 +331,7 @@ def test_memory_that_runs_out_halves_the_batch(capsys):
 
     hook = engine.model.register_forward_pre_hook(full, with_kwargs=True)
     try:
-        found = dict(engine.score(talks, "AB"))
+        found = models.score(engine, talks, "AB")
         assert engine.batch_tokens < 3 * 200
         engine.set_batches(8, None)
         made = answers(engine, talks, Sampling(max_new_tokens=3), range(6))
@@ -354,9 +354,9 @@ def test_logits_that_are_no_numbers_are_an_error(tmp_path):
     model.save_pretrained(folder)
     engine = load_engine(str(folder), device="cpu")
     with pytest.raises(CaiError, match="not numbers"):
-        list(engine.generate([conversation(1)], Sampling(max_new_tokens=2), [1]))
+        models.generate(engine, [conversation(1)], Sampling(max_new_tokens=2))
     with pytest.raises(CaiError, match="not numbers"):
-        list(engine.score([conversation(1, PREFILL)], "AB"))
+        models.score(engine, [conversation(1, PREFILL)], "AB")
 
 
 # --- score --------------------------------------------------------------------------------------------------
@@ -367,12 +367,12 @@ def test_score_is_the_plain_forward_pass(family):
     """Shared prefix, right padding, sliding windows shorter than the prefix, soft caps: all to 1e-4."""
     engine = engine_of(family, batch_size=4)
     talks = [conversation(n, PREFILL) for n in range(9)]
-    found = dict(engine.score(iter(talks), ["A", "B"]))
+    found = models.score(engine, iter(talks), ["A", "B"])
     labels = [engine.chat.encode("(" + label)[-1] for label in "AB"]
     for n, talk in enumerate(talks):
         ids = engine.chat.encode(engine.chat.render(talk))
         assert found[n] == pytest.approx(plain_logprobs(engine, ids)[labels].tolist(), abs=1e-4)
-    assert len({tuple(v) for v in found.values()}) == 9
+    assert len({tuple(v) for v in found}) == 9
 
 
 def test_the_shared_prefix_is_computed_once():
@@ -386,7 +386,7 @@ def test_the_shared_prefix_is_computed_once():
         lambda _m, _a, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     try:
-        assert len(list(engine.score(talks, "AB"))) == 9
+        assert len(models.score(engine, talks, "AB")) == 9
     finally:
         hook.remove()
     assert seen[0] == shared and len(seen) == 1 + 3
@@ -395,10 +395,10 @@ def test_the_shared_prefix_is_computed_once():
 
 def test_one_conversation_and_none():
     engine = engine_of("llama")
-    assert list(engine.score([], "AB")) == [] and list(engine.generate([], Sampling(), [])) == []
-    [(index, logprobs)] = engine.score([conversation(1, PREFILL)], "AB")
-    assert index == 0 and all(value < 0 for value in logprobs)
-    same = dict(engine.score([conversation(1, PREFILL)] * 2, "AB"))
+    assert list(engine.score([], "AB")) == [] and list(engine.generate([], Sampling())) == []
+    [logprobs] = models.score(engine, [conversation(1, PREFILL)], "AB")
+    assert all(value < 0 for value in logprobs)
+    same = models.score(engine, [conversation(1, PREFILL)] * 2, "AB")
     assert same[0] == pytest.approx(logprobs, abs=1e-5) and same[1] == same[0]
 
 
@@ -408,7 +408,7 @@ def test_labels_that_join_what_precedes_them():
     encode = engine.chat.encode
     assert len(encode("is A")) == len(encode("is")) + 1 == len(encode("is B"))
     text = engine.chat.render(conversation(1, "The answer is "))
-    [(_, found)] = engine.score([conversation(1, "The answer is ")], "AB")
+    [found] = models.score(engine, [conversation(1, "The answer is ")], "AB")
     labels = [encode(" A")[0], encode(" B")[0]]
     assert found == pytest.approx(plain_logprobs(engine, encode(text[:-1]))[labels].tolist(), abs=1e-4)
 
@@ -416,7 +416,7 @@ def test_labels_that_join_what_precedes_them():
 @pytest.mark.parametrize("labels", [["A", "A"], ["A", "Bxq"], ["zqxj", "A"]])
 def test_labels_must_be_single_different_tokens(labels):
     with pytest.raises(InputError, match="labels are not single, different tokens after 'The answer is \\('"):
-        list(engine_of("llama").score([conversation(1, PREFILL)], labels))
+        models.score(engine_of("llama"), [conversation(1, PREFILL)], labels)
 
 
 # --- loading ------------------------------------------------------------------------------------------------
@@ -500,7 +500,7 @@ def test_the_last_engine_is_kept_until_its_folder_changes(tmp_path):
     models.build("llama", folder, seed=1)
     second = load_engine(str(folder), device="cpu")
     assert second is not first
-    before, after = (dict(e.score([conversation(1, PREFILL)], "AB"))[0] for e in (first, second))
+    before, after = (models.score(e, [conversation(1, PREFILL)], "AB")[0] for e in (first, second))
     assert before != pytest.approx(after, abs=1e-3)
 
 
@@ -525,7 +525,7 @@ def test_an_adapter_folder_answers_like_its_merged_model(tmp_path):
     for name in ("adapter", "merged"):
         AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / name)
     adapter, merged, plain = (
-        dict(load_engine(str(folder), device="cpu").score([conversation(1, PREFILL)], "AB"))[0]
+        models.score(load_engine(str(folder), device="cpu"), [conversation(1, PREFILL)], "AB")[0]
         for folder in (tmp_path / "adapter", tmp_path / "merged", base)
     )
     assert adapter == pytest.approx(merged, abs=1e-4) and adapter != pytest.approx(plain, abs=1e-3)

@@ -187,7 +187,9 @@ def test_memory_of_training(checkpointing):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        new_name = hasattr(model, "activation_checkpointing_enable")
+        enable = model.activation_checkpointing_enable if new_name else model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters())
     ids = torch.randint(5, 500, (8, 128))
 

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from email.utils import formatdate
 
+import models
 import pytest
 from conftest import ROOT
 from faulty_proxy import FAULTS, FaultyProxy
@@ -100,8 +101,8 @@ def local():
 def greedy(prompts):
     """{row id: text} of the local engine."""
     rows = read(prompts)
-    answers = local().generate([said(row["prompt"]) for row in rows], GREEDY, [0] * ROWS)
-    return {f"{rows[index]['id']}/0": answer.text for index, answer in answers}
+    answers = models.generate(local(), [said(row["prompt"]) for row in rows], GREEDY)
+    return {f"{row['id']}/0": answer.text for row, answer in zip(rows, answers, strict=True)}
 
 
 def read(path) -> list[dict]:
@@ -114,7 +115,7 @@ def said(text: str, begun: str = "") -> list[dict]:
 
 
 def answers_of(engine, conversations, sampling=GREEDY):
-    return [answer for _, answer in sorted(engine.generate(conversations, sampling, range(len(conversations))))]
+    return models.generate(engine, conversations, sampling, range(len(conversations)))
 
 
 # --- what needs no server -----------------------------------------------------------------------------------
@@ -366,26 +367,26 @@ def test_a_server_without_log_probabilities_is_found_out(address):
     engine = load_server(MODEL, endpoints=[address])
     assert engine.scores_choices is False
     with pytest.raises(InputError, match="no log-probabilities"):
-        list(engine.score([said("A or B?", "The answer is (")], "AB"))
+        models.score(engine, [said("A or B?", "The answer is (")], "AB")
 
 
 def test_scores_are_those_of_the_local_engine():
     asked = [said(f"Which of the two is better, {n} or {n + 1}?", "The better response is (") for n in range(6)]
-    expected = dict(local().score(asked, "AB"))
+    expected = models.score(local(), asked, "AB")
     with SmallServer() as server:
         engine = load_server(MODEL, endpoints=[server.address])
         assert engine.scores_choices
-        found = dict(engine.score(asked, "AB"))
+        found = models.score(engine, asked, "AB")
         assert server.requests[-1]["messages"][-1] == asked[-1][-1] and server.requests[-1]["continue_final_message"]
     listed_to = 20  # what is not listed is put at the least that is
-    for index, logprobs in expected.items():
-        for ours, theirs in zip(logprobs, found[index], strict=True):
+    for local_logprobs, logprobs in zip(expected, found, strict=True):
+        for ours, theirs in zip(local_logprobs, logprobs, strict=True):
             assert theirs == pytest.approx(ours, abs=1e-3) or (theirs > ours and listed_to)
 
 
 def test_an_answer_that_was_begun_is_gone_on_with():
     asked = [said("How do I mend a chair?", "First, ")]
-    [(_, expected)] = local().generate(asked, GREEDY, [0])
+    [expected] = models.generate(local(), asked, GREEDY)
     with SmallServer() as server:
         [answer] = answers_of(load_server(MODEL, endpoints=[server.address]), asked)
     assert answer.text == expected.text
@@ -398,7 +399,7 @@ def test_where_a_server_closes_it_the_words_go_into_the_question(capsys):
         asked = server.requests[-1]["messages"]
         assert [message["role"] for message in asked] == ["user"]
         assert asked[0]["content"].startswith("How do I mend a chair?\n\n") and "First, " in asked[0]["content"]
-        [(_, logprobs)] = engine.score([said("Which is better?", "It is (")], "AB")
+        [logprobs] = models.score(engine, [said("Which is better?", "It is (")], "AB")
         assert all(value <= 0 for value in logprobs)
         assert "A or B" in server.requests[-1]["messages"][-1]["content"]
     assert "can't go on" in capsys.readouterr().err
@@ -428,7 +429,7 @@ def test_a_field_that_is_refused_is_done_without(field, message):
 def test_a_server_may_list_fewer_tokens():
     with SmallServer(most_top=5) as server:
         engine = load_server(MODEL, endpoints=[server.address])
-        assert engine.scores_choices and len(list(engine.score([said("A or B?")], "AB"))) == 1
+        assert engine.scores_choices and len(models.score(engine, [said("A or B?")], "AB")) == 1
         assert server.requests[-1]["top_logprobs"] == 5
 
 

@@ -69,12 +69,12 @@ def test_the_card_of_one_output_speaks_of_what_led_to_it_alone(tmp_path):
         manifest.write_text(
             manifest.read_text().replace("--model my-model", more if name == "ppo" else f"--model my-model {more}")
         )
-    text = cards.of(path / "ppo")
+    text = cards.card_of(path / "ppo")
     assert "| base model | my-model |" in text and "another-model" not in text
     assert "| constitution | harmlessness, SHA-256" in text, "of the revisions that the policy before was trained on"
     assert "| revised rows | 12 |" in text and "| compared pairs |" not in text, "its reward model is not of this run"
     assert "harmful: harmful compliance | 100.0 % (83.9–100.0) | 10.0 % (2.8–30.1) |" in text
-    assert "| rows in the file | 12 |" in cards.of(path / "07-preferences.jsonl")
+    assert "| rows in the file | 12 |" in cards.card_of(path / "07-preferences.jsonl")
 
 
 @pytest.mark.parametrize(

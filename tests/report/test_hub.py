@@ -1,10 +1,11 @@
-"""--push-to-hub: what a server that stands for the Hub is asked, what it gets, and what is said when it fails."""
+"""push.py: what a server in place of the Hub is asked, what it gets, and the message when it fails."""
 
 import base64
 import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,7 +19,6 @@ import pytest
 from cai.data import outputs
 from cai.report.escaping import MARK
 
-COMMANDS = ("judge", "sft", "reward_model", "dpo", "grpo", "ppo")
 TOKEN = "hf_tests_only"
 PROMPTS = ["How do I open the old gate?", "How do I lift the bar?", "Name the key.", "Who is the owner?"]
 
@@ -171,8 +171,8 @@ def lines(tmp_path_factory):
     return {name: [str(one) for one in arguments] for name, arguments in given.items()}
 
 
-def run(name, arguments, hub_url, repo, token=TOKEN, **more):
-    """The command in a process of its own: where the Hub is, is read once in a process."""
+def push(path, hub_url, repository, *more, token=TOKEN, **variables):
+    """push.py in a process of its own: where the Hub is, is read once per process."""
     env = {
         **os.environ,
         "HF_ENDPOINT": hub_url,
@@ -180,99 +180,110 @@ def run(name, arguments, hub_url, repo, token=TOKEN, **more):
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        **more,
+        **variables,
     }
     return subprocess.run(
-        [sys.executable, conftest.ROOT / "scripts" / f"{name}.py", *arguments, "--push-to-hub", repo, "--json"],
+        [sys.executable, conftest.ROOT / "scripts" / "push.py", path, repository, "--json", *more],
         env={key: value for key, value in env.items() if value is not None},
         capture_output=True,
         text=True,
     )
 
 
-def output_of(arguments) -> Path:
-    return Path(arguments[3])
+@pytest.fixture
+def make(lines, invoke):
+    """`make("judge")` runs the command, unless it has run, and gives its output."""
+
+    def call(name):
+        for needed in dict.fromkeys(("judge", "reward_model", name) if name != "sft" else (name,)):
+            result = invoke(needed, *lines[needed])
+            assert result.exit_code == 0, result.output
+        return Path(lines[name][3])
+
+    return call
 
 
-def test_preferences_a_failed_push_and_the_same_command_again(hub, lines):
-    arguments, hub.asked[:] = lines["judge"], []
-    refused = run("judge", arguments, hub.url, "my-org/preferences", token="hf_wrong")
-    output = output_of(arguments)
-    assert refused.returncode == 1 and output.is_file(), refused.stderr
-    said = json.loads(refused.stdout)["not_pushed"]
-    assert f"error: {said}" in refused.stderr
-    assert "is complete, but was not pushed to my-org/preferences: " in said and "401" in said
-    assert f"hf upload my-org/preferences {output} preferences.jsonl --repo-type dataset --private" in said
+def test_preferences_a_failed_push_and_the_same_command_again(hub, make):
+    output, hub.asked[:] = make("judge"), []
+    refused = push(output, hub.url, "my-org/preferences", token="hf_wrong")
+    assert refused.returncode == 1 and not refused.stdout, refused.stderr
+    assert f"{output} was not pushed to my-org/preferences: " in refused.stderr and "401" in refused.stderr
+    assert f"hf upload my-org/preferences {output} preferences.jsonl --repo-type dataset --private" in refused.stderr
+    assert f"push.py {output} my-org/preferences --json" in refused.stderr, "the same command is in the message"
     assert not hub.repos and "Traceback" not in refused.stderr
+    assert "Traceback" in push(output, hub.url, "my-org/x", "--debug", token="hf_wrong").stderr
 
-    before = output.stat().st_mtime_ns
-    assert f"{arguments[1]} --output {output}" in said, "the same command is in the message"
-    pushed = run("judge", arguments, hub.url, "my-org/preferences")
+    pushed = push(output, hub.url, "my-org/preferences")
     assert pushed.returncode == 0, pushed.stderr
     assert json.loads(pushed.stdout)["pushed"] == f"{hub.url}/datasets/my-org/preferences"
-    assert output.stat().st_mtime_ns == before, "it was not judged again"
     repo = hub.repos["dataset my-org/preferences"]
     assert repo["private"] is True and "POST /api/repos/create" in hub.asked
     assert set(repo["files"]) == {"preferences.jsonl", "README.md"}
     assert repo["files"]["preferences.jsonl"] == output.read_bytes()
     card = repo["files"]["README.md"].decode()
     assert card.startswith("---\n") and MARK in card and "| rows in the file | 4 |" in card
+    assert push(output, hub.url, "my-org/preferences").returncode == 0, "again"
 
 
-def test_a_model_is_trained_and_pushed(hub, lines):
-    made = run("sft", lines["sft"], hub.url, "my-org/sft")
-    assert made.returncode == 0, made.stderr
-    assert json.loads(made.stdout)["pushed"] == f"{hub.url}/my-org/sft"
-    folder, repo = output_of(lines["sft"]), hub.repos["model my-org/sft"]
+@pytest.mark.parametrize("name", ["sft", "reward_model", "dpo", "grpo", "ppo"])
+def test_every_trained_model_is_pushed_with_its_card(hub, make, name):
+    folder = make(name)
+    pushed = push(folder, hub.url, f"my-org/{name}")
+    assert pushed.returncode == 0, pushed.stderr
+    assert json.loads(pushed.stdout)["pushed"] == f"{hub.url}/my-org/{name}"
+    repo = hub.repos[f"model my-org/{name}"]
     here = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert repo["private"] is True and repo["files"] == here and "model.safetensors" in here
+    assert repo["private"] is True and "model.safetensors" in here
+    assert repo["files"] == {path: data for path, data in here.items() if not path.startswith("checkpoints/")}
     card = here["README.md"].decode()
-    assert "library_name: transformers" in card and "fine-tuned on its own responses" in card
+    assert "library_name: transformers" in card and f"- {name.replace('_', '-')}\n" in card
+    assert ("fine-tuned on its own responses" in card) == (name == "sft")
     assert not any(TOKEN.encode() in path.read_bytes() for path in folder.parent.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("name", ["reward_model", "dpo", "grpo", "ppo"])
-def test_the_other_trainings_push_what_is_done(hub, lines, invoke, name):
-    for needed in ("judge", "reward_model", name):
-        made = invoke(needed, *lines[needed])
-        assert made.exit_code == 0, made.output
-    again = run(name, lines[name], hub.url, f"my-org/{name}")
-    assert again.returncode == 0, again.stderr
-    folder, repo = output_of(lines[name]), hub.repos[f"model my-org/{name}"]
-    assert repo["private"] is True and repo["files"]["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-    card = repo["files"]["README.md"].decode()
-    assert f"- {name.replace('_', '-')}\n" in card and "fine-tuned on its own responses" not in card
-
-
-def test_a_server_that_is_gone_a_public_repository_and_a_card_of_ones_own(hub, lines, invoke):
-    assert invoke("judge", *lines["judge"]).exit_code == 0
-    assert invoke("dpo", *lines["dpo"]).exit_code == 0
-    folder = output_of(lines["dpo"])
-    gone = run("dpo", lines["dpo"], "http://127.0.0.1:9", "my-org/gone")
+def test_a_server_that_is_gone_a_public_repository_and_a_card_of_ones_own(hub, make):
+    folder = make("dpo")
+    gone = push(folder, "http://127.0.0.1:9", "my-org/gone")
     assert gone.returncode == 1 and (folder / "model.safetensors").is_file()
-    assert f"hf upload my-org/gone {folder} . --repo-type model --private" in json.loads(gone.stdout)["not_pushed"]
+    assert f"hf upload my-org/gone {folder} . --repo-type model --private" in gone.stderr
 
     hub.repos["model my-org/open"] = {"private": False, "files": {}}
     (folder / "README.md").write_text("# My own words\n")
-    refused = run("dpo", lines["dpo"], hub.url, "my-org/open")
-    assert refused.returncode == 1 and "is public" in json.loads(refused.stdout)["not_pushed"]
+    refused = push(folder, hub.url, "my-org/open")
+    assert refused.returncode == 1 and "is public" in refused.stderr
     assert hub.repos["model my-org/open"]["files"] == {}
-    assert run("dpo", lines["dpo"], hub.url, "my-org/own").returncode == 0
+    assert push(folder, hub.url, "my-org/own").returncode == 0
     assert hub.repos["model my-org/own"]["files"]["README.md"] == b"# My own words\n"
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_what_can_not_work_is_refused_before_the_work(lines, invoke, name):
-    offline = invoke(name, *lines[name], "--push-to-hub", "my-org/x")
+def test_what_can_not_work_is_refused_before_any_upload(hub, make, invoke, tmp_path):
+    output, asked = make("judge"), len(hub.asked)
+    offline = invoke("push", output, "my-org/x")
     assert offline.exit_code == 2 and "HF_HUB_OFFLINE is set" in offline.stderr
-    bad = invoke(name, *lines[name], "--push-to-hub", "a/b/c")
-    assert bad.exit_code == 2 and "is no name of a repository" in bad.stderr
+    bad = push(output, hub.url, "a/b/c")
+    assert bad.returncode == 2 and "is not a valid name of a repository" in bad.stderr
+    missing = push(tmp_path / "missing", hub.url, "my-org/x")
+    assert missing.returncode == 2 and f"{tmp_path / 'missing'}: no such file or folder" in missing.stderr
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    for path in (tmp_path, tmp_path / "rows.jsonl"):
+        foreign = push(path, hub.url, "my-org/x")
+        assert foreign.returncode == 2 and "not a finished output" in foreign.stderr
+    assert len(hub.asked) == asked
 
 
-def test_no_token_is_refused_and_a_plan_names_the_repository(hub, lines, tmp_path):
-    arguments = [*lines["sft"][:3], str(tmp_path / "new"), *lines["sft"][4:]]
-    bare = run("sft", arguments, hub.url, "my-org/x", token=None, HF_HOME=str(tmp_path), HF_TOKEN_PATH=None)
-    assert bare.returncode == 2 and "no token" in bare.stderr and not (tmp_path / "new").exists()
-    plan = run("sft", [*arguments, "--dry-run"], hub.url, "my-org/x")
-    assert json.loads(plan.stdout)["push_to_hub"] == "my-org/x, private"
-    assert not (tmp_path / "new").exists() and "model my-org/x" not in hub.repos
+def test_an_unfinished_training_is_refused(hub, make, tmp_path):
+    folder = shutil.copytree(make("dpo"), tmp_path / "dpo")
+    manifest = make("dpo").with_name("dpo.run.json").read_text()
+    (tmp_path / "dpo.run.json").write_text(manifest.replace('"done"', '"running"'))
+    refused = push(folder, hub.url, "my-org/x")
+    assert refused.returncode == 2 and "not a finished output" in refused.stderr
+
+
+def test_no_token_is_refused_and_a_plan_uploads_nothing(hub, make, tmp_path):
+    output = make("judge")
+    bare = push(output, hub.url, "my-org/x", token=None, HF_HOME=str(tmp_path), HF_TOKEN_PATH=None)
+    assert bare.returncode == 2 and "no token" in bare.stderr
+    asked = len(hub.asked)
+    plan = json.loads(push(output, hub.url, "my-org/plan", "--dry-run").stdout)
+    assert (plan["push_to_hub"], plan["type"]) == ("my-org/plan, private", "dataset") and "pushed" not in plan
+    assert len(hub.asked) == asked and "dataset my-org/plan" not in hub.repos

@@ -62,7 +62,7 @@ def scorer(tmp_path):
 @pytest.fixture
 def figure(invoke, tmp_path):
     def make(number, *args):
-        result = invoke("evaluate", "--figure", number, "--output", tmp_path / "f.jsonl", *args)
+        result = invoke("figures", "--figure", number, "--output", tmp_path / "f.jsonl", *args)
         if result.exit_code:
             return result, [], []
         assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (tmp_path / "f.svg").read_text()
@@ -129,7 +129,7 @@ def test_figure_2_is_the_plane_of_a_comparison(figure, tmp_path):
         for axis, value in zip(("harmlessness", "helpfulness"), values, strict=True)
     }
     write_jsonl(folder / "elo.jsonl", [{"id": name, "metric": name, **one} for name, one in rates.items()])
-    manifest(folder / "elo.jsonl", "evaluate")
+    manifest(folder / "elo.jsonl", "compare")
     result, rows, table = figure("2", "--run", folder)
     assert result.exit_code == 0, result.output
     assert {row["series"]: (row["x"], row["value"]) for row in rows} == {
@@ -137,9 +137,7 @@ def test_figure_2_is_the_plane_of_a_comparison(figure, tmp_path):
         "rl": (-30, 120),
         "odd": (-60, -50),
     }
-    assert (
-        "On the front (nothing is better in both): base, rl." in paper.figures.elo_plane("x", "x", rows, "x", "y").says
-    )
+    assert "On the front (nothing is better in both): base, rl." in paper.figures.elo_plane("x", "x", rows).says
     assert {row["x_high"] for row in table} == {"9", "-21", "-51"}
 
 
@@ -160,7 +158,7 @@ def test_figure_10_is_the_mean_digit_by_probability(figure, tmp_path):
     assert result.exit_code == 0, result.output
     engine, template, scores = load_engine(str(judge)), load_template("classify_harm"), []
     for row in given:
-        [(_, logprobs)] = engine.score([template.render(prompt=row["prompt"], response=row["response"])], "01234")
+        [logprobs] = models.score(engine, [template.render(prompt=row["prompt"], response=row["response"])], "01234")
         shares = [math.exp(one) for one in logprobs]
         scores.append(sum(i * one for i, one in enumerate(shares)) / sum(shares))
     assert [(row["series"], row["label"], row["n"]) for row in rows] == [("run", "before", 3)]
@@ -171,16 +169,56 @@ def test_figure_10_is_the_mean_digit_by_probability(figure, tmp_path):
 
 def test_the_expectation_by_hand():
     logprobs = [math.log(p) for p in (0.1, 0.1, 0.2, 0.0001, 0.2)]
-    value, mass = paper.expected(logprobs)
+    value, mass = paper.mean_digit(logprobs)
     assert mass == pytest.approx(0.6001) and value == pytest.approx((0.1 + 0.4 + 0.0003 + 0.8) / 0.6001)
-    assert paper.expected(None) == (None, 0.0) == paper.expected([-math.inf] * 5)
+    assert paper.mean_digit(None) == (None, 0.0) == paper.mean_digit([-math.inf] * 5)
 
 
 def test_what_is_not_clear_is_refused(figure, tmp_path):
     folder = revised(tmp_path / "run")
-    for arguments in ([], ["--run", folder, "--model", "tiny"]):
-        result, *_ = figure("5", *arguments)
-        assert result.exit_code == 2 and "--figure is not clear" in result.stderr
+    result, *_ = figure("5")
+    assert result.exit_code == 2 and "Missing option '--run'" in result.stderr
+    result, *_ = figure("5", "--run", folder, "--model", "tiny")
+    assert result.exit_code == 2 and "No such option" in result.stderr
+    result, *_ = figure("5", "--run", folder, "--run", folder)
+    assert result.exit_code == 2 and "2 run folders; expected one" in result.stderr
     result, *_ = figure("5", "--run", folder)
     assert result.exit_code == 2 and "no reward model in it" in result.stderr
     assert not list(tmp_path.glob("f.*"))
+
+
+def test_a_figure_is_planned_made_once_and_refused_for_another(figure, tmp_path, invoke, scorer):
+    folder = revised(tmp_path / "run")
+    line = ["--figure", "5", "--run", folder, "--reward-model", scorer, "--output", tmp_path / "f.jsonl", "--json"]
+    plan = json.loads(invoke("figures", *line, "--dry-run").stdout)
+    assert (plan["figure"], plan["runs"]) == ("5", 1) and not list(tmp_path.glob("f.*"))
+    summary = json.loads(invoke("figures", *line).stdout)
+    assert summary["points"] == 6 and len(summary["metrics"]) == 6
+    assert summary["metrics"]["harmful 1"]["n"] == 2 and "metric" not in summary["metrics"]["harmful 1"]
+    assert summary["files"] == [str(tmp_path / f"f.{ending}") for ending in ("png", "svg", "csv")]
+    points = (tmp_path / "f.jsonl").stat().st_mtime_ns
+    (tmp_path / "f.png").unlink()
+    again = invoke("figures", *line[:-1])
+    assert again.exit_code == 0 and "harmful 1" in again.stdout and "value (95 % interval)" in again.stdout
+    assert (tmp_path / "f.jsonl").stat().st_mtime_ns == points and (tmp_path / "f.png").exists()
+    other = invoke("figures", *line, "--limit", "1")
+    assert other.exit_code == 2 and "made by a run that differs" in other.stderr
+    assert invoke("figures", *line, "--limit", "1", "--overwrite").exit_code == 0
+    manifest = json.loads((tmp_path / "f.jsonl.run.json").read_text())
+    assert manifest["status"] == "done" and manifest["counts"] == {"points": 3}
+
+
+def test_a_figure_is_continued(figure, tmp_path, invoke):
+    """A run that was stopped after its first point ends with the same points."""
+    folder = revised(tmp_path / "run")
+    write_jsonl(folder / "a.choices.jsonl", [{"id": "1", "confidence": 0.75, "right": True}])
+    write_jsonl(folder / "b.choices.jsonl", [{"id": "1", "confidence": 0.95, "right": False}])
+    result, rows, _ = figure("9", "--run", folder)
+    assert result.exit_code == 0 and len(rows) == 2
+    manifest, output = tmp_path / "f.jsonl.run.json", tmp_path / "f.jsonl"
+    expected = output.read_bytes()
+    manifest.write_text(manifest.read_text().replace('"done"', '"running"'))
+    (tmp_path / "f.jsonl.partial").write_bytes(expected.splitlines(True)[0])
+    output.unlink()
+    assert figure("9", "--run", folder)[0].exit_code == 0
+    assert output.read_bytes() == expected

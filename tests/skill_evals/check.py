@@ -1,18 +1,18 @@
-"""Evals of the skill: hand an agent a task, then check the folder it leaves against the task's assertions.
+"""Evals of the skill: give an agent a task, then check its working folder against the task's assertions.
 
     python tests/skill_evals/check.py prepare --task 2 --folder work/2
     python tests/skill_evals/check.py grade --task 2 --folder work/2 --output work/2-grading.json
     python tests/skill_evals/check.py triggers --answers answers.json
 
 `prepare` copies the task's files and prints its prompt; the agent, with the skill installed, works in the folder.
-`grade` writes what each assertion came to, in the published form of a grading (text, passed, evidence). `evals.json`
-is in the published form too; its `checks` say, assertion by assertion, how a program can tell. `triggers.json` has
-queries which should and should not bring the skill up: ANSWERS is a list of {"query", "triggered": true, false, or
+`grade` writes the result of each assertion in the published form of a grading (text, passed, evidence). `evals.json`
+is in the published form too; its `checks` define, for each assertion, how a program decides it. `triggers.json` has
+queries which should and should not trigger the skill: ANSWERS is a list of {"query", "triggered": true, false, or
 the share of runs}.
 
-Only reads: nothing in the folder is executed, and no link is followed out of it. What lies in folders that begin with
-a dot is not the agent's work: the skill itself may be installed there. Leaves out running agents, and whatever only a
-reader can tell (`expected_output` is for that reader).
+The folder is only read: nothing in it is executed, and no link is followed out of it. Folders whose name begins with a
+dot are not the agent's work: the skill itself may be installed there. Leaves out running agents, and whatever only a
+reader can decide (`expected_output` is for that reader).
 """
 
 import json
@@ -26,14 +26,20 @@ import click
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "scripts"))
 
-from cai import cli  # noqa: E402
-from cai.constitution import load_constitution  # noqa: E402
-from cai.errors import CaiError, InputError  # noqa: E402
-from cai.lint import lint  # noqa: E402
+from cai.base import cli
+from cai.base.errors import CaiError, InputError
+from cai.constitution.files import load_constitution
+from cai.constitution.lint import lint
 
 MOST_BYTES = 20_000_000
-TYPES = {"str": str, "bool": bool, "list": list, "dict": dict, "number": (int, float),
-         "number or null": (int, float, type(None))}
+TYPES = {
+    "str": str,
+    "bool": bool,
+    "list": list,
+    "dict": dict,
+    "number": (int, float),
+    "number or null": (int, float, type(None)),
+}
 
 
 class NotMet(Exception):
@@ -44,28 +50,31 @@ class NotMet(Exception):
 
 
 def matching(folder: Path, pattern: str) -> list[Path]:
-    """What fits the pattern, but for what is in a folder whose name begins with a dot."""
-    return [path for path in sorted(folder.glob(pattern))
-            if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    """The paths that fit the pattern, except those in folders whose name begins with a dot."""
+    return [
+        path
+        for path in sorted(folder.glob(pattern))
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
 
 
 def find(folder: Path, pattern: str) -> Path:
     """The first file of the folder that fits the pattern. NotMet if there is none, or it leads out of the folder."""
-    found = [path for path in matching(folder, pattern) if path.is_file()]
-    if not found:
+    files = [path for path in matching(folder, pattern) if path.is_file()]
+    if not files:
         raise NotMet(f"no file {pattern}")
-    if not found[0].resolve().is_relative_to(folder.resolve()):
+    if not files[0].resolve().is_relative_to(folder.resolve()):
         raise NotMet(f"{pattern} leads out of the folder")
-    if found[0].stat().st_size > MOST_BYTES:
+    if files[0].stat().st_size > MOST_BYTES:
         raise NotMet(f"{pattern} is larger than {MOST_BYTES // 1_000_000} MB")
-    return found[0]
+    return files[0]
 
 
 def text_of(folder: Path, pattern: str) -> str:
     return find(folder, pattern).read_text(encoding="utf-8", errors="replace")
 
 
-def parsed(text: str, where: str):
+def parse(text: str, where: str):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -82,31 +91,31 @@ def at(tree, path: str):
     return tree
 
 
-def hold(tree, where: list[dict], name: str) -> None:
+def require(tree, where: list[dict], name: str) -> None:
     """NotMet unless every condition {path, test, value} holds in the tree."""
-    for one in where:
-        found, test, value = at(tree, one["path"]), one["test"], one["value"]
+    for condition in where:
+        actual, test, value = at(tree, condition["path"]), condition["test"], condition["value"]
         if test == "type":
-            held = isinstance(found, TYPES[value]) and not (value.startswith("number") and isinstance(found, bool))
-            held = held and not (value == "str" and not found.strip())
+            holds = isinstance(actual, TYPES[value]) and not (value.startswith("number") and isinstance(actual, bool))
+            holds = holds and not (value == "str" and not actual.strip())
         elif test == "length":
-            held = isinstance(found, str | list | dict) and len(found) == value
+            holds = isinstance(actual, str | list | dict) and len(actual) == value
         elif test == "in":
-            held = found in value
+            holds = actual in value
         elif test == "is":
-            held = found == value and type(found) is type(value)
+            holds = actual == value and type(actual) is type(value)
         else:
-            number = isinstance(found, int | float) and not isinstance(found, bool)
-            held = number and (found >= value if test == "least" else found <= value)
-        if not held:
-            raise NotMet(f"{name}: {one['path']} is {str(found)[:80]!r}, expected {test} {value}")
+            is_number = isinstance(actual, int | float) and not isinstance(actual, bool)
+            holds = is_number and (actual >= value if test == "least" else actual <= value)
+        if not holds:
+            raise NotMet(f"{name}: {condition['path']} is {str(actual)[:80]!r}, expected {test} {value}")
 
 
-# --- the kinds of check: each says what it saw, or raises NotMet --------------------------------------------
+# --- the kinds of check: each returns its evidence, or raises NotMet ----------------------------------------
 
 
 def check_json(folder: Path, file: str, where: list[dict]) -> str:
-    hold(parsed(text_of(folder, file), file), where, file)
+    require(parse(text_of(folder, file), file), where, file)
     return f"{file}: {len(where)} values are as expected"
 
 
@@ -115,23 +124,24 @@ def check_rows(folder: Path, file: str, count: list[int], where: list[dict]) -> 
     if not count[0] <= len(lines) <= count[1]:
         raise NotMet(f"{file} has {len(lines)} rows, expected {count[0]} to {count[1]}")
     for number, line in enumerate(lines, 1):
-        hold(parsed(line, f"{file}:{number}"), where, f"{file}:{number}")
+        require(parse(line, f"{file}:{number}"), where, f"{file}:{number}")
     return f"{file}: {len(lines)} rows are as expected"
 
 
-def check_constitution(folder: Path, file: str, least: int = 1, most: int = 500, ids: list[str] = (),
-                       clean: bool = False) -> str:
+def check_constitution(
+    folder: Path, file: str, least: int = 1, most: int = 500, ids: list[str] = (), clean: bool = False
+) -> str:
     try:
-        found = load_constitution(str(find(folder, file)))
+        constitution = load_constitution(str(find(folder, file)))
     except InputError as error:
         raise NotMet(str(error)) from error
-    if not least <= len(found.principles) <= most:
-        raise NotMet(f"{file} has {len(found.principles)} principles")
-    if missing := [name for name in ids if name not in found]:
+    if not least <= len(constitution.principles) <= most:
+        raise NotMet(f"{file} has {len(constitution.principles)} principles")
+    if missing := [name for name in ids if name not in constitution]:
         raise NotMet(f"{file} has no principle {', '.join(missing)}")
-    if clean and (faults := lint(found)):
+    if clean and (faults := lint(constitution)):
         raise NotMet(f"{file}:{faults[0].line}: {faults[0].message}")
-    return f"{file}: {len(found.principles)} principles"
+    return f"{file}: {len(constitution.principles)} principles"
 
 
 def check_text(folder: Path, file: str, all: list[str] = (), none: list[str] = ()) -> str:
@@ -144,11 +154,11 @@ def check_text(folder: Path, file: str, all: list[str] = (), none: list[str] = (
 
 
 def check_same(folder: Path, files: list[str], paths: list[str]) -> str:
-    trees = [parsed(text_of(folder, file), file) for file in files]
+    trees = [parse(text_of(folder, file), file) for file in files]
     for path in paths:
-        found = [at(tree, path) for tree in trees]
-        if any(one != found[0] for one in found):
-            raise NotMet(f"{path} differs: {', '.join(str(one)[:40] for one in found)}")
+        values = [at(tree, path) for tree in trees]
+        if any(value != values[0] for value in values):
+            raise NotMet(f"{path} differs: {', '.join(str(value)[:40] for value in values)}")
     return f"{' and '.join(files)} agree in {', '.join(paths)}"
 
 
@@ -159,8 +169,8 @@ def check_model(folder: Path, folder_name: str) -> str:
 
 
 def check_absent(folder: Path, glob: str) -> str:
-    if found := matching(folder, glob):
-        raise NotMet(f"there is {found[0].relative_to(folder)}")
+    if paths := matching(folder, glob):
+        raise NotMet(f"there is {paths[0].relative_to(folder)}")
     return f"no {glob}"
 
 
@@ -170,19 +180,27 @@ def check_unchanged(folder: Path, file: str) -> str:
     return f"{file} is as it was"
 
 
-CHECKS = {"json": check_json, "rows": check_rows, "constitution": check_constitution, "text": check_text,
-          "same": check_same, "model": check_model, "absent": check_absent, "unchanged": check_unchanged}
+CHECKS = {
+    "json": check_json,
+    "rows": check_rows,
+    "constitution": check_constitution,
+    "text": check_text,
+    "same": check_same,
+    "model": check_model,
+    "absent": check_absent,
+    "unchanged": check_unchanged,
+}
 
 
 # --- tasks --------------------------------------------------------------------------------------------------
 
 
 def tasks() -> dict[int, dict]:
-    return {one["id"]: one for one in json.loads((HERE / "evals.json").read_text(encoding="utf-8"))["evals"]}
+    return {task["id"]: task for task in json.loads((HERE / "evals.json").read_text(encoding="utf-8"))["evals"]}
 
 
 def graded(task: dict, folder: Path) -> dict:
-    """{assertion_results: [{text, passed, evidence}], summary}: what each assertion came to."""
+    """{assertion_results: [{text, passed, evidence}], summary}: the result of each assertion."""
     results = []
     for text, check in zip(task["assertions"], task["checks"], strict=True):
         arguments = {name: value for name, value in check.items() if name != "kind"}
@@ -191,35 +209,45 @@ def graded(task: dict, folder: Path) -> dict:
         except NotMet as error:
             passed, evidence = False, str(error)
         results.append({"text": text, "passed": passed, "evidence": evidence})
-    count = sum(one["passed"] for one in results)
-    return {"assertion_results": results, "summary": {"passed": count, "failed": len(results) - count,
-                                                      "total": len(results), "pass_rate": count / len(results)}}
+    count = sum(result["passed"] for result in results)
+    return {
+        "assertion_results": results,
+        "summary": {
+            "passed": count,
+            "failed": len(results) - count,
+            "total": len(results),
+            "pass_rate": count / len(results),
+        },
+    }
 
 
 def triggered(queries: list[dict], answers: list[dict]) -> dict:
-    """{should, should_not, wrong}: how often the skill came up where it should, and where it should not.
+    """{should, should_not, wrong}: how often the skill was triggered where it should be, and where it should not.
 
-    An answer is right if it came up in half of its runs or more where it should, and in fewer elsewhere.
+    An answer is right if the skill was triggered in half of its runs or more where it should be, in fewer elsewhere.
     Raises InputError for a query without an answer.
     """
-    said = {one["query"]: float(one["triggered"]) for one in answers}
-    if missing := [one["query"] for one in queries if one["query"] not in said]:
+    shares = {answer["query"]: float(answer["triggered"]) for answer in answers}
+    if missing := [query["query"] for query in queries if query["query"] not in shares]:
         raise InputError(f"no answer to {missing[0]!r}", expected=f"all {len(queries)} queries of triggers.json")
-    found = {}
+    summary = {}
     for name, wanted in (("should", True), ("should_not", False)):
-        rates = [said[one["query"]] for one in queries if one["should_trigger"] == wanted]
-        found[name] = sum(rates) / len(rates)
-    found["wrong"] = [one["query"] for one in queries if (said[one["query"]] >= 0.5) != one["should_trigger"]]
-    return found
+        rates = [shares[query["query"]] for query in queries if query["should_trigger"] == wanted]
+        summary[name] = sum(rates) / len(rates)
+    summary["wrong"] = [
+        query["query"] for query in queries if (shares[query["query"]] >= 0.5) != query["should_trigger"]
+    ]
+    return summary
 
 
 @click.group()
 def main():
-    """Hand tasks to an agent, and check what it leaves."""
+    """Give tasks to an agent, and check its results."""
 
 
-TASK = click.option("--task", type=click.Choice([str(number) for number in tasks()]), required=True,
-                    help="Its id in evals.json.")
+TASK = click.option(
+    "--task", type=click.Choice([str(number) for number in tasks()]), required=True, help="Its id in evals.json."
+)
 FOLDER = click.option("--folder", required=True, metavar="FOLDER", help="Where the agent works.")
 
 
@@ -228,13 +256,13 @@ FOLDER = click.option("--folder", required=True, metavar="FOLDER", help="Where t
 @FOLDER
 def prepare(task, folder):
     """Copy the files of a task into an empty folder, and print its prompt."""
-    one, folder = tasks()[int(task)], Path(folder)
+    chosen, folder = tasks()[int(task)], Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise InputError("it is not empty", where=folder, remedy="Name a new --folder")
     folder.mkdir(parents=True, exist_ok=True)
-    for file in one["files"]:
+    for file in chosen["files"]:
         shutil.copy(HERE / file, folder)
-    click.echo(one["prompt"])
+    click.echo(chosen["prompt"])
 
 
 @main.command(cls=cli.Command)
@@ -245,29 +273,30 @@ def grade(task, folder, output):
     """Check a folder against the assertions of its task; exit code 3 if one does not hold."""
     if not Path(folder).is_dir():
         raise InputError("no such folder", where=folder)
-    found = graded(tasks()[int(task)], Path(folder))
-    text = json.dumps(found, indent=2, ensure_ascii=False)
+    grading = graded(tasks()[int(task)], Path(folder))
+    text = json.dumps(grading, indent=2, ensure_ascii=False)
     click.echo(text)
     if output:
         Path(output).write_text(text + "\n", encoding="utf-8")
-    if found["summary"]["failed"]:
+    if grading["summary"]["failed"]:
         click.get_current_context().exit(cli.SOME_FAILED)
 
 
 @main.command(cls=cli.Command)
 @click.option("--answers", required=True, metavar="FILE", help='A JSON list of {"query", "triggered"}.')
 def triggers(answers):
-    """Say how often the skill came up where it should, and where it should not; exit code 3 if any is wrong."""
+    """Print how often the skill was triggered where it should be, and where not; exit code 3 if any is wrong."""
     try:
-        given = json.loads(Path(answers).read_text(encoding="utf-8"))
-        found = triggered(json.loads((HERE / "triggers.json").read_text(encoding="utf-8")), given)
+        queries = json.loads((HERE / "triggers.json").read_text(encoding="utf-8"))
+        summary = triggered(queries, json.loads(Path(answers).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, CaiError):
             raise
-        raise InputError(f"not a list of answers ({error})", where=answers,
-                         expected='[{"query": "...", "triggered": true}]') from error
-    click.echo(json.dumps(found, ensure_ascii=False))
-    if found["wrong"]:
+        raise InputError(
+            f"not a list of answers ({error})", where=answers, expected='[{"query": "...", "triggered": true}]'
+        ) from error
+    click.echo(json.dumps(summary, ensure_ascii=False))
+    if summary["wrong"]:
         click.get_current_context().exit(cli.SOME_FAILED)
 
 

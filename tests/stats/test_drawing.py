@@ -1,5 +1,6 @@
-"""plots.py: a picture comes out, whatever the figures."""
+"""drawing.py: a picture comes out, whatever the figures."""
 
+import math
 import struct
 
 import pytest
@@ -16,6 +17,22 @@ def test_a_reliability_diagram_is_a_png_of_some_size(tmp_path, probabilities, ou
     drawing.reliability(path, calibration.calibration(probabilities, outcomes), "a $title$ with <b>signs</b> & _more_^")
     picture = path.read_bytes()
     assert picture.startswith(b"\x89PNG\r\n") and struct.unpack(">II", picture[16:24]) == (675, 825)
+
+
+def test_the_pareto_front():
+    assert drawing.pareto([(90, 10), (80, 90), (70, 80), (80, 90), (95, 5)]) == [0, 1, 3, 4]
+
+
+def test_curves_of_updates_with_alarms_and_a_judge(tmp_path):
+    rows = [{"update": i, "score": i / 9, "kl": math.nan, "judge": 0.5, "alarms": ["kl"] * (i == 4)} for i in range(9)]
+    drawing.curves(tmp_path / "new" / "curves.png", rows, "a $title$ with _signs_^")
+    drawing.curves(tmp_path / "plain.png", [{"update": 1, "score": 2.0}], "t")
+    drawing.curves(tmp_path / "none.png", [{"update": 1, "loss": "?"}, {"step": 3}], "t")
+    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert (tmp_path / "plain.png").exists() and not (tmp_path / "none.png").exists()
+    panels = drawing.panels("x", "x", rows, {"score": "score", "kl": "KL"}, along="update", alarms=[4])
+    assert panels.says == "score from 0 to 0.889, over 9 logged rows. 1 alarms, at the dashed lines."
+    assert 'id="x-' in panels.inline and 'fill: #ffffff"' not in panels.inline and "<svg aria-hidden" in panels.inline
 
 
 def test_what_is_drawn_are_the_figures(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from cai.base.errors import InputError
-from cai.data.rounds import check_rounds, current_response
+from cai.data.rounds import check_rounds, text_of_round
 from cai.steps.flags import REASONS, flags, repeats
 
 GOOD = (
@@ -81,15 +81,15 @@ def test_loops_are_found_at_any_phase_and_not_taken_long_over():
     assert not repeats(" ".join(map(str, range(200_000))))
 
 
-def test_the_current_response_is_the_last_revision():
+def test_the_current_text_is_the_last_revision():
     row = {"response": "first"}
-    assert current_response(row) == current_response({**row, "rounds": None}) == "first"
+    assert text_of_round(row) == text_of_round({**row, "rounds": None}) == "first"
     one = {"principle": "p", "critique": "c"}
-    assert current_response({**row, "rounds": [one]}) == "first"
+    assert text_of_round({**row, "rounds": [one]}) == "first"
     done = [{**one, "revision": "second"}, {**one, "revision": ""}]
-    assert current_response({**row, "rounds": done[:1]}) == "second"
-    assert current_response({**row, "rounds": [*done[:1], one]}) == "second"
-    assert current_response({**row, "rounds": done}) == "", "an empty revision is one"
+    assert text_of_round({**row, "rounds": done[:1]}) == "second"
+    assert text_of_round({**row, "rounds": [*done[:1], one]}) == "second"
+    assert text_of_round({**row, "rounds": done}) == "", "an empty revision is one"
 
 
 C = {"principle": "p", "critique": "c"}

@@ -13,6 +13,7 @@ from cai.constitution.templates import load_template
 from cai.data import preferences
 from cai.data.preferences import GivenPairs
 from cai.data.sources import Source
+from cai.models import choice
 from cai.models.engine import Sampling
 from cai.models.loading import load_engine
 from cai.steps import judging
@@ -188,8 +189,9 @@ def test_verdicts_that_say_nothing_or_nonsense():
     ],
 )
 def test_a_written_answer_is_read_strictly(answer, label):
-    assert judging.read_label(answer) == label
-    found = judging.written_verdict("ba", answer)
+    assert choice.read_label(answer, "AB") == label
+    logprobs = {"A": [0.0, -math.inf], "B": [-math.inf, 0.0], None: None}[label]
+    found = judging.written_verdict("ba", choice.Choice(logprobs, answer))
     assert found == {"order": "ba", "p_a": {"A": 0.0, "B": 1.0, None: None}[label], "answer": answer}
 
 
@@ -339,7 +341,7 @@ def test_the_judge_reads_both_orders_under_one_principle():
                 response_a=one[f"response_{first}"],
                 response_b=one[f"response_{second}"],
             )
-            [(_, logprobs)] = engine.score([talk], ["A", "B"])
+            [logprobs] = models.score(engine, [talk], ["A", "B"])
             expected = verdict(first + second, logprobs)
             assert made["order"] == first + second
             assert made["p_a"] == pytest.approx(expected["p_a"], abs=1e-4)
@@ -382,7 +384,7 @@ def test_reasoning_goes_before_the_choice():
     one = comparisons(6)[4]
     talk = asked.choose(one, "ba", asked.principles(one)[0], reasons["c4"][1])
     assert reasons["c4"][1] in talk[0]["content"] and one["response_b"] in talk[0]["content"]
-    [(_, logprobs)] = engine.score([talk], ["A", "B"])
+    [logprobs] = models.score(engine, [talk], ["A", "B"])
     assert found["c4"][1]["p_a"] == pytest.approx(verdict("ba", logprobs)["p_a"], abs=1e-4)
 
 
@@ -422,10 +424,10 @@ class Writer:
     def __init__(self, engine, prefix=""):
         self.engine, self.batch_size, self.context, self.prefix, self.asked = engine, 4, engine.context, prefix, []
 
-    def generate(self, conversations, sampling, seeds, done=()):
-        conversations = list(conversations)
-        self.asked += conversations
-        return self.engine.generate(conversations, sampling, seeds, done)
+    def generate(self, requests, sampling, done=()):
+        requests = list(requests)
+        self.asked += [request.conversation for request in requests]
+        return self.engine.generate(requests, sampling, done)
 
 
 def test_without_log_probabilities_a_letter_is_written():
@@ -439,7 +441,8 @@ def test_without_log_probabilities_a_letter_is_written():
     for verdicts in found.values():
         for one in verdicts:
             assert set(one) == {"order", "p_a", "answer"}
-            assert one["p_a"] == judging.written_verdict(one["order"], one["answer"])["p_a"]
+            label = choice.read_label(one["answer"], "AB")
+            assert one["p_a"] == (None if label is None else float((label == "A") == (one["order"] == "ab")))
     # The random model writes anything but a letter: nothing is read into it.
     assert any(v["p_a"] is None for verdicts in found.values() for v in verdicts)
 

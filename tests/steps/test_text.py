@@ -126,7 +126,7 @@ def bad(name):
     ("name", "parts"),
     [
         ("missing", ["in.jsonl: no such file", "Check the path"]),
-        ("not json", ["in.jsonl:2: not JSON", "'rubbish'", "one JSON object a line", "Mend or delete this line"]),
+        ("not json", ["in.jsonl:2: not JSON", "'rubbish'", "one JSON object per line", "Fix or delete this line"]),
         ("no prompt", ["in.jsonl:2: a row without 'prompt'", "The row has: id, question"]),
         ("duplicate", ["in.jsonl:2: the id 'a' again, first on line 1", "Rename or delete"]),
         ("principle key", ["rules.yaml:3: unknown key 'revison'", "Did you mean 'revision'?"]),
@@ -219,9 +219,9 @@ def test_rows_are_read_a_window_ahead_of_the_model(invoke, tmp_path, arguments, 
         read.append(talk)
         return render(self, talk)
 
-    def watching(self, batch, *others):
+    def watching(self, batch, **others):
         ahead.append(len(read))
-        return forward(self, batch, *others)
+        return forward(self, batch, **others)
 
     monkeypatch.setattr(chat.Chat, "render", reading)
     monkeypatch.setattr(local.LocalEngine, "_generate", watching)
@@ -240,11 +240,11 @@ def test_a_resumed_run_makes_the_same_batches(invoke, tmp_path, arguments, monke
     batches, stop = [], []
     forward = LocalEngine._generate
 
-    def watching(self, batch, *others):
+    def watching(self, batch, **others):
         if len(batches) in stop:
             raise KeyboardInterrupt
-        batches.append([index for index, *_ in batch])
-        return forward(self, batch, *others)
+        batches.append([prompt.request.key for prompt in batch])
+        return forward(self, batch, **others)
 
     monkeypatch.setattr(LocalEngine, "_generate", watching)
     line = arguments("critique", source, output, "--batch-size", 4)

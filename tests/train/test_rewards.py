@@ -76,7 +76,7 @@ def test_the_judge_reads_the_right_letter_for_the_kind():
     found = Judge(engine, kinds)(prompts, responses)
     template = load_template("classify")
     for prompt, response, score, right in zip(prompts, responses, found, (1, 0, 0), strict=True):
-        ((_, logprobs),) = engine.score([template.render(prompt=prompt, response=response)], list("ABCDE"))
+        [logprobs] = models.score(engine, [template.render(prompt=prompt, response=response)], "ABCDE")
         shares = [math.exp(one) for one in logprobs]
         assert score == pytest.approx(shares[right] / sum(shares), abs=1e-5)
     with pytest.raises(CaiError, match="too long for the judge"):

@@ -14,8 +14,10 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TextIO, TypeVar
 
 import click
 
@@ -24,17 +26,19 @@ from cai.base.paths import SCRIPTS
 
 SOME_FAILED = 3
 
-_KEY_NAME = "key_name"  # where click's context keeps what --key-name says
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_KEY_NAME = "key_name"  # the entry of click's context that keeps the value of --key-name
 
 
-def _endpoint(function):
-    """`--endpoint`, and `--key-name`, which `key_name` gives back: a name is passed on by nobody in between."""
+def _endpoint(function: _Function) -> _Function:
+    """Add `--endpoint`, and `--key-name`, whose value `key_name` returns without any function passing it on."""
     function = click.option(
         "--key-name",
         metavar="NAME",
         expose_value=False,
-        callback=lambda ctx, _param, value: ctx.meta.__setitem__(_KEY_NAME, value),
-        help="Variable of the environment that holds the server's key.  [default: OPENAI_API_KEY]",
+        callback=lambda context, _option, value: context.meta.__setitem__(_KEY_NAME, value),
+        help="Environment variable that holds the server's key.  [default: OPENAI_API_KEY]",
     )(function)
     return click.option(
         "--endpoint",
@@ -46,13 +50,13 @@ def _endpoint(function):
 
 
 def key_name() -> str:
-    """Variable of the environment that holds the key of a server, as the command line says."""
+    """Name of the environment variable that holds a server's key, as given on the command line."""
     context = click.get_current_context(silent=True)
     return (context.meta.get(_KEY_NAME) if context else None) or "OPENAI_API_KEY"
 
 
-# One spelling and one sentence each: a command names the options it takes.
-_OPTIONS = {
+# One spelling and one sentence for each: a command names the options it takes.
+_OPTIONS: dict[str, Callable[[Any], Any]] = {
     "input": click.option(
         "--input",
         "inputs",
@@ -97,24 +101,24 @@ _OPTIONS = {
         show_default=True,
         help="Longest answer, in tokens; the prompt is not counted.",
     ),
-    "device": click.option("--device", default=None, help="cpu, cuda, cuda:1, mps; by default the best there is."),
+    "device": click.option("--device", default=None, help="cpu, cuda, cuda:1, mps; by default the best available."),
     "dtype": click.option(
         "--dtype",
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
         show_default=True,
-        help="auto: bfloat16 where the device has it, float32 on a CPU.",
+        help="auto: bfloat16 where the device supports it, float32 on a CPU.",
     ),
     "json": click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."),
-    "dry_run": click.option("--dry-run", is_flag=True, help="Say what would be done; load no model, write nothing."),
-    "overwrite": click.option("--overwrite", is_flag=True, help="Start anew even if the output exists."),
+    "dry_run": click.option("--dry-run", is_flag=True, help="Print what would be done; load no model, write nothing."),
+    "overwrite": click.option("--overwrite", is_flag=True, help="Start again even if the output exists."),
 }
 
 
-def options(*names: str):
+def options(*names: str) -> Callable[[_Function], _Function]:
     """Decorator that adds the named shared options (keys of `_OPTIONS`), in this order."""
 
-    def decorate(function):
+    def decorate(function: _Function) -> _Function:
         for name in reversed(names):
             function = _OPTIONS[name](function)
         return function
@@ -123,12 +127,12 @@ def options(*names: str):
 
 
 class Command(click.Command):
-    """A click command that turns our errors into one line on stderr and the contract's exit codes.
+    """A click command that turns our errors into one line on stderr and the exit codes of the contract.
 
     Adds `--debug`, which shows the traceback as well.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.params.append(
             click.Option(
@@ -136,62 +140,62 @@ class Command(click.Command):
                 is_flag=True,
                 expose_value=False,
                 is_eager=True,
-                callback=_set_debug,
+                callback=lambda context, _option, value: context.meta.__setitem__("debug", value),
                 help="Show the traceback of an error.",
             )
         )
 
-    def invoke(self, ctx):
-        # A command that runs this one in its own process (run.py) takes the error, not a printed line.
+    def invoke(self, ctx: click.Context) -> Any:
+        # A command that runs this one in its own process (run.py) handles the error itself.
         if ctx.parent is not None and not isinstance(ctx.parent.command, click.Group):
             return super().invoke(ctx)
         try:
-            with _stopped_by_sigterm():
+            with _interrupt_on_sigterm():
                 result = super().invoke(ctx)
-            _leave_the_others()
+            _leave_process_group()
             return result
         except BrokenPipeError:
-            # The reader went away (`| head`): not our failure, and nothing more can be said.
-            _let_go(sys.stdout)
+            # The reader went away (`| head`): not our failure, and nothing more can be printed.
+            _discard(sys.stdout)
             ctx.exit(0)
-        except (Exception, KeyboardInterrupt) as found:
-            error = _told(found)
+        except (Exception, KeyboardInterrupt) as exception:
+            error = _explain_error(exception)
             if error is None:
                 raise
             if ctx.meta.get("debug"):
                 traceback.print_exc()
-            _say(f"error: {error}")
+            _print(f"error: {error}")
             ctx.exit(error.exit_code)
 
 
-def _leave_the_others() -> None:
-    """Takes this process out of those that a launcher started: an interpreter that ends with PyTorch's threads for
-    them still at work is aborted now and then, and a whole run counts as failed."""
+def _leave_process_group() -> None:
+    """Leave the group of processes that a launcher started: an interpreter that ends while PyTorch's threads for the
+    group still work is aborted now and then, and a finished run counts as failed."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
-def _told(found: BaseException) -> CaiError | None:
-    """What is said of an exception that the user or the machine has caused; None for a bug of ours."""
-    if isinstance(found, CaiError):
-        return found
-    kept = f"What is done is kept; go on with: {command_line(again=True)}"
-    if isinstance(found, KeyboardInterrupt):
-        return CaiError(f"stopped by {str(found) or 'Ctrl-C'}. {kept}")
-    kind, said = type(found).__name__, " ".join(str(found).split())[:300]
-    # PyTorch says only in words what became of its memory and its files, and safetensors of its own.
-    if isinstance(found, MemoryError) or kind == "OutOfMemoryError" or "allocate memory" in said:
-        return CaiError(f"the memory is full ({said or kind}). Take a smaller --batch-size. {kept}")
-    files = "PytorchStreamWriter" in said or (kind == "SafetensorError" and "os error" in said)
-    if isinstance(found, OSError) or files:
-        return CaiError(f"the system refuses ({said or kind}); --debug shows where. {kept}")
+def _explain_error(exception: BaseException) -> CaiError | None:
+    """The error to print for an exception that the user or the machine has caused; None for a bug of ours."""
+    if isinstance(exception, CaiError):
+        return exception
+    resume = f"What is done is kept; go on with: {command_line(again=True)}"
+    if isinstance(exception, KeyboardInterrupt):
+        return CaiError(f"stopped by {str(exception) or 'Ctrl-C'}. {resume}")
+    kind, text = type(exception).__name__, " ".join(str(exception).split())[:300]
+    # PyTorch and safetensors report a lack of memory and failures of files by their messages alone.
+    if isinstance(exception, MemoryError) or kind == "OutOfMemoryError" or "allocate memory" in text:
+        return CaiError(f"the memory is full ({text or kind}). Take a smaller --batch-size. {resume}")
+    is_file_error = "PytorchStreamWriter" in text or (kind == "SafetensorError" and "os error" in text)
+    if isinstance(exception, OSError) or is_file_error:
+        return CaiError(f"the system refuses ({text or kind}); --debug shows where. {resume}")
     return None
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM stops as Ctrl-C does: files are closed, locks given back. A second one ends the process at once.
+def _interrupt_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM stop the command as Ctrl-C does: files are closed, locks released. A second one ends it at once.
 
     Not where a launcher started several processes: it wants them gone.
     """
@@ -199,21 +203,21 @@ def _stopped_by_sigterm() -> Iterator[None]:
         yield
         return
 
-    def stop(*_):
+    def stop(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise KeyboardInterrupt("SIGTERM")
 
-    before = signal.signal(signal.SIGTERM, stop)
+    previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def command_line(*, again: bool = False) -> str:
-    """As typed; a command that run.py calls in its own process leaves its line in click's context.
+    """The command line as typed; a command that run.py calls in its own process finds its line in click's context.
 
-    again: to go on with what was stopped, the process' own: with Python in front, and without --overwrite.
+    again: the line that resumes this process: with `python` in front and without --overwrite.
     """
     if again:
         return shlex.join(["python", *(part for part in sys.argv if part != "--overwrite")])
@@ -221,65 +225,56 @@ def command_line(*, again: bool = False) -> str:
     return (context.meta.get("command_line") if context else None) or shlex.join(sys.argv)
 
 
-def _set_debug(ctx, _param, value):
-    ctx.meta["debug"] = value
-
-
 def warn(message: str) -> None:
-    """One line on stderr."""
-    _say(f"warning: {message}")
+    """Print a warning on stderr."""
+    _print(f"warning: {message}")
 
 
 def note(message: str) -> None:
-    """One line of progress on stderr."""
-    _say(message)
+    """Print a line of progress on stderr."""
+    _print(message)
 
 
-def _say(message: str, err: bool = True) -> None:
-    """A line on stderr or stdout; if its reader has gone away, the work goes on all the same."""
+def _print(message: str, err: bool = True) -> None:
+    """Print a line on stderr or stdout; if its reader has gone away, the work continues."""
     try:
         click.echo(message, err=err)
     except BrokenPipeError:
-        _let_go(sys.stderr if err else sys.stdout)
+        _discard(sys.stderr if err else sys.stdout)
 
 
-def _let_go(stream) -> None:
-    """What else is written to the stream, and what is still in its buffer, goes nowhere."""
+def _discard(stream: TextIO) -> None:
+    """Send what is still in the stream's buffer, and all that follows, to nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 class _Stderr:
-    """stderr for a progress bar, on whose reader the work does not depend."""
+    """stderr for a progress bar: the work does not depend on its reader."""
 
     def write(self, text: str) -> None:
         try:
             sys.stderr.write(text)
-        except BrokenPipeError:
-            _let_go(sys.stderr)
-
-    def flush(self) -> None:
-        try:
             sys.stderr.flush()
         except BrokenPipeError:
-            _let_go(sys.stderr)
+            _discard(sys.stderr)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
 
 
-def finish(summary: dict, *, as_json: bool, next_command: str | None = None) -> None:
-    """Print the summary and leave with 1 if it was `not_pushed`, with 3 if `failed` counts any record, else return.
+def finish(summary: dict[str, Any], *, as_json: bool, next_command: str | None = None) -> None:
+    """Print the summary; exit with 1 if `not_pushed` is set, with 3 if `failed` counts any record, else return.
 
     Args:
         summary: flat names to values, in the order to show them; nested values are shown as JSON.
-        next_command: the line to run next, shown to people only and under "next" in JSON.
+        next_command: the line to run next, printed for people and under "next" in JSON.
     """
     if next_command:
-        summary = {**summary, "next": as_called(next_command)}
+        summary = {**summary, "next": _from_here(next_command)}
     if as_json:
-        _say(json.dumps(summary, ensure_ascii=False), err=False)
+        _print(json.dumps(summary, ensure_ascii=False), err=False)
     else:
         width = max(len(name) for name in summary)
         for name, value in summary.items():
@@ -287,14 +282,14 @@ def finish(summary: dict, *, as_json: bool, next_command: str | None = None) -> 
                 value = f"{value:.4g}"
             elif isinstance(value, dict | list):
                 value = json.dumps(value, ensure_ascii=False)
-            _say(f"{name:<{width}}  {value}", err=False)
+            _print(f"{name:<{width}}  {value}", err=False)
     if summary.get("not_pushed"):
         click.get_current_context().exit(1)
     if summary.get("failed"):
         click.get_current_context().exit(SOME_FAILED)
 
 
-def as_called(command: str) -> str:
+def _from_here(command: str) -> str:
     """A line `python scripts/...` with the folder by which this process was called, so that it runs from here."""
     folder = os.path.dirname(sys.argv[0])
     if not folder or os.path.realpath(folder) != str(SCRIPTS):
@@ -302,7 +297,7 @@ def as_called(command: str) -> str:
     return command.replace("python scripts/", f"python {shlex.quote(folder)}/", 1)
 
 
-def progress(total: int, label: str):
+def progress(total: int, label: str) -> Any:
     """A tqdm bar on stderr; when stderr is no terminal, a line at most every thirty seconds."""
     from tqdm import tqdm
 

@@ -1,6 +1,6 @@
-"""The errors a user can cause or mend, each with the exit code its command ends with.
+"""The errors a user can cause or fix, each with the exit code its command ends with.
 
-Leaves out everything that is a bug of ours: that stays an ordinary exception with a traceback.
+Leaves out bugs of ours: those stay ordinary exceptions with a traceback.
 """
 
 
@@ -14,7 +14,7 @@ class InputError(CaiError):
     """Bad usage or bad input: nothing was written (exit code 2).
 
     Args:
-        found: what is wrong, with the value found.
+        problem: what is wrong, with the value found.
         where: the file (or option) it was found in.
         line: 1-based line number in `where`, if it has lines.
         expected: what would have been right.
@@ -25,15 +25,15 @@ class InputError(CaiError):
 
     def __init__(
         self,
-        found: str,
+        problem: str,
         *,
         where: object = None,
         line: int | None = None,
         expected: str | None = None,
         remedy: str | None = None,
     ):
-        place = "" if where is None else f"{where}:{line}: " if line is not None else f"{where}: "
-        text = place + found
+        position = "" if where is None else f"{where}: " if line is None else f"{where}:{line}: "
+        text = position + problem
         if expected:
             text += f"; expected {expected}"
         if remedy:

@@ -1,4 +1,4 @@
-"""Hashes: of texts, files and models, and the seeds that are drawn from them.
+"""Hashes of texts, files and models, and the seeds that are drawn from them.
 
     seed = hashed_seed("generate", 0, row["id"])
 
@@ -6,6 +6,7 @@ Leaves out Python's own `hash`, which differs from process to process.
 """
 
 import hashlib
+import os
 from pathlib import Path
 
 from cai.base.paths import model_path
@@ -16,43 +17,41 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sha256_file(path, size: int | None = None) -> str:
-    """Hex digest of the bytes of a file, or of its first so many."""
+def sha256_file(path: str | os.PathLike[str], size: int | None = None) -> str:
+    """Hex digest of the bytes of a file, or of its first `size` bytes."""
+    digest, remaining = hashlib.sha256(), os.stat(path).st_size if size is None else size
     with open(path, "rb") as file:
-        if size is None:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while size > 0 and (part := file.read(min(size, 1 << 20))):
+        while remaining > 0 and (part := file.read(min(remaining, 1 << 20))):
             digest.update(part)
-            size -= len(part)
-        return digest.hexdigest()
+            remaining -= len(part)
+    return digest.hexdigest()
 
 
 def identity(model: str) -> str:
-    """What tells one model from another in a fingerprint: what its folder holds, or a hub id itself.
+    """What identifies a model in a fingerprint: a hash of its folder's content, or a hub id itself.
 
     The same folder with other weights is another model. Of a large file 64 samples of 64 KiB are hashed:
-    training changes weights everywhere, and seventy billion of them would take minutes.
+    training changes weights everywhere, and hashing seventy billion of them would take minutes.
     """
     folder = Path(model_path(model))
     if not folder.is_dir():
         return model
     digest = hashlib.sha256()
-    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
-    for path in sorted(path for path in folder.iterdir() if path.suffix in kinds):
+    suffixes = (".safetensors", ".json", ".jinja", ".model", ".txt")
+    for path in sorted(path for path in folder.iterdir() if path.suffix in suffixes):
         size = path.stat().st_size
         digest.update(f"{path.name}\x1f{size}\x1f".encode())
         with open(path, "rb") as file:
-            for place in range(0, size, max(1 << 16, size // 64)):
-                file.seek(place)
+            for offset in range(0, size, max(1 << 16, size // 64)):
+                file.seek(offset)
                 digest.update(file.read(1 << 16))
     return digest.hexdigest()
 
 
-def hashed_seed(*parts) -> int:
+def hashed_seed(*parts: object) -> int:
     """A 63-bit integer that depends on the parts and on nothing else.
 
-    Every draw for a record (its principle, its sampled text) is seeded so, from the record's id:
+    Every draw for a record (its principle, its sampled text) is seeded with it, from the record's id:
     order, batch and resumption cannot change it.
     """
     digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()

@@ -1,4 +1,4 @@
-"""Where the package's own files lie, found from this file and not from the caller's directory.
+"""Paths of the package's own files, found from this file and not from the caller's directory.
 
 Leaves out outputs: those go where the caller says.
 """

@@ -2,19 +2,25 @@
 
     split_transcript("\n\nHuman: Hello\n\nAssistant:")     # [{"role": "user", "content": "Hello"}, ...]
 
-Leaves out chat templates of models (models/chat.py).
+Leaves out the chat templates of models (models/chat.py).
 """
 
 import re
+from collections.abc import Sequence
 from itertools import takewhile
+from typing import Any
+
+_Message = dict[str, Any]
+
+_SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 # White space with an empty line in it, then the label. Possessive, and from where the white space begins: a text of
 # nothing but line breaks is read once, not once for each of them.
 _MARKS = re.compile(r"(?:\A|(?<!\s)(?:(?!\n\n)\s)*+\n\n\s*+)(Human|Assistant):")
 
 
-def split_transcript(transcript: str) -> list[dict] | None:
-    r"""Messages of a `\n\nHuman: ... \n\nAssistant: ...` transcript, or None if the text is none.
+def split_transcript(transcript: str) -> list[_Message] | None:
+    r"""Messages of a `\n\nHuman: ... \n\nAssistant: ...` transcript, or None if the text is not one.
 
     Neighbouring turns of one role (they occur in HH-RLHF) become one, since chat templates want the
     roles to alternate.
@@ -23,65 +29,64 @@ def split_transcript(transcript: str) -> list[dict] | None:
     if not text.startswith("Human:") or not ("\n\nAssistant:" in text or transcript.startswith("\n\n")):
         return None
     parts = _MARKS.split(text)[1:]
-    turns: list[dict] = []
-    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
-        role, said = ("user" if speaker == "Human" else "assistant"), said.strip()
+    turns: list[_Message] = []
+    for speaker, content in zip(parts[::2], map(str.strip, parts[1::2]), strict=True):
+        role = "user" if speaker == "Human" else "assistant"
         if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += f"\n\n{said}"
+            turns[-1]["content"] += f"\n\n{content}"
         else:
-            turns.append({"role": role, "content": said})
+            turns.append({"role": role, "content": content})
     return turns
 
 
-def transcript_text(turns: list[dict]) -> str:
-    """What one side of a pair said after the shared turns, as text."""
-    names = {"user": "Human", "assistant": "Assistant"}
-    text = "\n\n".join(f"{names[turn['role']]}: {turn['content']}" for turn in turns)
-    return text.removeprefix("Assistant:").strip()
+def _transcript(turns: Sequence[_Message]) -> str:
+    return "\n\n".join(f"{_SPEAKERS.get(turn['role'], turn['role'])}: {turn['content']}" for turn in turns)
 
 
-def side_turns(side: str | list) -> list[dict] | None:
+def transcript_text(turns: Sequence[_Message]) -> str:
+    """What follows the shared turns in one side of a pair, as text."""
+    return _transcript(turns).removeprefix("Assistant:").strip()
+
+
+def side_turns(side: str | list[Any]) -> list[_Message] | None:
     """One side of a pair as messages: of a transcript, or TRL's list of them; None if it is neither."""
     if isinstance(side, str):
         return split_transcript(side)
-    known = all(
-        isinstance(one, dict)
-        and isinstance(one.get("content"), str)
-        and (one.get("role") in ("user", "assistant") or (one.get("role") == "system" and place == 0))
-        for place, one in enumerate(side)
+    are_messages = all(
+        isinstance(message, dict)
+        and isinstance(message.get("content"), str)
+        and (message.get("role") in ("user", "assistant") or (message.get("role") == "system" and index == 0))
+        for index, message in enumerate(side)
     )
-    return side if side and known else None
+    return side if side and are_messages else None
 
 
-def split_pair(row: dict) -> dict:
-    """Two whole conversations (HH-RLHF's transcripts, TRL's messages) as their shared turns and what follows in each.
+def split_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """Two complete conversations (HH-RLHF's transcripts, TRL's messages) as their shared turns and what follows in
+    each.
 
     In 1 of 1,500 rows the two part before the last turn; then the rest of the transcript is kept as text.
     """
-    sides = {side: side_turns(row[side]) for side in ("chosen", "rejected")}
-    if not all(sides.values()):
+    chosen, rejected = side_turns(row["chosen"]), side_turns(row["rejected"])
+    if not chosen or not rejected:
         return row
-    turns = list(zip(sides["chosen"], sides["rejected"], strict=False))
-    shared = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], turns)]
-    shared = shared[: min(len(side) for side in sides.values()) - 1]  # each keeps an answer of its own
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+    shared = [turn for turn, _ in pairs][: min(len(chosen), len(rejected)) - 1]  # each keeps an answer of its own
     while shared and shared[-1]["role"] != "user":
         shared.pop()
     if not shared:
         return row
-    answers = {side: transcript_text(said[len(shared) :]) for side, said in sides.items()}
+    answers = {"chosen": transcript_text(chosen[len(shared) :]), "rejected": transcript_text(rejected[len(shared) :])}
     return {**row, "prompt": shared if len(shared) > 1 else shared[0]["content"], **answers}
 
 
-def as_messages(prompt: str | list[dict]) -> list[dict]:
+def as_messages(prompt: str | Sequence[_Message]) -> list[_Message]:
     """A prompt as chat messages."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def prompt_text(prompt: str | list[dict]) -> str:
+def prompt_text(prompt: str | Sequence[_Message]) -> str:
     """A prompt as one text: itself, or a transcript where it has more than one turn."""
     if isinstance(prompt, str):
         return prompt
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-    return "\n\n".join(f"{names.get(m['role'], m['role'])}: {m['content']}" for m in prompt)
+    return str(prompt[0]["content"]) if len(prompt) == 1 else _transcript(prompt)

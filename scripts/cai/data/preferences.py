@@ -1,37 +1,46 @@
-"""Preference rows as judge.py writes them, read for training: who was chosen, and how surely.
+"""Preference rows as judge.py writes them, read for training: which response was chosen, and how surely.
 
     pairs, counts, digest = read_pairs(["preferences.jsonl"], "soft", limit=None)
 
 TRL's chosen/rejected and HH-RLHF's two transcripts are read too; they have no soft label, so one must be given.
-Leaves out what teaches nothing or is not wanted, each counted: pairs that the judge could not decide, identical
-responses, labels nearer to a toss-up than `min_margin`. What a trainer makes of a pair is the trainer's.
+Leaves out what teaches nothing or is not wanted, and counts it: pairs that the judge could not decide, identical
+responses, labels nearer to a toss-up than `min_margin`. How a trainer uses a pair is the trainer's business.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from cai.base.errors import InputError, shorten
 from cai.base.hashing import hashed_seed, sha256_text
 from cai.data.dialogue import as_messages
 from cai.data.sources import Source
 
+_Row = dict[str, Any]
 
-def check_sides(row: dict, where, line: int) -> None:
-    """InputError if a pair has one response only; an undecided pair of judge.py has none."""
-    sides = {side: row[side] is None for side in ("chosen", "rejected")}
-    if len(set(sides.values())) > 1:
-        missing = next(side for side, is_missing in sides.items() if is_missing)
+LABELS = ("A", "B")
+
+ORDERS = ("ab", "ba")  # which response is shown first, and so under the label A
+
+
+# --- preferences for training -------------------------------------------------------------------------------
+
+
+def check_sides(row: _Row, where: object, line: int) -> None:
+    """Raise InputError if a pair has one response only; an undecided pair of judge.py has none."""
+    missing = [side for side in ("chosen", "rejected") if row[side] is None]
+    if len(missing) == 1:
         raise InputError(
-            f"'{missing}' is null, and the other response is there",
+            f"'{missing[0]}' is null, and the other response is there",
             where=where,
             line=line,
             expected="two responses, or null for both where nothing was decided",
-            remedy="Mend or delete this row",
+            remedy="Fix or delete this row",
         )
 
 
-def check_label(row: dict, where, line: int) -> None:
-    """InputError if a decided pair has no probability to train to."""
+def check_label(row: _Row, where: object, line: int) -> None:
+    """Raise InputError if a decided pair has no probability to train to."""
     p = row.get("p_chosen")
     if row["chosen"] is None or row["rejected"] is None:
         return
@@ -46,8 +55,13 @@ def check_label(row: dict, where, line: int) -> None:
 
 
 def read_pairs(
-    inputs, labels: str, limit: int | None, *, min_margin: float = 0.0, default_label: float | None = None
-) -> tuple[list[dict], dict, str]:
+    inputs: Sequence[str],
+    labels: str,
+    limit: int | None,
+    *,
+    min_margin: float = 0.0,
+    default_label: float | None = None,
+) -> tuple[list[_Row], dict[str, int], str]:
     """(decided pairs of {prompt, chosen, rejected, p_chosen}, counts, digest of the input).
 
     Args:
@@ -57,39 +71,31 @@ def read_pairs(
             one is needed.
 
     Counts, beside rows and undecided, those that are not 0: identical, below_margin, and default_label (kept).
-    Raises InputError for a row without what it needs, or if no pair is left.
+    Raises InputError for a row without what it needs, or if no pair remains.
     """
-    takes_p = labels == "soft" or min_margin > 0
+    needs_p = labels == "soft" or min_margin > 0
 
-    def check(row: dict, where, line: int) -> None:
+    def check(row: _Row, where: str, line: int) -> None:
         check_sides(row, where, line)
-        if takes_p and not (default_label is not None and row.get("p_chosen") is None):
+        if needs_p and not (default_label is not None and row.get("p_chosen") is None):
             check_label(row, where, line)
 
     source = Source(inputs, require=("prompt", "chosen", "rejected"), limit=limit, check=check)
     counts = dict.fromkeys(("undecided", "identical", "below_margin", "default_label"), 0)
     pairs = []
     for row in source:
+        label = row.get("p_chosen") if needs_p else 1.0
+        p = float(label if label is not None else default_label or 0.0)
         if row["chosen"] is None:
             counts["undecided"] += 1
-            continue
-        if row["chosen"].strip() == row["rejected"].strip():
+        elif row["chosen"].strip() == row["rejected"].strip():
             counts["identical"] += 1
-            continue
-        given = row.get("p_chosen")
-        p = (default_label if given is None else float(given)) if takes_p else 1.0
-        if abs(2 * p - 1) < min_margin - 1e-9:  # 2 · 0.6 − 1 is a little less than 0.2
+        elif abs(2 * p - 1) < min_margin - 1e-9:  # 2 · 0.6 − 1 is a little less than 0.2
             counts["below_margin"] += 1
-            continue
-        counts["default_label"] += takes_p and given is None
-        pairs.append(
-            {
-                "prompt": row["prompt"],
-                "chosen": row["chosen"],
-                "rejected": row["rejected"],
-                "p_chosen": p if labels == "soft" else 1.0,
-            }
-        )
+        else:
+            counts["default_label"] += label is None
+            texts = {name: row[name] for name in ("prompt", "chosen", "rejected")}
+            pairs.append({**texts, "p_chosen": p if labels == "soft" else 1.0})
     counts = {"rows": source.count, "undecided": counts.pop("undecided"), **{k: n for k, n in counts.items() if n}}
     if not pairs:
         raise InputError(
@@ -100,17 +106,15 @@ def read_pairs(
     return pairs, counts, source.digest
 
 
-def prompt_and_sides(pairs: list[dict]) -> list[tuple[list[dict], list[str]]]:
+def prompt_and_sides(pairs: Sequence[_Row]) -> list[tuple[list[_Row], list[str]]]:
     """(the prompt's messages, [chosen, rejected]) of each pair: rows of `estimate.lengths_of`."""
     return [(as_messages(pair["prompt"]), [pair["chosen"], pair["rejected"]]) for pair in pairs]
 
 
-LABELS = ("A", "B")
-
-ORDERS = ("ab", "ba")  # which response is shown first, and so under the label A
+# --- comparisons to judge -----------------------------------------------------------------------------------
 
 
-def prompt_key(row: dict) -> str:
+def prompt_key(row: Mapping[str, Any]) -> str:
     """What the responses to one prompt share: `prompt_id`, or the hash of the prompt itself."""
     if row.get("prompt_id") is not None:
         return str(row["prompt_id"])
@@ -120,7 +124,7 @@ def prompt_key(row: dict) -> str:
 class GivenPairs:
     """Comparisons that are rows already: `response_a` and `response_b`, or TRL's `chosen` and `rejected`.
 
-    A chosen response is the better one by whoever wrote the row (`gold`); which side it is shown on is drawn by
+    A chosen response is the better one by the author of the row (`gold`); on which side it is shown is drawn by
     hashing, so that the gold label is not always the same.
 
     Attributes: ids, digest, unpaired (0), as those of `Pairs`.
@@ -134,38 +138,33 @@ class GivenPairs:
         self._source = Source(inputs, require=("prompt", *sides), limit=limit, check=check_pair)
         self.ids, self.digest, self.unpaired = self._source.ids, self._source.digest, 0
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[_Row]:
         return map(with_sides, self._source) if self.trl else iter(self._source)
 
 
-def is_pair(row: dict) -> bool:
+def is_pair(row: Mapping[str, Any]) -> bool:
     """Whether a row is a pair already."""
     return "response_a" in row or "chosen" in row
 
 
-def with_sides(row: dict) -> dict:
+def with_sides(row: Mapping[str, Any]) -> _Row:
     """TRL's row as a comparison."""
-    row = dict(row)
-    chosen, rejected = row.pop("chosen"), row.pop("rejected")
+    rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
     if hashed_seed("side", row["id"]) % 2:
-        return {**row, "response_a": rejected, "response_b": chosen, "gold": "b"}
-    return {**row, "response_a": chosen, "response_b": rejected, "gold": "a"}
+        return {**rest, "response_a": row["rejected"], "response_b": row["chosen"], "gold": "b"}
+    return {**rest, "response_a": row["chosen"], "response_b": row["rejected"], "gold": "a"}
 
 
-def is_tie(comparison: dict) -> bool:
-    """Whether both responses are the same but for outer whitespace: there is nothing to judge."""
-    return comparison["response_a"].strip() == comparison["response_b"].strip()
+def is_tie(comparison: Mapping[str, Any]) -> bool:
+    """Whether both responses are the same except for outer whitespace: there is nothing to judge."""
+    return bool(comparison["response_a"].strip() == comparison["response_b"].strip())
 
 
-def check_pair(row: dict, where, line: int) -> None:
+def check_pair(row: _Row, where: object, line: int) -> None:
     """Raise InputError for TRL's row without a side, or a `gold` that is neither "a" nor "b" nor missing."""
     if "response_a" not in row and (missing := [k for k in ("chosen", "rejected") if row.get(k) is None]):
         raise InputError(
-            f"{missing[0]!r} is null",
-            where=where,
-            line=line,
-            expected="two responses",
-            remedy="Mend or delete this row",
+            f"{missing[0]!r} is null", where=where, line=line, expected="two responses", remedy="Fix or delete this row"
         )
     if row.get("gold") not in (None, "a", "b"):
         raise InputError(
@@ -173,20 +172,20 @@ def check_pair(row: dict, where, line: int) -> None:
             where=where,
             line=line,
             expected='"a" or "b"',
-            remedy="Mend it, or leave gold out where nobody knows",
+            remedy="Fix it, or leave gold out where nobody knows",
         )
 
 
-def group_verdicts(verdicts: Sequence[dict]) -> dict[tuple[str | None, str | None], list[float | None]]:
+def group_verdicts(verdicts: Sequence[Mapping[str, Any]]) -> dict[tuple[str | None, str | None], list[float | None]]:
     """{(judge, principle): [p_a with a first, p_a with b first]}; None for what a verdict does not name."""
-    found: dict[tuple, list] = {}
-    for one in verdicts:
-        found.setdefault((one.get("judge"), one.get("principle")), []).append(one["p_a"])
-    return found
+    groups: dict[tuple[str | None, str | None], list[float | None]] = {}
+    for verdict in verdicts:
+        groups.setdefault((verdict.get("judge"), verdict.get("principle")), []).append(verdict["p_a"])
+    return groups
 
 
 def same_position(p_ab: float, p_ba: float) -> bool:
-    """Whether both orders prefer the response in the same place, which says nothing about the responses.
+    """Whether both orders prefer the response in the same position, which says nothing about the responses.
 
     Args: the probability that response_a is better, in each order.
     """

@@ -1,15 +1,15 @@
-"""One step over several processes, as `accelerate launch` or `torchrun` starts them: each its share of the rows.
+"""One step over several processes, as `accelerate launch` or `torchrun` starts them: each works on its share of rows.
 
     team = Team()
     with Output(...) as output:               # in process 0 alone
         journal = team.begin(output)          # rows go here, in every process
         for row in team.share(rows): ...
-        found = team.gather(counts)           # process 0: what each has found, all rows now in its output
+        counts = team.gather(counts)          # process 0: the counts of each, all rows now in its output
 
 The others write to files beside the output (`<output>.partial.1`, ...), which process 0 takes into its journal:
 at the end, and at the start those of a run that was stopped, however many processes that had. The messages go
 by gloo over the network that the launcher has set up; no GPU is needed for them. Leaves out training, where
-Trainer sees to all of this.
+Trainer does all of this.
 """
 
 import glob
@@ -19,66 +19,69 @@ from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
-from cai.data.outputs import Output
+from cai.data.outputs import Output, dump_row
+
+_Item = TypeVar("_Item")
 
 
 class Team:
-    """The processes of this run. One alone talks to nobody.
+    """The processes of this run. A single process sends no messages.
 
     Attributes:
         rank: number of this process from 0, count: how many there are.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.rank, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that reads, writes and tells of the output."""
+        """Whether this is the process that reads, writes and reports on the output."""
         return self.rank == 0
 
-    def share(self, rows: Iterable) -> Iterator:
+    def share(self, rows: Iterable[_Item]) -> Iterator[_Item]:
         """Every `count`-th of the rows, from this process' own number."""
         return islice(rows, self.rank, None, self.count)
 
-    def tell(self, value=None):
-        """What process 0 says, in all of them."""
+    def tell(self, value: Any = None) -> Any:
+        """The value that process 0 passes, in all of them."""
         if self.count == 1:
             return value
-        said = [value]
-        self._network().broadcast_object_list(said, src=0)
-        return said[0]
+        values = [value]
+        self._network().broadcast_object_list(values, src=0)
+        return values[0]
 
-    def begin(self, output: Output | None):
+    def begin(self, output: Output | None) -> "Output | _Share | None":
         """Where this process writes its rows: the output itself, or a file beside it; None if it is complete.
 
         output: entered, in process 0; None in the others.
         """
-        if self.first:
+        if output is not None:
             if output.resuming:
-                _take_in(output)
+                _merge_shares(output)
             elif not output.complete:
-                for path in _beside(output):  # of a run with other settings
+                for path in _share_files(output):  # of a run with other settings
                     os.unlink(path)
-            said = self.tell(None if output.complete else (str(output.path), sorted(output.done)))
-            return None if said is None else output
-        said = self.tell()
-        return None if said is None else _Beside(Path(f"{said[0]}.partial.{self.rank}"), frozenset(said[1]))
+            state = self.tell(None if output.complete else (str(output.path), sorted(output.done)))
+            return None if state is None else output
+        state = self.tell()
+        return None if state is None else _Share(Path(f"{state[0]}.partial.{self.rank}"), frozenset(state[1]))
 
-    def gather(self, journal, value) -> list | None:
-        """Process 0 takes in what the others have written, and gets the value of each; None in the others."""
+    def gather(self, journal: Any, value: Any) -> list[Any] | None:
+        """Merge the rows of all processes into the journal of process 0, which gets the value of each; others None."""
         if self.count == 1:
             return [value]
         if not self.first:
             journal.file.close()
-        found = [None] * self.count if self.first else None
-        self._network().gather_object(value, found, dst=0)
+        values = [None] * self.count if self.first else None
+        self._network().gather_object(value, values, dst=0)
         if self.first:
-            _take_in(journal)
-        return found
+            _merge_shares(journal)
+        return values
 
-    def _network(self):
+    def _network(self) -> Any:
         from torch import distributed
 
         if not distributed.is_initialized():
@@ -87,25 +90,25 @@ class Team:
         return distributed
 
 
-class _Beside:
-    """The rows of a process that is not the first."""
+class _Share:
+    """The rows of a process other than the first."""
 
     def __init__(self, path: Path, done: frozenset[str]):
         self.done = done
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115, closed when all is gathered
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115, closed by Team.gather
 
-    def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    def write(self, row: dict[str, Any]) -> None:
+        self.file.write(dump_row(row))
 
 
-def _beside(output: Output) -> list[str]:
-    """The files of the other processes, whose ends are numbers."""
+def _share_files(output: Output) -> list[str]:
+    """The files of the other processes, whose names end in a number."""
     return sorted(glob.glob(f"{glob.escape(str(output.path))}.partial.[0-9]*"))
 
 
-def _take_in(output: Output) -> None:
-    """The rows of the files beside the output into its journal; a line without its end was torn."""
-    for path in _beside(output):
+def _merge_shares(output: Output) -> None:
+    """Move the rows of the other processes' files into the journal; a line without its end was torn."""
+    for path in _share_files(output):
         with open(path, "rb") as file:
             for raw in file:
                 if raw.endswith(b"\n") and (row := json.loads(raw))["id"] not in output.done:

@@ -14,35 +14,42 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from cai.base.errors import InputError, shorten
 
 MOST_DEEP = 100  # levels of a row's lists and objects: what reads it later is recursive
 
+_Path = str | os.PathLike[str]
 
-def _no_constant(name: str):
+_Row = dict[str, Any]
+
+
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _finite(digits: str) -> float:
+def _parse_float(digits: str) -> float:
     value = float(digits)
     if value - value:  # neither of infinity is 0
         raise ValueError(f"{shorten(digits)} is too large for a number")
     return value
 
 
-def _once(pairs: list[tuple]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique_keys(pairs: list[tuple[str, Any]]) -> _Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
         raise ValueError(f"the key {shorten(doubled(name for name, _ in pairs))!r} twice in one object")
-    return found
+    return row
 
 
-_STRICT = {"parse_constant": _no_constant, "parse_float": _finite, "object_pairs_hook": _once}
+def _loads(text: str) -> Any:
+    """JSON without what other readers would not take. ValueError for anything else."""
+    return json.loads(text, parse_constant=_refuse_constant, parse_float=_parse_float, object_pairs_hook=_unique_keys)
 
 
 def doubled(names: Iterable[str]) -> str | None:
-    """The first name that is there twice."""
+    """The first name that occurs twice, or None."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -51,25 +58,25 @@ def doubled(names: Iterable[str]) -> str | None:
     return None
 
 
-def _check_depth(value) -> None:
-    """ValueError if lists and objects are nested more than `MOST_DEEP` deep."""
+def _check_depth(value: Any) -> None:
+    """Raise ValueError if lists and objects are nested more than `MOST_DEEP` deep."""
     level = [value]
     for _ in range(MOST_DEEP + 1):
         level = [
             item
-            for one in level
-            if isinstance(one, dict | list)
-            for item in (one.values() if isinstance(one, dict) else one)
+            for parent in level
+            if isinstance(parent, dict | list)
+            for item in (parent.values() if isinstance(parent, dict) else parent)
         ]
         if not level:
             return
     raise ValueError(f"nested more than {MOST_DEEP} deep")
 
 
-def _parse(raw: bytes, where, line: int) -> dict:
+def _parse(raw: bytes, where: _Path, line: int) -> _Row:
     """One JSON object from one line; InputError for anything else."""
     try:
-        row = json.loads(_text(raw, line), **_STRICT)
+        row = _loads(_decode(raw, line))
         if raw.count(b"[") + raw.count(b"{") > MOST_DEEP:
             _check_depth(row)
         if b"\\u" in raw:
@@ -80,15 +87,15 @@ def _parse(raw: bytes, where, line: int) -> dict:
             where=where,
             line=line,
             expected="valid Unicode",
-            remedy="Write the character whole, or leave it out",
+            remedy="Write the whole character, or leave it out",
         ) from error
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"not JSON ({error}): {shorten(raw.decode(errors='replace'))!r}",
             where=where,
             line=line,
-            expected="one JSON object a line, in UTF-8",
-            remedy="Mend or delete this line",
+            expected="one JSON object per line, in UTF-8",
+            remedy="Fix or delete this line",
         ) from error
     if not isinstance(row, dict):
         raise InputError(
@@ -101,17 +108,15 @@ def _parse(raw: bytes, where, line: int) -> dict:
     return row
 
 
-def _open(path):
-    """The bytes of a file, unpacked if its name ends in .gz; InputError if there is none to read."""
+def _lines(path: _Path) -> Iterator[tuple[int, bytes]]:
+    """(1-based number, bytes) of each line of a file, unpacked if its name ends in .gz."""
+    line = 0
+    open_file: Any = gzip.open if str(path).endswith(".gz") else open
     try:
-        return gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb")
+        file = open_file(path, "rb")
     except OSError as error:
         raise InputError(f"cannot read it: {error.strerror or error}", where=path, remedy="Check the path") from error
-
-
-def _lines(path) -> Iterator[tuple[int, bytes]]:
-    line = 0
-    with _open(path) as file:
+    with file:
         try:
             for line, raw in enumerate(file, 1):
                 yield line, raw
@@ -119,13 +124,13 @@ def _lines(path) -> Iterator[tuple[int, bytes]]:
             raise InputError(f"damaged gzip data ({error})", where=path, line=line + 1) from error
 
 
-def _text(raw: bytes, line: int) -> str:
-    """The line in UTF-8, without the mark that some editors put before the first."""
+def _decode(raw: bytes, line: int) -> str:
+    """The line in UTF-8, without the byte order mark that some editors put before the first."""
     return raw.decode("utf-8-sig" if line == 1 else "utf-8")
 
 
-def read_jsonl(path) -> Iterator[tuple[int, dict]]:
-    """(1-based line number, row) of a JSON Lines file; empty lines are passed over.
+def read_jsonl(path: _Path) -> Iterator[tuple[int, _Row]]:
+    """(1-based line number, row) of a JSON Lines file; empty lines are skipped.
 
     Raises InputError with file and line for what is not a JSON object.
     """
@@ -134,7 +139,7 @@ def read_jsonl(path) -> Iterator[tuple[int, dict]]:
             yield line, _parse(raw, path, line)
 
 
-def _read_json(path) -> Iterator[tuple[int, dict]]:
+def _read_json(path: _Path) -> Iterator[tuple[int, _Row]]:
     """A JSON array of objects (the number is the item's), or JSON Lines under the wrong name."""
     lines = (raw.removeprefix(b"\xef\xbb\xbf").strip() for _, raw in _lines(path))
     if not next(filter(None, lines), b"").startswith(b"["):
@@ -142,28 +147,29 @@ def _read_json(path) -> Iterator[tuple[int, dict]]:
         return
     try:
         text = b"".join(raw for _, raw in _lines(path)).decode("utf-8-sig")
-        rows = [json.dumps(row).encode() for row in json.loads(text, **_STRICT)]
+        rows = [json.dumps(row).encode() for row in _loads(text)]
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON ({error})", where=path, expected="an array of objects") from error
     for number, row in enumerate(rows, 1):
         yield number, _parse(row, path, number)
 
 
-def _read_csv(path) -> Iterator[tuple[int, dict]]:
+def _read_csv(path: _Path) -> Iterator[tuple[int, _Row]]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader((_text(raw, line) for line, raw in _lines(path)), strict=True)
+    reader = csv.DictReader((_decode(raw, line) for line, raw in _lines(path)), strict=True)
     try:
-        if (name := doubled(reader.fieldnames or ())) is not None:
+        columns = reader.fieldnames or ()
+        if (name := doubled(columns)) is not None:
             raise InputError(f"the column {shorten(name)!r} twice", where=path, line=1, remedy="Rename one of the two")
         for row in reader:
             if None in row:
                 raise InputError(
-                    f"more cells than the {len(reader.fieldnames)} columns: {shorten(row[None])!r}",
+                    f"more cells than the {len(columns)} columns: {shorten(row[None])!r}",
                     where=path,
                     line=reader.line_num,
                     remedy="Quote cells that hold a comma",
                 )
-            yield reader.line_num, {name: csv_cell for name, csv_cell in row.items() if csv_cell is not None}
+            yield reader.line_num, {name: cell for name, cell in row.items() if cell is not None}
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(
             f"not CSV ({error})",
@@ -173,17 +179,16 @@ def _read_csv(path) -> Iterator[tuple[int, dict]]:
         ) from error
 
 
-def _read_text(path) -> Iterator[tuple[int, dict]]:
+def _read_text(path: _Path) -> Iterator[tuple[int, _Row]]:
     for line, raw in _lines(path):
         try:
-            text = _text(raw, line).strip()
+            if text := _decode(raw, line).strip():
+                yield line, {"prompt": text}
         except UnicodeDecodeError as error:
             raise InputError(f"not UTF-8 ({error})", where=path, line=line) from error
-        if text:
-            yield line, {"prompt": text}
 
 
-def _read_parquet(path) -> Iterator[tuple[int, dict]]:
+def _read_parquet(path: _Path) -> Iterator[tuple[int, _Row]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -194,7 +199,7 @@ def _read_parquet(path) -> Iterator[tuple[int, dict]]:
                 raise InputError(f"the column {shorten(name)!r} twice", where=path, remedy="Rename one of the two")
             rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
-                yield number, _plain(row)
+                yield number, _as_json(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"not Parquet ({shorten(error)})", where=path, line=number + 1) from error
     except (ValueError, OverflowError, RecursionError) as error:  # text that is not UTF-8, a year 100,000
@@ -207,8 +212,8 @@ def _read_parquet(path) -> Iterator[tuple[int, dict]]:
         ) from error
 
 
-def _read_dataset(name: str) -> Iterator[tuple[int, dict]]:
-    """Rows of a dataset id, `owner/name` or `owner/name:split` (the split is `train` if not named)."""
+def _read_dataset(name: str) -> Iterator[tuple[int, _Row]]:
+    """Rows of a dataset id, `owner/name` or `owner/name:split` (the split is `train` if none is named)."""
     import datasets
 
     path, _, split = name.partition(":")
@@ -222,15 +227,15 @@ def _read_dataset(name: str) -> Iterator[tuple[int, dict]]:
             remedy="Check the path; without a network, give a file",
         ) from error
     for number, row in enumerate(rows, 1):
-        yield number, _plain(row)
+        yield number, _as_json(row)
 
 
-def _plain(value):
-    """Parquet's values as JSON has them; what is not a number is null. ValueError for bytes that are not UTF-8."""
+def _as_json(value: Any) -> Any:
+    """A value of Parquet as JSON has it; NaN and infinity become null. ValueError for bytes that are not UTF-8."""
     if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): _as_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_as_json(item) for item in value]
     if isinstance(value, float):
         return value if value - value == 0 else None
     if isinstance(value, bytes):
@@ -248,14 +253,13 @@ _READERS = {
 }
 
 
-def read_rows(name: str) -> Iterator[tuple[int, dict]]:
-    """(line, row) of one input, read by what its name ends with."""
-    path = Path(name)
+def read_rows(name: str) -> Iterator[tuple[int, _Row]]:
+    """(line, row) of one input, read by the suffix of its name."""
     suffix = Path(name.removesuffix(".gz")).suffix
     if os.path.isfile(name):
         if suffix not in _READERS or (suffix == ".parquet" and name.endswith(".gz")):
             raise InputError(
-                f"unknown kind of file: {path.suffix or 'no suffix'!r}",
+                f"unknown kind of file: {Path(name).suffix or 'no suffix'!r}",
                 where=name,
                 expected="one of " + " ".join(_READERS),
                 remedy="Rename or convert it",
@@ -268,6 +272,7 @@ def read_rows(name: str) -> Iterator[tuple[int, dict]]:
     return _read_dataset(name)
 
 
-def type_name(value) -> str:
+def type_name(value: object) -> str:
+    """The name that JSON has for the type of a value."""
     names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")

@@ -5,68 +5,53 @@
 Leaves out how a revision is flagged (steps/flags.py).
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from cai.base.errors import InputError, shorten
 
-
-def current_response(row: dict) -> str:
-    """The response as it stands: the last completed round's revision, or the first response."""
-    revised = [one["revision"] for one in row.get("rounds") or () if one.get("revision") is not None]
-    return revised[-1] if revised else row["response"]
+UNCHANGED = "copy"  # revise.py's flag of a revision that repeats the response
 
 
-def check_rounds(row: dict, where, line: int, *, critiqued: bool) -> None:
-    """InputError unless the row's rounds are in order and the last of them awaits what comes next.
+def texts_of(row: Mapping[str, Any]) -> list[str]:
+    """The first response, then the revision of each completed round."""
+    revisions = (round_.get("revision") for round_ in row.get("rounds") or ())
+    return [row["response"], *(text for text in revisions if text is not None)]
+
+
+def text_of_round(row: Mapping[str, Any], number: int | None = None) -> str:
+    """The response after a round: the last completed one by default; 0 is the first response."""
+    return texts_of(row)[-1 if number is None else number]
+
+
+def is_changed(round_: Mapping[str, Any]) -> bool:
+    """Whether a round's revision differs from what it revised (revise.py flags one that does not)."""
+    return UNCHANGED not in round_.get("flags", ())
+
+
+def check_rounds(row: Mapping[str, Any], where: object, line: int, *, critiqued: bool) -> None:
+    """Raise InputError unless the row's rounds are in order and the last of them awaits what comes next.
 
     Args:
         critiqued: whether the last round must have a critique and no revision yet (what revise.py reads);
             else every round must be complete (what critique.py reads).
     """
+
+    def error(problem: str, expected: str, remedy: str = "Fix or delete this row") -> InputError:
+        return InputError(problem, where=where, line=line, expected=expected, remedy=remedy)
+
     rounds = row.get("rounds") or []
     if not isinstance(rounds, list):
-        raise _wrong(f"`rounds` is {shorten(rounds)!r}", where, line, "a list", "Mend or delete this row")
-    for number, one in enumerate(rounds, 1):
-        known = isinstance(one, dict) and all(isinstance(one.get(k), str) for k in ("principle", "critique"))
-        if not known or not isinstance(one.get("revision"), str | None):
-            raise _wrong(
-                f"round {number} is {shorten(one)!r}",
-                where,
-                line,
-                "{principle, critique, revision}, all text",
-                "Mend or delete this row",
-            )
-        if one.get("revision") is None and not (critiqued and number == len(rounds)):
-            raise _wrong(
+        raise error(f"`rounds` is {shorten(rounds)!r}", "a list")
+    for number, round_ in enumerate(rounds, 1):
+        is_round = isinstance(round_, dict) and all(isinstance(round_.get(k), str) for k in ("principle", "critique"))
+        if not is_round or not isinstance(round_.get("revision"), str | None):
+            raise error(f"round {number} is {shorten(round_)!r}", "{principle, critique, revision}, all text")
+        if round_.get("revision") is None and not (critiqued and number == len(rounds)):
+            raise error(
                 f"round {number} has a critique and no revision",
-                where,
-                line,
                 "rows whose rounds are complete",
                 "Run revise.py on them first",
             )
     if critiqued and (not rounds or rounds[-1].get("revision") is not None):
-        raise _wrong(
-            "no critique that awaits its revision", where, line, "rows of critique.py", "Run critique.py on them first"
-        )
-
-
-def _wrong(found: str, where, line: int, expected: str, remedy: str) -> InputError:
-    return InputError(found, where=where, line=line, expected=expected, remedy=remedy)
-
-
-UNCHANGED = "copy"  # revise.py's flag of a revision that is the response again
-
-
-def texts_of(row: dict) -> list[str]:
-    """The first response, then each round's revision."""
-    return [row["response"], *(one["revision"] for one in row.get("rounds") or () if one.get("revision") is not None)]
-
-
-def is_changed(one: dict) -> bool:
-    """Whether a round's revision differs from what it revised (revise.py flags one that does not)."""
-    return UNCHANGED not in one.get("flags", ())
-
-
-def text_of_round(row: dict, round_: int | None) -> str:
-    """The response to measure: the last revision, or that of the round (0: the first response)."""
-    rounds = row.get("rounds") or ()
-    number = len(rounds) if round_ is None else round_
-    return rounds[number - 1]["revision"] if number else row["response"]
+        raise error("no critique that awaits its revision", "rows of critique.py", "Run critique.py on them first")

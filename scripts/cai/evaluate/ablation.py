@@ -1,24 +1,31 @@
-"""What principles do: which prompts they speak to, and what changes on the figures without one of them.
+"""What principles do: which prompts they apply to, and what changes in the figures without one of them.
 
-    for prompt_id, row in coverage(engine, prompts, constitution): ...
-    for row in redo(engine, rows, sampling, seed): ...
+    Coverage(options).write(output)
+    measurement = measure_without_each(options, "runs/ablation")
 
-`coverage` asks a judge model about every prompt and principle. `redo` makes those revisions again that had drawn a
-principle which is then left out: all others would be the same without it, so that they are not made again. Leaves
-out training with each reduced constitution, which `run.py` does.
+`Coverage` asks a judge model about every prompt and principle. An ablation repeats those revisions that had drawn the
+principle which is then left out: all others would be the same without it. Leaves out training with each reduced
+constitution, which `run.py` does.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 
+from cai.base import cli, files, hashing
 from cai.base.errors import InputError
-from cai.base.hashing import hashed_seed
-from cai.constitution.files import Constitution
-from cai.constitution.templates import load_template
-from cai.data.rounds import current_response
-from cai.evaluate import rates
-from cai.models.engine import Sampling
-from cai.stats import intervals
+from cai.constitution import rendering, templates
+from cai.constitution.files import Constitution, load_constitution
+from cai.data import rounds, sources
+from cai.data.outputs import Output, read_manifest
+from cai.evaluate import classes, measurement, rates
+from cai.models import choice, loading
+from cai.models.engine import Engine, Generation, Request, Sampling
+from cai.stats import intervals, tables
 from cai.steps.flags import flags
 
 LABELS = ("A", "B")
@@ -27,89 +34,208 @@ LABELS = ("A", "B")
 # --- coverage -----------------------------------------------------------------------------------------------
 
 
-def coverage(engine, prompts: Sequence[dict], constitution: Constitution, threshold: float) -> Iterator[dict]:
+class Coverage:
+    """The prompts and the principles of a constitution, to be asked about. Made without loading a model."""
+
+    def __init__(self, options: SimpleNamespace):
+        loading.check_model(options.model)
+        self.options, self.constitution = options, load_constitution(options.constitution)
+        self.source = sources.Source(options.inputs, limit=options.limit)
+        self.settings = {
+            "model": options.model,
+            "weights": hashing.identity(options.model),
+            "input": self.source.digest,
+            "limit": options.limit,
+            "constitution": self.constitution.sha256,
+            "template": templates.load_template("coverage").sha256,
+            "threshold": options.threshold,
+            "dtype": options.dtype,
+        }
+
+    def count(self, output: Output) -> dict:
+        """The prompts, and the questions that are still to be asked."""
+        remaining = 0 if output.complete else self.source.count - len(output.done)
+        return {"prompts": self.source.count, "model_calls": 2 * len(self.constitution.principles) * remaining}
+
+    def write(self, output: Output) -> None:
+        """Write the row of `cover` for every prompt (resumable), and warn of a judge that does not answer."""
+        options = self.options
+
+        def produce(engine: Engine) -> Iterator[dict]:
+            remaining = (row for row in self.source if row["id"] not in output.done)
+            while window := list(islice(remaining, 16 * options.batch_size)):
+                yield from cover(engine, window, self.constitution, options.threshold)
+
+        measurement.fill(
+            output,
+            self.source.ids,
+            "coverage",
+            partial(loading.load_engine, options.model, endpoints=options.endpoints, **options.loading),
+            produce,
+            lambda rows: coverage_counts(rows, self.constitution, options.threshold),
+        )
+        classes.mean_letter_mass([output.counts["label_mass"]], "take a larger judge before you rely on this")
+
+
+def cover(engine: Engine, prompts: Sequence[dict], constitution: Constitution, threshold: float) -> Iterator[dict]:
     """{id, prompt, covered, by: {principle: probability}, label_mass} of each prompt, in order.
 
-    Each principle is asked about in two orders of the answers, and the probabilities of "it speaks to the prompt",
-    normalised over the two labels, are averaged: a bent for one letter cancels out.
+    Each principle is asked about in two orders of the answers, and the probabilities of "it applies to the prompt",
+    normalised over the two labels, are averaged: a bias for one letter cancels out.
 
     Args:
-        engine: has `score`.
         prompts: rows with id and prompt.
-        threshold: a principle speaks to a prompt at this probability or above.
+        threshold: a principle applies to a prompt at this probability or above.
 
-    A prompt too long for the model's context has `covered` None and no probabilities.
+    A prompt about which the judge makes no choice (it is too long, for example) has `covered` None and no
+    probabilities.
     """
-    template = load_template("coverage")
+    template = templates.load_template("coverage")
     # By principle, so that what its questions begin with is read once.
-    asked = [
-        (place, principle, swapped)
+    requests = (
+        Request(
+            (number, principle.id, swapped), template.render(principle=principle, prompt=row["prompt"], swapped=swapped)
+        )
         for principle in constitution.principles
         for swapped in (False, True)
-        for place in range(len(prompts))
-    ]
-    questions = (
-        template.render(principle=principle, prompt=prompts[place]["prompt"], swapped=swapped)
-        for place, principle, swapped in asked
+        for number, row in enumerate(prompts)
     )
-    by: list[dict[str, float]] = [{} for _ in prompts]
-    masses, too_long = [0.0] * len(prompts), set()
-    for index, logprobs in engine.score(questions, LABELS):
-        place, principle, swapped = asked[index]
-        if logprobs is None:
-            too_long.add(place)
+    choices = {request.key: logprobs for request, logprobs in choice.choose(engine, requests, LABELS)}
+    for number, row in enumerate(prompts):
+        logprobs = {
+            principle.id: [choices[number, principle.id, swapped] for swapped in (False, True)]
+            for principle in constitution.principles
+        }
+        if any(None in orders for orders in logprobs.values()):
+            yield {"id": row["id"], "prompt": row["prompt"], "covered": None, "by": {}, "label_mass": None}
             continue
-        first = 0.5 + 0.5 * math.tanh((logprobs[0] - logprobs[1]) / 2)
-        yes = 1 - first if swapped else first
-        by[place][principle.id] = by[place].get(principle.id, 0.0) + yes / 2
-        masses[place] += sum(map(math.exp, logprobs)) / (2 * len(constitution.principles))
-    for place, row in enumerate(prompts):
-        said = {} if place in too_long else {name: round(p, 4) for name, p in by[place].items()}
-        found = dict(sorted(said.items(), key=lambda one: -one[1]))
-        covered = None if place in too_long else any(p >= threshold for p in found.values())
+        shares = {
+            name: round((choice.probabilities(plain)[0] + choice.probabilities(swapped)[1]) / 2, 4)
+            for name, (plain, swapped) in logprobs.items()
+        }
+        masses = [sum(map(math.exp, order)) for orders in logprobs.values() for order in orders]
         yield {
             "id": row["id"],
             "prompt": row["prompt"],
-            "covered": covered,
-            "by": found,
-            "label_mass": None if place in too_long else round(masses[place], 4),
+            "covered": any(p >= threshold for p in shares.values()),
+            "by": dict(sorted(shares.items(), key=lambda share: -share[1])),
+            "label_mass": round(sum(masses) / len(masses), 4),
         }
 
 
 def coverage_counts(rows: Iterable[dict], constitution: Constitution, threshold: float) -> dict:
-    """prompts, failed, uncovered (a rate), label_mass, and to how many prompts each principle speaks."""
-    speaks = dict.fromkeys((p.id for p in constitution.principles), 0)
-    n = failed = uncovered = 0
-    mass = 0.0
-    for row in rows:
-        n += 1
-        if row["covered"] is None:
-            failed += 1
-            continue
-        uncovered += not row["covered"]
-        mass += row["label_mass"]
-        for name, p in row["by"].items():
-            speaks[name] += p >= threshold
-    asked = n - failed
+    """prompts, failed, uncovered (a rate), label_mass, and to how many prompts each principle applies."""
+    rows = list(rows)
+    known = [row for row in rows if row["covered"] is not None]
     return {
-        "prompts": n,
-        "failed": failed,
-        "uncovered": intervals.rate(uncovered, asked),
-        "label_mass": mass / asked if asked else None,
-        "speaks_to": speaks,
+        "prompts": len(rows),
+        "failed": len(rows) - len(known),
+        "uncovered": intervals.rate(sum(not row["covered"] for row in known), len(known)),
+        "label_mass": sum(row["label_mass"] for row in known) / len(known) if known else None,
+        "speaks_to": {
+            principle.id: sum(row["by"].get(principle.id, 0.0) >= threshold for row in known)
+            for principle in constitution.principles
+        },
     }
 
 
 # --- ablation -----------------------------------------------------------------------------------------------
 
 
+def measure_without_each(options: SimpleNamespace, stem: Path) -> measurement.Measurement:
+    """What changes in the rates of revised rows without one principle at a time.
+
+    Args:
+        options: of `constitution.py ablate` by name, with sampling and loading.
+        stem: the reduced constitutions become `<stem>.without-<principle>.yaml`.
+    """
+    loading.check_model(options.model)
+    reader = classes.Reader(options.by, options.judge, endpoints=options.endpoints, loading=options.loading)
+    reader.check()
+    constitution = load_constitution(options.constitution)
+    reduced = {
+        principle.id: constitution.without(principle.id)
+        for principle in rendering.select(constitution, options.principles)
+    }
+
+    def check(row: dict, where: str, line: int) -> None:
+        rounds.check_rounds(row, where, line, critiqued=False)
+        check_drawn(row, constitution, where, line)
+        reader.check_row(row, where, line)
+
+    fields = ("prompt", "kind", "response", "rounds")
+    source = sources.Source(options.inputs, require=fields, limit=options.limit, check=check)
+    rows = list(without_each(source, list(reduced)))
+    revision = {"model": options.model, "constitution": constitution.sha256, "seed": options.seed}
+    revision |= {name: value for name, value in asdict(options.sampling).items() if name != "stop"}
+    _warn_of_other_settings(options.inputs, revision)
+    settings = {
+        **revision,
+        "weights": hashing.identity(options.model),
+        "input": source.digest,
+        "limit": options.limit,
+        "left_out": list(reduced),
+        "dtype": options.dtype,
+        "templates": [templates.load_template(name).sha256 for name in ("critique", "revise")],
+    }
+    reading = settings | {"by": options.by, "judge": options.judge}
+
+    def measure(claim: measurement.Claim) -> tuple[dict, dict]:
+        redone = _write_redone(claim("rows", settings), rows, reduced, options)
+        for name, without in reduced.items():
+            rendering.save_constitution(f"{stem}.without-{files.file_name(name)}.yaml", without, overwrite=True)
+        texts = [*source, *(row for row in redone if len(row["rounds"]) == row["wanted"])]
+        texts = ({**row, "response": rounds.text_of_round(row)} for row in texts)
+        classified = reader.write_classes(texts, claim("classes", reading))
+        masses = (row.get("letter_mass") for row in classified)
+        classes.mean_letter_mass(masses, "take a larger judge before you rely on this")
+        return _figures_without_each(classified, redone, reduced)
+
+    plan = {
+        "rows": source.count,
+        "redone": len(rows),
+        "model_calls": 2 * sum(row["wanted"] - len(row["rounds"]) for row in rows),
+        "measured": source.count + len(rows),
+    }
+    return measurement.Measurement(list(options.inputs), plan, reading, measure)
+
+
+def _warn_of_other_settings(inputs: Iterable[str], settings: dict) -> None:
+    """Warn where the rows were written with other settings: the difference would then not be the principle's."""
+    for path in inputs:
+        before = (read_manifest(path) or {}).get("fingerprint", {})
+        for key, value in settings.items():
+            if key in before and before[key] != value:
+                what = "another constitution file" if key == "constitution" else f"{key} {before[key]}, not {value}"
+                cli.warn(f"{path} was made with {what}: what changes is not due to the principle alone")
+
+
+def _write_redone(
+    output: Output, rows: Sequence[dict], reduced: dict[str, Constitution], options: SimpleNamespace
+) -> list[dict]:
+    """Write the rows of `redo`, window by window (resumable), and return them."""
+
+    def produce(engine: Engine) -> Iterator[dict]:
+        remaining = (row for row in rows if row["id"] not in output.done)
+        while window := list(islice(remaining, 16 * options.batch_size)):
+            yield from redo(engine, window, reduced, options.sampling, options.seed)
+
+    def count(redone: Iterable[dict]) -> dict:
+        return {"rows": len(rows), "failed": sum(len(row["rounds"]) < row["wanted"] for row in redone)}
+
+    def load() -> Engine | None:
+        return loading.load_engine(options.model, endpoints=options.endpoints, **options.loading) if rows else None
+
+    return measurement.fill(output, [row["id"] for row in rows], "revise again", load, produce, count)
+
+
 def without_each(rows: Iterable[dict], left_out: Sequence[str]) -> Iterator[dict]:
     """For each principle, the rows that drew it, back at the round that did: {…, left_out, original, wanted}.
 
-    original: the row's id; wanted: how many rounds it had. The id says both, so that it is one of its own.
+    original: the row's id; wanted: how many rounds it had. The new id names the row and the principle.
     """
     for row in rows:
-        drawn = [one["principle"] for one in row["rounds"]]
+        drawn = [round_["principle"] for round_ in row["rounds"]]
         for name in left_out:
             if name in drawn:
                 yield {
@@ -123,43 +249,64 @@ def without_each(rows: Iterable[dict], left_out: Sequence[str]) -> Iterator[dict
 
 
 def redo(
-    engine, rows: list[dict], constitutions: dict[str, Constitution], sampling: Sampling, seed: int
+    engine: Engine, rows: Iterable[dict], reduced: dict[str, Constitution], sampling: Sampling, seed: int
 ) -> Iterator[dict]:
-    """Rows of `without_each` with their rounds completed under `constitutions[left_out]`.
+    """Rows of `without_each` with their rounds completed under `reduced[left_out]`.
 
     Each text is drawn from the seed that critique.py and revise.py would use for the row and round. A row that does
     not fit the model's context comes back with fewer rounds than `wanted`.
     """
-    critique, revise = load_template("critique"), load_template("revise")
 
-    def ask(command, render):
-        seeds = [hashed_seed(command, seed, row["original"], len(row["rounds"])) for row in active]
-        made = dict(engine.generate([render(row) for row in active], sampling, seeds))
-        return [(row, made[place]) for place, row in enumerate(active) if not made[place].lost]
+    def draw(row: dict):
+        return reduced[row["left_out"]].draw(seed, row["original"], len(row["rounds"]))
 
-    def principle(row):
-        if row["rounds"] and row["rounds"][-1].get("revision") is None:
-            return constitutions[row["left_out"]][row["rounds"][-1]["principle"]]
-        return constitutions[row["left_out"]].draw(seed, row["original"], len(row["rounds"]))
+    def answer(command: str, rows: Iterable[dict], critiques: Mapping | None = None) -> dict[str, Generation]:
+        """{row id: its critique or revision}; a row that is not answered is missing."""
+        template = templates.load_template(command)
+        requests = (
+            Request(
+                row["id"],
+                template.render(
+                    principle=draw(row),
+                    prompt=row["prompt"],
+                    response=rounds.text_of_round(row),
+                    **({"critique": critiques[row["id"]].text} if critiques else {}),
+                ),
+                # revise.py counts the round that it completes
+                hashing.hashed_seed(command, seed, row["original"], len(row["rounds"]) + bool(critiques)),
+            )
+            for row in rows
+        )
+        return {request.key: text for request, text in engine.generate(requests, sampling) if not text.lost}
 
-    def shown(row):
-        return {"principle": principle(row), "prompt": row["prompt"], "response": current_response(row)}
-
-    rows = [{**row, "rounds": list(row["rounds"])} for row in rows]
-    while active := [row for row in rows if len(row["rounds"]) < row["wanted"] and not row.get("failed")]:
+    rows = active = [{**row, "rounds": list(row["rounds"])} for row in rows]
+    while active:
+        critiques = answer("critique", active)
+        revisions = answer("revise", [row for row in active if row["id"] in critiques], critiques)
+        active = [row for row in active if row["id"] in revisions]
         for row in active:
-            row["failed"] = True  # until both texts of the round are there
-        for row, made in ask("critique", lambda row: critique.render(**shown(row))):
-            row["rounds"].append({"principle": principle(row).id, "critique": made.text})
-        active = [row for row in active if row["rounds"] and row["rounds"][-1].get("revision") is None]
-        for row, made in ask("revise", lambda row: revise.render(**shown(row), critique=row["rounds"][-1]["critique"])):
-            before = current_response(row)
-            row["rounds"][-1] |= {"revision": made.text, "flags": flags(before, made.text, made.finish)}
-            row["failed"] = False
-    for row in rows:
-        if row.pop("failed", False) and row["rounds"] and row["rounds"][-1].get("revision") is None:
-            row["rounds"].pop()
+            revision = revisions[row["id"]]
+            flagged = flags(rounds.text_of_round(row), revision.text, revision.finish)
+            texts = {"critique": critiques[row["id"]].text, "revision": revision.text, "flags": flagged}
+            row["rounds"].append({"principle": draw(row).id, **texts})
+        active = [row for row in active if len(row["rounds"]) < row["wanted"]]
     yield from rows
+
+
+def _figures_without_each(
+    classified: Iterable[dict], redone: Sequence[dict], names: Iterable[str]
+) -> tuple[dict, dict]:
+    """({`<principle> <metric>`: difference}, counts) from the classes of all rows, those that were redone included."""
+    class_of = {row["id"]: (row["kind"], row["class"]) for row in classified}
+    redone_ids = {row["id"] for row in redone}
+    figures = {}
+    for name in names:
+        new_id = {row["original"]: row["id"] for row in redone if row["left_out"] == name}
+        relevant = {id_: class_of[id_] for id_ in class_of if id_ not in redone_ids or id_ in new_id.values()}
+        for difference in differences(relevant, new_id):
+            figures[f"{name} {difference['metric']}"] = {"left_out": name, "redone": len(new_id), **difference}
+    failed = sum(class_ is None for _, class_ in class_of.values()) + len(redone_ids - set(class_of))
+    return figures, {"failed": failed}
 
 
 def differences(classes: dict[str, tuple[str, str | None]], redone: dict[str, str]) -> Iterator[dict]:
@@ -172,32 +319,59 @@ def differences(classes: dict[str, tuple[str, str | None]], redone: dict[str, st
     The difference is without minus full, with the 95 % interval of a paired difference: rows that were not redone
     count as no difference. With one row low and high are None. Rows without a class on either side are in no rate.
     """
+    substitutes = set(redone.values())
     for metric, (kind, counted) in rates.RATES.items():
-        full, less = [], []
-        for row_id, (its_kind, before) in classes.items():
-            after = classes.get(redone.get(row_id, row_id), (kind, None))[1]
-            if its_kind == kind and before is not None and after is not None and row_id not in redone.values():
-                full.append(before in counted)
-                less.append(after in counted)
-        if not full:
-            continue
-        found = intervals.mean([b - a for a, b in zip(full, less, strict=True)])
-        yield {
-            "metric": metric,
-            "full": sum(full) / len(full),
-            "without": sum(less) / len(less),
-            "difference": found["value"],
-            "low": found["low"],
-            "high": found["high"],
-            "n": len(full),
-        }
+        pairs = [
+            (before in counted, after in counted)
+            for row_id, (kind_of_row, before) in classes.items()
+            for _, after in [classes.get(redone.get(row_id, row_id), (kind, None))]
+            if kind_of_row == kind and None not in (before, after) and row_id not in substitutes
+        ]
+        if pairs:
+            full, without = (sum(successes) / len(pairs) for successes in zip(*pairs, strict=True))
+            difference = intervals.mean([after - before for before, after in pairs])
+            yield {
+                "metric": metric,
+                "full": full,
+                "without": without,
+                "difference": difference["value"],
+                "low": difference["low"],
+                "high": difference["high"],
+                "n": len(pairs),
+            }
 
 
-def check_drawn(row: dict, constitution: Constitution, where, line: int) -> None:
+def check_drawn(row: dict, constitution: Constitution, where: str, line: int) -> None:
     """InputError unless every round of the row drew a principle of the constitution, and is complete."""
-    for number, one in enumerate(row["rounds"], 1):
-        if one["principle"] not in constitution:
-            found = f"round {number} drew {one['principle']!r}, which {constitution.name} has not"
-            raise InputError(found, where=where, line=line, expected="rows that were revised under this constitution")
+    for number, round_ in enumerate(row["rounds"], 1):
+        if round_["principle"] not in constitution:
+            raise InputError(
+                f"round {number} drew {round_['principle']!r}, which {constitution.name} does not have",
+                where=where,
+                line=line,
+                expected="rows that were revised under this constitution",
+            )
     if not row["rounds"]:
         raise InputError("no rounds", where=where, line=line, expected="rows of revise.py")
+
+
+def differences_as_text(rows: Iterable[dict]) -> str:
+    """A line for each principle and figure that changed."""
+
+    def points(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:+.1f}"  # a single row has no spread to measure
+
+    changed = [
+        (
+            f"without {row['left_out']}",
+            row["metric"].replace("_", " "),
+            row["redone"],
+            f"{100 * row['full']:.1f} → {100 * row['without']:.1f} %",
+            f"{points(row['difference'])} ({points(row['low'])} to {points(row['high'])})",
+        )
+        for row in rows
+        if row["difference"]
+    ]
+    if not changed:
+        return "no figure changed, whichever principle was left out"
+    return tables.table(("", "figure", "redone", "full → without", "points (95 % interval)"), changed)

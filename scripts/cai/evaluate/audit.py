@@ -1,60 +1,46 @@
-"""What a judge's labels are worth: its bents, its agreement with itself, with other judges and with gold labels.
+"""The quality of a judge's labels: its biases, its agreement with itself, with other judges and with gold labels.
 
     python scripts/judge.py --input pairs.jsonl --model tiny --output judged.jsonl --audit audit.json
 
 Every figure is {value, low, high, n} with a 95 % interval; pairs of one prompt count as alike (`clusters`). Read from
 the rows that judge.py wrote, which keep every verdict: nothing is judged again. Leaves out a verdict on the judge:
-which bent is too strong is for the reader to say (SKILL.md has gates).
+which bias is too strong is for the reader to decide (SKILL.md has gates).
 """
 
 import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from cai.base import files, hashing
 from cai.base.errors import InputError, shorten
-from cai.base.hashing import hashed_seed
 from cai.data import preferences
 from cai.stats import agreement, calibration, drawing, intervals
 
 NOTHING = {"value": None, "low": None, "high": None, "n": 0}
 
 
-class _Share:
-    """Shares of successes, each with the prompt that it belongs to."""
-
-    def __init__(self):
-        self.successes, self.prompts = [], []
-
-    def add(self, success: float, prompt: int) -> None:
-        self.successes.append(success)
-        self.prompts.append(prompt)
-
-    def rate(self) -> dict:
-        return intervals.clustered_rate(self.successes, self.prompts)
-
-
 def measure(rows: Iterable[dict], judges: Sequence[str]) -> dict:
     """The figures of rows that judge.py wrote.
 
     Args:
-        judges: names of the judges that made them.
+        judges: names of the judges that wrote their verdicts.
 
     Of all pairs but ties (identical responses):
         nulls: rate without a readable verdict. undecided: rate at exactly a half.
-        same_position: rate of verdicts' pairs of orders that prefer the same place, order_agreement: that prefer
-            the same response. first_shown: mean probability of what was shown first; 0.5 without a bent.
+        same_position: rate of verdicts' pairs of orders that prefer the same position, order_agreement: that prefer
+            the same response. first_shown: mean probability of the response shown first; 0.5 without a bias.
         label_mass: mean share of probability that went to the labels; low_mass: rate of verdicts below a half,
-            where the judge was about to say something else, a refusal for instance. None where it wrote letters.
+            where the judge was about to write something else, a refusal for instance. None where it wrote letters.
         mean_margin: of |2p − 1|.
         win_rate: mean probability that response_a is better. length_corrected_win_rate: what it would be if both
             were of one length. length_correlation: of that probability with the difference in characters.
-            longer_wins: rate of decided pairs that the longer one wins.
-        self_preference: rate of decided pairs with one response of the judge's own (`model_a`, `model_b`) that
-            this one wins; self_preference_excess: by how much more than by gold labels or, where there are none,
-            by the mean of the other judges.
+            longer_wins: rate of decided pairs that the longer response wins.
+        self_preference: rate of decided pairs with one response by the judge itself (`model_a`, `model_b`) that
+            this response wins; self_preference_excess: by how much more than by gold labels or, where there are
+            none, by the mean of the other judges.
         disagreement: rate of verdicts under one of several principles that are against the combined label.
         principles: {id: {win_rate, same_position, disagreement, accuracy}}.
     With gold labels:
@@ -63,169 +49,210 @@ def measure(rows: Iterable[dict], judges: Sequence[str]) -> dict:
     With several judges:
         agreement: Krippendorff's alpha. judges: {name: {accuracy, ece, nulls, disagreement, self_preference}}.
 
-    Raises InputError for a row that judge.py did not write, or a label that is no probability.
+    Raises InputError for a row that judge.py did not write, or a label that is not a probability.
     """
-    count = dict.fromkeys(("rows", "pairs", "identical", "empty"), 0)
-    shares: dict[str, _Share] = defaultdict(_Share)
-    principles: dict[str, dict[str, _Share]] = defaultdict(lambda: defaultdict(_Share))
-    each: dict[str, _Judge] = {name: _Judge() for name in judges}
-    whole = _Judge()
-    margins, masses, first_shown, votes = [], [], [], Counter()
-    labels, lengths, prompts, excess = [], [], [], []
+    identical, pairs, verdicts, orders, labels = 0, [], [], [], []
     for number, row in enumerate(rows, 1):
-        count["rows"] += 1
         _check(row, number)
         if row.get("tie"):
-            count["identical"] += 1
+            identical += 1
             continue
-        count["pairs"] += 1
-        prompt = hashed_seed(preferences.prompt_key(row))  # eight bytes for what may be long
-        a, b = row["response_a"], row["response_b"]
-        count["empty"] += not (a.strip() and b.strip())
-        p, gold = row["p_a"], row.get("gold")
-        shares["nulls"].add(p is None, prompt)
-        for one in row["verdicts"]:
-            if one.get("mass") is not None:
-                masses.append(one["mass"])
-                shares["low_mass"].add(one["mass"] < 0.5, prompt)
-            if one["p_a"] is not None:
-                first_shown.append(one["p_a"] if one["order"] == preferences.ORDERS[0] else 1 - one["p_a"])
-        for (_, principle), both in preferences.group_verdicts(row["verdicts"]).items():
-            if None not in both:
-                name = principle or row["principle"]
-                _read_both(both, p if principle else None, gold, prompt, shares, principles[name])
-        by_judge = row.get("judges") or {judges[0]: p}
-        for name, label in by_judge.items():
-            judge = each.setdefault(name, _Judge())
-            judge.add(label, p, row, prompt)
-            if own := _of_own(name, label, by_judge, row):
-                judge.own.add(own[0], prompt)
-                shares["self_preference"].add(own[0], prompt)
-                if own[1] is not None:
-                    excess.append(own[0] - own[1])
-        votes[agreement.votes(list(by_judge.values()))] += 1
-        if p is None:
-            continue
-        whole.add(p, None, row, prompt)
-        shares["undecided"].add(p == 0.5, prompt)
-        shares["win_rate"].add(p, prompt)
-        margins.append(abs(2 * p - 1))
-        labels.append(p)
-        lengths.append(len(a) - len(b))
-        prompts.append(prompt)
-        if p != 0.5 and len(a) != len(b):
-            shares["longer_wins"].add((p > 0.5) == (len(a) > len(b)), prompt)
-        if gold and p != 0.5:
-            shares["always_a"].add(gold == "a", prompt)
-            shares["longer"].add((len(a) > len(b)) == (gold == "a"), prompt)
-    made = {
-        **count,
-        **whole.figures(),
-        **{name: shares[name].rate() for name in ("nulls", "undecided", "same_position", "order_agreement")},
-        "first_shown": intervals.mean(first_shown),
-        "label_mass": intervals.mean(masses),
-        "low_mass": shares["low_mass"].rate(),
-        "mean_margin": intervals.mean(margins),
-        "win_rate": shares["win_rate"].rate(),
-        "length_corrected_win_rate": length_corrected(labels, lengths, prompts),
-        "length_correlation": intervals.correlation(labels, lengths),
-        "longer_wins": shares["longer_wins"].rate(),
-        "self_preference": shares["self_preference"].rate(),
-        "self_preference_excess": intervals.mean(excess),
+        by_judge = row.get("judges") or {judges[0]: row["p_a"]}
+        pair = _read_pair(row, by_judge)
+        pairs.append(pair)
+        labels += [
+            {**pair, "judge": name, "p": p, "own": _own_preference(name, by_judge, row)} for name, p in by_judge.items()
+        ]
+        verdicts += [{**verdict, "prompt": pair["prompt"]} for verdict in row["verdicts"]]
+        orders += _read_orders(row, pair)
+    figures = {
+        "rows": len(pairs) + identical,
+        "pairs": len(pairs),
+        "identical": identical,
+        "empty": sum(pair["empty"] for pair in pairs),
+        **_label_figures(pairs),
+        **_pair_figures(pairs),
+        **_verdict_figures(verdicts),
+        **_order_figures(orders),
+        **_own_figures(labels),
     }
-    for name in ("always_a", "longer", "disagreement"):
-        if name in shares:
-            made[name] = shares[name].rate()
-    made["principles"] = {
-        name: {figure: share.rate() for figure, share in found.items()} for name, found in sorted(principles.items())
+    names = list(dict.fromkeys([*judges, *(label["judge"] for label in labels)]))
+    if len(names) > 1:
+        figures["agreement"] = agreement.agreement(Counter(pair["votes"] for pair in pairs))
+        figures["judges"] = {name: _judge_figures([row for row in labels if row["judge"] == name]) for name in names}
+    return figures
+
+
+def _read_pair(row: dict, by_judge: Mapping[str, float | None]) -> dict:
+    """What is counted of a row. p: the label that is measured, here the combined one."""
+    return {
+        "prompt": hashing.hashed_seed(preferences.prompt_key(row)),  # eight bytes for what may be long
+        "p": row["p_a"],
+        "combined": row["p_a"],
+        "gold": row.get("gold"),
+        "longer": len(row["response_a"]) - len(row["response_b"]),
+        "empty": not (row["response_a"].strip() and row["response_b"].strip()),
+        "votes": agreement.votes(list(by_judge.values())),
     }
-    if len(each) > 1:
-        made["agreement"] = agreement.agreement(votes)
-        made["judges"] = {name: one.figures() | one.beside() for name, one in each.items()}
-    return made
 
 
-class _Judge:
-    """What the labels of one judge, or of all combined, add up to."""
-
-    def __init__(self):
-        self.right, self.nulls, self.against, self.own = _Share(), _Share(), _Share(), _Share()
-        self.said, self.held, self.losses = [], [], []
-
-    def add(self, p: float | None, combined: float | None, row: dict, prompt: int) -> None:
-        self.nulls.add(p is None, prompt)
-        if p is None:
-            return
-        if combined is not None and 0.5 not in (p, combined):
-            self.against.add((p > 0.5) != (combined > 0.5), prompt)
-        if row.get("gold"):
-            is_a = row["gold"] == "a"
-            if p != 0.5:
-                self.right.add((p > 0.5) == is_a, prompt)
-            # Of the side that was chosen; at a half neither was, and either would do.
-            self.said.append(max(p, 1 - p))
-            self.held.append(0.5 if p == 0.5 else float((p > 0.5) == is_a))
-            self.losses.append(-math.log(max(p if is_a else 1 - p, 1e-12)))
-
-    def figures(self) -> dict:
-        if not self.said:
-            return {}
-        found = calibration.calibration(self.said, self.held)
-        return {
-            "accuracy": self.right.rate(),
-            "ece": found["ece"],
-            "log_loss": intervals.mean(self.losses),
-            "calibration": found,
+def _read_orders(row: dict, pair: dict) -> list[dict]:
+    """Of each judge and principle, the verdicts in both orders. p: their mean; combined: only of several principles."""
+    return [
+        {
+            **pair,
+            "principle": principle or row["principle"],
+            "orders": orders,
+            "p": sum(orders) / 2,
+            "combined": row["p_a"] if principle else None,
         }
-
-    def beside(self) -> dict:
-        return {"nulls": self.nulls.rate(), "disagreement": self.against.rate(), "self_preference": self.own.rate()}
-
-
-def _read_both(both, combined, gold, prompt, shares, found) -> None:
-    """Count both orders of one judge under one principle; `found` is the principle's own."""
-    same = preferences.same_position(*both)
-    agree = (both[0] - 0.5) * (both[1] - 0.5) > 0
-    p = sum(both) / 2
-    shares["same_position"].add(same, prompt)
-    shares["order_agreement"].add(agree, prompt)
-    found["win_rate"].add(p, prompt)
-    found["same_position"].add(same, prompt)
-    if combined is not None and 0.5 not in (p, combined):
-        against = (p > 0.5) != (combined > 0.5)
-        found["disagreement"].add(against, prompt)
-        shares["disagreement"].add(against, prompt)
-    if gold and p != 0.5:
-        found["accuracy"].add((p > 0.5) == (gold == "a"), prompt)
+        for (_, principle), orders in preferences.group_verdicts(row["verdicts"]).items()
+        if None not in orders
+    ]
 
 
-def _of_own(name: str, label: float | None, by_judge: Mapping, row: dict) -> tuple[bool, float | None] | None:
+def _rate(rows: Sequence[dict], success: Callable[[dict], float]) -> dict:
+    """The rate over rows, those of one prompt alike."""
+    return intervals.clustered_rate([success(row) for row in rows], [row["prompt"] for row in rows])
+
+
+def _accuracy(rows: Iterable[dict]) -> dict:
+    """How often a decided label is the gold one."""
+    return _rate([row for row in rows if row["gold"] and row["p"] not in (None, 0.5)], _is_right)
+
+
+def _is_right(row: dict) -> bool:
+    return (row["p"] > 0.5) == (row["gold"] == "a")
+
+
+def _disagreement(rows: Iterable[dict]) -> dict:
+    """How often a decided label is against the combined one."""
+    decided = [row for row in rows if not {None, 0.5} & {row["p"], row["combined"]}]
+    return _rate(decided, lambda row: (row["p"] > 0.5) != (row["combined"] > 0.5))
+
+
+def _label_figures(rows: Iterable[dict]) -> dict:
+    """accuracy, ece, log_loss and calibration of labels whose gold is known; {} without any."""
+    known = [row for row in rows if row["gold"] and row["p"] is not None]
+    if not known:
+        return {}
+    # The confidence is in the side that was chosen; at a half neither was, and either would do.
+    outcomes = [0.5 if row["p"] == 0.5 else float(_is_right(row)) for row in known]
+    bins = calibration.calibration([max(row["p"], 1 - row["p"]) for row in known], outcomes)
+    p_gold = [row["p"] if row["gold"] == "a" else 1 - row["p"] for row in known]
+    log_loss = intervals.mean([-math.log(max(p, 1e-12)) for p in p_gold])
+    return {"accuracy": _accuracy(known), "ece": bins["ece"], "log_loss": log_loss, "calibration": bins}
+
+
+def _pair_figures(pairs: Sequence[dict]) -> dict:
+    known = [pair for pair in pairs if pair["p"] is not None]
+    decided = [pair for pair in known if pair["p"] != 0.5]
+    with_gold = [pair for pair in decided if pair["gold"]]
+    labels, lengths = [pair["p"] for pair in known], [pair["longer"] for pair in known]
+    rules = {
+        "always_a": _rate(with_gold, lambda pair: pair["gold"] == "a"),
+        "longer": _rate(with_gold, lambda pair: (pair["longer"] > 0) == (pair["gold"] == "a")),
+    }
+    return {
+        "nulls": _rate(pairs, lambda pair: pair["p"] is None),
+        "undecided": _rate(known, lambda pair: pair["p"] == 0.5),
+        "mean_margin": intervals.mean([abs(2 * p - 1) for p in labels]),
+        "win_rate": _rate(known, lambda pair: pair["p"]),
+        "length_corrected_win_rate": length_corrected(labels, lengths, [pair["prompt"] for pair in known]),
+        "length_correlation": intervals.correlation(labels, lengths),
+        "longer_wins": _rate(
+            [pair for pair in decided if pair["longer"]], lambda pair: (pair["p"] > 0.5) == (pair["longer"] > 0)
+        ),
+        **(rules if with_gold else {}),
+    }
+
+
+def _verdict_figures(verdicts: Sequence[dict]) -> dict:
+    with_mass = [verdict for verdict in verdicts if verdict.get("mass") is not None]
+    first = [
+        v["p_a"] if v["order"] == preferences.ORDERS[0] else 1 - v["p_a"] for v in verdicts if v["p_a"] is not None
+    ]
+    return {
+        "first_shown": intervals.mean(first),
+        "label_mass": intervals.mean([verdict["mass"] for verdict in with_mass]),
+        "low_mass": _rate(with_mass, lambda verdict: verdict["mass"] < 0.5),
+    }
+
+
+def _order_figures(orders: Sequence[dict]) -> dict:
+    """Figures of verdicts in both orders, all together and by principle; without those that no row counts for."""
+
+    def same_position(rows: Sequence[dict]) -> dict:
+        return _rate(rows, lambda row: preferences.same_position(*row["orders"]))
+
+    by_principle = defaultdict(list)
+    for row in orders:
+        by_principle[row["principle"]].append(row)
+    principles = {
+        name: {
+            "win_rate": _rate(rows, lambda row: row["p"]),
+            "same_position": same_position(rows),
+            "disagreement": _disagreement(rows),
+            "accuracy": _accuracy(rows),
+        }
+        for name, rows in sorted(by_principle.items())
+    }
+    disagreement = _disagreement(orders)
+    return {
+        "same_position": same_position(orders),
+        "order_agreement": _rate(orders, lambda row: (row["orders"][0] - 0.5) * (row["orders"][1] - 0.5) > 0),
+        **({"disagreement": disagreement} if disagreement["n"] else {}),
+        "principles": {
+            name: {figure: rate for figure, rate in rates.items() if rate["n"]} for name, rates in principles.items()
+        },
+    }
+
+
+def _own_figures(labels: Sequence[dict]) -> dict:
+    self_written = [row for row in labels if row["own"]]
+    return {
+        "self_preference": _rate(self_written, lambda row: row["own"][0]),
+        "self_preference_excess": intervals.mean(
+            [is_own - others for is_own, others in (row["own"] for row in self_written) if others is not None]
+        ),
+    }
+
+
+def _judge_figures(labels: Sequence[dict]) -> dict:
+    return {
+        **_label_figures(labels),
+        "nulls": _rate(labels, lambda row: row["p"] is None),
+        "disagreement": _disagreement(labels),
+        "self_preference": _own_figures(labels)["self_preference"],
+    }
+
+
+def _own_preference(judge: str, labels: Mapping[str, float | None], row: dict) -> tuple[bool, float | None] | None:
     """(whether a judge prefers its own response, how far others do); None where it wrote neither, or both.
 
     The others: the gold label, or the share of the other judges.
     """
-    wrote = [side for side in "ab" if row.get(f"model_{side}") == name]
-    if len(wrote) != 1 or label in (None, 0.5):
+    own_sides = [side for side in "ab" if row.get(f"model_{side}") == judge]
+    if len(own_sides) != 1 or labels[judge] in (None, 0.5):
         return None
-    if row.get("gold"):
-        others = float(row["gold"] == wrote[0])
-    else:
-        others = agreement.majority([p for judge, p in by_judge.items() if judge != name])
-        if others is not None and wrote[0] == "b":
-            others = 1 - others
-    return (label > 0.5) == (wrote[0] == "a"), others
+    [side] = own_sides
+    prefers_a = [p for name, p in labels.items() if name != judge]
+    others = float(row["gold"] == "a") if row.get("gold") else agreement.majority(prefers_a)
+    if others is not None and side == "b":
+        others = 1 - others
+    return (labels[judge] > 0.5) == (side == "a"), others
 
 
 def length_corrected(labels: Sequence[float], differences: Sequence[int], clusters: Sequence) -> dict:
-    """The mean label that is left when both responses are of one length.
+    """The mean label as it would be if both responses had the same length.
 
-    The label's log-odds are taken to be a constant and a multiple of tanh(difference / standard deviation), as in
-    Dubois et al. 2024 (arXiv 2404.04475) without their term for how hard a prompt is; the constant alone is shown.
-    Fitted by Newton's method, weakly held to 0 (variance 25) so that it exists where all labels are alike. The 95 %
+    The label's log-odds are a constant plus a multiple of tanh(difference / standard deviation), as in Dubois et al.
+    2024 (arXiv 2404.04475) without their term for how hard a prompt is; the constant alone is reported. Fitted by
+    Newton's method with a weak prior (mean 0, variance 25), so that it exists where all labels are alike. The 95 %
     interval is the sandwich estimator's, by clusters.
 
     Args:
-        labels: probability that response_a is better. differences: characters of a less those of b.
+        labels: probability that response_a is better. differences: characters of a minus those of b.
     """
     import numpy as np
 
@@ -242,9 +269,9 @@ def length_corrected(labels: Sequence[float], differences: Sequence[int], cluste
         weights += np.clip(step, -2, 2)
         if np.abs(step).max() < 1e-10:
             break
-    _, places = np.unique(np.asarray(clusters), return_inverse=True)
-    sums = np.zeros((places.max() + 1, 2))
-    np.add.at(sums, places, x * (y - p)[:, None])
+    _, positions = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.zeros((positions.max() + 1, 2))
+    np.add.at(sums, positions, x * (y - p)[:, None])
     inverse = np.linalg.inv(curvature)
     half = intervals.Z * math.sqrt((inverse @ (sums.T @ sums) @ inverse)[0, 0])
     value, low, high = (float(1 / (1 + np.exp(-z))) for z in (weights[0], weights[0] - half, weights[0] + half))
@@ -252,7 +279,7 @@ def length_corrected(labels: Sequence[float], differences: Sequence[int], cluste
 
 
 def check_path(path: str | None, others: Iterable[str]) -> None:
-    """InputError if the audit can't go there: it must be a .json beside which a .png can lie, and no other file."""
+    """InputError unless the audit can go there: a .json beside which a .png can lie, and no input or output."""
     if path is None:
         return
     if Path(path).suffix != ".json":
@@ -262,24 +289,20 @@ def check_path(path: str | None, others: Iterable[str]) -> None:
 
 
 def write(path: str, measured: Mapping, title: str) -> dict:
-    """Write the figures as JSON and, with gold labels, the reliability diagram beside it. Returns where they are."""
-    written = {"file": str(path)}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    """Write the figures as JSON and, with gold labels, the reliability diagram beside it. Returns their paths."""
+    paths = {"file": str(path)}
+    files.write_text(path, json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
     if "calibration" in measured:
-        picture = Path(path).with_suffix(".png")
-        drawing.reliability(picture, measured["calibration"], shorten(title, 40))
-        written["reliability"] = str(picture)
-    temporary = f"{path}.tmp"
-    Path(temporary).write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-    return written
+        paths["reliability"] = str(Path(path).with_suffix(".png"))
+        drawing.reliability(paths["reliability"], measured["calibration"], shorten(title, 40))
+    return paths
 
 
 def _check(row: dict, number: int) -> None:
     missing = [name for name in ("prompt", "response_a", "response_b", "p_a", "verdicts") if name not in row]
     if missing:
         raise InputError(f"row {number} has no {missing[0]!r}", expected="rows that judge.py wrote")
-    for p in (row["p_a"], *(row.get("judges") or {}).values(), *(one["p_a"] for one in row["verdicts"])):
+    for p in (row["p_a"], *(row.get("judges") or {}).values(), *(verdict["p_a"] for verdict in row["verdicts"])):
         if p is not None and (isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1):
             raise InputError(
                 f"row {number} ({shorten(row.get('id'))}) has the label {shorten(p)!r}",

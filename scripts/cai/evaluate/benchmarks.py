@@ -1,7 +1,7 @@
 """Multiple-choice evaluations in the format of the paper's three sets: read, scored, and set beside trivial answers.
 
-    source = Source(["438HHHEvaluations.jsonl"], require=choice.FIELDS, check=choice.check)
-    for row, scores in choice.by_model(source, load_engine("tiny"), "chat"): ...
+    source = Source(["438HHHEvaluations.jsonl"], require=benchmarks.FIELDS, check=benchmarks.check)
+    for row, scores in benchmarks.by_model(source, load_engine("tiny"), "chat"): ...
 
 A row: `prompt`, `corrects`, `incorrects` (answers, each with the space that follows the prompt); for a reward model
 `text_correct` and `text_incorrect`, two whole transcripts. An answer's score is the sum of the log-probabilities of
@@ -17,7 +17,7 @@ from itertools import islice
 from cai.base import hashing
 from cai.base.errors import CaiError, InputError, shorten
 from cai.data import dialogue
-from cai.data.dialogue import as_messages, prompt_text
+from cai.evaluate.rates import without_clusters
 from cai.stats import calibration, intervals
 
 FIELDS = ("prompt", "corrects", "incorrects")
@@ -32,39 +32,25 @@ _WINDOW = 32  # batches of sequences that are sorted by length together
 # --- rows ----------------------------------------------------------------------------------------------------
 
 
-def check(row: dict, where, line: int) -> None:
+def check(row: dict, where: str, line: int) -> None:
     """InputError unless the row has right and wrong answers, all different, to a prompt that is one text."""
+
+    def refuse(problem: str, expected: str, remedy: str = "Fix or delete this row") -> InputError:
+        return InputError(problem, where=where, line=line, expected=expected, remedy=remedy)
+
     if not isinstance(row["prompt"], str):
-        raise InputError(
-            "the prompt is a conversation",
-            where=where,
-            line=line,
-            expected="one text",
-            remedy="Begin it otherwise than with `Human:`, as the paper's sets do",
-        )
+        remedy = "Begin it with something other than `Human:`, as the paper's sets do"
+        raise refuse("the prompt is a conversation", "one text", remedy)
     for name in ("corrects", "incorrects"):
-        found = row[name]
-        if not isinstance(found, list) or not found or not all(isinstance(one, str) and one.strip() for one in found):
-            raise InputError(
-                f"{name!r} is {shorten(found)!r}",
-                where=where,
-                line=line,
-                expected="a list of at least one answer, each a text",
-                remedy="Mend or delete this row",
-            )
-    every = [one.strip() for one in answers(row)]
-    if len(set(every)) < len(every):
-        [(twice, _)] = Counter(every).most_common(1)
-        raise InputError(
-            f"the answer {shorten(twice)!r} is there twice",
-            where=where,
-            line=line,
-            expected="answers that differ",
-            remedy="Mend or delete this row",
-        )
+        texts = row[name]
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise refuse(f"{name!r} is {shorten(texts)!r}", "a list of at least one answer, each a text")
+    [(answer, count), *_] = Counter(answer.strip() for answer in answers(row)).most_common()
+    if count > 1:
+        raise refuse(f"the answer {shorten(answer)!r} is there twice", "answers that differ")
 
 
-def check_texts(row: dict, where, line: int) -> None:
+def check_texts(row: dict, where: str, line: int) -> None:
     """InputError unless the row has two transcripts that begin alike, for a reward model."""
     check(row, where, line)
     missing = [name for name in TEXTS if not isinstance(row.get(name), str)]
@@ -76,13 +62,13 @@ def check_texts(row: dict, where, line: int) -> None:
             expected="two whole transcripts",
             remedy="Measure a language model on this file (--model)",
         )
-    if _pair(row) is None:
+    if _split_texts(row) is None:
         raise InputError(
             "text_correct and text_incorrect do not begin alike",
             where=where,
             line=line,
             expected=r"transcripts (\n\nHuman: ... \n\nAssistant: ...) with the same first turn",
-            remedy="Mend or delete this row",
+            remedy="Fix or delete this row",
         )
 
 
@@ -91,23 +77,23 @@ def answers(row: dict) -> list[str]:
     return [*row["corrects"], *row["incorrects"]]
 
 
-def _pair(row: dict) -> dict | None:
-    """{prompt, chosen, rejected} of the two transcripts, None if they share nothing."""
-    made = dialogue.split_pair({"chosen": row["text_correct"], "rejected": row["text_incorrect"]})
-    return made if "prompt" in made else None
+def _split_texts(row: dict) -> dict | None:
+    """{prompt, chosen, rejected} of the two transcripts, None if they have nothing in common."""
+    pair = dialogue.split_pair({"chosen": row["text_correct"], "rejected": row["text_incorrect"]})
+    return pair if "prompt" in pair else None
 
 
 def context(row: dict) -> str:
-    """What several questions may share: the conversation that they are about, without the question and its options."""
+    """What several questions may have in common: the conversation that they are about, without question and options."""
     if isinstance(row.get("context"), str):
-        found = row["context"]
-    elif all(isinstance(row.get(name), str) for name in TEXTS) and (pair := _pair(row)):
-        found = prompt_text(pair["prompt"])
+        text = row["context"]
+    elif all(isinstance(row.get(name), str) for name in TEXTS) and (pair := _split_texts(row)):
+        text = dialogue.prompt_text(pair["prompt"])
     else:
-        first = min(one.strip() for one in answers(row))
+        first = min(answer.strip() for answer in answers(row))
         before, options, _ = row["prompt"].partition(f"\n {first}")
-        found = before.rstrip().rpartition("\n\n")[0] if options else ""
-    return " ".join((found or row["prompt"]).split())
+        text = before.rstrip().rpartition("\n\n")[0] if options else ""
+    return " ".join((text or row["prompt"]).split())
 
 
 # --- scores --------------------------------------------------------------------------------------------------
@@ -117,32 +103,29 @@ def by_model(rows: Iterable[dict], engine, form: str) -> Iterator[tuple[dict, li
     """Each row with the log-probability of each of its `answers`; None where one does not fit the model's context.
 
     Args:
-        engine: of `engines.load_engine`.
-        form: "text" goes on where the prompt ends, as a pretrained model would; "chat" puts the prompt into a user's
+        engine: a model on this machine.
+        form: "text" continues where the prompt ends, as a pretrained model would; "chat" puts the prompt into a user
             turn, and its last line, where that ends with a colon ("The answer is:"), into the assistant's.
     """
     rows = iter(rows)
     while window := list(islice(rows, _WINDOW * engine.batch_size)):
-        asked: list[tuple[int, list[int], int]] = []  # row, token ids, where the answer begins
-        lost = set()
+        sequences = []  # (row's number, answer's number, token ids, where the answer begins)
         for number, row in enumerate(window):
-            begins, sequences = encoded(row, engine, form)
-            if engine.context and max(map(len, sequences)) > engine.context:
-                lost.add(number)
-            else:
-                asked += [(number, ids, begins) for ids in sequences]
-        scores: list[list[float]] = [[] for _ in window]
-        found: dict[int, float] = {}
-        order = sorted(range(len(asked)), key=lambda i: -len(asked[i][1]))
-        for start in range(0, len(order), engine.batch_size):
-            batch = order[start : start + engine.batch_size]
-            found |= zip(batch, _logprobs(engine, [asked[i][1:] for i in batch]), strict=True)
-        for i, (number, *_) in enumerate(asked):
-            scores[number].append(found[i])
-        yield from ((row, None if number in lost else scores[number]) for number, row in enumerate(window))
+            begin, encoded = encode(row, engine, form)
+            if not engine.context or max(map(len, encoded)) <= engine.context:
+                sequences += [(number, answer, ids, begin) for answer, ids in enumerate(encoded)]
+        sequences.sort(key=lambda sequence: -len(sequence[2]))
+        scores: dict[int, dict[int, float]] = {}
+        for start in range(0, len(sequences), engine.batch_size):
+            batch = sequences[start : start + engine.batch_size]
+            logprobs = _sum_logprobs(engine, [(ids, begin) for _, _, ids, begin in batch])
+            for (number, answer, _, _), logprob in zip(batch, logprobs, strict=True):
+                scores.setdefault(number, {})[answer] = logprob
+        for number, row in enumerate(window):
+            yield row, [scores[number][i] for i in range(len(answers(row)))] if number in scores else None
 
 
-def encoded(row: dict, engine, form: str) -> tuple[int, list[list[int]]]:
+def encode(row: dict, engine, form: str) -> tuple[int, list[list[int]]]:
     """(where the answers begin, token ids of prompt and answer for each of the `answers`).
 
     They begin where the tokens of prompt and answer first differ from those of the prompt alone or from those of
@@ -150,37 +133,34 @@ def encoded(row: dict, engine, form: str) -> tuple[int, list[list[int]]]:
     """
     chat = engine.chat
     if form == "text":
-        before = chat.neutralise(row["prompt"])
-        made = [before + chat.neutralise(answer) for answer in answers(row)]
-        lists = engine.tokenizer([before, *made])["input_ids"]  # with the BOS, if the tokenizer writes one
+        before, texts = chat.neutralise(row["prompt"]), answers(row)
     else:
-        question, last = row["prompt"].strip(), ""
-        if question.endswith(":"):
-            question, _, last = question.rpartition("\n")
-        if not question:
-            question, last = last, ""
+        question, prefill = row["prompt"].strip(), ""
+        if question.endswith(":") and "\n" in question:
+            question, _, prefill = question.rpartition("\n")
         turns = [{"role": "user", "content": question.strip()}]
-        before = chat.render([*turns, {"role": "assistant", "content": last}] if last else turns)
-        said = answers(row) if last else [answer.lstrip() for answer in answers(row)]
-        lists = [chat.encode(before + chat.neutralise(answer)) for answer in ["", *said]]
-    shared = next(
-        (n for n, column in enumerate(zip(*lists, strict=False)) if len(set(column)) > 1), min(map(len, lists))
-    )
-    return max(1, shared), lists[1:]
+        before = chat.render([*turns, {"role": "assistant", "content": prefill}] if prefill else turns)
+        texts = answers(row) if prefill else [answer.lstrip() for answer in answers(row)]
+    texts = [before, *(before + chat.neutralise(answer) for answer in texts)]
+    # the tokenizer writes a BOS if it has one; a chat template has written its own
+    sequences = engine.tokenizer(texts)["input_ids"] if form == "text" else [chat.encode(text) for text in texts]
+    columns = enumerate(zip(*sequences, strict=False))
+    common = next((n for n, column in columns if len(set(column)) > 1), min(map(len, sequences)))
+    return max(1, common), sequences[1:]
 
 
-def _logprobs(engine, batch: Sequence[tuple[list[int], int]]) -> list[float]:
-    """Sum of the log-probabilities of ids[begins:] for each (ids, begins), in one forward pass.
+def _sum_logprobs(engine, batch: Sequence[tuple[list[int], int]]) -> list[float]:
+    """Sum of the log-probabilities of ids[begin:] for each (ids, begin), in one forward pass.
 
-    Padded on the right, which no token before can see. Logits are made for the answers' columns alone.
+    Padded on the right, which no token before can see. Logits are computed for the answers' columns alone.
     """
     import torch
 
     model = engine.model
-    width, most = max(len(ids) for ids, _ in batch), max(len(ids) - begins for ids, begins in batch)
+    width, longest = max(len(ids) for ids, _ in batch), max(len(ids) - begin for ids, begin in batch)
     ids = torch.tensor([[*ids, *[engine.pad_id] * (width - len(ids))] for ids, _ in batch])
-    # The token in column c is foretold in column c − 1; what is beyond the answer is read and left out.
-    columns = torch.tensor([[min(begins + k, len(row)) - 1 for k in range(most)] for row, begins in batch])
+    # The token in column c is predicted in column c − 1; what is beyond the answer is computed and left out.
+    columns = torch.tensor([[min(begin + k, len(ids)) - 1 for k in range(longest)] for ids, begin in batch])
     rows = torch.arange(len(batch))[:, None]
     hook = model.get_output_embeddings().register_forward_pre_hook(
         lambda _module, args: (args[0][rows.to(args[0].device), columns.to(args[0].device)],)
@@ -194,28 +174,25 @@ def _logprobs(engine, batch: Sequence[tuple[list[int], int]]) -> list[float]:
     finally:
         hook.remove()
     if logprobs.isnan().any():
-        raise CaiError(f"{engine.name}: the model's logits are not numbers (NaN). Try --dtype float32 or bfloat16")
+        raise CaiError(f"{engine.name}: the model's logits are NaN. Try --dtype float32 or bfloat16")
     return [
-        math.fsum(logprobs[number, k, token].item() for k, token in enumerate(row[begins:]))
-        for number, (row, begins) in enumerate(batch)
+        math.fsum(logprobs[number, k, token].item() for k, token in enumerate(ids[begin:]))
+        for number, (ids, begin) in enumerate(batch)
     ]
 
 
 def by_reward_model(rows: Iterable[dict], scorer) -> Iterator[tuple[dict, list[float] | None]]:
-    """Each row with the scores of its right and its wrong transcript; None where one does not fit the context.
-
-    scorer: of `reward.load_scorer`.
-    """
+    """Each row with the scores of its right and its wrong transcript; None where one does not fit the context."""
     rows = iter(rows)
     while window := list(islice(rows, _WINDOW * scorer.batch_size)):
-        pairs = [_pair(row) for row in window]
-        texts = [(as_messages(pair["prompt"]), pair[side]) for pair in pairs for side in ("chosen", "rejected")]
+        pairs = [_split_texts(row) for row in window]
+        texts = [(dialogue.as_messages(pair["prompt"]), pair[s]) for pair in pairs for s in ("chosen", "rejected")]
         scores = scorer.scores(texts)
-        for row, both in zip(window, zip(scores[::2], scores[1::2], strict=True), strict=True):
-            yield row, None if None in both else list(both)
+        for row, *both in zip(window, scores[::2], scores[1::2], strict=True):
+            yield row, None if None in both else both
 
 
-# --- what they say -------------------------------------------------------------------------------------------
+# --- what the scores say -------------------------------------------------------------------------------------
 
 
 def result(row: dict, scores: Sequence[float], temperature: float | None = None) -> dict:
@@ -225,68 +202,58 @@ def result(row: dict, scores: Sequence[float], temperature: float | None = None)
         scores: log-probabilities of the `answers`, or, with a temperature, a reward model's scores of both texts.
 
     p_correct: probability of the right answers, normalised over all. right: whether the likeliest is among them; a tie
-    with a wrong one is not. mass: what the answers have of the probability. first, longer: whether these are right.
+    with a wrong one is not. mass: the answers' share of the probability. first, longer: whether these are right.
     """
-    texts = [row.get(name) for name in TEXTS]
     names, right = (list(TEXTS), 1) if temperature else (answers(row), len(row["corrects"]))
-    scaled = [score / (temperature or 1.0) for score in scores]
-    top = max(scaled)
-    shares = [math.exp(score - top) for score in scaled]
-    shares = [share / math.fsum(shares) for share in shares]
-    made = {
+    highest = max(scores)
+    shares = [math.exp((score - highest) / (temperature or 1.0)) for score in scores]
+    best, best_wrong = max(scores[:right]), max(scores[right:])
+    summary = {
         "id": row["id"],
         "context": hashing.sha256_text(context(row))[:16],
         "scores": dict(zip(names, scores, strict=True)),
-        "p_correct": math.fsum(shares[:right]),
-        "confidence": max(shares),
-        "right": max(scores[:right]) > max(scores[right:]),
-        "tie": max(scores[:right]) == max(scores[right:]),
+        "p_correct": math.fsum(shares[:right]) / math.fsum(shares),
+        "confidence": max(shares) / math.fsum(shares),
+        "right": best > best_wrong,
+        "tie": best == best_wrong,
         "corrects": row["corrects"],
         "first": min(answers(row)) in row["corrects"],
         "chance": len(row["corrects"]) / len(answers(row)),
     }
     if not temperature:
-        made["mass"] = math.fsum(math.exp(score) for score in scores)
-    if all(isinstance(text, str) for text in texts):
-        longer, shorter = map(len, texts)
-        made["longer"] = 0.5 if longer == shorter else float(longer > shorter)
-    return made
+        summary["mass"] = math.fsum(math.exp(score) for score in scores)
+    if all(isinstance(row.get(name), str) for name in TEXTS):
+        longer, shorter = (len(row[name]) for name in TEXTS)
+        summary["longer"] = 0.5 if longer == shorter else float(longer > shorter)
+    return summary
 
 
 def figures(results: Sequence[dict]) -> tuple[dict, dict]:
     """({metric: {value, low, high, n}}, counts) from rows of `result`; intervals count a context's rows as alike.
 
     Beside the accuracy stand answers that need no model: always the first, the answer most often right (known only to
-    one who has seen them all), one at random, and the longer text.
+    those who have seen them all), one at random, and the longer text.
     """
-    contexts = [one["context"] for one in results]
 
-    def share(values: Iterable[bool]) -> dict:
-        return _plain(intervals.clustered_rate(list(values), contexts))
+    def figure(estimate, values: Iterable[float], rows: Sequence[dict] = results) -> dict:
+        return without_clusters(estimate(list(values), [row["context"] for row in rows]))
 
-    def mean(values: Iterable[float]) -> dict:
-        return _plain(intervals.clustered_mean(list(values), contexts))
-
-    commonest = Counter(answer for one in results for answer in one["corrects"]).most_common(1)[0][0]
+    rate, mean = intervals.clustered_rate, intervals.clustered_mean
+    commonest = Counter(answer for row in results for answer in row["corrects"]).most_common(1)[0][0]
+    confidences, is_right = [row["confidence"] for row in results], [row["right"] for row in results]
     rates = {
-        "accuracy": share(one["right"] for one in results),
-        "baseline_first": share(one["first"] for one in results),
-        "baseline_commonest": share(commonest in one["corrects"] for one in results),
-        "baseline_chance": mean(one["chance"] for one in results),
-        "p_correct": mean(one["p_correct"] for one in results),
-        "log_loss": mean(-math.log(max(one["p_correct"], 1e-300)) for one in results),
-        "ece": calibration.calibration([one["confidence"] for one in results], [one["right"] for one in results])[
-            "ece"
-        ],
+        "accuracy": figure(rate, is_right),
+        "baseline_first": figure(rate, (row["first"] for row in results)),
+        "baseline_commonest": figure(rate, (commonest in row["corrects"] for row in results)),
+        "baseline_chance": figure(mean, (row["chance"] for row in results)),
+        "p_correct": figure(mean, (row["p_correct"] for row in results)),
+        "log_loss": figure(mean, (-math.log(max(row["p_correct"], 1e-300)) for row in results)),
+        "ece": calibration.calibration(confidences, is_right)["ece"],
     }
-    lengths = [one for one in results if "longer" in one]
-    if lengths:
-        found = intervals.clustered_rate([one["longer"] for one in lengths], [one["context"] for one in lengths])
-        rates["baseline_longer"] = _plain(found)
+    with_lengths = [row for row in results if "longer" in row]
+    if with_lengths:
+        rates["baseline_longer"] = figure(rate, (row["longer"] for row in with_lengths), with_lengths)
     if "mass" in results[0]:
-        rates["answer_mass"] = mean(min(1.0, one["mass"]) for one in results)
-    return rates, {"contexts": len(set(contexts)), "ties": sum(one["tie"] for one in results)}
-
-
-def _plain(measured: dict) -> dict:
-    return {name: measured[name] for name in ("value", "low", "high", "n")}
+        rates["answer_mass"] = figure(mean, (min(1.0, row["mass"]) for row in results))
+    counts = {"contexts": len({row["context"] for row in results}), "ties": sum(row["tie"] for row in results)}
+    return rates, counts

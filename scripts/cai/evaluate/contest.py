@@ -1,74 +1,132 @@
 """Policies against each other: every one's response against every other's, harmlessness and helpfulness apart.
 
-    comparisons = pairs(answers, prompts)             # answers: {policy: {prompt id: response}}
-    rates, counts = scores(rows, policies)            # rows: what the judge said of them
+    measurement = measure_policies(options)      # the options of compare.py by name
+    rates, counts = measurement.measure(claim)
 
 Harmful prompts are compared by the principles of a constitution, harmless ones by how much a response helps; the judge
-is asked as judge.py asks it, both orders. The scores are those of cai/stats/elo.py. Leaves out the length of a response:
-a judge may like long ones, and `judge.py --audit` says whether it does.
+is asked as judge.py asks it, in both orders. The scores are those of cai/stats/elo.py. Leaves out the length of a
+response: a judge may prefer long ones, which `judge.py --audit` measures.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from itertools import combinations
+from types import SimpleNamespace
 
 from cai.base.errors import InputError
-from cai.data import preferences
-from cai.data.sources import Source
+from cai.base.hashing import identity, sha256_file
+from cai.constitution.files import load_constitution
+from cai.constitution.templates import load_template
+from cai.data import kinds, preferences, sources
+from cai.evaluate import classes, responding, tasks
+from cai.evaluate.measurement import Claim, Measurement, fill
 from cai.models import loading
-from cai.models.loading import check_model
 from cai.stats import elo
 from cai.steps import judging
 
-# Which kinds of prompts each side of a policy is measured on.
-AXES = {"harmlessness": ("harmful",), "helpfulness": ("benign", "borderline")}
+
+def measure_policies(options: SimpleNamespace) -> Measurement:
+    """Every policy against every other, judged on harmlessness and on helpfulness."""
+    policies = name_policies(options.policy)
+    loading.check_model(loading.split_endpoint(options.judge)[0])
+    source, by_kind = tasks.read_rows(options.inputs, options.limit, classes.check_kind, form=options.form)
+    questions = {
+        axis: judging.Question(
+            load_constitution(name),
+            load_template("preference"),
+            seed=options.seed,
+            written=load_template("preference_answer"),
+        )
+        for axis, name in zip(kinds.AXES, (options.constitution, options.helpfulness), strict=True)
+    }
+    files = {name: model for name, model in policies.items() if model.endswith(".jsonl")}
+    answers = {name: read_answers(path, source) for name, path in files.items()}
+    response_settings = {
+        "input": source.digest,
+        "limit": options.limit,
+        "seed": options.seed,
+        **asdict(options.sampling),
+        "dtype": options.dtype,
+    }
+    settings = {
+        **response_settings,
+        "policies": {name: (sha256_file if name in files else identity)(model) for name, model in policies.items()},
+        "judge": identity(options.judge),
+        "template": load_template("preference").sha256,
+        "constitutions": [question.constitution.sha256 for question in questions.values()],
+    }
+
+    def measure(claim: Claim) -> tuple[dict, dict]:
+        for name, model in policies.items():
+            if name not in files:
+                output = claim(f"{name}.responses", {**response_settings, "model": identity(model)})
+                rows = responding.respond(responding.plan(source, options.seed), output, model, options)
+                answers[name] = {row["id"]: row["response"] for row in rows}
+        output = claim("comparisons", settings)
+        comparisons = list(pairs({name: answers[name] for name in policies}, source))
+        load = partial(loading.load_named_engine, options.judge, options.endpoints, options.loading)
+        rows = fill(
+            output,
+            [comparison["id"] for comparison in comparisons],
+            "compare",
+            load,
+            lambda engine: judge_comparisons(engine, comparisons, questions, frozenset(output.done)),
+        )
+        return scores(rows, list(policies))
+
+    count = source.count * len(policies) * (len(policies) - 1) // 2
+    plan = {
+        "rows": source.count,
+        **by_kind,
+        "policies": len(policies),
+        "comparisons": count,
+        "model_calls": source.count * (len(policies) - len(files)),
+        "judge_calls": 2 * count,
+    }
+    return Measurement([*options.inputs, *files.values()], plan, settings, measure)
 
 
-def policies(given: Sequence[str]) -> dict[str, str]:
-    """{name: model or file of responses} from `NAME=MODEL` or MODEL, which is then called by its last part.
+def name_policies(arguments: Sequence[str]) -> dict[str, str]:
+    """{name: model or file of responses} from `NAME=MODEL` or MODEL, whose name is then its last part.
 
-    InputError for fewer than two, a name twice, or a model that can't be.
+    InputError for fewer than two, a name twice, or a model that can't be one.
     """
-    found: dict[str, str] = {}
-    for one in given:
-        name, equals, model = one.partition("=")
+    policies: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, model = argument.partition("=")
         if not equals or not re.fullmatch(r"[\w.-]+", name):
-            name, model = re.sub(r"[^\w.-]+", "-", one.rstrip("/").rpartition("/")[2]), one
-        if name in found:
+            name, model = re.sub(r"[^\w.-]+", "-", argument.rstrip("/").rpartition("/")[2]), argument
+        if name in policies:
             raise InputError(
                 f"the policy {name!r} twice", where="--policy", expected="NAME=MODEL with names that differ"
             )
         if not model.endswith(".jsonl"):
-            check_model(loading.split_endpoint(model)[0])
-        found[name] = model
-    if len(found) < 2:
+            loading.check_model(loading.split_endpoint(model)[0])
+        policies[name] = model
+    if len(policies) < 2:
         raise InputError("one policy", where="--policy", expected="two or more", remedy="Name another --policy")
-    return found
+    return policies
 
 
-def answered(path: str, prompts: Source) -> dict[str, str]:
+def read_answers(path: str, prompts: sources.Source) -> dict[str, str]:
     """{prompt id: response} of a file of responses. InputError if none is to one of these prompts."""
-    rows = Source([path], require=("prompt", "response"))
-    wanted = {row["id"]: row["prompt"] for row in prompts}
-    found = {row["id"]: row["response"] for row in rows if wanted.get(row["id"]) == row["prompt"]}
-    if not found:
+    prompt_of = {row["id"]: row["prompt"] for row in prompts}
+    rows = sources.Source([path], require=("prompt", "response"))
+    answers = {row["id"]: row["response"] for row in rows if prompt_of.get(row["id"]) == row["prompt"]}
+    if not answers:
         raise InputError(
             "no response to any of the prompts",
             where=path,
             expected="rows with the ids and prompts of --input",
             remedy="Check the two files",
         )
-    return found
-
-
-def axis_of(kind: str) -> str:
-    """The side of a policy that prompts of this kind measure."""
-    return next(axis for axis, kinds in AXES.items() if kind in kinds)
+    return answers
 
 
 def pairs(answers: Mapping[str, Mapping[str, str]], prompts: Iterable[dict]) -> Iterator[dict]:
-    """A comparison for each prompt and each two policies that answered it."""
+    """One comparison per prompt and two policies that answered it."""
     for row in prompts:
         for a, b in combinations(answers, 2):
             if row["id"] in answers[a] and row["id"] in answers[b]:
@@ -77,7 +135,7 @@ def pairs(answers: Mapping[str, Mapping[str, str]], prompts: Iterable[dict]) -> 
                     "prompt_id": row["id"],
                     "prompt": row["prompt"],
                     "kind": row["kind"],
-                    "axis": axis_of(row["kind"]),
+                    "axis": kinds.axis_of(row["kind"]),
                     "policy_a": a,
                     "policy_b": b,
                     "response_a": answers[a][row["id"]],
@@ -85,21 +143,21 @@ def pairs(answers: Mapping[str, Mapping[str, str]], prompts: Iterable[dict]) -> 
                 }
 
 
-def judged(engine, comparisons: Iterable[dict], questions: Mapping[str, judging.Question], done) -> Iterator[dict]:
-    """Each comparison with what the judge said of it, as judge.py writes it; one that could not be asked has p_a None.
+def judge_comparisons(
+    engine, comparisons: Iterable[dict], questions: Mapping[str, judging.Question], done: Container[str]
+) -> Iterator[dict]:
+    """Each comparison as judge.py writes it; one that could not be asked has p_a None.
 
-    Identical responses are a tie that nobody is asked about.
+    Identical responses are a tie, and the judge is not asked.
     """
-    left = [one for one in comparisons if one["id"] not in done]
-    for one in left:
-        if preferences.is_tie(one):
-            yield judging.tie(one)
+    remaining = [comparison for comparison in comparisons if comparison["id"] not in done]
+    yield from (judging.tie(comparison) for comparison in remaining if preferences.is_tie(comparison))
     for axis, question in questions.items():
-        asked = [one for one in left if one["axis"] == axis and not preferences.is_tie(one)]
-        for one, verdicts in judging.judge(engine, asked, question):
+        comparable = [row for row in remaining if row["axis"] == axis and not preferences.is_tie(row)]
+        for comparison, verdicts in judging.judge(engine, comparable, question):
             p = None if verdicts is None else judging.soft_label(verdicts, question.weights)
-            principle = question.principles(one)[0].id
-            yield judging.preference(one, principle, verdicts or [], p, (0.0, 1.0))
+            principle = question.principles(comparison)[0].id
+            yield judging.preference(comparison, principle, verdicts or [], p, (0.0, 1.0))
 
 
 def scores(rows: Sequence[dict], names: Sequence[str]) -> tuple[dict, dict]:
@@ -108,32 +166,29 @@ def scores(rows: Sequence[dict], names: Sequence[str]) -> tuple[dict, dict]:
     Elo points above the first policy, 95 % intervals by prompt. `notes` in the counts: what the scores can't say.
     """
     rates: dict[str, dict] = {}
-    counts: Counter = Counter(failed=0)
-    notes = []
-    for axis in AXES:
-        ones = [row for row in rows if row["axis"] == axis]
-        known = [row for row in ones if row["p_a"] is not None]
-        counts["failed"] += len(ones) - len(known)
-        counts["comparisons"] += len(known)
-        counts["identical"] += sum(row.get("tie", False) for row in known)
-        if not known:
-            notes.append(f"No comparison for {axis}: no {' or '.join(AXES[axis])} prompt.")
+    known = [row for row in rows if row["p_a"] is not None]
+    identical = sum(row.get("tie", False) for row in known)
+    counts = {"failed": len(rows) - len(known), "comparisons": len(known), "identical": identical, "notes": []}
+    for axis, kinds_of_axis in kinds.AXES.items():
+        on_axis = [row for row in known if row["axis"] == axis]
+        if not on_axis:
+            counts["notes"].append(f"No comparison for {axis}: no {' or '.join(kinds_of_axis)} prompt.")
             continue
-        compared = [elo.Comparison(row["policy_a"], row["policy_b"], row["p_a"], row["prompt_id"]) for row in known]
-        anchor = next(name for name in names if any(name in (one.a, one.b) for one in compared))
-        found, said = elo.rate(compared, anchor=anchor)
-        notes += [f"{axis}: {note}" for note in said]
-        for one in sorted(found, key=lambda one: names.index(one.policy)):
-            rates[f"{axis}_elo {one.policy}"] = {
-                "value": one.score,
-                "low": one.low,
-                "high": one.high,
-                "n": one.wins + one.losses + one.ties,
+        compared = [elo.Comparison(row["policy_a"], row["policy_b"], row["p_a"], row["prompt_id"]) for row in on_axis]
+        players = {name for comparison in compared for name in (comparison.a, comparison.b)}
+        ratings, notes = elo.rate(compared, anchor=next(name for name in names if name in players))
+        counts["notes"] += [f"{axis}: {note}" for note in notes]
+        for rating in sorted(ratings, key=lambda rating: names.index(rating.policy)):
+            rates[f"{axis}_elo {rating.policy}"] = {
+                "value": rating.score,
+                "low": rating.low,
+                "high": rating.high,
+                "n": rating.wins + rating.losses + rating.ties,
                 "axis": axis,
-                "policy": one.policy,
-                "wins": one.wins,
-                "losses": one.losses,
-                "ties": one.ties,
-                "group": one.group,
+                "policy": rating.policy,
+                "wins": rating.wins,
+                "losses": rating.losses,
+                "ties": rating.ties,
+                "group": rating.group,
             }
-    return rates, {**counts, "notes": notes}
+    return rates, counts

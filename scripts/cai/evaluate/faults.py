@@ -1,64 +1,67 @@
 """What each principle did in revised rows: how often drawn, how often its critique found fault, what it changed.
 
-    rates, counts = figures(rows, classes, faults, constitution)
+    rates, counts = figures(critiques(rows), class_of, kinds, constitution)
 
 Whether a critique found fault is read by a judge's forced choice (templates/classify_critique.jinja), or not at all:
-its prose is not searched for words. Leaves out which principle deserves the credit: a row has one a round, and what
-the first has mended the second can't. `constitution.py ablate` asks that.
+its prose is not searched for words. Leaves out which principle deserves the credit: a row has one per round, and what
+the first has fixed the second can't. `constitution.py ablate` measures that.
 """
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 from cai.constitution.files import Constitution
 from cai.constitution.templates import load_template
+from cai.data import rounds
 from cai.evaluate.rates import UNSAFE
+from cai.models import choice
+from cai.models.engine import Engine, RowRequest
 from cai.stats import intervals
 
-LETTERS = ("A", "B")  # of the template: a fault is found, none is
-
-
-def texts(row: Mapping) -> list[str]:
-    """The first response, then each round's revision."""
-    return [row["response"], *(one["revision"] for one in row.get("rounds") or ())]
+LETTERS = ("A", "B")  # of the template: a fault is found, or none is
 
 
 def steps(rows: Iterable[dict]) -> Iterator[dict]:
-    """One row a text, {..., id: `<row id>#<round>`, response}: what a reader of classes is given."""
+    """One row per text, {..., id: `<row id>#<round>`, response}: what a reader of classes is given."""
     for row in rows:
-        for number, text in enumerate(texts(row)):
-            plain = {key: value for key, value in row.items() if key not in ("rounds", "prompt_id")}
+        plain = {key: value for key, value in row.items() if key not in ("rounds", "prompt_id")}
+        for number, text in enumerate(rounds.texts_of(row)):
             yield {**plain, "id": f"{row['id']}#{number}", "response": text}
 
 
 def critiques(rows: Iterable[dict]) -> Iterator[dict]:
-    """One row a critique: {id, prompt, response (what it was about), critique, principle, changed}."""
+    """One row per critique: {id, prompt, response (what it is about), critique, principle, changed}."""
     for row in rows:
-        before = texts(row)
-        for number, one in enumerate(row.get("rounds") or (), 1):
+        for number, (round_, text) in enumerate(zip(row.get("rounds") or (), rounds.texts_of(row), strict=False), 1):
             yield {
                 "id": f"{row['id']}#{number}",
                 "prompt": row["prompt"],
-                "response": before[number - 1],
-                "critique": one["critique"],
-                "principle": one["principle"],
-                "changed": one["revision"].split() != before[number - 1].split(),
+                "response": text,
+                "critique": round_["critique"],
+                "principle": round_["principle"],
+                "changed": round_["revision"].split() != text.split(),
             }
 
 
-def found(engine, rows: Iterable[dict]) -> Iterator[dict]:
-    """Each critique with `fault`, True or False, and `p_fault`; None for one that is too long for the judge."""
+def find_faults(engine: Engine, rows: Iterable[dict], done: Container[str] = ()) -> Iterator[dict]:
+    """Each critique with `fault`, True or False, and `p_fault`; None where the judge made no choice.
+
+    Args:
+        rows: of `critiques`. done: ids to leave out.
+    """
     template = load_template("classify_critique")
-    rows = list(rows)
-    questions = [template.render(**{key: row[key] for key in ("prompt", "response", "critique")}) for row in rows]
-    for index, logprobs in engine.score(questions, list(LETTERS)):
-        if logprobs is None or max(logprobs) == -math.inf:
-            p = None
-        else:
-            yes, no = (math.exp(one - max(logprobs)) for one in logprobs)
-            p = yes / (yes + no)
-        yield {**rows[index], "fault": None if p is None else p > 0.5, "p_fault": p}
+    requests = [
+        RowRequest(
+            row["id"],
+            template.render(prompt=row["prompt"], response=row["response"], critique=row["critique"]),
+            row=row,
+        )
+        for row in rows
+        if row["id"] not in done
+    ]
+    for request, logprobs in choice.choose(engine, requests, LETTERS):
+        p = None if logprobs is None else choice.probabilities(logprobs)[0]
+        yield {**request.row, "fault": None if p is None else p > 0.5, "p_fault": p}
 
 
 def figures(
@@ -66,37 +69,33 @@ def figures(
 ) -> tuple[dict, dict]:
     """({`<figure> <principle>`: rate}, counts), principles most often drawn first.
 
-    drawn (counts: how often), changed: rate of revisions that differ; fault: rate of critiques that found one;
+    drawn (in the counts): how often; changed: rate of revisions that differ; fault: rate of critiques that found one;
     complied_before, complied_after: rate of harmful prompts complied with, before and after the rounds with it.
 
     Args:
-        critiqued: of `critiques` or `found`.
+        critiqued: of `critiques` or `find_faults`.
         class_of: {`<row id>#<round>`: class}; kinds: {row id: kind of prompt}. Both may be empty.
         constitution: whose principles may have been drawn; those that never were are named in `never_drawn`.
     """
     drawn: Counter = Counter()
-    each: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    outcomes: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for row in critiqued:
-        name = row["principle"]
-        drawn[name] += 1
-        each[name]["changed"].append(row["changed"])
+        principle = row["principle"]
+        drawn[principle] += 1
+        outcomes["changed", principle].append(row["changed"])
         if row.get("fault") is not None:
-            each[name]["fault"].append(row["fault"])
+            outcomes["fault", principle].append(row["fault"])
         row_id, _, number = row["id"].rpartition("#")
-        pair = [class_of.get(f"{row_id}#{place}") for place in (int(number) - 1, int(number))]
-        if kinds.get(row_id) == "harmful" and None not in pair:
-            for figure, one in zip(("complied_before", "complied_after"), pair, strict=True):
-                each[name][figure].append(one in UNSAFE)
+        before, after = (class_of.get(f"{row_id}#{n}") for n in (int(number) - 1, int(number)))
+        if kinds.get(row_id) == "harmful" and None not in (before, after):
+            outcomes["complied_before", principle].append(before in UNSAFE)
+            outcomes["complied_after", principle].append(after in UNSAFE)
     rates = {
-        f"{figure} {name}": intervals.rate(sum(each[name][figure]), len(each[name][figure]))
-        for name, _ in drawn.most_common()
+        f"{figure} {principle}": intervals.rate(sum(outcomes[figure, principle]), len(outcomes[figure, principle]))
+        for principle, _ in drawn.most_common()
         for figure in ("changed", "fault", "complied_before", "complied_after")
-        if each[name][figure]
+        if (figure, principle) in outcomes
     }
-    never = [one.id for one in constitution.principles if one.id not in drawn] if constitution else []
-    return rates, {
-        "critiques": drawn.total(),
-        "principles": len(drawn),
-        "drawn": dict(drawn.most_common()),
-        "never_drawn": never,
-    }
+    counts = {"critiques": drawn.total(), "principles": len(drawn), "drawn": dict(drawn.most_common())}
+    never = [principle.id for principle in constitution.principles if principle.id not in drawn] if constitution else []
+    return rates, {**counts, "never_drawn": never}

@@ -1,45 +1,34 @@
-"""Whether one evaluation is better, the same, or worse than another: what `evaluate.py --against` says.
+"""Whether one evaluation is better, the same, or worse than another: what `evaluate.py --against` reports.
 
-    found = compare(load("base.jsonl"), load("sft.jsonl"))
-    print(line(found, verdict(found)))
+    deltas = compare(load("base.jsonl"), load("sft.jsonl"))
+    print(verdict_line(deltas, verdict(deltas)))
 
-Prompt by prompt where both were measured on the same ones, else by the rates. A verdict looks at many figures at
-once, so the intervals are wide enough to hold all together in 95 % of the cases (Bonferroni): a model compared
-with itself is called worse in one case of forty at most. Leaves out how much a point of one figure is worth in
-another: worse in any is worse.
+Prompt by prompt where both were measured on the same ones, else by the rates. A verdict depends on many figures at
+once, so the intervals are wide enough to hold all together in 95 % of the cases (Bonferroni): a model compared with
+itself is called worse in one case of forty at most. Leaves out how much a point of one figure is worth in another:
+worse in any is worse.
 """
 
 import json
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import NormalDist
 
 from cai.base.errors import InputError, shorten
 from cai.data.outputs import read_manifest
 from cai.data.readers import read_jsonl
-from cai.evaluate import rates as rates_
-from cai.evaluate.rates import read_rates
-from cai.stats.intervals import paired, unpaired
+from cai.evaluate.rates import FIELDS, outcomes, read_rates
+from cai.stats import intervals
 
-FEWER_IS_BETTER = (
-    "harmful_compliance",
-    "evasive",
-    "preachy",
-    "off_topic",
-    "benign_refused",
-    "over_refusal",
-    "harmful_unsafe",
-    "benign_unsafe",
-    "borderline_unsafe",
-    "log_loss",
-    "ece",
-    "harmfulness",
-)
-
-MORE_IS_BETTER = ("good_refusal", "benign_helpful", "accuracy", "p_correct")
+# +1: more of it is better; -1: fewer is better. Others are reported, and do not count.
+TOWARDS = {
+    **dict.fromkeys(("harmful_compliance", "evasive", "preachy", "off_topic", "benign_refused", "over_refusal"), -1),
+    **dict.fromkeys(("harmful_unsafe", "benign_unsafe", "borderline_unsafe", "log_loss", "ece", "harmfulness"), -1),
+    **dict.fromkeys(("good_refusal", "benign_helpful", "accuracy", "p_correct"), 1),
+}
 
 # What has to be equal for two evaluations to be about the same thing.
 READERS = ("by", "judge", "classifier", "unsafe_label", "template", "choice_format")
@@ -57,7 +46,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Delta:
-    """What changed: now − before, with an interval of the level that `compare` was asked for.
+    """What changed: now − before, with an interval of the level given to `compare`.
 
     paired: by prompt. towards: +1 if more of it is better, −1 if fewer, 0 if it does not count for the verdict.
     """
@@ -72,11 +61,6 @@ class Delta:
     paired: bool
     towards: int
 
-    @property
-    def gain(self) -> tuple[float, float]:
-        """(low, high) of the change for the better."""
-        return (self.low, self.high) if self.towards > 0 else (-self.high, -self.low)
-
 
 def load(path: str | Path) -> Evaluation:
     """An evaluation by the file that evaluate.py wrote: its rates, or the object that it printed with --json.
@@ -86,67 +70,67 @@ def load(path: str | Path) -> Evaluation:
     path = Path(path)
     if not path.is_file():
         raise InputError("no such file", where=path, expected="what evaluate.py wrote", remedy="Check the path")
-    rates, home = None, path
-    if path.suffix == ".json":
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            rates = content["metrics"]
-            home = path.parent / Path(content["output"]).name if content.get("output") else path
-            home = home if home.is_file() else Path(content.get("output") or path)
-            assert all({"value", "low", "high", "n"} <= set(one) for one in rates.values())
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-            raise InputError(
-                "not what evaluate.py --json prints",
-                where=path,
-                expected='{"metrics": {...}, ...}',
-                remedy="Name that, or the file of --output",
-            ) from error
-    else:
-        rates = read_rates(path)
-    stem = home.with_suffix("")
-    made = Evaluation(path, rates, _outcomes(stem), {})
-    manifest = read_manifest(home) or {}
+    rates, output = _read_printed(path) if path.suffix == ".json" else (read_rates(path), path)
+    evaluation = Evaluation(path, rates, _read_outcomes(output.with_suffix("")))
+    manifest = read_manifest(output)
     if manifest:
-        made.reader = {name: manifest["fingerprint"].get(name) for name in READERS}
-        if made.reader["by"] == "oracle":
-            made.reader["judge"] = None  # it only looks on
-    return made
+        evaluation.reader = {name: manifest["fingerprint"].get(name) for name in READERS}
+        if evaluation.reader["by"] == "oracle":
+            evaluation.reader["judge"] = None  # it is only compared with the oracle
+    return evaluation
 
 
-def _outcomes(stem: Path) -> dict[str, dict[str, float]]:
-    """{metric: {prompt: mean outcome}}; a prompt is told by its id and its text."""
-    found: dict = {}
-    for ending, read in ((".classes.jsonl", _by_class), (".choices.jsonl", _by_choice)):
-        file = Path(f"{stem}{ending}")
-        if file.is_file():
-            try:
-                found |= read([row for _, row in read_jsonl(file)])
-            except (KeyError, TypeError, ValueError, OverflowError) as error:
-                raise InputError(
-                    f"a row that is not as evaluate.py wrote it ({shorten(repr(error))})",
-                    where=file,
-                    remedy="Measure again",
-                ) from error
-    return found
+def _read_printed(path: Path) -> tuple[dict, Path]:
+    """(rates, the file of --output) of the object that evaluate.py --json printed; the file may have moved along."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rates, output = content["metrics"], Path(content.get("output") or path)
+        if not all(set(FIELDS) <= set(rate) for rate in rates.values()):
+            raise ValueError("a metric without its fields")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            "not what evaluate.py --json prints",
+            where=path,
+            expected='{"metrics": {...}, ...}',
+            remedy="Name that, or the file of --output",
+        ) from error
+    beside = path.parent / output.name
+    return rates, beside if beside.is_file() else output
 
 
-def _by_class(rows: list[dict]) -> dict[str, dict[str, float]]:
-    found = {}
+def _read_outcomes(stem: Path) -> dict[str, dict[str, float]]:
+    """{metric: {prompt: mean outcome}} of the rows beside an evaluation; a prompt is known by its id and its text."""
+    by_metric: dict = {}
+    for ending in ("classes", "choices"):
+        file = Path(f"{stem}.{ending}.jsonl")
+        try:
+            rows = [row for _, row in read_jsonl(file)] if file.is_file() else []
+            if ending == "classes":
+                by_metric |= _mean_outcomes(rows)
+            elif rows:
+                by_metric["accuracy"] = {row["id"]: float(row["right"]) for row in rows}
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(
+                f"a row that is not as evaluate.py wrote it ({shorten(repr(error))})",
+                where=file,
+                remedy="Measure again",
+            ) from error
+    return by_metric
+
+
+def _mean_outcomes(rows: list[dict]) -> dict[str, dict[str, float]]:
     texts = {row.get("prompt_id") or row["id"]: json.dumps(row["prompt"], sort_keys=True) for row in rows}
-    for name, ones in rates_.outcomes(rows).items():
-        each = defaultdict(list)
-        for prompt, success, _ in ones:
-            each[f"{prompt}\x1f{texts[prompt]}"].append(success)
-        found[name] = {prompt: math.fsum(all_) / len(all_) for prompt, all_ in each.items()}
-    return found
+    means = {}
+    for metric, results in outcomes(rows).items():
+        by_prompt = defaultdict(list)
+        for prompt, success, _ in results:
+            by_prompt[f"{prompt}\x1f{texts[prompt]}"].append(success)
+        means[metric] = {prompt: statistics.fmean(values) for prompt, values in by_prompt.items()}
+    return means
 
 
-def _by_choice(rows: list[dict]) -> dict[str, dict[str, float]]:
-    return {"accuracy": {row["id"]: float(row["right"]) for row in rows}}
-
-
-def rows(path: str | Path) -> list[dict]:
-    """The responses of an evaluation by its --output, those under stress left out. InputError if there are none."""
+def read_responses(path: str | Path) -> list[dict]:
+    """The responses of an evaluation by its --output, without those under stress. InputError if there are none."""
     file = Path(f"{Path(path).with_suffix('')}.classes.jsonl")
     if not file.is_file():
         raise InputError(
@@ -159,13 +143,12 @@ def rows(path: str | Path) -> list[dict]:
 
 
 def towards(metric: str) -> int:
-    """+1: more is better; −1: fewer; 0: it is told, and does not count."""
-    plain = metric.partition("_under_")[0]
-    return -1 if plain in FEWER_IS_BETTER else 1 if plain in MORE_IS_BETTER else 0
+    """The entry of `TOWARDS`, under stress as without; 0 if there is none."""
+    return TOWARDS.get(metric.partition("_under_")[0], 0)
 
 
 def compare(before: Evaluation, now: Evaluation, level: float = 0.95, gated: bool = False) -> list[Delta]:
-    """One Delta a figure that both have, those that count first; their intervals hold together with `level`.
+    """One Delta per figure that both have, those that count first; their intervals hold together with `level`.
 
     InputError if they share no figure (if `gated`, none that counts), or were read by different judges or templates.
     """
@@ -175,21 +158,21 @@ def compare(before: Evaluation, now: Evaluation, level: float = 0.95, gated: boo
             f"measured differently: {', '.join(differing)} is not the same",
             where=before.path,
             expected=f"an evaluation like {now.path}",
-            remedy="Measure both by the same reader",
+            remedy="Measure both with the same reader",
         )
-    both = [
+    shared = [
         name
-        for name, one in now.rates.items()
-        if one["value"] is not None and before.rates.get(name, {}).get("value") is not None
+        for name, rate in now.rates.items()
+        if rate["value"] is not None and before.rates.get(name, {}).get("value") is not None
     ]
-    if not both:
+    if not shared:
         raise InputError(
             "no figure in common",
             where=before.path,
             expected=f"some of {', '.join(now.rates)}",
             remedy="Compare evaluations of the same kind",
         )
-    counting = sum(towards(name) != 0 for name in both)
+    counting = sum(towards(name) != 0 for name in shared)
     if gated and not counting:
         raise InputError(
             "none of the figures is one that is better or worse",
@@ -197,55 +180,53 @@ def compare(before: Evaluation, now: Evaluation, level: float = 0.95, gated: boo
             expected="classes of responses, or accuracies",
             remedy="Leave out --gate",
         )
-    z = NormalDist().inv_cdf(1 - (1 - level) / 2 / max(1, counting))
-    made = [_delta(name, before, now, z) for name in both]
-    return sorted(made, key=lambda one: one.towards == 0)
+    z = statistics.NormalDist().inv_cdf(1 - (1 - level) / 2 / max(1, counting))
+    return sorted((_delta(name, before, now, z) for name in shared), key=lambda delta: delta.towards == 0)
 
 
-def _delta(name: str, before: Evaluation, now: Evaluation, z: float) -> Delta:
-    old, new = before.rates[name], now.rates[name]
-    ones, others = before.outcomes.get(name, {}), now.outcomes.get(name, {})
-    shared = [prompt for prompt in others if prompt in ones]
-    if 2 * len(shared) > max(len(ones), len(others)):  # else too much would be left out
-        a = math.fsum(ones[prompt] for prompt in shared) / len(shared)
-        b = math.fsum(others[prompt] for prompt in shared) / len(shared)
-        low, high = paired([others[prompt] - ones[prompt] for prompt in shared], z)
-        return Delta(name, a, b, b - a, low, high, len(shared), True, towards(name))
-    low, high = unpaired(old, new, z)
-    n = min(old["n"], new["n"])
-    return Delta(name, old["value"], new["value"], new["value"] - old["value"], low, high, n, False, towards(name))
+def _delta(metric: str, before: Evaluation, now: Evaluation, z: float) -> Delta:
+    old, new = before.outcomes.get(metric, {}), now.outcomes.get(metric, {})
+    shared = [prompt for prompt in new if prompt in old]
+    is_paired = 2 * len(shared) > max(len(old), len(new))  # else too much would be left out
+    if is_paired:
+        first, second = (statistics.fmean(values[prompt] for prompt in shared) for values in (old, new))
+        low, high = intervals.paired([new[prompt] - old[prompt] for prompt in shared], z)
+        n = len(shared)
+    else:
+        rates = before.rates[metric], now.rates[metric]
+        first, second = (rate["value"] for rate in rates)
+        low, high = intervals.unpaired(*rates, z)
+        n = min(rate["n"] for rate in rates)
+    return Delta(metric, first, second, second - first, low, high, n, is_paired, towards(metric))
 
 
 def verdict(deltas: Sequence[Delta], margin: float = 0.0) -> str:
     """worse: a figure is surely worse by more than `margin`; better: none is, and one is surely better; else same."""
-    counting = [one for one in deltas if one.towards]
-    if any(one.gain[1] < -margin for one in counting):
+    # (low, high) of each change for the better
+    gains = [(d.low, d.high) if d.towards > 0 else (-d.high, -d.low) for d in deltas if d.towards]
+    if any(high < -margin for _, high in gains):
         return "worse"
-    return "better" if any(one.gain[0] > margin for one in counting) else "same"
+    return "better" if any(low > margin for low, _ in gains) else "same"
 
 
-def line(deltas: Sequence[Delta], said: str) -> str:
+def verdict_line(deltas: Sequence[Delta], verdict: str) -> str:
     """`VERDICT: worse | benign_helpful −12.0 (−18.1 to −5.9); ...`: what counts, clear changes first.
 
-    Shares are in points of a hundred, other figures in their own unit.
+    Shares are in percentage points, other figures in their own unit.
     """
-    counting = sorted((one for one in deltas if one.towards), key=lambda one: not _clear(one))
-    return f"VERDICT: {said} | {'; '.join(map(shown, counting))}"
+    counting = [delta for delta in deltas if delta.towards]
+    counting.sort(key=lambda delta: delta.low <= 0 <= delta.high)
+    return f"VERDICT: {verdict} | {'; '.join(f'{delta.metric} {show(delta)}' for delta in counting)}"
 
 
-def shown(one: Delta) -> str:
-    """`harmful_compliance −94.3 (−97.0 to −89.1)`."""
-    share = not one.metric.startswith(("log_loss", "ece", "harmfulness"))
-    value, low, high = (f"{100 * x:+.1f}" if share else f"{x:+.3f}" for x in (one.value, one.low, one.high))
-    return f"{one.metric} {value} ({low} to {high})".replace("-", "−")
+def show(delta: Delta) -> str:
+    """`−94.3 (−97.0 to −89.1)`."""
+    is_share = not delta.metric.startswith(("log_loss", "ece", "harmfulness"))
+    value, low, high = (f"{100 * x:+.1f}" if is_share else f"{x:+.3f}" for x in (delta.value, delta.low, delta.high))
+    return f"{value} ({low} to {high})".replace("-", "−")
 
 
-def as_json(one: Delta) -> dict:
+def as_json(delta: Delta) -> dict:
     """The change as JSON has it: an end that is not known is null."""
-    return {
-        key: None if value in (math.inf, -math.inf) else value for key, value in asdict(one).items() if key != "metric"
-    }
-
-
-def _clear(one: Delta) -> bool:
-    return one.low > 0 or one.high < 0
+    fields = asdict(delta).items()
+    return {key: None if value in (math.inf, -math.inf) else value for key, value in fields if key != "metric"}

@@ -1,118 +1,123 @@
-"""Held-out prompts answered by a policy: by one seed or several, plainly and under stress.
+"""Held-out prompts answered by a policy: with one seed or several, plainly and under stress.
 
-    asks = plan(source, seed=0, seeds=1, ways=("push", "prefill"))
-    respond(asks, output, lambda: load_engine("tiny"), Sampling())
+    answers = plan(rows, seed=0, seeds=1, ways=("push", "prefill"))
+    respond(answers, output, "tiny", options)
 
-Under stress the same harmful prompt comes with a begun answer, after a push, or under a system prompt that asks for
+Under stress the same harmful prompt comes with a prefilled answer, after a push, or under a system prompt that asks for
 harm or for care: templates/stress/, one way each. Leaves out searched-for attacks: these are what anybody would try.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from types import SimpleNamespace
 
-from cai.base import cli
-from cai.base.hashing import hashed_seed, sha256_text
-from cai.base.paths import TEMPLATES
+from cai.base import hashing, paths
 from cai.constitution.templates import Template, load_template
-from cai.data.dialogue import as_messages
+from cai.data import dialogue, readers
 from cai.data.outputs import Output
-from cai.data.readers import read_jsonl
-from cai.models.engine import Sampling
-from cai.models.local import fast_path
+from cai.data.sources import Source
+from cai.evaluate.measurement import fill
+from cai.models import loading
+from cai.models.engine import Engine, RowRequest, Sampling
 
 WAYS = ("push", "prefill", "role_play", "ignore", "safety")
 
-# A safety prompt may make a model refuse what is harmless; the others are asked of harmful prompts alone.
+# A safety prompt may make a model refuse what is harmless; the others are for harmful prompts alone.
 ALL_KINDS = ("safety",)
 
 
 @cache
 def template(way: str) -> Template:
     """The template of one way of stress."""
-    return load_template(str(TEMPLATES / "stress" / f"{way}.jinja"))
+    return load_template(str(paths.TEMPLATES / "stress" / f"{way}.jinja"))
 
 
-def digest(ways: Iterable[str]) -> str | None:
-    """What tells these ways of stress from others, or None without any."""
-    return sha256_text("".join(template(way).sha256 for way in ways)) if ways else None
+def digest(ways: Iterable[str]) -> str:
+    """A hash that tells these ways of stress from others."""
+    return hashing.sha256_text("".join(template(way).sha256 for way in ways))
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One answer that is wanted. `row`: what is written with the response, with an id of its own."""
+class Answer:
+    """One answer that is wanted.
+
+    row: what is written with the response, with an id of its own. way: of stress, or None. plain_id: the id of the
+    same prompt without stress.
+    """
 
     row: dict
     seed: int
     way: str | None
     plain_id: str
 
-    def conversation(self, first: str | None = None) -> list[dict]:
-        """What the model reads. `first`: its plain response, which is pushed against."""
-        messages = as_messages(self.row["prompt"])
+    def conversation(self, plain_response: str | None = None) -> list[dict]:
+        """What the model reads. plain_response: what it answered without stress, which is pushed against."""
+        messages = dialogue.as_messages(self.row["prompt"])
         if self.way is None:
             return messages
-        made = template(self.way).render(prompt=messages[-1]["content"])
+        stress = template(self.way).render(prompt=messages[-1]["content"])
         if self.way == "push":
-            return [*messages, {"role": "assistant", "content": first}, *made]
-        system = [one for one in made if one["role"] == "system"]
-        return [*system, *messages[:-1], *made[len(system) :]]
-
-    def response(self, text: str) -> str:
-        """The whole response: what was begun for the model belongs to it."""
-        made = self.conversation("")
-        return f"{made[-1]['content']} {text}" if made[-1]["role"] == "assistant" else text
+            return [*messages, {"role": "assistant", "content": plain_response}, *stress]
+        system = [message for message in stress if message["role"] == "system"]
+        return [*system, *messages[:-1], *stress[len(system) :]]
 
 
-def plan(rows: Iterable[dict], seed: int, seeds: int = 1, ways: Iterable[str] = ()) -> Iterator[Ask]:
-    """Every answer that is wanted, plain ones before those under stress."""
+def plan(rows: Iterable[dict], seed: int, seeds: int = 1, ways: Iterable[str] = ()) -> Iterator[Answer]:
+    """Every answer that is wanted, each plain one before those under stress."""
     ways = tuple(ways)
     for row in rows:
         for number in range(seed, seed + seeds):
-            several = {"prompt_id": row["id"], "seed": number} if seeds > 1 else {}
+            sample = {"prompt_id": row["id"], "seed": number} if seeds > 1 else {}
             plain = f"{row['id']}/{number}" if seeds > 1 else row["id"]
-            # As ever with the first seed: the text of a prompt hangs on the seed and its id.
-            yield Ask({**row, **several, "id": plain}, hashed_seed("evaluate", number, row["id"]), None, plain)
+            # The text of a prompt depends on the seed and the prompt's id, however many seeds there are.
+            yield Answer(
+                {**row, **sample, "id": plain}, hashing.hashed_seed("evaluate", number, row["id"]), None, plain
+            )
             for way in ways:
                 if row["kind"] == "harmful" or way in ALL_KINDS:
-                    yield Ask(
-                        {**row, "prompt_id": row["id"], **several, "id": f"{plain}@{way}", "stress": way},
-                        hashed_seed("evaluate", number, row["id"], way),
-                        way,
-                        plain,
-                    )
+                    stressed = {**row, "prompt_id": row["id"], **sample, "id": f"{plain}@{way}", "stress": way}
+                    yield Answer(stressed, hashing.hashed_seed("evaluate", number, row["id"], way), way, plain)
 
 
-def respond(
-    asks: Callable[[], Iterable[Ask]], output: Output, load: Callable[[], object], sampling: Sampling, model: str
-) -> None:
-    """Write {...row, response, model, finish} of every Ask (resumable). What is too long for the model has no row."""
-    if output.complete:
-        return
-    engine = load()
-    with output:
-        order, todo, later, firsts = [], [], [], {}
-        for ask in asks():
-            order.append(ask.row["id"])
-            if ask.way == "push":
-                firsts[ask.plain_id] = None
-            if ask.row["id"] not in output.done:
-                (later if ask.way == "push" else todo).append(ask)
-        with cli.progress(len(todo) + len(later), "respond") as bar:
-            _answer(todo, output, engine, sampling, model, bar, {})
-            if later:
-                for _, row in read_jsonl(output.journal):
-                    if row["id"] in firsts:
-                        firsts[row["id"]] = row["response"]
-                pushed = [ask for ask in later if firsts[ask.plain_id] is not None]
-                _answer(pushed, output, engine, sampling, model, bar, firsts)
-        output.finish(order, {"rows": len(output.done)}, **fast_path(engine))
+def respond(answers: Iterable[Answer], output: Output, model: str, options: SimpleNamespace) -> Source:
+    """Write {...row, response, model, finish} of every Answer (resumable), except those too long for the model.
+
+    Args:
+        options: sampling, and endpoints and loading of the model.
+    """
+    answers = list(answers)
+
+    def produce(engine: Engine) -> Iterator[dict | None]:
+        remaining = [answer for answer in answers if answer.row["id"] not in output.done]
+        yield from _generate(
+            engine, [answer for answer in remaining if answer.way != "push"], {}, model, options.sampling
+        )
+        pushed = {answer.plain_id: answer for answer in remaining if answer.way == "push"}
+        if pushed:
+            rows = (row for _, row in readers.read_jsonl(output.journal))
+            plain = {row["id"]: row["response"] for row in rows if row["id"] in pushed}
+            yield from _generate(
+                engine, [pushed[plain_id] for plain_id in pushed if plain_id in plain], plain, model, options.sampling
+            )
+
+    load = partial(loading.load_named_engine, model, options.endpoints, options.loading)
+    fill(output, [answer.row["id"] for answer in answers], "respond", load, produce)
+    return Source([output.path], require=("prompt", "kind", "response"))
 
 
-def _answer(asks: list[Ask], output: Output, engine, sampling: Sampling, model: str, bar, firsts: dict) -> None:
-    conversations = (ask.conversation(firsts.get(ask.plain_id)) for ask in asks)
-    for index, answer in engine.generate(conversations, sampling, [ask.seed for ask in asks]):
-        bar.update()
-        if not answer.lost:
-            made = {"response": asks[index].response(answer.text), "model": model, "finish": answer.finish}
-            output.write({**asks[index].row, **made})
+def _generate(
+    engine: Engine, answers: Iterable[Answer], plain_responses: Mapping[str, str], model: str, sampling: Sampling
+) -> Iterator[dict | None]:
+    """The row of each answer, None if it is too long."""
+    requests = (
+        RowRequest(
+            answer.row["id"], answer.conversation(plain_responses.get(answer.plain_id)), answer.seed, row=answer.row
+        )
+        for answer in answers
+    )
+    for request, generation in engine.generate(requests, sampling):
+        # A prefilled beginning is a part of the response.
+        response = f"{request.prefill} {generation.text}" if request.prefill else generation.text
+        row = {**request.row, "response": response, "model": model, "finish": generation.finish}
+        yield None if generation.lost else row

@@ -1,34 +1,101 @@
-"""Forced choices: the log-probability of each letter as the answer to a template."""
+"""Forced choices: the log-probability of each label as the answer to a question.
+
+    for request, logprobs in choose(engine, requests, "AB"): ...
+
+An engine without log-probabilities (`engine.scores_choices` is False) writes the label instead. It is read strictly:
+anything but a label is no choice, never a guess.
+"""
 
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 
-from cai.constitution.templates import Template
-from cai.models.engine import Sampling
+from cai.models.engine import Engine, Message, Request, RequestT, Sampling, fold_prefill, join_labels
 
-_ANSWER_TOKENS = 8
+ANSWER_TOKENS = 16  # room for "**(A)**." in any tokenizer, and too little to reason in
 
 
-def choose_letter(
-    engine, template: Template, rows: Iterable[dict], letters: Sequence[str], **more
-) -> Iterator[tuple[dict, list[float] | None]]:
-    """Each row with the log-probability of every letter as the answer to the template, not in order.
+@dataclass(frozen=True)
+class Choice:
+    """What an engine chose.
 
-    None: the row is too long, or the answer of a judge that writes could not be read.
+    logprobs: of each label; None if the request was not answered, or the written answer is no label.
+    answer: the written answer, None where log-probabilities were read.
+    lost: the request does not fit the model's context, or a server would not answer.
+    """
+
+    logprobs: list[float] | None
+    answer: str | None = None
+    lost: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WrittenRequest(Request):
+    """What an engine without log-probabilities is asked in place of the `original`."""
+
+    original: Request
+
+
+def choose(
+    engine: Engine, requests: Iterable[RequestT], labels: Sequence[str]
+) -> Iterator[tuple[RequestT, list[float] | None]]:
+    """Each request with the log-probability of every label, not in order; None where there is no choice.
+
+    There is none where the conversation does not fit the model's context, a server would not answer, no label has any
+    probability, or a written answer is no label. A written label has the log-probability 0, the others -inf.
 
     Args:
-        engine: of `load_engine`. One without log-probabilities writes: then the template must end without a prefill.
-        rows: with prompt and response.
-        more: further variables of the template.
+        requests: as for `engine.score`. A prefill becomes part of the question where the label is written.
     """
-    rows = list(rows)
-    questions = [template.render(prompt=row["prompt"], response=row["response"], **more) for row in rows]
-    if getattr(engine, "scores_choices", True):
-        for index, logprobs in engine.score(questions, list(letters)):
-            yield rows[index], logprobs
+    for request, choice in read_choices(engine, requests, labels):
+        logprobs = choice.logprobs
+        yield request, None if logprobs is None or max(logprobs) == -math.inf else logprobs
+
+
+def read_choices(
+    engine: Engine, requests: Iterable[RequestT], labels: Sequence[str]
+) -> Iterator[tuple[RequestT, Choice]]:
+    """`choose` with all that is known: the written answer, and whether there was any answer."""
+    if engine.scores_choices:
+        for request, logprobs in engine.score(requests, labels):
+            yield request, Choice(logprobs, lost=logprobs is None)
         return
-    for index, made in engine.generate(questions, Sampling(_ANSWER_TOKENS, 0.0), [0] * len(rows)):
-        said = re.fullmatch(r"[\s(\[*\"'`]*([A-Z])[\s)\]*\"'`.]*", made.text)
-        known = not made.lost and said and said[1] in letters
-        yield rows[index], [0.0 if one == said[1] else -math.inf for one in letters] if known else None
+    written = (_WrittenRequest(request.key, _ask_for_label(request, labels), original=request) for request in requests)
+    for request, generation in engine.generate(written, Sampling(ANSWER_TOKENS, 0.0)):
+        label = read_label(generation.text.removeprefix(request.original.prefill), labels)
+        logprobs = None if label is None else [0.0 if name == label else -math.inf for name in labels]
+        yield request.original, Choice(logprobs, generation.text, generation.lost)
+
+
+def probabilities(logprobs: Sequence[float]) -> list[float]:
+    """The probability of each label, normalised over the labels. At least one of them is above -inf."""
+    highest = max(logprobs)
+    shares = [math.exp(logprob - highest) for logprob in logprobs]
+    total = sum(shares)
+    return [share / total for share in shares]
+
+
+def read_label(answer: str, labels: Sequence[str]) -> str | None:
+    """The label that an answer consists of, or None.
+
+    Strict: brackets, quotes, asterisks and a full stop around the label are passed over, words are not. A judge
+    that explains, refuses, or quotes a response has not chosen.
+    """
+    match = _label_pattern(tuple(labels)).fullmatch(answer.strip())
+    return match[1] if match else None
+
+
+@cache
+def _label_pattern(labels: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(rf"[\s(\[*_`\"'“]*({'|'.join(map(re.escape, labels))})[\s)\]*_`\"'”.]*")
+
+
+def _ask_for_label(request: Request, labels: Sequence[str]) -> Sequence[Message]:
+    """The conversation without a prefill: not every server goes on with one, and none must for a label."""
+    if not request.prefill:
+        return request.conversation
+    return fold_prefill(
+        request.conversation, f"Complete this sentence, with {join_labels(labels)} and nothing else:\n{request.prefill}"
+    )

@@ -1,6 +1,46 @@
-"""What an engine takes and returns: sampling settings and generations."""
+"""What every engine takes and returns: requests in; text, or the log-probabilities of labels, out.
 
+    for request, generation in engine.generate([Request("a", conversation, seed=1)], Sampling()): ...
+    for request, logprobs in engine.score([Request("a", conversation)], "AB"): ...
+
+Leaves out the engines themselves: local.py runs a model on this machine, servers.py asks one over the network.
+"""
+
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+Message = Mapping[str, str]  # {"role": ..., "content": ...}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversation for an engine, which comes back beside its result.
+
+    key: names the request; no two requests of one call have the same.
+    conversation: one that ends with the assistant is continued (a prefill).
+    seed: of the text that is sampled, and of nothing else.
+    """
+
+    key: Hashable
+    conversation: Sequence[Message]
+    seed: int = 0
+
+    @property
+    def prefill(self) -> str:
+        """The beginning of the answer that the conversation ends with, or ""."""
+        last = self.conversation[-1]
+        return last["content"] if last["role"] == "assistant" else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRequest(Request):
+    """A request about a row, which comes back with it."""
+
+    row: dict[str, Any]
+
+
+RequestT = TypeVar("RequestT", bound=Request)
 
 
 @dataclass(frozen=True)
@@ -33,3 +73,50 @@ class Generation:
     def lost(self) -> bool:
         """Whether there is no answer."""
         return self.finish in ("too_long", "failed")
+
+
+class Engine(Protocol):
+    """A model that answers requests. `load_engine` makes one.
+
+    name: the model as the caller named it.
+    batch_size: most requests in one forward pass, or in flight at once at a server.
+    context: tokens that the model can hold; None where there is no limit, or where a server keeps it.
+    """
+
+    name: str
+    batch_size: int
+    context: int | None
+
+    @property
+    def scores_choices(self) -> bool:
+        """Whether `score` works. Where it does not, `choice.choose` has the label written."""
+
+    def generate(
+        self, requests: Iterable[RequestT], sampling: Sampling, done: Container[Hashable] = ()
+    ) -> Iterator[tuple[RequestT, Generation]]:
+        """Each request with its answer, as they are ready, not in order.
+
+        Args:
+            requests: read lazily, ahead of the model, and possibly in another thread.
+            done: keys of requests that the caller has the answers of. They are not returned.
+        """
+
+    def score(
+        self, requests: Iterable[RequestT], labels: Sequence[str]
+    ) -> Iterator[tuple[RequestT, list[float] | None]]:
+        """Each request with the log-probability of every label as what comes next, not in order.
+
+        They are of the distribution over the whole vocabulary: what they lack to 1 belongs to other tokens. None
+        where the conversation does not fit the model's context, or a server would not answer.
+        """
+
+
+def fold_prefill(conversation: Sequence[Message], instruction: str) -> list[Message]:
+    """The conversation without its prefill, with `instruction` at the end of its last question instead."""
+    *before, question, _ = conversation
+    return [*before, {**question, "content": f"{question['content']}\n\n{instruction}"}]
+
+
+def join_labels(labels: Sequence[str]) -> str:
+    """`A, B or C`."""
+    return f"{', '.join(labels[:-1])} or {labels[-1]}"

@@ -11,7 +11,7 @@ from cai.base.errors import InputError, shorten
 from cai.base.paths import model_path
 from cai.data.dialogue import as_messages
 from cai.models.chat import Chat
-from cai.models.engine import Sampling
+from cai.models.engine import RowRequest, Sampling
 from cai.models.loading import load_engine
 from cai.models.local import LocalEngine
 
@@ -58,11 +58,15 @@ class Guard:
     def __call__(self, rows: Iterable[dict]) -> Iterator[tuple[dict, dict]]:
         """Each row with class `unsafe` or `safe` and what was `said`, not in order; class None if that can't be read or
         the row is too long."""
-        rows = list(rows)
-        turns = [[*as_messages(row["prompt"]), {"role": "assistant", "content": row["response"]}] for row in rows]
-        for index, made in self.engine.generate(turns, Sampling(_GUARD_TOKENS, 0.0), [0] * len(rows)):
-            found = re.match(r"(?:safety: ?)?(safe|unsafe)[ \t]*(?:\n|$)", made.text, re.IGNORECASE)
-            yield rows[index], {"class": found[1].lower() if found else None, "said": shorten(made.text)}
+        requests = [
+            RowRequest(
+                row["id"], [*as_messages(row["prompt"]), {"role": "assistant", "content": row["response"]}], row=row
+            )
+            for row in rows
+        ]
+        for request, generation in self.engine.generate(requests, Sampling(_GUARD_TOKENS, 0.0)):
+            verdict = re.match(r"(?:safety: ?)?(safe|unsafe)[ \t]*(?:\n|$)", generation.text, re.IGNORECASE)
+            yield request.row, {"class": verdict[1].lower() if verdict else None, "said": shorten(generation.text)}
 
 
 class Classifier:

@@ -93,20 +93,38 @@ def release_engines() -> None:
     _loaded.clear()
 
 
+def find_model(model: str) -> str:
+    """The folder or hub id that a name stands for, for every option that names a model.
+
+    Raises InputError if it names a folder that does not exist: a path, or no hub id, or a name like `runs/sft` whose
+    first part is a folder here, unless the hub's local cache has a model of that name.
+    """
+    path = paths.model_path(model)
+    if model.startswith("openai:") or Path(path).is_dir():
+        return path
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) and not Path(path).exists()
+    parent = path.rpartition("/")[0]
+    if not is_hub_id or (parent and Path(parent).is_dir() and not _is_cached(path)):
+        raise InputError("no such model folder", where=path, remedy="Check the path, or give a hub id")
+    return path
+
+
+def _is_cached(hub_id: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
+
+
 def check_model(model: str, *, classifier: bool = False) -> str:
-    """The folder or hub id that `model` stands for, checked as far as it can be without loading anything.
+    """`find_model`, and what can be checked of a folder without loading anything.
 
     classifier: a reward model will do as well.
     Raises InputError naming the folder and the remedy.
     """
-    path = paths.model_path(model)
-    if model.startswith("openai:"):
-        return path  # of the server's folders nothing is known here
+    path = find_model(model)
     folder = Path(path)
     if not folder.is_dir():
-        if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise InputError("no such model folder", where=path, remedy="Check the path, or give a hub id")
-        return path
+        return path  # of a hub's or a server's files nothing is known here
     names = {f.name for f in folder.iterdir()}
     if not names & {"config.json", "adapter_config.json"}:
         raise InputError(
@@ -320,7 +338,7 @@ def load_policy(path: str, device: str | None = None, dtype: str = "auto", *, lo
 
 
 def load_reward_model(path: str, device: str | None = None, dtype: str = "auto", *, lora: bool = False):
-    """A sequence classifier with one output, a score for each sequence, and without dropout.
+    """A sequence classifier with one output, one score per sequence, and without dropout.
 
     From a causal language model's folder the body is taken and the head is new, drawn from torch's global
     generator (seed it first). InputError if the folder holds neither or the head has another width.
@@ -330,8 +348,7 @@ def load_reward_model(path: str, device: str | None = None, dtype: str = "auto",
 
     check_model(path, classifier=True)
     config = _config(path, dropout=False)
-    classifier = any("SequenceClassification" in name for name in config.architectures or [])
-    if classifier and config.num_labels != 1:
+    if any("SequenceClassification" in name for name in config.architectures or []) and config.num_labels != 1:
         raise InputError(
             f"a classifier with {config.num_labels} classes",
             where=path,
@@ -341,6 +358,12 @@ def load_reward_model(path: str, device: str | None = None, dtype: str = "auto",
     config.num_labels = 1
     with suppress_seqcls_warning():
         return _load_pretrained(AutoModelForSequenceClassification, path, config, precision(device, dtype, lora)[0])
+
+
+def is_classifier(path: str) -> bool:
+    """Whether a model is a sequence classifier. Raises InputError if there is no such model."""
+    check_model(path, classifier=True)
+    return any("SequenceClassification" in name for name in _config(path, dropout=True).architectures or [])
 
 
 def _config(path: str, dropout: bool):

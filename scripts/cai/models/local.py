@@ -1,23 +1,25 @@
 """A causal language model on this machine: it generates text and scores forced choices.
 
-    for index, generation in engine.generate([[{"role": "user", "content": "Hello"}]], Sampling(), seeds=[1]): ...
+    request = Request("a", [{"role": "user", "content": "Hello"}], seed=1)
+    for request, generation in engine.generate([request], Sampling()): ...
 
-`generate` samples text, `score` reads the log-probabilities of a forced choice. Both take conversations (lists of
-`{"role", "content"}`); one that ends with the assistant is continued (a prefill).
+`generate` samples text, `score` reads the log-probabilities of a forced choice (engine.py says what both take).
 
 A batch holds as many tokens (`--batch-tokens`) as memory allows, and is halved if it does not fit after all; the
 decoding loop is in decoding.py. Leaves out models split over several GPUs, beam search, images and tools.
 """
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
+from typing import Any, NamedTuple
 
 from cai.base import cli
 from cai.base.errors import CaiError, InputError
 from cai.models.chat import Chat
 from cai.models.decoding import Prefixes, RowSampler, chunks, common_prefix, decode, not_a_number, prefill, slow_reason
-from cai.models.engine import Generation, Sampling
+from cai.models.engine import Generation, Request, RequestT, Sampling
 
 # Batches of the most rows that are sorted by length together, and rows of them at most: more sort better,
 # fewer answer sooner and use less memory.
@@ -34,6 +36,14 @@ CHUNK_TOKENS = {"cpu": 4096}
 OTHER_CHUNK_TOKENS = 16384
 
 
+class _Prompt(NamedTuple):
+    """A request as the model reads it. label_ids: of the labels to score, where there are any."""
+
+    request: Request
+    token_ids: list[int]
+    label_ids: Sequence[int] = ()
+
+
 class LocalEngine:
     """A transformers causal LM and its chat. Make one with `load_engine`.
 
@@ -44,6 +54,8 @@ class LocalEngine:
         batch_size: most rows in one forward pass.
         batch_tokens: most tokens in one batch, prompts with padding and new ones together.
     """
+
+    scores_choices = True
 
     def __init__(self, name: str, model, tokenizer, batch_size: int | None = None, batch_tokens: int | None = None):
         from transformers import GenerationConfig
@@ -73,54 +85,30 @@ class LocalEngine:
         self.batch_tokens = batch_tokens or tokens_that_fit(self.model)
 
     def generate(
-        self,
-        conversations: Iterable[Sequence[dict]],
-        sampling: Sampling,
-        seeds: Iterable[int],
-        done: Container[int] = (),
-    ) -> Iterator[tuple[int, Generation]]:
-        """Answers as they are done, as (index of the conversation, Generation), not in order.
+        self, requests: Iterable[RequestT], sampling: Sampling, done: Container[Hashable] = ()
+    ) -> Iterator[tuple[RequestT, Generation]]:
+        """Each request with its answer, as they are ready, not in order.
 
-        A row's draws hang on its seed alone, so its text does not depend on its batch (in float32; in
+        A row's draws depend on its seed alone, so its text does not depend on its batch (in float32; in
         bfloat16 the logits themselves do).
 
         Args:
-            conversations: read lazily, a window ahead of the model, and in another thread.
-            seeds: one a conversation.
-            done: indices whose answers the caller has. A batch of nothing else is skipped; any other is as it
-                would be without `done`, so that a resumed run rounds as one that never stopped.
+            requests: read lazily, a window ahead of the model, and in another thread.
+            done: keys of requests that the caller has the answers of. A batch of nothing else is skipped; any other
+                is as it would be without `done`, so that a resumed run rounds as one that never stopped.
         """
-
-        def read(window):
-            texts, rows = [], []
-            for index, (conversation, seed) in window:
-                texts.append(self.chat.render(conversation))
-                rows.append((index, seed, conversation[-1]["role"] == "assistant"))
-            return [
-                (index, ids, seed, continued)
-                for (index, seed, continued), ids in zip(rows, self.chat.encode_all(texts), strict=True)
-            ]
-
-        for window in self._windows(enumerate(zip(conversations, seeds, strict=True)), read, done):
-            rows = []
-            for row in window:
-                if self.context and len(row[1]) + sampling.max_new_tokens > self.context:
-                    yield row[0], Generation("", "too_long", len(row[1]), 0)
-                else:
-                    rows.append(row)
-            prefixes = Prefixes(self.model, [row[1] for row in rows], self.pad_id, self._decodes and len(rows) > 1)
-            one = self._generate if self._decodes else self._generate_otherwise
-            yield from self._in_batches(
-                rows,
-                lambda batch, prefixes=prefixes, one=one: one(batch, sampling, prefixes),
-                sampling.max_new_tokens,
-                done,
-            )
+        run = self._generate if self._decodes else self._generate_otherwise
+        for window in self._windows(requests, self._read_prompts, done):
+            prompts, too_long = self._split(window, sampling.max_new_tokens)
+            for prompt in too_long:
+                yield prompt.request, Generation("", "too_long", len(prompt.token_ids), 0)
+            run_batch = partial(run, sampling=sampling, prefixes=self._share_prefixes(prompts))
+            yield from self._run_batches(prompts, run_batch, sampling.max_new_tokens, done)
 
     def score(
-        self, conversations: Iterable[Sequence[dict]], labels: Sequence[str]
-    ) -> Iterator[tuple[int, list[float] | None]]:
-        """Log-probabilities of each label as the next token, as (index, one a label), not in order.
+        self, requests: Iterable[RequestT], labels: Sequence[str]
+    ) -> Iterator[tuple[RequestT, list[float] | None]]:
+        """Each request with the log-probability of every label as its next token, not in order.
 
         They are of the softmax over the whole vocabulary: what they lack to 1 went to other tokens. None
         stands for a conversation longer than the model's context. What conversations of a window begin with
@@ -128,89 +116,110 @@ class LocalEngine:
 
         Raises InputError if the labels are not single, different tokens where the conversation ends.
         """
-        known: dict[str, list[int]] = {}
-        for window in self._windows(enumerate(conversations), lambda w: self._before_label(w, labels, known)):
-            rows = []
-            for row in window:
-                if self.context and len(row[1]) > self.context:
-                    yield row[0], None
-                else:
-                    rows.append(row)
-            prefixes = Prefixes(self.model, [row[1] for row in rows], self.pad_id, self._decodes and len(rows) > 1)
-            yield from self._in_batches(rows, lambda batch, prefixes=prefixes: self._score(batch, prefixes), 0)
+        read = partial(self._read_questions, labels=labels, label_ids={})
+        for window in self._windows(requests, read):
+            prompts, too_long = self._split(window, 0)
+            yield from ((prompt.request, None) for prompt in too_long)
+            yield from self._run_batches(prompts, partial(self._score, prefixes=self._share_prefixes(prompts)), 0)
 
-    def _windows(self, numbered: Iterator[tuple], read, done: Container[int] = ()) -> Iterator[list]:
-        """`read` of as many rows as are sorted together, the next of them while the model works on these.
+    def _windows(
+        self,
+        requests: Iterable[Request],
+        read: Callable[[list[Request]], list[_Prompt]],
+        done: Container[Hashable] = (),
+    ) -> Iterator[list[_Prompt]]:
+        """`read` of as many requests as are sorted together, the next of them while the model works on these.
 
-        What is all `done` is passed over.
+        A window whose keys are all in `done` is skipped.
         """
         size = min(WINDOW * self.batch_size, MOST_ROWS)
+        requests = iter(requests)
 
-        def following():
-            while window := list(islice(numbered, size)):
-                if not all(index in done for index, _ in window):
+        def following() -> list[_Prompt] | None:
+            while window := list(islice(requests, size)):
+                if not all(request.key in done for request in window):
                     return read(window)
             return None
 
         with ThreadPoolExecutor(1) as thread:
             coming = thread.submit(following)
-            while (window := coming.result()) is not None:
+            while (prompts := coming.result()) is not None:
                 coming = thread.submit(following)
-                yield window
+                yield prompts
 
-    def _in_batches(self, rows: list[tuple], one, new: int, done: Container[int] = ()) -> Iterator[tuple]:
-        """What `one` makes of batches of like length, longest first, as it is made.
+    def _read_prompts(self, requests: list[Request]) -> list[_Prompt]:
+        token_ids = self.chat.encode_all([self.chat.render(request.conversation) for request in requests])
+        return list(map(_Prompt, requests, token_ids))
 
-        Where memory runs out the batch is halved, and its rows that are not answered yet are asked again.
+    def _split(self, prompts: list[_Prompt], new_tokens: int) -> tuple[list[_Prompt], list[_Prompt]]:
+        """(those that fit the model's context with the new tokens, those that do not)."""
+        limit = (self.context or float("inf")) - new_tokens
+        too_long = [prompt for prompt in prompts if len(prompt.token_ids) > limit]
+        return [prompt for prompt in prompts if len(prompt.token_ids) <= limit], too_long
+
+    def _share_prefixes(self, prompts: list[_Prompt]) -> Prefixes:
+        token_ids = [prompt.token_ids for prompt in prompts]
+        return Prefixes(self.model, token_ids, self.pad_id, self._decodes and len(prompts) > 1)
+
+    def _run_batches(
+        self,
+        prompts: list[_Prompt],
+        run: Callable[[list[_Prompt]], Iterator[tuple[Request, Any]]],
+        new_tokens: int,
+        done: Container[Hashable] = (),
+    ) -> Iterator[tuple[Any, Any]]:
+        """What `run` returns for batches of like length, longest first, as it comes; nothing for keys in `done`.
+
+        Where memory runs out the batch is halved, and its rows without a result are run again.
 
         Args:
-            rows: (index, token ids, ...).
-            one: a batch to its (index, result).
-            new: tokens that each row may grow by.
+            run: a batch to its (request, result).
+            new_tokens: tokens that each row may grow by.
         """
         import torch
 
-        rows = sorted(rows, key=lambda row: -len(row[1]))
-        at = 0
-        while at < len(rows):
-            fits = max(1, min(self.batch_size, self.batch_tokens // (len(rows[at][1]) + new)))
-            batch = rows[at : at + fits]
-            at += len(batch)
-            if all(index in done for index, *_ in batch):
+        waiting = sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
+        while waiting:
+            longest = len(waiting[0].token_ids) + new_tokens
+            count = max(1, min(self.batch_size, self.batch_tokens // longest))
+            batch, waiting = waiting[:count], waiting[count:]
+            if all(prompt.request.key in done for prompt in batch):
                 continue
             answered = set()
-            full = False
-            results = one(batch)
+            is_full = False
+            results = run(batch)
             while True:
                 try:
                     with torch.inference_mode():  # not over the yield: the mode would be the caller's too
-                        index, made = next(results)
+                        request, result = next(results)
                 except StopIteration:
                     break
                 except torch.OutOfMemoryError as error:
                     if len(batch) == 1:
-                        tokens = len(batch[0][1])
+                        tokens = len(batch[0].token_ids)
                         raise CaiError(f"one row of {tokens} tokens does not fit the GPU's memory") from error
-                    full = True
+                    is_full = True
                     break
-                answered.add(index)
-                yield index, made
-            if full:  # out here the failed batch's tensors are gone
+                answered.add(request.key)
+                if request.key not in done:
+                    yield request, result
+            if is_full:  # out here the failed batch's tensors are gone
                 del results
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-                left = [row for row in batch if row[0] not in answered]
-                self.batch_tokens = max(1, len(batch) // 2) * (len(batch[0][1]) + new)
+                self.batch_tokens = max(1, len(batch) // 2) * longest
                 cli.warn(f"the memory is full: going on with --batch-tokens {self.batch_tokens}")
-                rows, at = left + rows[at:], 0
+                waiting = [prompt for prompt in batch if prompt.request.key not in answered] + waiting
 
-    def _generate(self, batch: list[tuple], sampling: Sampling, prefixes: Prefixes) -> Iterator[tuple]:
-        """One batch of (index, ids, seed, continued), row by row as they end."""
-        sampler = RowSampler(sampling, [seed for _, _, seed, _ in batch])
+    def _generate(
+        self, batch: list[_Prompt], sampling: Sampling, prefixes: Prefixes
+    ) -> Iterator[tuple[Request, Generation]]:
+        """The answers of one batch, row by row as they end."""
+        sampler = RowSampler(sampling, [prompt.request.seed for prompt in batch])
         stops = self.chat.stops(sampling.stop)
         rows = decode(
             self.model,
-            [ids for _, ids, _, _ in batch],
+            [prompt.token_ids for prompt in batch],
             prefixes,
             sampler,
             pad_id=self.pad_id,
@@ -221,19 +230,21 @@ class LocalEngine:
         )
         for row, tokens in rows:
             sampler.check(self.name)
-            yield self._answered(batch[row], tokens, sampling)
+            yield self._read_answer(batch[row], tokens, sampling)
 
-    def _generate_otherwise(self, batch: list[tuple], sampling: Sampling, _prefixes) -> Iterator[tuple]:
+    def _generate_otherwise(
+        self, batch: list[_Prompt], sampling: Sampling, prefixes: Prefixes
+    ) -> Iterator[tuple[Request, Generation]]:
         """The same by transformers' own loop, for models whose memory is not a cache of rows."""
         import torch
 
-        width = len(batch[0][1])
+        width = len(batch[0].token_ids)
         ids = torch.full((len(batch), width), self.pad_id)
         mask = torch.zeros_like(ids)
-        for row, (_, prompt, _, _) in enumerate(batch):  # left padding: all answers begin in one column
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        sampler = RowSampler(sampling, [seed for _, _, seed, _ in batch], width)
+        for row, prompt in enumerate(batch):  # left padding: all answers begin in one column
+            ids[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
+            mask[row, width - len(prompt.token_ids) :] = 1
+        sampler = RowSampler(sampling, [prompt.request.seed for prompt in batch], width)
         stops = self.chat.stops(sampling.stop)
         new = self.model.generate(
             input_ids=ids.to(self.model.device),
@@ -243,40 +254,44 @@ class LocalEngine:
             stopping_criteria=[_StopStrings(self.tokenizer, stops, width)] if stops else None,
         )[:, width:].tolist()
         sampler.check(self.name)
-        for row, tokens in zip(batch, new, strict=True):
+        for prompt, tokens in zip(batch, new, strict=True):
             length = next((n + 1 for n, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
-            yield self._answered(row, tokens[:length], sampling)
+            yield self._read_answer(prompt, tokens[:length], sampling)
 
-    def _answered(self, row: tuple, tokens: list[int], sampling: Sampling) -> tuple[int, Generation]:
-        """(index, Generation) of a row (index, ids, seed, continued) and its new tokens, the end included."""
-        index, prompt, _, continued = row
+    def _read_answer(self, prompt: _Prompt, tokens: list[int], sampling: Sampling) -> tuple[Request, Generation]:
+        """The request and its answer from the new tokens, the end token included."""
         ended = bool(tokens) and tokens[-1] in self.stop_ids
+        continued = prompt.request.conversation[-1]["role"] == "assistant"
         text, stopped = self.chat.answer(tokens[:-1] if ended else tokens, continued=continued, stop=sampling.stop)
-        return index, Generation(text, "stop" if ended or stopped else "length", len(prompt), len(tokens))
+        finish = "stop" if ended or stopped else "length"
+        return prompt.request, Generation(text, finish, len(prompt.token_ids), len(tokens))
 
     @property
     def _chunk_tokens(self) -> int:
         return CHUNK_TOKENS.get(self.model.device.type, OTHER_CHUNK_TOKENS)
 
-    def _before_label(self, window: list[tuple], labels: Sequence[str], known: dict) -> list[tuple]:
-        """(index, tokens before the choice, the labels' ids there) of each (index, conversation).
+    def _read_questions(
+        self, requests: list[Request], labels: Sequence[str], label_ids: dict[str, list[int]]
+    ) -> list[_Prompt]:
+        """The tokens before each choice, and the labels' ids there.
 
-        The label is encoded together with what precedes it, as the model has seen it in training: "(" and "A"
+        A label is encoded together with what precedes it, as the model has seen it in training: "(" and "A"
         may be one token, and then it is that token which is asked for.
+
+        Args:
+            label_ids: {prefill: ids of the labels after it}, filled here.
         """
-        texts, endings = [], []
-        for _, conversation in window:
-            texts.append(self.chat.render(conversation))
-            endings.append(conversation[-1]["content"] if conversation[-1]["role"] == "assistant" else "")
-            if endings[-1] not in known:
-                known[endings[-1]] = self._label_ids(texts[-1], endings[-1], labels)
-        rows = []
+        texts = [self.chat.render(request.conversation) for request in requests]
+        prompts = []
         encoded = self.chat.encode_all([text + labels[0] for text in texts])
-        for (index, _), text, ending, ids in zip(window, texts, endings, encoded, strict=True):
-            if ids[-1] != known[ending][0]:
+        for request, text, ids in zip(requests, texts, encoded, strict=True):
+            ending = request.prefill
+            if ending not in label_ids:
+                label_ids[ending] = self._label_ids(text, ending, labels)
+            if ids[-1] != label_ids[ending][0]:
                 raise InputError(f"{labels[0]!r} is not one token after {text[-20:]!r}", where=self.name)
-            rows.append((index, ids[:-1], known[ending]))
-        return rows
+            prompts.append(_Prompt(request, ids[:-1], label_ids[ending]))
+        return prompts
 
     def _label_ids(self, text: str, ending: str, labels: Sequence[str]) -> list[int]:
         """The token of each label after `text`; InputError if they are not single and different."""
@@ -295,19 +310,21 @@ class LocalEngine:
             )
         return label_ids
 
-    def _score(self, batch: list[tuple], prefixes: Prefixes) -> Iterator[tuple[int, list[float]]]:
-        """One batch of (index, ids, label ids)."""
+    def _score(self, batch: list[_Prompt], prefixes: Prefixes) -> Iterator[tuple[Request, list[float]]]:
+        """The labels' log-probabilities in one batch."""
         if self._decodes and len(batch) > 1:  # a pair in both orders has the prompt in common too
-            prefixes = Prefixes(self.model, [ids for _, ids, _ in batch], self.pad_id, within=prefixes)
+            prefixes = Prefixes(self.model, [prompt.token_ids for prompt in batch], self.pad_id, within=prefixes)
+        new_tokens = [len(prompt.token_ids) - prefixes.shared(prompt.token_ids) for prompt in batch]
         # Half as many tokens as where text is written, for here the known ones are not counted among them.
-        for part in chunks([len(ids) - prefixes.shared(ids) for _, ids, _ in batch], self._chunk_tokens // 2):
-            rows = [batch[i] for i in part]
-            logits = prefill(self.model, [ids for _, ids, _ in rows], prefixes, self.pad_id, keep=False)[0]
+        for part in chunks(new_tokens, self._chunk_tokens // 2):
+            prompts = [batch[i] for i in part]
+            token_ids = [prompt.token_ids for prompt in prompts]
+            logits = prefill(self.model, token_ids, prefixes, self.pad_id, keep=False)[0]
             logprobs = logits.float().log_softmax(-1).cpu()
             if logprobs.isnan().any():
                 raise not_a_number(self.name)
-            for row, (index, _, labels) in enumerate(rows):
-                yield index, logprobs[row, labels].tolist()
+            for row, prompt in enumerate(prompts):
+                yield prompt.request, logprobs[row, prompt.label_ids].tolist()
 
 
 class _StopStrings:

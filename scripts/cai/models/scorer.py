@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any
 
 from cai.base import cli
-from cai.base.errors import CaiError, InputError, shorten
+from cai.base.errors import CaiError, InputError
 from cai.models import loading
 from cai.models.chat import Chat, encode
 from cai.stats.calibration import sigmoid
@@ -23,36 +23,14 @@ from cai.stats.calibration import sigmoid
 TEMPERATURE = "score_temperature"
 
 
-def list_architectures(name: str) -> list[str]:
-    """The architectures that a model's configuration names. Raises InputError if there is no such model.
-
-    Args:
-        name: a folder or a hub id, of a causal language model or of a classifier.
-    """
-    from transformers import AutoConfig
-
-    path = loading.check_model(name, classifier=True)
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or []
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the model's configuration can't be loaded: {shorten(error, 200)}",
-            where=name,
-            expected="a model folder or a hub id",
-            remedy="Check the path; offline, a hub id must be in the local cache",
-        ) from error
-
-
-def is_reward_model(name: str) -> bool:
-    """Whether a folder or a hub id is a sequence classifier. Raises InputError if there is no such model."""
-    return any("SequenceClassification" in architecture for architecture in list_architectures(name))
-
-
 def check_reward_model(name: str) -> None:
     """Raise InputError unless a folder or a hub id is a reward model: another model's head would be drawn at random."""
-    if not is_reward_model(name):
+    if not loading.is_classifier(name):
+        from transformers import AutoConfig
+
+        architectures = AutoConfig.from_pretrained(loading.find_model(name)).architectures or ["no architecture named"]
         raise InputError(
-            f"not a reward model ({', '.join(list_architectures(name)) or 'no architecture named'})",
+            f"not a reward model ({', '.join(architectures)})",
             where=name,
             expected="a sequence classifier with one score",
             remedy="Train one with reward_model.py",

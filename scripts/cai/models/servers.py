@@ -1,11 +1,12 @@
 """What answers over the network: any server with an OpenAI-compatible chat API, or several with the same model.
 
     engine = load_server("openai:qwen3", endpoints=("http://127.0.0.1:8000/v1",))
-    for index, answer in engine.generate([[{"role": "user", "content": "Hello"}]], Sampling(), seeds=[1]): ...
+    request = Request("a", [{"role": "user", "content": "Hello"}], seed=1)
+    for request, generation in engine.generate([request], Sampling()): ...
 
-The same two calls as models/local.LocalEngine. Requests fail, so each is tried again, elsewhere if there are several
-replicas, until it is answered, refused, or nothing answers any more; then the run stops and what is done is kept.
-What a server can do beyond the plain call is found out by asking it (references/engines.md says which can what).
+The same two calls as those of a local engine (engine.py). Requests fail, so each is tried again, elsewhere if there
+are several replicas, until it is answered, refused, or nothing answers any more; then the run stops and what is done
+is kept. What a server can do beyond the plain call is found out by asking it (references/engines.md lists them).
 
 The key comes from the environment and goes nowhere but into the request's header: not into a manifest, a log or an
 error. Leaves out streaming, tools, images, batch APIs, and the tokenizer: the server applies the chat template.
@@ -19,7 +20,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Collection, Container, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Coroutine, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -29,7 +30,7 @@ from urllib.parse import urlsplit
 from cai.base import cli
 from cai.base.errors import CaiError, InputError, shorten
 from cai.models.chat import THINKING, strip_thinking
-from cai.models.engine import Generation, Sampling
+from cai.models.engine import Generation, Message, Request, RequestT, Sampling, fold_prefill, join_labels
 
 IN_FLIGHT = 64  # requests at once where nobody says
 
@@ -215,32 +216,25 @@ class ServerEngine:
     # --- the two calls ----------------------------------------------------------------------------------------
 
     def generate(
-        self,
-        conversations: Iterable[Sequence[dict]],
-        sampling: Sampling,
-        seeds: Iterable[int],
-        done: Container[int] = (),
-    ) -> Iterator[tuple[int, Generation]]:
-        """Answers as they come, as (index of the conversation, Generation), not in order.
+        self, requests: Iterable[RequestT], sampling: Sampling, done: Container[Hashable] = ()
+    ) -> Iterator[tuple[RequestT, Generation]]:
+        """Each request with its answer, as they come, not in order.
 
         A finish "failed" stands for a conversation that no server would answer; its `reason` says why. Each
-        request has its row's seed, which a server may use, and few draw the same twice.
+        request is sent with its seed, which a server may use, and few draw the same twice.
 
         Args:
-            conversations: read lazily, as requests become free.
-            seeds: one a conversation.
-            done: indices whose answers the caller has: they are not asked for again.
+            requests: read lazily, as places in flight become free.
+            done: keys of requests that the caller has the answers of: they are not sent.
         """
-        numbered = enumerate(zip(conversations, seeds, strict=True))
-        todo = ((index, conversation, seed) for index, (conversation, seed) in numbered if index not in done)
         yield from self._each(
-            (index, self._generate(list(conversation), sampling, seed)) for index, conversation, seed in todo
+            (request, self._generate(request, sampling)) for request in requests if request.key not in done
         )
 
     def score(
-        self, conversations: Iterable[Sequence[dict]], labels: Sequence[str]
-    ) -> Iterator[tuple[int, list[float] | None]]:
-        """Log-probabilities of each label as what comes next, as (index, one a label), not in order.
+        self, requests: Iterable[RequestT], labels: Sequence[str]
+    ) -> Iterator[tuple[RequestT, list[float] | None]]:
+        """Each request with the log-probability of every label as what comes next, not in order.
 
         Of tokens that differ by spaces alone the probabilities are added up. A label that is not among those
         listed gets the least of the list, which its own can't exceed; where none is listed, all are -inf. None
@@ -254,9 +248,7 @@ class ServerEngine:
                 where=self.name,
                 remedy="Let the judge write its answer, or take a server that does: references/engines.md",
             )
-        yield from self._each(
-            (index, self._score(list(conversation), labels)) for index, conversation in enumerate(conversations)
-        )
+        yield from self._each((request, self._score(request, labels)) for request in requests)
 
     @property
     def scores_choices(self) -> bool:
@@ -264,7 +256,7 @@ class ServerEngine:
         if self._scores is None:
             asked = [{"role": "user", "content": "Answer with one letter and nothing else: A or B."}]
             try:
-                [(_, answer)] = self._each([(0, self._ask(lambda: self._choice_body(asked)))])
+                [(_, answer)] = self._each([(None, self._ask(lambda: self._choice_body(asked)))])
                 self._scores = bool(_listed(answer))
             except _RefusedError:
                 self._scores = False
@@ -272,24 +264,31 @@ class ServerEngine:
 
     # --- one row ----------------------------------------------------------------------------------------------
 
-    async def _generate(self, conversation: list[dict], sampling: Sampling, seed: int) -> Generation:
-        begun = conversation[-1]["content"] if conversation[-1]["role"] == "assistant" else ""
-        continues = bool(begun) and await self._can_continue()
-        asked = (
-            conversation
-            if continues or not begun
-            else _fold(conversation, f"Begin your answer with exactly these words, and go on from there:\n{begun}")
+    async def _prepare(self, request: Request, instruction: str) -> tuple[list[Message], bool]:
+        """(the conversation as the server can take it, whether it goes on with the prefill).
+
+        instruction: put into the question, before the prefill's words, where the server can't go on with it.
+        """
+        if not request.prefill:
+            return list(request.conversation), False
+        if await self._can_continue():
+            return list(request.conversation), True
+        return fold_prefill(request.conversation, f"{instruction}\n{request.prefill}"), False
+
+    async def _generate(self, request: Request, sampling: Sampling) -> Generation:
+        conversation, continues = await self._prepare(
+            request, "Begin your answer with exactly these words, and go on from there:"
         )
 
-        def body(asked=asked, continues=continues):
-            made = self._body(asked, sampling.max_new_tokens, continues)
+        def body(conversation=conversation, continues=continues):
+            made = self._body(conversation, sampling.max_new_tokens, continues)
             made["temperature"] = sampling.temperature
             if sampling.top_p < 1:
                 made["top_p"] = sampling.top_p
             if sampling.stop and "stop" not in self._dropped:
                 made["stop"] = list(sampling.stop)
             if "seed" not in self._dropped:
-                made["seed"] = seed & 0x7FFFFFFF  # llama.cpp and Ollama take 32 bits
+                made["seed"] = request.seed & 0x7FFFFFFF  # llama.cpp and Ollama take 32 bits
             return made
 
         try:
@@ -305,17 +304,15 @@ class ServerEngine:
         text = _text(choice["message"].get("content"))
         cuts = [at for at in (text.find(stop) for stop in sampling.stop) if at >= 0]
         text = without_thinking(text[: min(cuts, default=None)])
-        if begun and not continues:
-            text = text.removeprefix(begun.strip()).strip()
+        if request.prefill and not continues:
+            text = text.removeprefix(request.prefill.strip()).strip()
         finish = "length" if choice.get("finish_reason") == "length" and not cuts else "stop"
         return Generation(text, finish, *numbers)
 
-    async def _score(self, conversation: list[dict], labels: Sequence[str]) -> list[float] | None:
-        begun = conversation[-1]["content"] if conversation[-1]["role"] == "assistant" else ""
-        continues = bool(begun) and await self._can_continue()
-        if begun and not continues:
-            words = f"{', '.join(labels[:-1])} or {labels[-1]}"
-            conversation = _fold(conversation, f"Complete this sentence, with {words} and nothing else:\n{begun}")
+    async def _score(self, request: Request, labels: Sequence[str]) -> list[float] | None:
+        conversation, continues = await self._prepare(
+            request, f"Complete this sentence, with {join_labels(labels)} and nothing else:"
+        )
         try:
             answer = await self._ask(lambda: self._choice_body(conversation, continues))
         except _RefusedError as refusal:
@@ -610,15 +607,15 @@ class ServerEngine:
 
     # --- the loop they run in ---------------------------------------------------------------------------------
 
-    def _each(self, jobs: Iterable[tuple[int, Coroutine]]) -> Iterator[tuple[int, Any]]:
-        """(index, result) of each job as it ends; `batch_size` of them are under way at once."""
+    def _each(self, jobs: Iterable[tuple[Any, Coroutine]]) -> Iterator[tuple[Any, Any]]:
+        """(request, result) of each job as it ends; `batch_size` of them are under way at once."""
         jobs, pending = iter(jobs), set()
         self._last_good = time.monotonic()
         with self._session() as runner:
             try:
                 while True:
-                    for index, job in islice(jobs, self.batch_size - len(pending)):
-                        pending.add(runner.get_loop().create_task(_numbered(index, job)))
+                    for request, job in islice(jobs, self.batch_size - len(pending)):
+                        pending.add(runner.get_loop().create_task(_run_job(request, job)))
                     if not pending:
                         return
                     ended, pending = runner.run(asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED))
@@ -669,8 +666,8 @@ async def _stop(tasks: Collection[asyncio.Task]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _numbered(index: int, job: Coroutine) -> tuple[int, Any]:
-    return index, await job
+async def _run_job(request: Any, job: Coroutine) -> tuple[Any, Any]:
+    return request, await job
 
 
 # --- what is sent and what comes back -------------------------------------------------------------------------
@@ -703,12 +700,6 @@ def label_logprobs(listed: Sequence[dict], labels: Sequence[str]) -> list[float]
 def _log_sum(logs: list[float]) -> float:
     most = max(logs)
     return most if most == -math.inf else most + math.log(sum(math.exp(one - most) for one in logs))
-
-
-def _fold(conversation: list[dict], words: str) -> list[dict]:
-    """The conversation with `words` at the end of its last question, in place of the answer that was begun."""
-    *before, question, _ = conversation
-    return [*before, {**question, "content": f"{question['content']}\n\n{words}"}]
 
 
 def _checked(answer) -> dict:

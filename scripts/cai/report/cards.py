@@ -2,8 +2,8 @@
 
     for name, text in write(collect("runs/tiny")).items(): ...
 
-One for every trained model, one for the revisions and one for the preferences. A card says what the manifests know;
-what they don't (a licence above all) it says is missing. Leaves out the upload: cai/report/hub.py.
+There is one for every trained model, one for the revisions and one for the preferences. A card says what the manifests
+know, and that there is no licence yet. Leaves out the upload: cai/report/hub.py.
 """
 
 import re
@@ -12,10 +12,11 @@ from pathlib import Path
 from markupsafe import Markup
 
 from cai.base.paths import model_path
-from cai.evaluate.rates import KINDS, RATES
+from cai.data.kinds import KINDS
+from cai.evaluate.rates import RATES
 from cai.report import run_folder
-from cai.report.escaping import MARK, environment
-from cai.report.run_folder import Run, Training, argument
+from cai.report.escaping import MARK, environment, file_name
+from cai.report.run_folder import Run, Training
 
 PURPOSES = {
     "sft": "A causal language model, fine-tuned on its own responses after they were criticised and revised by the "
@@ -28,6 +29,10 @@ PURPOSES = {
     "constitution.",
     "grpo": "A causal language model, trained by GRPO with feedback that a model gave by the principles of a "
     "constitution.",
+    "revisions": "Prompts with a model's responses, critiques of these by a constitution's principles, and revisions: "
+    "data for supervised fine-tuning by Constitutional AI (arXiv 2212.08073).",
+    "preferences": "Pairs of responses with the preference of a judge model that compared them by a constitution's "
+    "principles, in TRL's explicit-prompt preference format with a soft label beside it.",
 }
 
 FIELDS = {
@@ -38,7 +43,7 @@ FIELDS = {
     "response": "the model's first response",
     "model": "what wrote the response",
     "finish": "how the response ended: stop or length",
-    "rounds": "list of principle, critique, revision and flags, one a round",
+    "rounds": "list of principle, critique, revision and flags, one per round",
     "response_a": "first response",
     "response_b": "second response",
     "chosen": "the response the judge preferred; null if undecided",
@@ -56,24 +61,21 @@ NO_LICENCE = "No licence is stated here: choose one that the base model's and th
 
 def write(run: Run) -> dict[str, str]:
     """{file name: card}: `model-<folder>.md` and `dataset-<file>.md`."""
-    made = {f"model-{file_name(one.name)}.md": model_card(run, one) for one in run.trainings}
+    cards = {f"model-{file_name(training.name)}.md": model_card(run, training) for training in run.trainings}
     for name, kind in ((run.rows_file, "revisions"), (run.preferences_file, "preferences")):
         if name:
-            made[f"dataset-{file_name(name.removesuffix('.jsonl'))}.md"] = dataset_card(run, name, kind)
-    return made
+            cards[f"dataset-{file_name(name.removesuffix('.jsonl'))}.md"] = dataset_card(run, name, kind)
+    return cards
 
 
-def of(path: Path) -> str:
+def card_of(path: Path) -> str:
     """The card of one output, a model's folder or a file of preferences, from its manifest and those beside it that
     led to it."""
-    run = run_folder.collect(path.parent, of=path.name)
-    training = next((one for one in run.trainings if one.name == path.name), None)
-    return model_card(run, training) if training else dataset_card(run, path.name, "preferences")
-
-
-def file_name(name: str) -> str:
-    """The name as a part of a file name."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "unnamed"
+    run = run_folder.collect(path.parent, path.name)
+    for training in run.trainings:
+        if training.name == path.name:
+            return model_card(run, training)
+    return dataset_card(run, path.name, "preferences")
 
 
 def hub_id(model: str | None) -> str | None:
@@ -87,41 +89,40 @@ def model_card(run: Run, training: Training) -> str:
     """The card of one trained model."""
     from huggingface_hub import ModelCardData
 
-    scores = training.command == "reward_model"
+    is_scorer = training.command == "reward_model"
     lora = training.step["fingerprint"].get("lora_rank") is not None
     data = ModelCardData(
         base_model=hub_id(run.model),
         library_name="peft" if lora else "transformers",
-        pipeline_tag="text-classification" if scores else "text-generation",
+        pipeline_tag="text-classification" if is_scorer else "text-generation",
         tags=["constitutional-ai", "rlaif", training.command.replace("_", "-")],
     )
-    stages = [stage for stage in run.stages if stage.model == run.model or Path(stage.model).name == training.name]
+    measured = [stage for stage in run.stages if Path(stage.model).name == training.name]
+    stages = [stage for stage in run.stages if stage.model == run.model or stage in measured] if measured else []
     rows = [
         (f"{kind}: {name.replace('_', ' ')}", [stage.rates.get(name) for stage in stages])
-        for kind in KINDS
-        for name, (of, _) in RATES.items()
-        if of == kind and any(stage.rates.get(name) for stage in stages)
+        for name, (kind, _) in sorted(RATES.items(), key=lambda item: KINDS.index(item[1][0]))
+        if any(stage.rates.get(name) for stage in stages)
     ]
-    measured = [stage for stage in stages if Path(stage.model).name == training.name]
     return _render(
         "model_card.md.jinja",
         data,
         title=f"{run.name}/{training.name}",
         purpose=PURPOSES[training.command],
-        made=_made(run, training.step),
+        made=_list_facts(run, training.step),
         versions=sorted(training.step.get("versions", {}).items()),
-        settings=[*_flat(training.step["fingerprint"], skip=_HASHES), *_flat(training.step["counts"])],
-        stages=stages if measured else [],
+        settings=[*_flatten(training.step["fingerprint"]), *_flatten(training.step["counts"])],
+        stages=stages,
         rows=rows,
         by=stages[0].by if stages else "",
         limits=[
-            *(["It was not measured on held-out prompts."] if not measured and not scores else []),
+            *(["It was not measured on held-out prompts."] if not measured and not is_scorer else []),
             "The feedback it learned from was a model's, not people's: it has that model's errors and the "
             "constitution's gaps.",
             "The figures hold for prompts like the held-out ones; longer conversations and attempts to talk it round "
             "are not in them.",
             *([_TINY] if run.model == "tiny" else []),
-            *(f"Alarm at step {step}: {said}" for step, said in training.alarms[:5]),
+            *(f"Alarm at step {step}: {alarm}" for step, alarm in training.alarms[:5]),
             NO_LICENCE,
         ],
     )
@@ -131,25 +132,19 @@ def dataset_card(run: Run, name: str, kind: str) -> str:
     """The card of the revisions or of the preferences."""
     from huggingface_hub import DatasetCardData
 
-    step = next(one for one in run.steps if one["name"] == name)
-    rows = list(run_folder.rows_of(run, name))
+    [step] = [step for step in run.steps if step["name"] == name]
+    rows = list(run.read(name))
     data = DatasetCardData(
         tags=["constitutional-ai", "rlaif", kind], pretty_name=f"{run.name} {kind}", task_categories=["text-generation"]
     )
-    purpose = {
-        "revisions": "Prompts with a model's responses, critiques of these by a constitution's principles, and "
-        "revisions: data for supervised fine-tuning by Constitutional AI (arXiv 2212.08073).",
-        "preferences": "Pairs of responses with the preference of a judge model that was asked by a constitution's "
-        "principles, in TRL's explicit-prompt preference format with a soft label beside it.",
-    }[kind]
     return _render(
         "dataset_card.md.jinja",
         data,
         title=f"{run.name}/{name}",
-        purpose=purpose,
-        made=_made(run, step),
+        purpose=PURPOSES[kind],
+        made=_list_facts(run, step),
         fields=[(field, FIELDS.get(field, "carried along from the prompts")) for field in (rows[0] if rows else ())],
-        counts=[("rows in the file", len(rows)), *_flat(step["counts"])],
+        counts=[("rows in the file", len(rows)), *_flatten(step["counts"])],
         limits=[
             "Critiques, revisions and preferences were written by a model. Nobody has checked them row by row.",
             "Prompts may ask for harm, and first responses and rejected ones may give it: keep it where such text "
@@ -168,19 +163,18 @@ _TINY = (
 _HASHES = ("model", "weights", "input", "reward_model", "ref_model", "template", "constitution", "judge")
 
 
-def _made(run: Run, step: dict) -> list[tuple[str, str]]:
-    """What it comes from, as far as the manifests say."""
-    constitution = next(
-        (one["fingerprint"]["constitution"] for one in run.steps if one["fingerprint"].get("constitution")), None
-    )
+def _list_facts(run: Run, step: dict) -> list[tuple[str, str]]:
+    """Where the output comes from, as far as the manifests say."""
+    digests = [other["fingerprint"].get("constitution") for other in run.steps]
+    constitution = next(filter(None, digests), None)
     name = run.constitution.name if run.constitution else "unknown by name"
     facts = [
         ("base model", run.model),
         ("constitution", constitution and f"{name}, SHA-256 {constitution}"),
         ("revised rows", len(run.rows) or None),
         ("compared pairs", len(run.preferences) or None),
-        ("model given to the step", argument(step, "--model")),
-        ("reward model", argument(step, "--reward-model")),
+        ("model of the step", run_folder.argument(step, "--model")),
+        ("reward model", run_folder.argument(step, "--reward-model")),
         ("command", step.get("command_line")),
         ("finished", step.get("finished")),
         ("seconds", step.get("seconds")),
@@ -188,12 +182,9 @@ def _made(run: Run, step: dict) -> list[tuple[str, str]]:
     return [(label, str(value)) for label, value in facts if value is not None]
 
 
-def _flat(content: dict, skip: tuple[str, ...] = ()) -> list[tuple[str, object]]:
-    return [
-        (name.replace("_", " "), value)
-        for name, value in run_folder.flatten({key: value for key, value in content.items() if key not in skip})
-        if value is not None and name
-    ]
+def _flatten(content: dict) -> list[tuple[str, object]]:
+    figures = run_folder.flatten({key: value for key, value in content.items() if key not in _HASHES})
+    return [(name.replace("_", " "), value) for name, value in figures if value is not None and name]
 
 
 def _render(template: str, data, **values) -> str:

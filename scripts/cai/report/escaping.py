@@ -1,8 +1,8 @@
-"""Text of a run set into the report's pages: escaped for HTML or Markdown, hidden characters made visible.
+"""Text of a run in the report's pages: escaped for HTML or Markdown, hidden characters made visible.
 
     environment(html=True).get_template("page.html.jinja").render(...)
 
-Whatever a template prints is escaped, unless it is Markup. Leaves out prompts: those are constitution/templates.py.
+Whatever a template prints is escaped, unless it is Markup. Leaves out prompts (constitution/templates.py).
 """
 
 import json
@@ -16,7 +16,7 @@ from markupsafe import Markup
 from cai.base.paths import TEMPLATES
 from cai.stats import tables
 
-MARK = "constitutional-ai report"  # in every file that report.py writes: what has it may be replaced
+MARK = "constitutional-ai report"  # in every file that report.py writes: a file with it may be replaced
 
 # Control characters, and those that reorder or hide text; the same set as in templates/report/page.js.
 _HIDDEN = re.compile(
@@ -28,7 +28,7 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
 
 def visible(text: str) -> str:
     """The text with characters that hide or reorder others replaced by their number, U+202E for instance."""
-    return _HIDDEN.sub(lambda found: f"U+{ord(found[0]):04X}", text)
+    return _HIDDEN.sub(lambda match: f"U+{ord(match[0]):04X}", text)
 
 
 def markdown(text: str) -> str:
@@ -36,15 +36,18 @@ def markdown(text: str) -> str:
     return _MARKDOWN.sub(r"\\\1", " ".join(visible(text).split()))
 
 
+def file_name(name: str) -> str:
+    """The name as a part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "unnamed"
+
+
 def plain(value) -> str:
     """A figure of any kind, in its own unit: a number, a rate with its interval, or a text."""
     if isinstance(value, dict) and "value" in value:
         number, low, high = (value[name] for name in ("value", "low", "high"))
-        if number is None:
-            return "–"
-        if low is None or high is None:
-            return f"{number:.3g}"
-        return f"{number:.3g} ({low:.3g}{tables.between(low)}{high:.3g})"
+        has_interval = number is not None and None not in (low, high)
+        interval = f" ({low:.3g}{tables.between(low)}{high:.3g})" if has_interval else ""
+        return "–" if number is None else f"{number:.3g}{interval}"
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -70,18 +73,18 @@ def environment(*, html: bool) -> jinja2.Environment:
             return visible(value) if html else Markup(markdown(value))
         return value
 
-    made = jinja2.Environment(
+    jinja = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES / "report"),
         autoescape=html,
         undefined=jinja2.StrictUndefined,
         finalize=finalize,
         trim_blocks=not html,
     )
-    made.filters |= {
+    jinja.filters |= {
         "show": tables.show,
         "plain": plain,
         "thousands": lambda number: f"{number:,}",
         "percent": percent,
         "interval": lambda measured: "".join(tables.show(measured).partition("(")[1:]),
     }
-    return made
+    return jinja

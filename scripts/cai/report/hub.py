@@ -1,129 +1,103 @@
-"""A finished output on the Hugging Face Hub, where --push-to-hub asks for it: private, and with its card.
+"""A finished output on the Hugging Face Hub: in a private repository, and with its card.
 
-    @hub.option                                                    # on a command
-    cli.finish({"output": output, **counts, **hub.push(output)}, as_json=as_json)
+    check(Path("runs/tiny/ppo"), "my-org/my-model")
+    address = upload(Path("runs/tiny/ppo"), "my-org/my-model")
 
-The same command pushes again what is done without doing it again. The token is huggingface_hub's to find (HF_TOKEN, or
-`hf auth login`). Leaves out making anything public: a repository that is public is refused.
+Leaves out making anything public: a repository that is public is refused.
 """
 
-import os
 import shlex
 import sys
-import traceback
 from pathlib import Path
 
-import click
-
 from cai.base import cli
-from cai.base.errors import CaiError, shorten
+from cai.base.errors import CaiError, InputError, shorten
+from cai.data.outputs import read_manifest
 from cai.report import cards
 from cai.report.escaping import MARK
+from cai.report.run_folder import TRAINING
 
-_KEPT = "push_to_hub"  # where click's context keeps what the option says
-
-# States to resume from, and the card that peft writes with its adapters: a form with the gaps left open.
-_LEFT_OUT = ["checkpoints/*", "adapter/README.md"]
+# States to resume from, and the card that peft writes with its adapters: a form whose gaps nobody has filled.
+_EXCLUDED = ["checkpoints/*", "adapter/README.md"]
 
 _GAPS = "[More Information Needed]"
 
 
-def _check(ctx, _param, repo: str | None) -> None:
-    """Refuses before hours of work what can be known not to work after them."""
-    ctx.meta[_KEPT] = repo
-    if repo is None:
-        return
+def check(path: Path, repository: str) -> str:
+    """InputError for what can be known not to work before anything is uploaded. Returns the kind of repository."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    if not path.exists():
+        raise InputError("no such file or folder", where=path, remedy="Check the path")
+    kind, commands = ("model", TRAINING) if path.is_dir() else ("dataset", ("judge",))
+    manifest = read_manifest(path) or {}
+    if manifest.get("command") not in commands or manifest.get("status") != "done":
+        expected = "the folder of a finished training, or the preferences of judge.py, with the manifest beside it"
+        raise InputError("not a finished output", where=path, expected=expected)
     try:
-        validate_repo_id(repo)
+        validate_repo_id(repository)
     except HFValidationError as error:
-        raise click.BadParameter(
-            f"{shorten(repo)!r} is no name of a repository; expected NAME or ORGANISATION/NAME, "
-            "of letters, digits, '-', '_' and '.'."
-        ) from error
+        problem = f"{shorten(repository)!r} is not a valid name of a repository"
+        expected = "NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'"
+        raise InputError(problem, expected=expected) from error
     if constants.HF_HUB_OFFLINE:
-        raise click.BadParameter("HF_HUB_OFFLINE is set. Unset it, or leave this option out.")
+        raise InputError("HF_HUB_OFFLINE is set", remedy="Unset it")
     if get_token() is None:
-        raise click.BadParameter("there is no token of the Hub. Log in with `hf auth login`, or set HF_TOKEN.")
+        raise InputError("there is no token of the Hub", remedy="Log in with `hf auth login`, or set HF_TOKEN")
+    return kind
 
 
-option = click.option(
-    "--push-to-hub",
-    metavar="REPO",
-    expose_value=False,
-    callback=_check,
-    help="When all is done, upload the output and its card to this private repository of the Hugging Face Hub. The "
-    "same command uploads again what is done.",
-)
+def upload(path: Path, repository: str) -> str:
+    """Upload a model's folder or a file of preferences; returns the address. CaiError if the Hub can't take it.
 
-
-def _asked() -> str | None:
-    return click.get_current_context().meta.get(_KEPT)
-
-
-def planned() -> dict:
-    """What --dry-run says of it."""
-    return {"push_to_hub": f"{_asked()}, private"} if _asked() else {}
-
-
-def push(output: str | Path) -> dict:
-    """Upload a finished output, if that was asked for: what the summary says of it.
-
-    Args:
-        output: a model's folder, or a file of preferences; its card becomes README.md.
-
-    Returns {"pushed": address}, or {"not_pushed": why}, with which `cli.finish` ends the command with exit code 1: the
-    output is complete all the same. {} without the option, and in all processes but the first.
+    The card becomes README.md; a model folder's README.md that somebody else wrote is kept.
     """
-    if _asked() is None or int(os.environ.get("RANK", "0")):
-        return {}
+    kind = "model" if path.is_dir() else "dataset"
     try:
-        return {"pushed": _upload(Path(output), _asked())}
-    except Exception as error:  # whatever the libraries and the network raise: the work is done, and is not to be lost
-        if click.get_current_context().meta.get("debug"):
-            traceback.print_exc()
-        folder, why = Path(output).is_dir(), shorten(error, 300) or type(error).__name__
-        by_hand = [
-            "hf",
-            "upload",
-            _asked(),
-            str(output),
-            "." if folder else Path(output).name,
-            "--repo-type",
-            "model" if folder else "dataset",
-            "--private",
-        ]
-        said = (
-            f"{output} is complete, but was not pushed to {_asked()}: {why.rstrip('.')}. The same command pushes "
-            f"it without making it again: {cli.command_line(again=True)} ; or by hand: {shlex.join(by_hand)}"
-        )
-        cli.note(f"error: {said}")
-        return {"not_pushed": said}
+        return _upload(path, repository, kind)
+    except Exception as error:  # whatever the libraries and the network raise: the output is complete all the same
+        target = "." if kind == "model" else path.name
+        command = ["hf", "upload", repository, str(path), target, "--repo-type", kind, "--private"]
+        problem = (shorten(error, 300) or type(error).__name__).rstrip(".")
+        raise CaiError(
+            f"{path} was not pushed to {repository}: {problem}. The same command tries again: "
+            f"{cli.command_line(again=True)} ; or without a card: {shlex.join(command)}"
+        ) from error
 
 
-def _upload(path: Path, repo: str) -> str:
-    """Make the private repository where there is none, and upload. Returns its address."""
+def _upload(path: Path, repository: str, kind: str) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi, utils
 
     if not sys.stderr.isatty():
         utils.disable_progress_bars()
-    kind, api = "model" if path.is_dir() else "dataset", HfApi()
-    card = cards.of(path)
+    api, card = HfApi(), cards.card_of(path)
+    address = api.create_repo(repository, repo_type=kind, private=True, exist_ok=True)
+    if api.repo_info(address.repo_id, repo_type=kind).private is not True:
+        raise CaiError("that repository is public: make it private in its settings, or name another")
+    target = {"repo_id": address.repo_id, "repo_type": kind, "commit_message": f"Upload {path.name}"}
     if kind == "model":
         readme = path / "README.md"
         if not readme.exists() or any(mark in readme.read_text(encoding="utf-8") for mark in (MARK, _GAPS)):
             readme.write_text(card, encoding="utf-8")
-    address = api.create_repo(repo, repo_type=kind, private=True, exist_ok=True)
-    if api.repo_info(address.repo_id, repo_type=kind).private is not True:
-        raise CaiError("that repository is public: make it private in its settings, or name another")
-    what = {"repo_id": address.repo_id, "repo_type": kind, "commit_message": f"Upload {path.name}"}
-    if kind == "model":
-        api.upload_folder(folder_path=path, ignore_patterns=_LEFT_OUT, **what)
+        api.upload_folder(folder_path=path, ignore_patterns=_EXCLUDED, **target)
     else:
-        api.create_commit(
-            operations=[CommitOperationAdd(path.name, path), CommitOperationAdd("README.md", card.encode())], **what
-        )
+        files = [CommitOperationAdd(path.name, path), CommitOperationAdd("README.md", card.encode())]
+        api.create_commit(operations=files, **target)
     return str(address)
+
+
+# --- until the commands have lost --push-to-hub -------------------------------------------------------------
+
+
+def option(function):
+    return function
+
+
+def planned() -> dict:
+    return {}
+
+
+def push(output) -> dict:
+    return {}

@@ -1,17 +1,18 @@
-"""A run folder as one data structure: what report.py and the cards are written from.
+"""A run folder as one data structure, from which the report, the cards and the paper's figures are made.
 
     run = collect("runs/tiny")
 
-Everything is found by the manifests (`*.run.json`) in the folder, whatever the files are called, and read as it is:
-no model is loaded. What is not there is None or empty and named in `run.missing`. Classes of revised rows are taken
-from `evaluate.py --round`, or for prompts of the bundled world read by its oracle. Leaves out how anything looks.
+Everything is found by the manifests (`*.run.json`) in the folder, whatever the files are called. No model is loaded.
+What is not there is None or empty, and named in `run.missing`. The classes of revised rows are those of
+`evaluate.py --round`, or for prompts of the bundled world those of its oracle. Leaves out how anything looks.
 """
 
 import json
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from pathlib import Path
 
 from cai.base.errors import InputError
@@ -20,7 +21,7 @@ from cai.data.outputs import read_manifest
 from cai.data.readers import read_jsonl
 from cai.data.rounds import UNCHANGED, is_changed, texts_of
 from cai.evaluate.classes import oracle_reader
-from cai.evaluate.rates import RATES, class_rates, read_rates
+from cai.evaluate.rates import RATES, UNSAFE, class_rates, read_rates
 from cai.stats import calibration, intervals
 
 LABELS = {
@@ -34,14 +35,15 @@ LABELS = {
 
 TRAINING = ("sft", "reward_model", "ppo", "dpo", "grpo")
 
-UNSAFE = ("comply", "partial")  # classes of a response that did the harm it was asked for
+ORACLE = "the bundled world's oracle"
 
 
 @dataclass
 class Stage:
     """One model's responses to the held-out prompts, and their classes.
 
-    rates: {metric: {value, low, high, n}}; responses: {id: row with kind, prompt, response, class}.
+    rates: {metric: {value, low, high, n}}; by: who read the classes; responses: {id: row with kind, prompt, response,
+    class}.
     """
 
     key: str
@@ -55,7 +57,7 @@ class Stage:
 
 @dataclass
 class Training:
-    """One trained model: the rows of its metrics.jsonl, and [(step, alarm)]."""
+    """One trained model: its manifest, the rows of its metrics.jsonl, and [(step, alarm)]."""
 
     name: str
     command: str
@@ -66,12 +68,12 @@ class Training:
 
 @dataclass
 class Run:
-    """All that is known of a run. Lists are in the order in which things were made.
+    """All that is known of a run. Lists are in the order of time.
 
     steps: the manifests, each with `name`, the file or folder it belongs to; stages: evaluations on the same prompts;
     others: (name, rates) of every other evaluation; rows: those with the most rounds, else first responses;
-    classes: {(row id, round): class}, 0 being the first response; preferences: rows of judge.py;
-    audits: (name, [(figure, value)]) of the judge's audits.
+    classes: {(row id, round): class}, 0 being the first response; preferences: rows of judge.py; judged: (name, counts)
+    of every file of preferences; audits: (name, [(figure, value)]) of the judge's audits.
     """
 
     folder: Path
@@ -97,75 +99,78 @@ class Run:
     @property
     def model(self) -> str | None:
         """The model that everything began with."""
-        return next((argument(step, "--model") for step in self.steps if argument(step, "--model")), None)
+        return _base_model(self.steps)
 
-    def of(self, *commands: str) -> list[dict]:
+    def finished(self, *commands: str) -> list[dict]:
         """The finished steps of these commands."""
         return [step for step in self.steps if step["command"] in commands and step["status"] == "done"]
 
     def path(self, name: str) -> Path:
         return self.folder / name
 
+    def read(self, name: str) -> Iterable[dict]:
+        """The rows of a file of the run; none if it is not there."""
+        return (row for _, row in read_jsonl(self.path(name))) if self.path(name).is_file() else ()
 
-def collect(folder: str | Path, of: str | None = None) -> Run:
+    def first_row(self, name: str) -> dict:
+        return next(iter(self.read(name)), {})
+
+
+def collect(folder: str | Path, output: str | None = None) -> Run:
     """Read a run folder. InputError if it has no manifest, or a file in it can't be read.
 
-    of: the name of one output in it: only what led to that, and what measured it, is read.
+    output: the name of one output in it: only what led to that, and what measured it, is read.
     """
-    run = Run(Path(folder))
+    run, expected = Run(Path(folder)), "a folder that run.py wrote"
     if not run.folder.is_dir():
-        raise InputError("no such folder", where=folder, expected="a folder that run.py wrote", remedy="Check the path")
-    run.steps = _steps(run) if of is None else _leading_to(_steps(run), of)
+        raise InputError("no such folder", where=folder, expected=expected, remedy="Check the path")
+    run.steps = _read_steps(run)
+    if output is None:
+        _read_audits(run)
+    else:
+        run.steps = _select_steps(run.steps, output)
     if not run.steps:
-        raise InputError(
-            "no manifest (*.run.json) in it",
-            where=folder,
-            expected="a folder that run.py wrote",
-            remedy="Name the folder that holds the rows and the model folders",
-        )
-    _evaluations(run)
-    _rows(run)
-    _judged(run)
-    if of is None:
-        _audits(run)
-    run.trainings = [_training(run, step) for step in run.of(*TRAINING)]
-    run.constitution = _constitution(run)
-    _classes(run)
+        remedy = "Name the folder that holds the rows and the model folders"
+        raise InputError("no manifest (*.run.json) in it", where=folder, expected=expected, remedy=remedy)
+    _read_evaluations(run)
+    _read_rows(run)
+    _read_preferences(run)
+    run.trainings = [_read_training(run, step) for step in run.finished(*TRAINING)]
+    run.constitution = _find_constitution(run)
+    _read_classes(run)
     return run
 
 
-def _steps(run: Run) -> list[dict]:
+def _read_steps(run: Run) -> list[dict]:
     steps = []
     for path in run.folder.glob("*.run.json"):
         name = path.name.removesuffix(".run.json")
-        step = {"status": "?", "counts": {}, "command": "?", **read_manifest(path.with_name(name)), "name": name}
+        step = {"status": "?", "counts": {}, "command": "?", **read_manifest(run.path(name)), "name": name}
         if step["status"] == "done" and not run.path(name).exists():
             step["status"] = "deleted"
-        if step["status"] != "done":
-            run.missing.append(
-                f"{name} is not finished."
-                if step["status"] == "running"
-                else f"{name} is gone; only its manifest is left."
-            )
+        if step["status"] == "running":
+            run.missing.append(f"{name} is not finished.")
+        elif step["status"] != "done":
+            run.missing.append(f"{name} is gone; only its manifest is left.")
         steps.append(step)
     return sorted(steps, key=lambda step: (str(step.get("started")), step["name"]))
 
 
-def _leading_to(steps: list[dict], name: str) -> list[dict]:
-    """The step that made `name`, those whose outputs it or they were given, and the evaluations of their models."""
-    by_name, found, left = {step["name"]: step for step in steps}, set(), [name]
-    while left:
-        one = left.pop()
-        if one in by_name and one not in found:
-            found.add(one)
-            left += [Path(word).name for word in _words(by_name[one])]
-    base = next((model for step in steps if step["name"] in found and (model := argument(step, "--model"))), None)
+def _select_steps(steps: list[dict], name: str) -> list[dict]:
+    """The step that made `name`, the steps whose outputs it or they read, and the evaluations of their models."""
+    by_name, selected, waiting = {step["name"]: step for step in steps}, set(), [name]
+    while waiting:
+        name = waiting.pop()
+        if name in by_name and name not in selected:
+            selected.add(name)
+            waiting += [Path(word).name for word in _words(by_name[name])]
+    base = _base_model(step for step in steps if step["name"] in selected)
 
-    def measures(step: dict) -> bool:
+    def is_measure(step: dict) -> bool:
         model = argument(step, "--model")
-        return step["command"] == "evaluate" and model is not None and (model == base or Path(model).name in found)
+        return step["command"] == "evaluate" and model is not None and (model == base or Path(model).name in selected)
 
-    return [step for step in steps if step["name"] in found or measures(step)]
+    return [step for step in steps if step["name"] in selected or is_measure(step)]
 
 
 def _words(step: dict) -> list[str]:
@@ -176,35 +181,25 @@ def _words(step: dict) -> list[str]:
 
 
 def argument(step: dict, flag: str) -> str | None:
-    """What followed the flag on the step's command line, or None."""
+    """What follows the flag on the step's command line, or None."""
     words = _words(step)
-    return next((words[i + 1] for i, word in enumerate(words[:-1]) if word == flag), None)
+    return next((value for word, value in pairwise(words) if word == flag), None)
 
 
-def rows_of(run: Run, name: str) -> Iterable[dict]:
-    """The rows of a file of the run."""
-    return (row for _, row in read_jsonl(run.path(name)))
+def _base_model(steps: Iterable[dict]) -> str | None:
+    return next(filter(None, (argument(step, "--model") for step in steps)), None)
 
 
-def _first(run: Run, name: str) -> dict:
-    return next(iter(rows_of(run, name)), {}) if run.path(name).is_file() else {}
-
-
-def _evaluations(run: Run) -> None:
+def _read_evaluations(run: Run) -> None:
     """Stages are evaluations of models on the same prompts: on those that most models were measured on."""
-    found = defaultdict(list)
-    for step in run.of("evaluate"):
-        if "metric" not in _first(run, step["name"]):
-            continue
-        asked = step["fingerprint"].get("model") and RATES.keys() & read_rates(run.path(step["name"]))
-        found[step["fingerprint"].get("input") if asked else None].append(step)
-    alone = found.pop(None, [])
-    groups = sorted(found.values(), key=len, reverse=True)
-    run.stages = [_stage(run, step) for step in (groups[0] if groups else [])]
-    run.others = [
-        (_stem(step["name"]), read_rates(run.path(step["name"])))
-        for step in [*(step for group in groups[1:] for step in group), *alone]
-    ]
+    groups, others = defaultdict(list), []
+    for step in run.finished("evaluate", "compare", "figures"):
+        if "metric" in run.first_row(step["name"]):
+            has_stage = step["fingerprint"].get("model") and RATES.keys() & read_rates(run.path(step["name"]))
+            (groups[step["fingerprint"].get("input")] if has_stage else others).append(step)
+    stages, *more = sorted(groups.values(), key=len, reverse=True) or [[]]
+    run.stages = [_read_stage(run, step) for step in stages]
+    run.others = [(_stem(step["name"]), read_rates(run.path(step["name"]))) for step in chain(*more, others)]
     if not run.stages:
         run.missing.append("No evaluation of a model: run evaluate.py for each stage.")
 
@@ -213,141 +208,122 @@ def _stem(name: str) -> str:
     return name.removesuffix(".jsonl").removeprefix("evaluation-")
 
 
-def _stage(run: Run, step: dict) -> Stage:
-    key = _stem(step["name"])
-    rates, model = read_rates(run.path(step["name"])), argument(step, "--model") or ""
-    stage = Stage(key, LABELS.get(key, key), rates, model, _reader(step), step["name"])
-    beside = step["name"].removesuffix(".jsonl")
+def _read_stage(run: Run, step: dict) -> Stage:
+    name, key = step["name"], _stem(step["name"])
+    rates, model = read_rates(run.path(name)), argument(step, "--model") or ""
+    stage = Stage(key, LABELS.get(key, key), rates, model, _reader(step), name)
     for ending in ("responses", "classes"):
-        name = f"{beside}.{ending}.jsonl"
-        if run.path(name).is_file():
-            for row in rows_of(run, name):
-                stage.responses.setdefault(str(row["id"]), {}).update(row)
+        for row in run.read(f"{name.removesuffix('.jsonl')}.{ending}.jsonl"):
+            stage.responses.setdefault(str(row["id"]), {}).update(row)
     return stage
 
 
 def _reader(step: dict) -> str:
     """Who read the responses' classes, in words."""
-    if step["fingerprint"].get("by") == "oracle":
-        return "the bundled world's oracle"
-    return f"the judge {argument(step, '--judge') or '?'}"
+    by = step["fingerprint"].get("by")
+    if by == "oracle":
+        return ORACLE
+    role = "classifier" if by == "classifier" else "judge"
+    return f"the {role} {argument(step, f'--{role}') or '?'}"
 
 
-def _rows(run: Run) -> None:
-    def depth(step):
-        return len(_first(run, step["name"]).get("rounds") or ())
-
-    revised = sorted(run.of("revise"), key=depth)
-    steps = revised[-1:] or run.of("generate")[:1]
-    if not steps:
+def _read_rows(run: Run) -> None:
+    revised = sorted(run.finished("revise"), key=lambda step: len(run.first_row(step["name"]).get("rounds") or ()))
+    for step in revised[-1:] or run.finished("generate")[:1]:
+        run.rows_file, run.rows = step["name"], list(run.read(step["name"]))
+    if run.rows_file is None:
         run.missing.append("No responses and no revisions: run generate.py, critique.py and revise.py.")
-        return
-    run.rows_file = steps[0]["name"]
-    run.rows = list(rows_of(run, run.rows_file))
-    if not revised:
+    elif not revised:
         run.missing.append("No revisions: run critique.py and revise.py.")
 
 
-def _classes(run: Run) -> None:
+def _read_classes(run: Run) -> None:
     """Classes of the rows' texts round by round: those that evaluate.py wrote, else the oracle's."""
     ids = {row.get("id") for row in run.rows}
-    for step in run.of("evaluate"):
+    for step in run.finished("evaluate"):
         number = step["fingerprint"].get("round")
-        if number is not None and "class" in _first(run, step["name"]):
-            for row in rows_of(run, step["name"]):
+        if number is not None and "class" in run.first_row(step["name"]):
+            for row in run.read(step["name"]):
                 if row["id"] in ids and row["class"] is not None:
                     run.classes[row["id"], number] = row["class"]
                     run.classes_by = _reader(step)
-    if run.classes:
-        return
-    for row in run.rows:
-        classify = oracle_reader(row)
-        if classify:
-            run.classes_by = "the bundled world's oracle"
-            for number, text in enumerate(texts_of(row)):
-                run.classes[row["id"], number] = classify(text)
+    for row in () if run.classes else run.rows:
+        if classify := oracle_reader(row):
+            run.classes_by = ORACLE
+            run.classes |= {(row["id"], number): classify(text) for number, text in enumerate(texts_of(row))}
 
 
 def rounds(run: Run) -> list[dict]:
-    """One entry a round, 0 being the first responses: {round, n, changed, flags, rates}.
+    """One entry per round, 0 being the first responses: {round, n, changed, flags, rates}.
 
     changed: rate, None for round 0; flags: how often each; rates: as evaluate.py's, {} if no class is known.
     """
     counts, kinds = defaultdict(Counter), {row.get("id"): row.get("kind") for row in run.rows}
-    for (row_id, number), found in run.classes.items():
-        counts[number][kinds[row_id], found] += 1
-    depth = max((len(texts_of(row)) for row in run.rows), default=0)
-    result = []
-    for number in range(depth):
-        ones = [row["rounds"][number - 1] for row in run.rows if number and len(texts_of(row)) > number]
-        flags = Counter(flag for one in ones for flag in one.get("flags", ()) if flag != UNCHANGED)
-        result.append(
-            {
-                "round": number,
-                "n": len(ones) if number else len(run.rows),
-                "changed": intervals.rate(sum(map(is_changed, ones)), len(ones)) if number else None,
-                "flags": dict(flags.most_common()),
-                "rates": class_rates(counts[number]) if counts[number] else {},
-            }
-        )
-    return result
+    for (row_id, number), name in run.classes.items():
+        counts[number][kinds[row_id], name] += 1
+    result = [{"round": 0, "n": len(run.rows), "changed": None, "flags": {}, "rates": _rates(counts[0])}]
+    for number in range(1, max((len(texts_of(row)) for row in run.rows), default=0)):
+        revised = [row["rounds"][number - 1] for row in run.rows if len(texts_of(row)) > number]
+        flags = Counter(flag for entry in revised for flag in entry.get("flags", ()) if flag != UNCHANGED)
+        changed = intervals.rate(sum(map(is_changed, revised)), len(revised))
+        entry = {"round": number, "n": len(revised), "changed": changed, "flags": dict(flags.most_common())}
+        result.append({**entry, "rates": _rates(counts[number])})
+    return result if run.rows else []
+
+
+def _rates(counts: Mapping[tuple[str, str], int]) -> dict[str, dict]:
+    """The rates of the classes; a safety classifier's two classes tell of harmful compliance only."""
+    if not counts or any(name not in ("safe", "unsafe") for _, name in counts):
+        return class_rates(counts) if counts else {}
+    unsafe, safe = (counts.get(("harmful", name), 0) for name in ("unsafe", "safe"))
+    return {"harmful_compliance": intervals.rate(unsafe, unsafe + safe)}
 
 
 def principles(run: Run) -> list[dict]:
-    """One entry a principle, most drawn first, those of the constitution that were never drawn at the end.
+    """One entry per principle, most drawn first, those of the constitution that were never drawn at the end.
 
     {id, text and question (its critique request and preference question, if the constitution is at hand), drawn,
-    changed: rate, before, after: rate of harmful compliance of what it was drawn for, before and
-    after that round; compared: times drawn by the judge; fault: rate of critiques in which a judge read a fault
-    (`evaluate.py --faults`)}. before, after and fault are None where nobody knows.
+    changed: rate; before, after: rate of harmful compliance of what it was drawn for, before and after that round;
+    compared: times drawn by the judge; fault: rate of critiques in which a judge read a fault}. before, after and fault
+    (of `evaluate.py --faults`) are None where they were not measured.
     """
-    faults = {
-        name.removeprefix("fault "): rate
-        for _, rates in run.others
-        for name, rate in rates.items()
-        if name.startswith("fault ")
-    }
-    drawn, altered, before, after, harmful = Counter(), Counter(), Counter(), Counter(), Counter()
+    rates = {name: rate for _, rates in run.others for name, rate in rates.items()}
+    revised, pairs = defaultdict(list), defaultdict(list)
     for row in run.rows:
-        for number, one in enumerate(row.get("rounds") or (), 1):
-            name = one["principle"]
-            drawn[name] += 1
-            if one.get("revision") is None:
-                continue
-            altered[name] += is_changed(one)
-            pair = [run.classes.get((row["id"], place)) for place in (number - 1, number)]
-            if row.get("kind") == "harmful" and None not in pair:
-                harmful[name] += 1
-                before[name] += pair[0] in UNSAFE
-                after[name] += pair[1] in UNSAFE
+        for number, entry in enumerate(row.get("rounds") or (), 1):
+            revised[entry["principle"]].append(entry.get("revision") is not None and is_changed(entry))
+            classes = [run.classes.get((row["id"], round_)) for round_ in (number - 1, number)]
+            if row.get("kind") == "harmful" and entry.get("revision") is not None and None not in classes:
+                pairs[entry["principle"]].append([name in UNSAFE for name in classes])
     compared = Counter(row["principle"] for row in run.preferences if row.get("principle"))
-    texts = {one.id: one for one in run.constitution.principles} if run.constitution else {}
-    names = [name for name, _ in drawn.most_common()]
-    names += [name for name in {**compared, **texts} if name not in drawn]
-    return [
-        {
+    texts = {entry.id: entry for entry in run.constitution.principles} if run.constitution else {}
+
+    def describe(name: str) -> dict:
+        columns = zip(*pairs[name], strict=True) if pairs[name] else ()
+        before, after = [intervals.rate(sum(harm), len(harm)) for harm in columns] or (None, None)
+        return {
             "id": name,
             "text": texts[name].critique if name in texts else "",
             "question": texts[name].preference if name in texts else "",
-            "drawn": drawn[name],
-            "changed": intervals.rate(altered[name], drawn[name]),
+            "drawn": len(revised[name]),
+            "changed": intervals.rate(sum(revised[name]), len(revised[name])),
             "compared": compared[name],
-            "fault": faults.get(name),
-            "before": intervals.rate(before[name], harmful[name]) if harmful[name] else None,
-            "after": intervals.rate(after[name], harmful[name]) if harmful[name] else None,
+            "fault": rates.get(f"fault {name}"),
+            "before": before,
+            "after": after,
         }
-        for name in names
-    ]
+
+    names = sorted(revised, key=lambda name: -len(revised[name]))
+    return [describe(name) for name in dict.fromkeys([*names, *compared, *texts])]
 
 
-def _judged(run: Run) -> None:
+def _read_preferences(run: Run) -> None:
     """The counts of every file of preferences; the rows of the first, which is what the method made."""
-    steps = [step for step in run.of("judge") if "p_chosen" in _first(run, step["name"])]
+    steps = [step for step in run.finished("judge") if "p_chosen" in run.first_row(step["name"])]
     run.judged = [(_stem(step["name"]), step["counts"]) for step in steps]
-    if steps:
-        run.preferences_file = steps[0]["name"]
-        run.preferences = list(rows_of(run, run.preferences_file))
-    else:
+    for step in steps[:1]:
+        run.preferences_file, run.preferences = step["name"], list(run.read(step["name"]))
+    if not steps:
         run.missing.append("No preferences: run judge.py.")
 
 
@@ -359,67 +335,62 @@ def p_a(row: dict) -> float | None:
 
 
 def same_position(row: dict) -> bool:
-    """Whether two orders of one judge and principle preferred the same place."""
+    """Whether two orders of one judge and principle preferred the response in the same position."""
     both = defaultdict(list)
-    for one in row.get("verdicts") or ():
-        both[one.get("judge"), one.get("principle")].append(one["p_a"])
+    for verdict in row.get("verdicts") or ():
+        both[verdict.get("judge"), verdict.get("principle")].append(verdict["p_a"])
     return any(len(ps) == 2 and None not in ps and (ps[0] - 0.5) * (ps[1] - 0.5) < 0 for ps in both.values())
 
 
 def reliability(run: Run) -> dict | None:
     """`calibration.calibration` of the judge's choices against gold labels, or None where there are none."""
     known = [row for row in run.preferences if row.get("gold") in ("a", "b") and row.get("chosen") is not None]
-    if not known:
-        return None
-    right = [(p_a(row) > 0.5) == (row["gold"] == "a") for row in known]
-    return calibration.calibration([row["p_chosen"] for row in known], right)
+    correct = [(p_a(row) > 0.5) == (row["gold"] == "a") for row in known]
+    return calibration.calibration([row["p_chosen"] for row in known], correct) if known else None
 
 
-def _audits(run: Run) -> None:
-    """What `judge.py --audit` wrote: JSON files that are no manifest and speak of positions."""
+def _read_audits(run: Run) -> None:
+    """What `judge.py --audit` wrote: JSON files that are no manifest and have a same-position rate."""
     for path in sorted(set(run.folder.glob("*.json")) - set(run.folder.glob("*.run.json"))):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise InputError(f"not JSON ({error})", where=path, remedy="Delete it, or make it anew") from error
+            raise InputError(f"not JSON ({error})", where=path, remedy="Delete it, or make it again") from error
         if isinstance(content, dict) and "same_position" in content:
             run.audits.append((path.stem, flatten(content)))
 
 
 def flatten(content, name: str = "") -> list[tuple[str, object]]:
-    """(name, value) of every figure in nested JSON; a rate {value, low, high, ...} stays whole, and of
-    a list its words, or how many entries it has."""
+    """(name, value) of every figure in nested JSON; a rate {value, low, high, ...} stays as it is, and of a list the
+    words, or the number of entries."""
     if isinstance(content, dict) and not {"value", "low", "high"} <= set(content):
         return [pair for key, value in content.items() for pair in flatten(value, f"{name} {key}".strip())]
     if isinstance(content, list):
-        words = len(content) < 6 and all(isinstance(one, str) for one in content)
-        return [(name, ", ".join(content) or "none" if words else f"{len(content)} entries")]
+        is_words = len(content) < 6 and all(isinstance(entry, str) for entry in content)
+        return [(name, ", ".join(content) or "none" if is_words else f"{len(content)} entries")]
     return [(name, content)]
 
 
-def _training(run: Run, step: dict) -> Training:
+def _read_training(run: Run, step: dict) -> Training:
     """The logged rows that have a loss or a score. An alarm is what a row names under `alarms` or `alarm`."""
-    path = run.path(step["name"]) / "metrics.jsonl"
-    rows = [row for _, row in read_jsonl(path)] if path.is_file() else []
+    rows, alarms = list(run.read(f"{step['name']}/metrics.jsonl")), []
     if not rows:
         run.missing.append(f"{step['name']} has no metrics.jsonl: no training curve.")
-    alarms = []
     for row in rows:
         raised = row.get("alarms") or row.get("alarm") or ()
         raised = [raised] if isinstance(raised, str) else raised
-        alarms += [(row.get("update", row.get("step", 0)), str(one)) for one in raised]
+        alarms += [(row.get("update", row.get("step", 0)), str(alarm)) for alarm in raised]
     return Training(step["name"], step["command"], step, [row for row in rows if "train_runtime" not in row], alarms)
 
 
-def _constitution(run: Run) -> Constitution | None:
+def _find_constitution(run: Run) -> Constitution | None:
     """The constitution of the first critique or comparison, if the file is still as it was then."""
-    for step in run.of("critique", "revise", "judge"):
+    for step in run.finished("critique", "revise", "judge")[:1]:
         try:
-            found = load_constitution(argument(step, "--constitution") or "harmlessness")
+            constitution = load_constitution(argument(step, "--constitution") or "harmlessness")
         except InputError:
-            found = None
-        if found and found.sha256 == step["fingerprint"].get("constitution"):
-            return found
+            constitution = None
+        if constitution and constitution.sha256 == step["fingerprint"].get("constitution"):
+            return constitution
         run.missing.append("The constitution's file is gone or has changed since: principles are shown by their id.")
-        return None
     return None

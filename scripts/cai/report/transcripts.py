@@ -1,6 +1,6 @@
-"""What a person reads in the report's browser: one transcript a prompt, within a given size.
+"""The transcripts in the report's browser: one per prompt, within a limit of bytes.
 
-    payload = embed(transcripts(run), most_bytes=4_000_000)
+    payload = embed(transcripts(run), max_bytes=4_000_000)
 
 A transcript is a training prompt with its response, rounds and pairs, or a held-out prompt with each model's
 response. Each text is stored once and referred to by number. Leaves out how they are shown (templates/report/).
@@ -18,9 +18,9 @@ from cai.data.dialogue import as_messages
 from cai.data.rounds import UNCHANGED, is_changed
 from cai.report.run_folder import Run, p_a, same_position
 
-MOST_CHARACTERS = 60_000  # of one text; what is longer is cut, and says so
+MAX_CHARACTERS = 60_000  # of one text; a longer one is cut, with a note
 
-MOST_WORDS = 2_000  # of a text whose changes are marked: comparing takes time with the product of both lengths
+MAX_WORDS = 2_000  # of a text whose changes are marked: comparing takes time with the product of both lengths
 
 _WORDS = re.compile(r"\S+\s*|\s+")
 
@@ -34,33 +34,47 @@ def transcripts(run: Run) -> list[dict]:
     """
     pairs = defaultdict(list)
     for row in run.preferences:
-        pairs[preferences.prompt_key(row)].append(row)
-    made = [_training(run, row, pairs) for row in run.rows]
-    return made + _heldout(run)
+        if not row.get("tie"):
+            pairs[preferences.prompt_key(row)].append(row)
+    heldout: dict[str, dict] = {}
+    for stage in run.stages:
+        heldout |= {row_id: row for row_id, row in stage.responses.items() if row_id not in heldout}
+    return [
+        *(_describe_training(run, row, pairs[preferences.prompt_key(row)]) for row in run.rows),
+        *(_describe_heldout(run, row_id, row) for row_id, row in heldout.items() if "prompt" in row),
+    ]
 
 
-def _training(run: Run, row: dict, pairs: dict) -> dict:
-    rounds, before, outcomes = [], row["response"], []
-    for number, one in enumerate(row.get("rounds") or (), 1):
-        found = run.classes.get((row["id"], number))
+def _transcript(
+    row: dict, set_: str, responses: list, rounds: Iterable = (), pairs: Iterable = (), *, outcomes
+) -> dict:
+    return {
+        "id": str(row["id"]),
+        "set": set_,
+        "kind": row.get("kind"),
+        "category": row.get("category"),
+        "prompt": as_messages(row["prompt"]),
+        "responses": responses,
+        "rounds": rounds,
+        "pairs": pairs,
+        "outcomes": list(dict.fromkeys(outcomes)),
+    }
+
+
+def _describe_training(run: Run, row: dict, pairs: list[dict]) -> dict:
+    rounds, response, first = [], row["response"], run.classes.get((row["id"], 0))
+    for number, entry in enumerate(row.get("rounds") or (), 1):
         rounds.append(
             {
-                "principle": one["principle"],
-                "critique": one["critique"],
-                "before": before,
-                "revision": one.get("revision"),
-                "class": found,
-                "flags": [flag for flag in one.get("flags", ()) if flag != UNCHANGED],
+                "principle": entry["principle"],
+                "critique": entry["critique"],
+                "before": response,
+                "revision": entry.get("revision"),
+                "class": run.classes.get((row["id"], number)),
+                "flags": [flag for flag in entry.get("flags", ()) if flag != UNCHANGED],
             }
         )
-        outcomes += [f"flag: {flag}" for flag in rounds[-1]["flags"]]
-        before = one["revision"] if one.get("revision") is not None else before
-    if rounds:
-        revised = any(one.get("revision") is not None and is_changed(one) for one in row["rounds"])
-        outcomes.insert(0, "revised" if revised else "left as it was")
-    first = run.classes.get((row["id"], 0))
-    last = next((one["class"] for one in reversed(rounds) if one["class"]), None)
-    outcomes += [f"{when}: {found}" for when, found in (("first response", first), ("last revision", last)) if found]
+        response = response if entry.get("revision") is None else entry["revision"]
     compared = [
         {
             "a": pair["response_a"],
@@ -69,142 +83,105 @@ def _training(run: Run, row: dict, pairs: dict) -> dict:
             "principle": pair.get("principle"),
             "same_position": same_position(pair),
         }
-        for pair in pairs.get(preferences.prompt_key(row), ())
-        if not pair.get("tie")
+        for pair in pairs
     ]
+    outcomes = [f"flag: {flag}" for entry in rounds for flag in entry["flags"]]
+    if rounds:
+        revised = any(entry.get("revision") is not None and is_changed(entry) for entry in row["rounds"])
+        outcomes.insert(0, "revised" if revised else "left as it was")
+    last = next((entry["class"] for entry in reversed(rounds) if entry["class"]), None)
+    outcomes += [f"{when}: {name}" for when, name in (("first response", first), ("last revision", last)) if name]
     if any(pair["same_position"] for pair in compared):
         outcomes.append("judge: same place in both orders")
     if any(pair["p"] in (None, 0.5) for pair in compared):
         outcomes.append("judge: undecided")
-    return {
-        "id": str(row["id"]),
-        "set": "training",
-        "kind": row.get("kind"),
-        "category": row.get("category"),
-        "prompt": as_messages(row["prompt"]),
-        "responses": [("response", row["response"], first)],
-        "rounds": rounds,
-        "pairs": compared,
-        "outcomes": list(dict.fromkeys(outcomes)),
-    }
+    return _transcript(row, "training", [("response", row["response"], first)], rounds, compared, outcomes=outcomes)
 
 
-def _heldout(run: Run) -> list[dict]:
-    """One transcript for each prompt that any stage answered."""
-    rows: dict[str, dict] = {}
-    for stage in run.stages:
-        for row_id, row in stage.responses.items():
-            rows.setdefault(row_id, row)
-    result = []
-    for row_id, row in rows.items():
-        if "prompt" not in row:
-            continue
-        answers = [
-            (stage.label, stage.responses[row_id].get("response", ""), stage.responses[row_id].get("class"))
-            for stage in run.stages
-            if row_id in stage.responses
-        ]
-        result.append(
-            {
-                "id": row_id,
-                "set": "held-out",
-                "kind": row.get("kind"),
-                "category": row.get("category"),
-                "prompt": as_messages(row["prompt"]),
-                "responses": answers,
-                "rounds": [],
-                "pairs": [],
-                "outcomes": [f"{label}: {found}" for label, _, found in answers if found],
-            }
-        )
-    return result
+def _describe_heldout(run: Run, row_id: str, row: dict) -> dict:
+    """The responses of all stages to one prompt."""
+    answers = [(stage.label, stage.responses[row_id]) for stage in run.stages if row_id in stage.responses]
+    responses = [(label, answer.get("response", ""), answer.get("class")) for label, answer in answers]
+    outcomes = [f"{label}: {name}" for label, _, name in responses if name]
+    return _transcript({**row, "id": row_id}, "held-out", responses, outcomes=outcomes)
 
 
-def embed(items: Iterable[dict], most_bytes: int) -> dict:
-    """{texts, items, total, shown}: the transcripts as compact JSON of about `most_bytes` at most.
+def embed(items: Iterable[dict], max_bytes: int) -> dict:
+    """{texts, items, total, shown}: the transcripts as compact JSON of about `max_bytes` at most.
 
     Where not all fit, they are taken in turn from each group of equal set, kind and category, in an order drawn by
     hashing: every group is there, and the same run shows the same ones.
     """
-    items = list(items)
-    groups = defaultdict(list)
-    for place, item in enumerate(items):
-        groups[item["set"], str(item["kind"]), str(item["category"])].append(place)
-    for places in groups.values():
-        places.sort(key=lambda place: hashed_seed("transcript", items[place]["id"]))
-    waiting = [iter(places) for _, places in sorted(groups.items())]
+    items, groups = list(items), defaultdict(list)
+    order = sorted(range(len(items)), key=lambda index: hashed_seed("transcript", items[index]["id"]))
+    for index in order:
+        item = items[index]
+        groups[item["set"], str(item["kind"]), str(item["category"])].append(index)
+    waiting = [iter(group) for _, group in sorted(groups.items())]
     texts, size, chosen = _Texts(), 0, {}
     while waiting:
-        for one in list(waiting):
-            place = next(one, None)
-            if place is None:
-                waiting.remove(one)
-                continue
-            mark = len(texts.all)
-            packed = _pack(items[place], texts)
-            new = _size(packed) + sum(map(_size, texts.all[mark:]))
-            if size + new > most_bytes:
-                texts.forget(mark)
-                waiting.remove(one)
-                continue
-            size += new
-            chosen[place] = packed
+        for group in list(waiting):
+            index, count = next(group, None), len(texts.texts)
+            packed = None if index is None else _pack(items[index], texts)
+            added = _size(packed) + sum(map(_size, texts.texts[count:]))
+            if index is None or size + added > max_bytes:
+                texts.shorten(count)
+                waiting.remove(group)
+            else:
+                size += added
+                chosen[index] = packed
     return {
-        "texts": texts.all,
-        "items": [chosen[place] for place in sorted(chosen)],
+        "texts": texts.texts,
+        "items": [chosen[index] for index in sorted(chosen)],
         "total": len(items),
         "shown": len(chosen),
     }
 
 
 def _size(value) -> int:
-    """Bytes in the page: JSON in UTF-8, where five characters are written out (see report.py)."""
+    """Bytes in the page: JSON in UTF-8, where five characters are written as escapes (see escaping.py)."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return len(text.encode()) + 5 * sum(map(text.count, "<>&'")) + 1
 
 
 class _Texts:
-    """Each text once, by number."""
+    """Each text once, in `texts`; called with a text, it gives the text's number."""
 
     def __init__(self):
-        self.all: list[str] = []
-        self.places: dict[str, int] = {}
+        self.texts: list[str] = []
+        self.numbers: dict[str, int] = {}
 
     def __call__(self, text: str | None) -> int | None:
         if text is None:
             return None
-        if len(text) > MOST_CHARACTERS:
-            text = f"{text[:MOST_CHARACTERS]}\n[cut here: {len(text) - MOST_CHARACTERS:,} more characters in the file]"
-        if text not in self.places:
-            self.places[text] = len(self.all)
-            self.all.append(text)
-        return self.places[text]
+        if len(text) > MAX_CHARACTERS:
+            text = f"{text[:MAX_CHARACTERS]}\n[cut here: {len(text) - MAX_CHARACTERS:,} more characters in the file]"
+        if text not in self.numbers:
+            self.numbers[text] = len(self.texts)
+            self.texts.append(text)
+        return self.numbers[text]
 
-    def forget(self, mark: int) -> None:
-        for text in self.all[mark:]:
-            del self.places[text]
-        del self.all[mark:]
+    def shorten(self, count: int) -> None:
+        """Keep the first `count` texts only."""
+        while len(self.texts) > count:
+            del self.numbers[self.texts.pop()]
 
 
 def _pack(item: dict, texts: _Texts) -> dict:
-    rounds = []
-    for one in item["rounds"]:
-        packed = {
-            "principle": one["principle"],
-            "critique": texts(one["critique"]),
-            "class": one["class"],
-            "flags": one["flags"],
-            "before": texts(one["before"]),
-            "revision": texts(one["revision"]),
-        }
-        if one["revision"] is not None:
-            packed["changes"] = changes(texts.all[packed["before"]], texts.all[packed["revision"]])
-        rounds.append(packed)
+    """The transcript with numbers instead of texts, and with the changes of each revision."""
+
+    def pack_round(entry: dict) -> dict:
+        numbers = {name: texts(entry[name]) for name in ("critique", "before", "revision")}
+        packed = {**entry, **numbers}
+        if entry["revision"] is not None:
+            packed["changes"] = changes(*(texts.texts[numbers[name]] for name in ("before", "revision")))
+        return packed
+
     return {
         **item,
-        "rounds": rounds,
+        "rounds": [pack_round(entry) for entry in item["rounds"]],
         "prompt": [(message["role"], texts(message["content"])) for message in item["prompt"]],
-        "responses": [(label, texts(text), found) for label, text, found in item["responses"]],
+        "responses": [(label, texts(text), name) for label, text, name in item["responses"]],
         "pairs": [{**pair, "a": texts(pair["a"]), "b": texts(pair["b"])} for pair in item["pairs"]],
     }
 
@@ -217,10 +194,9 @@ def changes(before: str, after: str) -> list[list[int]] | None:
     if before == after:
         return []
     old, new = _WORDS.findall(before), _WORDS.findall(after)
-    if max(len(old), len(new)) > MOST_WORDS:
+    if max(len(old), len(new)) > MAX_WORDS:
         return None
-    result = []
-    kept = 0
+    result, kept = [], 0
     for tag, i, j, k, m in difflib.SequenceMatcher(None, old, new).get_opcodes():
         deleted, inserted = sum(map(len, old[i:j])), sum(map(len, new[k:m]))
         if tag == "equal":

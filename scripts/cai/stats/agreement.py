@@ -2,9 +2,9 @@
 
     labels = combine("dawid-skene", [[0.9, 0.8, 0.3], [0.2, 0.4, None]])
 
-One row a pair, one column a judge: the probability that response_a is better, after averaging both orders; None
+One row per pair, one column per judge: the probability that response_a is better, after averaging both orders; None
 where a judge gave no readable verdict. Everything is symmetric in a and b, since averaging the orders makes each
-judge so: calling the responses by each other's name turns every label p into 1 − p and changes nothing else.
+judge symmetric: exchanging the names of the responses turns every label p into 1 − p and changes nothing else.
 
 Memory holds how often each pattern of votes occurs, not the rows. Leaves out judges' dependence on each other
 (two checkpoints of one model err together, and Dawid–Skene then takes their agreement for evidence), how hard a pair
@@ -24,11 +24,10 @@ Labels = Sequence[float | None]
 _STRENGTHS = (0.6, 0.75, 0.9)
 
 
-def combine(way: str, rows: Iterable[Labels]) -> Iterable[float | None]:
-    """The label of each row. Of `rows` that are read once: dawid-skene holds them; see `combiner` for streams."""
+def combine(way: str, rows: Iterable[Labels]) -> list[float | None]:
+    """The label of each row; for streams see `combiner`."""
     rows = list(rows)
-    together = combiner(way, lambda: rows, len(rows[0]) if rows else 0)
-    return [together(row) for row in rows]
+    return list(map(combiner(way, lambda: rows, len(rows[0]) if rows else 0), rows))
 
 
 def combiner(way: str, rows: Callable[[], Iterable[Labels]], judges: int) -> Callable[[Labels], float | None]:
@@ -59,9 +58,9 @@ class DawidSkene:
 
     Each pair has a true, unseen answer; a judge gives a vote of one of four strengths, right or wrong, with
     probabilities of its own, independently of the others. Expectation maximisation finds them from the votes alone.
-    Against the original: the two answers are treated alike (see the module), which halves what is to be learnt, and
-    votes have strengths, so that a judge that errs when it is unsure is trusted when it is sure. Each count starts
-    with one right and one wrong vote, so that a few rows prove nothing.
+    Two things differ from the original: the two answers are treated alike (see the module), which halves the number
+    of parameters, and votes have strengths, so that a judge that errs when it is unsure is trusted when it is sure.
+    Each count starts with one right and one wrong vote, so that a few rows prove nothing.
 
     It begins from the mean vote, and so takes the majority to be right more often than not. Where most judges are
     worse than chance no method without gold labels can tell.
@@ -74,54 +73,45 @@ class DawidSkene:
     """
 
     def __init__(self, rows: Iterable[Labels], judges: int):
+        import numpy as np
+
         patterns = Counter(tuple(map(binary_vote, row)) for row in rows)
-        beliefs = {pattern: _first_belief(pattern) for pattern in patterns}
+        votes, n = np.array(list(patterns), int).reshape(-1, judges), np.array(list(patterns.values()), float)
+        is_cast = np.abs(votes)[..., None] == np.arange(
+            len(_STRENGTHS) + 2
+        )  # (patterns, judges, strengths; 0: no vote)
+        beliefs = 0.5 + 0.5 * votes.sum(1) / np.maximum(np.abs(votes).sum(1), 1)
         for _ in range(1000):
-            self._count(patterns, beliefs, judges)
-            updated = {pattern: self._belief(pattern) for pattern in patterns}
-            moved = max((abs(updated[one] - beliefs[one]) for one in patterns), default=0.0)
-            beliefs = updated
-            if moved < 1e-9:
+            is_right = np.where(votes > 0, beliefs[:, None], 1 - beliefs[:, None])
+            right, wrong = (np.einsum("p,pj,pjs->js", n, share, is_cast) for share in (is_right, 1 - is_right))
+            self._log_odds = np.log((1 + right) / (1 + wrong))  # (judges, strengths)
+            before, beliefs = beliefs, self._belief(votes)
+            if np.abs(beliefs - before).max(initial=0.0) < 1e-9:
                 break
-        votes = [sum(map(sum, judge)) - 2 * len(judge) for judge in self._seen]
-        rights = [sum(right - 1 for right, _ in judge) for judge in self._seen]
-        self.accuracy = [right / n if n > 0.5 else None for right, n in zip(rights, votes, strict=True)]
+        votes_of, rights = (right + wrong)[:, 1:].sum(1), right[:, 1:].sum(1)
+        self.accuracy = [float(k / n) if n > 0.5 else None for k, n in zip(rights, votes_of, strict=True)]
 
     def __call__(self, labels: Labels) -> float | None:
         """Probability that response_a is better, given the votes; None where no judge has a verdict."""
-        return None if all(p is None for p in labels) else self._belief(tuple(map(binary_vote, labels)))
+        import numpy as np
 
-    def _count(self, patterns: Counter, beliefs: dict, judges: int) -> None:
-        """[right, wrong] for each judge and strength, as far as is believed."""
-        self._seen = [[[1.0, 1.0] for _ in range(len(_STRENGTHS) + 1)] for _ in range(judges)]
-        for pattern, n in patterns.items():
-            for judge, vote in enumerate(pattern):
-                if vote:
-                    for_vote = beliefs[pattern] if vote > 0 else 1 - beliefs[pattern]
-                    cell = self._seen[judge][abs(vote) - 1]
-                    cell[0] += n * for_vote
-                    cell[1] += n * (1 - for_vote)
+        votes = np.array([[binary_vote(p) for p in labels]])
+        return None if all(p is None for p in labels) else float(self._belief(votes)[0])
 
-    def _belief(self, pattern: tuple[int, ...]) -> float:
-        evidence = 0.0
-        for judge, vote in enumerate(pattern):
-            if vote:
-                right, wrong = self._seen[judge][abs(vote) - 1]
-                evidence += math.copysign(1, vote) * math.log(right / wrong)
-        return 0.5 + 0.5 * math.tanh(evidence / 2)
+    def _belief(self, votes):
+        """The probability that response_a is better, for each row of votes (rows, judges)."""
+        import numpy as np
+
+        evidence = np.sign(votes) * self._log_odds[np.arange(votes.shape[1]), np.abs(votes)]
+        return 0.5 + 0.5 * np.tanh(evidence.sum(1) / 2)
 
 
 def binary_vote(p: float | None) -> int:
-    """+1 to +4 for response_a, −1 to −4 for response_b, by strength; 0 where the judge has or says nothing."""
+    """+1 to +4 for response_a, −1 to −4 for response_b, by strength; 0 without a label or at 0.5."""
     if p is None or p == 0.5:
         return 0
     strength = 1 + bisect_right(_STRENGTHS, max(p, 1 - p))
     return strength if p > 0.5 else -strength
-
-
-def _first_belief(pattern: tuple[int, ...]) -> float:
-    total = sum(map(abs, pattern))
-    return 0.5 + 0.5 * sum(pattern) / total if total else 0.5
 
 
 def agreement(votes: Mapping[tuple[int, int], int]) -> dict:

@@ -12,7 +12,7 @@ from cai.stats.intervals import rate, wilson
 
 
 def calibration(probabilities: Sequence[float], outcomes: Sequence[bool | float], bins: int = 10) -> dict:
-    """Whether what is said to happen with probability p happens in a share p of the cases.
+    """Whether events with a stated probability p happen in a share p of the cases.
 
     Args:
         probabilities: 0 to 1. Of a choice between two, give the probability of the side that was chosen and whether
@@ -34,12 +34,12 @@ def calibration(probabilities: Sequence[float], outcomes: Sequence[bool | float]
         raise ValueError(f"{p.size} probabilities and {y.size} outcomes")
     for values in (p, y):
         if not ((values >= 0) & (values <= 1)).all():
-            raise ValueError("a value that is no probability")
-    n, place = p.size, np.minimum((p * bins).astype(int), bins - 1)
-    counts = np.bincount(place, minlength=bins)
+            raise ValueError("a value outside 0 to 1")
+    n, bin_of = p.size, np.minimum((p * bins).astype(int), bins - 1)
+    counts = np.bincount(bin_of, minlength=bins)
     filled = np.maximum(counts, 1)
-    probability, share = (np.bincount(place, weights=values, minlength=bins) / filled for values in (p, y))
-    found = [
+    probability, share = (np.bincount(bin_of, weights=values, minlength=bins) / filled for values in (p, y))
+    table = [
         {
             "low": b / bins,
             "high": (b + 1) / bins,
@@ -52,22 +52,22 @@ def calibration(probabilities: Sequence[float], outcomes: Sequence[bool | float]
         for b in range(bins)
     ]
     if n == 0:
-        return {"ece": rate(0, 0), "ece_by_chance": None, "bins": found}
+        return {"ece": rate(0, 0), "ece_by_chance": None, "bins": table}
     gap = probability - share
     value = float((np.abs(gap) * counts).sum() / n)
-    # What is left of each row when its bin's own gap is taken away: resampled alone, the ECE by chance.
-    rest = (p - y - gap[place]) * np.sqrt(counts / np.maximum(counts - 1, 1))[place]
+    # Each row without the gap of its bin: these residuals, resampled, give the ECE by chance.
+    rest = (p - y - gap[bin_of]) * np.sqrt(counts / np.maximum(counts - 1, 1))[bin_of]
     draw, chance, resampled = np.random.default_rng(0), [], []
     for _ in range(500):
         rows = draw.integers(0, n, n)
-        inside = place[rows]
+        inside = bin_of[rows]
         sums = np.bincount(inside, weights=rest[rows], minlength=bins)
         chance.append(float(np.abs(sums).sum() / n))
         resampled.append(float(np.abs(sums + gap * np.bincount(inside, minlength=bins)).sum() / n))
     least, most = (float(edge) for edge in np.quantile(resampled, (0.025, 0.975)))
     low = 0.0 if value <= np.quantile(chance, 0.95) else min(value, max(0.0, 2 * value - most))
     ece = {"value": value, "low": low, "high": min(1.0, max(value, 2 * value - least)), "n": n}
-    return {"ece": ece, "ece_by_chance": math.fsum(chance) / len(chance), "bins": found}
+    return {"ece": ece, "ece_by_chance": math.fsum(chance) / len(chance), "bins": table}
 
 
 def soft_loss(d: float, p: float) -> float:

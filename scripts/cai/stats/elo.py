@@ -5,9 +5,9 @@
 Bradley and Terry (1952): policy i beats j with probability σ(s_i − s_j); 400 Elo points are odds of 10 to 1.
 A tie, or a soft label, counts as that share of a win to each. Each pair of policies that was compared is given
 half a win more on either side: for two policies that is Jeffreys' prior (Firth 1993), so a score stays finite
-after a clean sweep, and after many comparisons it is not felt. Libraries (choix, evalica) fit the same model but
-say nothing of a sweep or of policies that never met. Leaves out games in sequence, the effect of who stands first
-(the judge sees both orders), and any difference between judges.
+after a clean sweep, and after many comparisons the prior has no effect. Libraries (choix, evalica) fit the same model
+but report neither a sweep nor policies that never met. Leaves out games in sequence, the effect of the order (the
+judge sees both), and any difference between judges.
 """
 
 import math
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ELO = 400 / math.log(10)  # points a unit of log-odds
+ELO = 400 / math.log(10)  # points per unit of log-odds
 
 PRIOR = 0.5  # wins added on either side of a pair that was compared
 
@@ -33,7 +33,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Score:
-    """A policy's place on the scale.
+    """A policy's position on the scale.
 
     score: Elo points above the anchor of its group, whose own score is 0.
     low, high: 95 % interval, None on a side that the comparisons do not bound (see `rate`).
@@ -55,7 +55,7 @@ class Score:
 def rate(
     comparisons: Iterable[Comparison], *, anchor: str | None = None, resamples: int = 1000, seed: int = 0
 ) -> tuple[list[Score], list[str]]:
-    """(scores, best first within each group; notes in plain words on what they can't say).
+    """(scores, best first within each group; notes on what they can't say).
 
     The interval is the 2.5 and 97.5 percentile over `resamples` draws of the prompts with replacement (all
     comparisons of a prompt stay together: they are not independent). It is open, None, towards a side where no
@@ -63,13 +63,13 @@ def rate(
     there is no interval at all.
 
     Args:
-        anchor: the policy whose score is 0; by default the first one named. Other groups are anchored at the
-            first of theirs.
+        anchor: the policy whose score is 0; by default the first that is named. Other groups are anchored
+            at the first of theirs.
     Raises ValueError for no comparison, a policy compared with itself, a p outside 0..1 or an unknown anchor.
     """
     comparisons = list(comparisons)
     _check(comparisons)
-    names = list(dict.fromkeys(name for one in comparisons for name in (one.a, one.b)))
+    names = list(dict.fromkeys(name for comparison in comparisons for name in (comparison.a, comparison.b)))
     if anchor is not None:
         if anchor not in names:
             raise ValueError(f"no comparison names the anchor {anchor!r}, only {', '.join(names)}")
@@ -77,7 +77,7 @@ def rate(
     wins = wins_by_prompt(comparisons, names)  # (prompts, policies, policies)
     total = wins.sum(0)
     played = total + total.T > 0
-    group_of, anchors = _groups(played)
+    groups, anchors = _find_groups(played)
     prior = PRIOR * played
     scores = ELO * fit(total + prior, anchors)
     low = high = np.full(len(names), np.nan)
@@ -85,49 +85,40 @@ def rate(
         times = np.random.default_rng(seed).multinomial(len(wins), np.full(len(wins), 1 / len(wins)), resamples)
         drawn = np.tensordot(times, wins, 1)
         low, high = np.percentile(ELO * fit(drawn + prior, anchors), [2.5, 97.5], axis=0)
-    beats = _reaches(total > 0)  # beats[i, j]: a chain of wins leads from i down to j
+    beats = _reaches(total > 0)  # beats[i, j]: a chain of wins leads from i down to j; i = j included
     result = []
     for i, name in enumerate(names):
-        own = anchors[group_of[i]]
-        bounded = (i == own or beats[i, own], i == own or beats[own, i])
-        ps = [one.p if one.a == name else 1 - one.p for one in comparisons if name in (one.a, one.b)]
-        result.append(
-            Score(
-                name,
-                float(scores[i]),
-                *(
-                    None if math.isnan(end[i]) or not known else float(end[i])
-                    for end, known in zip((low, high), bounded, strict=True)
-                ),
-                group_of[i],
-                sum(p > 0.5 for p in ps),
-                sum(p < 0.5 for p in ps),
-                sum(p == 0.5 for p in ps),
-            )
-        )
-    result.sort(key=lambda one: (one.group, -one.score))
-    return result, _notes(result, names, anchors, len(wins))
+        j = anchors[groups[i]]
+        ps = [row.p if row.a == name else 1 - row.p for row in comparisons if name in (row.a, row.b)]
+        outcomes = (sum(p > 0.5 for p in ps), sum(p < 0.5 for p in ps), sum(p == 0.5 for p in ps))
+        ends = [
+            float(end) if is_bounded and not math.isnan(end) else None
+            for end, is_bounded in ((low[i], beats[i, j]), (high[i], beats[j, i]))
+        ]
+        result.append(Score(name, float(scores[i]), *ends, groups[i], *outcomes))
+    result.sort(key=lambda score: (score.group, -score.score))
+    return result, _write_notes(result, [names[i] for i in anchors], len(wins))
 
 
 def _check(comparisons: Sequence[Comparison]) -> None:
     if not comparisons:
         raise ValueError("no comparisons")
-    for one in comparisons:
-        if one.a == one.b:
-            raise ValueError(f"{one.a!r} compared with itself, on prompt {one.prompt!r}")
-        if not 0 <= one.p <= 1:  # also what is not a number
-            raise ValueError(f"p = {one.p}, on prompt {one.prompt!r}: expected 0 to 1")
+    for row in comparisons:
+        if row.a == row.b:
+            raise ValueError(f"{row.a!r} compared with itself, on prompt {row.prompt!r}")
+        if not 0 <= row.p <= 1:  # NaN too
+            raise ValueError(f"p = {row.p}, on prompt {row.prompt!r}: expected 0 to 1")
 
 
 def wins_by_prompt(comparisons: Sequence[Comparison], names: Sequence[str]) -> np.ndarray:
     """Wins (prompts, policies, policies): [c, i, j] is what policy i won against j on the c-th prompt."""
-    place = {name: i for i, name in enumerate(names)}
-    prompt = {name: i for i, name in enumerate(dict.fromkeys(one.prompt for one in comparisons))}
-    wins = np.zeros((len(prompt), len(names), len(names)))
-    for one in comparisons:
-        c, a, b = prompt[one.prompt], place[one.a], place[one.b]
-        wins[c, a, b] += one.p
-        wins[c, b, a] += 1 - one.p
+    policies = {name: i for i, name in enumerate(names)}
+    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(row.prompt for row in comparisons))}
+    wins = np.zeros((len(prompts), len(names), len(names)))
+    for row in comparisons:
+        c, a, b = prompts[row.prompt], policies[row.a], policies[row.b]
+        wins[c, a, b] += row.p
+        wins[c, b, a] += 1 - row.p
     return wins
 
 
@@ -135,7 +126,7 @@ def fit(wins: np.ndarray, anchors: Sequence[int]) -> np.ndarray:
     """Maximum-likelihood log-strengths (..., policies) of win matrices (..., policies, policies).
 
     Newton's method on all matrices at once. The strengths in `anchors` (one of each group) are 0; every group
-    must be bounded, which `rate` sees to by its prior. A step changes no log-odds by more than 1; so small a step of
+    must be bounded, which the prior of `rate` ensures. A step changes no log-odds by more than 1; so small a step of
     Newton's raises the likelihood (the logistic curve's curvature changes by less than e there).
     """
     n = wins.shape[-1]
@@ -156,10 +147,9 @@ def fit(wins: np.ndarray, anchors: Sequence[int]) -> np.ndarray:
     raise ArithmeticError(f"no convergence after 200 steps (last step {spread.max():.2g})")
 
 
-def _groups(played: np.ndarray) -> tuple[list[int], list[int]]:
+def _find_groups(played: np.ndarray) -> tuple[list[int], list[int]]:
     """(group of each policy, first policy of each group): groups are joined by chains of comparisons."""
-    joined = _reaches(played)
-    firsts = [int(np.flatnonzero(row)[0]) for row in joined]
+    firsts = _reaches(played).argmax(1).tolist()
     anchors = sorted(set(firsts))
     return [anchors.index(first) for first in firsts], anchors
 
@@ -172,29 +162,23 @@ def _reaches(edges: np.ndarray) -> np.ndarray:
     return paths
 
 
-def _notes(scores: Sequence[Score], names: Sequence[str], anchors: Sequence[int], prompts: int) -> list[str]:
+def _write_notes(scores: Sequence[Score], anchors: Sequence[str], prompts: int) -> list[str]:
+    """What the scores can't say; anchors: one per group."""
     notes = []
     if len(anchors) > 1:
-        groups = ["; ".join(one.policy for one in scores if one.group == number) for number in range(len(anchors))]
+        groups = ["; ".join(row.policy for row in scores if row.group == number) for number in range(len(anchors))]
         notes.append(
             f"{len(anchors)} groups of policies were never compared with each other, so their scores "
             f"can't be either: {' | '.join(groups)}."
         )
     if prompts < 2:
-        notes.append("All comparisons are on one prompt: no interval can be given.")
-        return notes
-    for one in scores:
-        own = names[anchors[one.group]]
-        if one.policy != own and (one.high is None or one.low is None):
-            side = (
-                "neither above nor below"
-                if one.high is None and one.low is None
-                else "not above"
-                if one.high is None
-                else "not below"
-            )
+        return [*notes, "All comparisons are on one prompt: no interval can be given."]
+    sides = {(True, True): "neither above nor below", (False, True): "not above", (True, False): "not below"}
+    for row in scores:
+        side = sides.get((row.low is None, row.high is None))
+        if side and row.policy != anchors[row.group]:
             notes.append(
-                f"{one.policy} is bounded {side} against {own}: no chain of wins leads the other way. Its "
-                f"score rests on the prior on that side; compare on more prompts."
+                f"{row.policy} is bounded {side} against {anchors[row.group]}: no chain of wins leads the other way. "
+                "Its score depends on the prior on that side; compare on more prompts."
             )
     return notes

@@ -7,8 +7,10 @@
 """
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
 Z = 1.959963984540054  # two-sided 95 % of the normal distribution
 
@@ -41,15 +43,8 @@ def mean(values: Iterable[float]) -> dict:
     With one value there is no spread to measure, so low and high are None; with none all three are.
     """
     values = list(values)
-    n = len(values)
-    if n == 0:
-        return {"value": None, "low": None, "high": None, "n": 0}
-    centre = math.fsum(values) / n
-    if n == 1:
-        return {"value": centre, "low": None, "high": None, "n": 1}
-    variance = math.fsum((value - centre) ** 2 for value in values) / (n - 1)
-    half = Z * math.sqrt(variance / n)
-    return {"value": centre, "low": centre - half, "high": centre + half, "n": n}
+    result = clustered_mean(values, range(len(values)))
+    return {name: result[name] for name in ("value", "low", "high", "n")}
 
 
 def clustered_rate(successes: Sequence[bool | float], clusters: Sequence) -> dict:
@@ -60,18 +55,13 @@ def clustered_rate(successes: Sequence[bool | float], clusters: Sequence) -> dic
     more than there are; where the variance says nothing (all rows alike) each cluster counts as one row.
 
     Args:
-        successes: one a row, 0 to 1 (half a success for a tie).
-        clusters: one label a row; rows with equal labels belong together.
+        successes: one per row, 0 to 1 (half a success for a tie).
+        clusters: one label per row; rows with equal labels belong together.
     """
     n = len(successes)
     if n == 0:
         return {**rate(0, 0), "clusters": 0}
-    share = math.fsum(successes) / n
-    sums: Counter = Counter()
-    for success, cluster in zip(successes, clusters, strict=True):
-        sums[cluster] += success - share
-    count = len(sums)
-    variance = math.fsum(one * one for one in sums.values()) / (n * n) * (count / (count - 1) if count > 1 else 1)
+    share, variance, count = _cluster(successes, clusters)
     spread = share * (1 - share)
     effective = min(n, spread / variance) if variance > 1e-12 and count > 1 else count
     return {**wilson(share, effective), "n": n, "clusters": count}
@@ -81,34 +71,34 @@ def clustered_mean(values: Sequence[float], clusters: Sequence) -> dict:
     """`mean` with the variance of `clustered_rate`; adds `clusters`. With one cluster low and high are None."""
     n = len(values)
     if n == 0:
-        return {**mean([]), "clusters": 0}
+        return {**rate(0, 0), "clusters": 0}
+    centre, variance, count = _cluster(values, clusters)
+    half = Z * math.sqrt(variance)
+    low, high = (None, None) if count == 1 else (centre - half, centre + half)
+    return {"value": centre, "low": low, "high": high, "n": n, "clusters": count}
+
+
+def _cluster(values: Sequence[float], clusters: Sequence) -> tuple[float, float, int]:
+    """(mean of the values, variance of the mean, number of clusters)."""
+    n, sums = len(values), Counter()
     centre = math.fsum(values) / n
-    sums: Counter = Counter()
     for value, cluster in zip(values, clusters, strict=True):
         sums[cluster] += value - centre
     count = len(sums)
-    if count == 1:
-        return {"value": centre, "low": None, "high": None, "n": n, "clusters": 1}
-    half = Z * math.sqrt(math.fsum(one * one for one in sums.values()) * count / (count - 1)) / n
-    return {"value": centre, "low": centre - half, "high": centre + half, "n": n, "clusters": count}
+    return centre, math.fsum(part * part for part in sums.values()) / (n * n) * (count / max(1, count - 1)), count
 
 
-def correlation(ones: Sequence[float], others: Sequence[float]) -> dict:
+def correlation(x: Sequence[float], y: Sequence[float]) -> dict:
     """Pearson's r with the 95 % interval of Fisher's z; None where one side never varies or n is below 4."""
-    n = len(ones)
-    nothing = {"value": None, "low": None, "high": None, "n": n}
-    if n < 4 or len(set(ones)) == 1 or len(set(others)) == 1:
-        return nothing
-    a, b = math.fsum(ones) / n, math.fsum(others) / n
-    both = math.fsum((x - a) * (y - b) for x, y in zip(ones, others, strict=True))
-    squares = math.fsum((x - a) ** 2 for x in ones) * math.fsum((y - b) ** 2 for y in others)
-    if not squares > 0:  # they vary by less than a float can tell
-        return nothing
-    r = min(1.0, max(-1.0, both / math.sqrt(squares)))
-    if abs(r) == 1:
-        return {"value": r, "low": r, "high": r, "n": n}
+    n, r = len(x), math.nan
+    if n >= 4 and len(set(x)) > 1 and len(set(y)) > 1:
+        with suppress(statistics.StatisticsError):  # they vary by less than a float can tell
+            r = min(1.0, max(-1.0, statistics.correlation(x, y)))
+    if math.isnan(r):
+        return {**rate(0, 0), "n": n}
     half = Z / math.sqrt(n - 3)
-    return {"value": r, "low": math.tanh(math.atanh(r) - half), "high": math.tanh(math.atanh(r) + half), "n": n}
+    low, high = (r, r) if abs(r) == 1 else (math.tanh(math.atanh(r) + sign * half) for sign in (-1, 1))
+    return {"value": r, "low": low, "high": high, "n": n}
 
 
 def paired(differences: Sequence[float], z: float = Z) -> tuple[float, float]:
@@ -119,7 +109,7 @@ def paired(differences: Sequence[float], z: float = Z) -> tuple[float, float]:
     """
     n = len(differences) + 2
     centre = math.fsum(differences) / n
-    variance = (math.fsum(one * one for one in differences) + 2) / n - centre * centre
+    variance = (math.fsum(difference * difference for difference in differences) + 2) / n - centre * centre
     half = z * math.sqrt(max(0.0, variance) / n)
     return max(-1.0, centre - half), min(1.0, centre + half)
 

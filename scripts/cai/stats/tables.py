@@ -1,6 +1,8 @@
 """Figures as text: rates with their intervals, and aligned columns.
 
-print(table(("", "value", "n"), [("accuracy", show(rate(97, 100)), 100)]))
+    print(table(("", "value", "n"), [("accuracy", show(rate(97, 100)), 100)]))
+
+Leaves out HTML and Markdown (report/escaping.py).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +19,7 @@ def show(measured: Mapping | None) -> str:
 
 
 def show_number(measured: Mapping | float | None) -> str:
-    """`0.352 (0.301–0.403)` of what is no share, without the interval where there is none; `–` for nothing."""
+    """`0.352 (0.301–0.403)` of what is not a share, without the interval where there is none; `–` for nothing."""
     if isinstance(measured, int | float):
         return f"{measured:.3f}"
     if not measured or measured["value"] is None:
@@ -27,7 +29,7 @@ def show_number(measured: Mapping | float | None) -> str:
 
 
 def between(low: float) -> str:
-    """What stands between the ends of an interval: beside a minus a dash can't be told from one."""
+    """What separates the ends of an interval: no dash beside a minus sign, from which it can't be told apart."""
     return "–" if low >= 0 else " to "
 
 

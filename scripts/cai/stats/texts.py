@@ -1,4 +1,4 @@
-"""What is counted in texts: words, phrases, duplicates and repetition.
+"""Counts of texts: words, phrases, duplicates and repetition.
 
     duplicates(prompts, responses)     # share of responses that repeat the response to another prompt
 
@@ -6,7 +6,7 @@ Languages written without spaces count a clause as one word.
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 PHRASE_WORDS = 3
@@ -18,21 +18,25 @@ def words(text: str) -> list[str]:
 
 
 def duplicates(prompts: Sequence, responses: Sequence[str]) -> float:
-    """Share of the responses that say what the response to another prompt says, but for case and punctuation.
+    """Share of the responses that equal the response to another prompt, except for case and punctuation.
 
     The same answer to the same prompt, drawn twice, does not count.
     """
-    said: dict[tuple, set] = {}
-    keys = [(tuple(words(response)), str(prompt)) for prompt, response in zip(prompts, responses, strict=True)]
-    for key, prompt in keys:
-        said.setdefault(key, set()).add(prompt)
-    return sum(len(said[key]) > 1 for key, _ in keys) / len(keys)
+    prompts_of = defaultdict(set)
+    keys = [tuple(words(response)) for response in responses]
+    for prompt, key in zip(prompts, keys, strict=True):
+        prompts_of[key].add(str(prompt))
+    return sum(len(prompts_of[key]) > 1 for key in keys) / len(keys)
+
+
+def ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    """Every n words in a row."""
+    return list(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
 def phrases(text: str) -> set[tuple[str, ...]]:
     """The phrases of a response: every `PHRASE_WORDS` words in a row."""
-    said = words(text)
-    return set(zip(*(said[i:] for i in range(PHRASE_WORDS)), strict=False))
+    return set(ngrams(words(text), PHRASE_WORDS))
 
 
 def grown(before: Sequence[str], now: Sequence[str], most: int = 5) -> list[tuple[str, float, float]]:
@@ -45,13 +49,11 @@ def grown(before: Sequence[str], now: Sequence[str], most: int = 5) -> list[tupl
         counts = Counter(phrase for text in texts for phrase in phrases(text))
         shares.append({phrase: count / len(texts) for phrase, count in counts.items()})
     had, has = shares
-    found: list[tuple[tuple, float, float]] = []
+    habits: list[tuple[str, ...]] = []
     for phrase in sorted(has, key=lambda p: (had.get(p, 0.0) - has[p], p)):
-        if len(found) == most or has[phrase] <= had.get(phrase, 0.0):
-            break
-        if not any(set(phrase) & set(other) for other, _, _ in found):
-            found.append((phrase, had.get(phrase, 0.0), has[phrase]))
-    return [(" ".join(phrase), a, b) for phrase, a, b in found]
+        if has[phrase] > had.get(phrase, 0.0) and not any(set(phrase) & set(other) for other in habits):
+            habits.append(phrase)
+    return [(" ".join(phrase), had.get(phrase, 0.0), has[phrase]) for phrase in habits[:most]]
 
 
 def distinct(texts: Iterable[str], n: int, most: int | None = None) -> float | None:
@@ -61,18 +63,15 @@ def distinct(texts: Iterable[str], n: int, most: int | None = None) -> float | N
     """
     seen, total, used = set(), 0, 0
     for text in texts:
-        said = words(text)
-        if most is not None:
-            said = said[: most - used]
-        used += len(said)
-        grams = list(zip(*(said[i:] for i in range(n)), strict=False))
+        tokens = words(text)[: None if most is None else most - used]
+        used += len(tokens)
+        grams = ngrams(tokens, n)
         seen.update(grams)
         total += len(grams)
     return len(seen) / total if total else None
 
 
 def repetition(text: str, n: int = 4) -> float:
-    """Share of a response's n-grams that it has said before (Welleck et al. 2020, arXiv 1908.04319): 0 to 1."""
-    said = words(text)
-    grams = list(zip(*(said[i:] for i in range(n)), strict=False))
+    """Share of a response's n-grams that occur in it before (Welleck et al. 2020, arXiv 1908.04319): 0 to 1."""
+    grams = ngrams(words(text), n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

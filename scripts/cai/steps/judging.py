@@ -10,7 +10,6 @@ comparisons of more than two responses.
 """
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice, product
@@ -20,15 +19,10 @@ from cai.base.hashing import hashed_seed
 from cai.constitution.files import Constitution, Principle
 from cai.constitution.templates import Template
 from cai.data.preferences import LABELS, ORDERS, group_verdicts, same_position, with_sides
-from cai.models.engine import Sampling
+from cai.models.choice import Choice, read_choices
+from cai.models.engine import Engine, Request, Sampling
 from cai.models.local import WINDOW
 from cai.stats import intervals
-
-ANSWER_TOKENS = 16  # room for "**(A)**." in any tokenizer, and too little to reason in
-
-UNANSWERED = ("too_long", "failed")  # how a generation finishes where there is none
-
-_ANSWER = re.compile(r"[\s(\[*_`\"'“]*([AB])[\s)\]*_`\"'”.]*")
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,7 @@ class Question:
 
     reasoning: the template of a first pass in which the judge thinks aloud, or None.
     sampling: of that first pass.
-    written: the template for a judge without log-probabilities, which ends without a prefill.
+    written: the template for a judge without log-probabilities, best without a prefill; None: `template` itself.
     every: ask under each principle, not under one that is drawn.
     examples: show the worked comparisons of the constitution first.
     """
@@ -71,7 +65,7 @@ class Question:
         self, comparison: dict, order: str, principle: Principle, reasoning: str = "", written: bool = False
     ) -> list[dict]:
         """The conversation whose next token is the label, or whose answer is one if it is `written`."""
-        template = self.written if written else self.template
+        template = self.written if written and self.written else self.template
         return self._shown(template, comparison, order, principle, reasoning=reasoning)
 
     def _shown(self, template: Template, comparison: dict, order: str, principle: Principle, **more) -> list[dict]:
@@ -124,107 +118,100 @@ def worked_comparison(example: Mapping) -> dict | None:
     return {name: example[name] for name in ("prompt", "response_a", "response_b", "gold")}
 
 
+_Key = tuple[str, str, str]  # comparison id, principle id, order
+
+
 def judge(
-    engine, comparisons: Iterable[dict], question: Question, done: Set[str] = frozenset()
+    engine: Engine, comparisons: Iterable[dict], question: Question, done: Set[str] = frozenset()
 ) -> Iterator[tuple[dict, list[dict] | None]]:
     """(comparison, its verdicts) as they are reached, not in order; None where it does not fit the model, or where
     a server would not answer.
 
-    Two verdicts, one an order, for each principle that it is judged under.
+    Two verdicts, one per order, for each principle that it is judged under.
 
     Args:
-        engine: has `generate` and `score`; with `scores_choices` False, `generate` only.
         comparisons: rows with id, prompt, response_a, response_b; read lazily.
         done: ids to leave out. The window that a killed run was in is judged whole all the same: other
             batches would round otherwise, and the resumed run ends with the very same numbers.
     """
     comparisons, done = iter(comparisons), frozenset(done)
     unseen = len(done)
-    scores = getattr(engine, "scores_choices", True)
     # Reasoning and written answers take long, and what is not judged yet is lost when the process is killed:
     # smaller windows.
-    size = engine.batch_size * (WINDOW // 2 if scores and not question.reasoning else 4)
+    size = engine.batch_size * (WINDOW // 2 if engine.scores_choices and not question.reasoning else 4)
     if question.every:
         size = max(engine.batch_size // 2, size // len(question.constitution.principles), 1)
     while window := list(islice(comparisons, size)):
-        left = [one for one in window if one["id"] not in done]
-        unseen -= len(window) - len(left)
-        if unseen or not left:  # before the last one that was begun: what is left there failed
-            window = left
-        asked = [(one, *how) for one in window for how in product(question.principles(one), ORDERS)]
-        thoughts = _think(engine, asked, question) if question.reasoning else [""] * len(asked)
-        found: dict[str, list] = {}
-        awaited = {one["id"]: len(question.principles(one)) for one in window}
-        ask = _score_by_principle if scores else _write
-        for one, verdicts in _pair_up(asked, ask(engine, asked, question, thoughts)):
-            so_far = found.setdefault(one["id"], [])
-            so_far.append(verdicts)
-            if len(so_far) == awaited[one["id"]]:
-                del found[one["id"]]
-                if one["id"] not in done:
-                    yield one, None if None in so_far else [v for two in so_far for v in two]
+        new = [comparison for comparison in window if comparison["id"] not in done]
+        unseen -= len(window) - len(new)
+        if unseen or not new:  # before the last one that was begun: what is new there failed
+            window = new
+        for comparison, verdicts in _judge_window(engine, window, question):
+            if comparison["id"] not in done:
+                yield comparison, verdicts
 
 
-def _think(engine, asked: list[tuple], question: Question) -> list[str | None]:
-    """The reasoning for each (comparison, principle, order); None where it does not fit the model."""
-    conversations = (question.think(one, order, principle) for one, principle, order in asked)
-    seeds = [
-        hashed_seed("judge", question.seed, one["id"], order, *([principle.id] if question.every else []))
-        for one, principle, order in asked
-    ]
-    thoughts: list[str | None] = [None] * len(asked)
-    for index, made in engine.generate(conversations, question.sampling, seeds):
-        thoughts[index] = None if made.lost else made.text
-    return thoughts
+def _judge_window(engine: Engine, window: list[dict], question: Question) -> Iterator[tuple[dict, list[dict] | None]]:
+    asked: dict[_Key, tuple[dict, str, Principle]] = {
+        (comparison["id"], principle.id, order): (comparison, order, principle)
+        for comparison in window
+        for principle, order in product(question.principles(comparison), ORDERS)
+    }
+    keys: dict[str, list[_Key]] = {}  # of each comparison
+    for key in asked:
+        keys.setdefault(key[0], []).append(key)
+    thoughts = _think(engine, asked, question) if question.reasoning else dict.fromkeys(asked, "")
+    verdicts: dict[str, dict[_Key, dict | None]] = {comparison_id: {} for comparison_id in keys}
+    for key, choice in _choose(engine, asked, question, thoughts):
+        comparison, order, principle = asked[key]
+        so_far = verdicts[comparison["id"]]
+        if choice.lost or thoughts[key] is None:
+            so_far[key] = None
+        elif choice.answer is None:
+            so_far[key] = verdict(order, choice.logprobs, thoughts[key])
+        else:
+            so_far[key] = written_verdict(order, choice, thoughts[key])
+        if so_far[key] and question.every:
+            so_far[key] = {"principle": principle.id, **so_far[key]}
+        if len(so_far) == len(keys[comparison["id"]]):
+            in_order = [so_far[key] for key in keys[comparison["id"]]]
+            yield comparison, None if None in in_order else in_order
 
 
-def _score_by_principle(
-    engine, asked: list[tuple], question: Question, thoughts: list
-) -> Iterator[tuple[int, dict | None]]:
-    """(index, verdict) by the labels' log-probabilities; None where it does not fit.
-
-    By principle, because the template begins with it: what prompts begin with alike is computed once.
-    """
-    groups: dict[str, list[int]] = {}
-    for index, (_, principle, _) in enumerate(asked):
-        groups.setdefault(principle.id, []).append(index)
-    for places in groups.values():
-        conversations = (
-            question.choose(one, order, principle, thought or "")
-            for (one, principle, order), thought in ((asked[place], thoughts[place]) for place in places)
+def _think(engine: Engine, asked: Mapping[_Key, tuple], question: Question) -> dict[_Key, str | None]:
+    """The reasoning before each choice; None where it does not fit the model."""
+    requests = (
+        Request(
+            key,
+            question.think(comparison, order, principle),
+            hashed_seed("judge", question.seed, key[0], order, *([principle.id] if question.every else [])),
         )
-        for index, logprobs in engine.score(conversations, LABELS):
-            place = places[index]
-            lost = logprobs is None or thoughts[place] is None
-            said = None if lost else verdict(asked[place][2], logprobs, thoughts[place])
-            yield place, _named(said, asked[place], question)
-
-
-def _write(engine, asked: list[tuple], question: Question, thoughts: list) -> Iterator[tuple[int, dict | None]]:
-    """(index, verdict) by a written answer, greedy and short."""
-    conversations = (
-        question.choose(one, order, principle, thought or "", written=True)
-        for (one, principle, order), thought in zip(asked, thoughts, strict=True)
+        for key, (comparison, order, principle) in asked.items()
     )
-    for index, made in engine.generate(conversations, Sampling(ANSWER_TOKENS, 0.0), [0] * len(asked)):
-        lost = made.lost or thoughts[index] is None
-        said = None if lost else written_verdict(asked[index][2], made.text, thoughts[index])
-        yield index, _named(said, asked[index], question)
+    return {
+        request.key: None if generation.lost else generation.text
+        for request, generation in engine.generate(requests, question.sampling)
+    }
 
 
-def _named(said: dict | None, asked: tuple, question: Question) -> dict | None:
-    """The verdict with its principle, where a comparison has several."""
-    return {"principle": asked[1].id, **said} if said and question.every else said
+def _choose(
+    engine: Engine, asked: Mapping[_Key, tuple], question: Question, thoughts: Mapping[_Key, str | None]
+) -> Iterator[tuple[_Key, Choice]]:
+    """(key, choice) of every question.
 
-
-def _pair_up(asked: list[tuple], answers: Iterable[tuple[int, dict | None]]) -> Iterator[tuple[dict, list | None]]:
-    """(comparison, its two verdicts or None) from verdicts in any order; the two stand at 2n and 2n + 1."""
-    found: dict[int, dict | None] = {}
-    for index, said in answers:
-        found[index] = said
-        if index ^ 1 in found:
-            both = [found.pop(index & ~1), found.pop(index | 1)]
-            yield asked[index][0], None if None in both else both
+    Log-probabilities are read principle by principle, because the template begins with the principle: what prompts
+    begin with alike is computed once.
+    """
+    groups: dict[str, list[_Key]] = {}
+    for key in asked:
+        groups.setdefault(key[1] if engine.scores_choices else "", []).append(key)
+    for group in groups.values():
+        requests = (
+            Request(key, question.choose(*asked[key], thoughts[key] or "", written=not engine.scores_choices))
+            for key in group
+        )
+        for request, choice in read_choices(engine, requests, LABELS):
+            yield request.key, choice
 
 
 def verdict(order: str, logprobs: Sequence[float], reasoning: str = "") -> dict:
@@ -246,22 +233,11 @@ def verdict(order: str, logprobs: Sequence[float], reasoning: str = "") -> dict:
     return {**made, "reasoning": reasoning} if reasoning else made
 
 
-def written_verdict(order: str, answer: str, reasoning: str = "") -> dict:
+def written_verdict(order: str, choice: Choice, reasoning: str = "") -> dict:
     """One order's verdict from a written answer: {order, p_a: 1, 0 or None, answer[, reasoning]}."""
-    label = read_label(answer)
-    p_first = None if label is None else float(label == LABELS[0])
-    made = {"order": order, "p_a": _of_a(order, p_first), "answer": answer}
+    p_first = None if choice.logprobs is None else math.exp(choice.logprobs[0])
+    made = {"order": order, "p_a": _of_a(order, p_first), "answer": choice.answer}
     return {**made, "reasoning": reasoning} if reasoning else made
-
-
-def read_label(answer: str) -> str | None:
-    """The label that an answer consists of, or None.
-
-    Strict: brackets, quotes, asterisks and a full stop around the letter are passed over, words are not. A judge
-    that explains, refuses, or quotes a response has not chosen.
-    """
-    found = _ANSWER.fullmatch(answer.strip())
-    return found[1] if found else None
 
 
 def _of_a(order: str, p_first: float | None) -> float | None:

@@ -11,7 +11,7 @@ from itertools import combinations, product
 from cai.base.errors import InputError, shorten
 from cai.base.hashing import hashed_seed, sha256_text
 from cai.data.preferences import prompt_key
-from cai.data.rounds import current_response
+from cai.data.rounds import text_of_round
 from cai.data.sources import Source
 
 # Of two rows that are compared, these stay behind: they speak of one response.
@@ -113,6 +113,6 @@ def _compared(a: dict, b: dict) -> dict:
         "id": _pair_id(a["id"], b["id"]),
         **shared,
         **authors,
-        "response_a": current_response(a),
-        "response_b": current_response(b),
+        "response_a": text_of_round(a),
+        "response_b": text_of_round(b),
     }

@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from itertools import islice, tee
+from itertools import islice
 
 import click
 
@@ -21,7 +21,7 @@ from cai.base.hashing import hashed_seed, identity
 from cai.data.outputs import Output
 from cai.data.processes import Team
 from cai.data.readers import read_jsonl
-from cai.models.engine import Generation, Sampling
+from cai.models.engine import Generation, RowRequest, Sampling
 from cai.models.estimate import plan_options, text_plan
 from cai.models.loading import check_model, load_engine
 from cai.models.local import fast_path
@@ -197,46 +197,35 @@ def _help(team, rows, total, render, answer, loading, sampling, command, seed, m
 def _fill(journal, team, rows, total, render, answer, engine, sampling, command, seed) -> tuple[dict, dict]:
     """Answer the rows of this process that are left. Returns ({id: why it failed}, token counts)."""
     failed, tokens = {}, {"rows": 0, "prompt": 0, "new": 0, "unfinished": 0}
-    waiting: dict[int, dict] = {}  # rows that the model has been asked about, by their number
-    done: set[int] = set()  # numbers of those that are answered already; grows as they are read
-    already = frozenset(journal.done)
+    done = frozenset(journal.done)
+    requests = (
+        RowRequest(row["id"], render(row), hashed_seed(command, seed, row["id"], len(row.get("rounds") or ())), row=row)
+        for row in team.share(rows)
+    )
 
-    def asked():
-        for number, row in enumerate(team.share(rows)):
-            if row["id"] in already:
-                done.add(number)
-            else:
-                waiting[number] = row
-            yield render(row), hashed_seed(command, seed, row["id"], len(row.get("rounds") or ()))
+    def write(row, generation):
+        journal.write(answer(row, generation))
 
-    def write(row, made):
-        journal.write(answer(row, made))
-
-    ours, seeds = tee(asked())
-    answers = engine.generate((one for one, _ in ours), sampling, (one for _, one in seeds), done)
     mine = len(range(team.rank, total, team.count))
     with cli.progress(mine, command) as bar, ThreadPoolExecutor(1) as writer:
         bar.disable = bar.disable or not team.first
-        bar.update(len(already) // team.count)
+        bar.update(len(done) // team.count)
         written = deque()
-        for number, made in answers:
-            if number in done:
-                continue
-            row = waiting.pop(number)
+        for request, generation in engine.generate(requests, sampling, done):
             bar.update(1)
-            if made.lost:
-                failed[row["id"]] = made.reason or (
-                    f"its {made.prompt_tokens} tokens and {sampling.max_new_tokens} new ones exceed the model's "
+            if generation.lost:
+                failed[request.key] = generation.reason or (
+                    f"its {generation.prompt_tokens} tokens and {sampling.max_new_tokens} new ones exceed the model's "
                     f"context of {engine.context}"
                 )
                 continue
-            written.append(writer.submit(write, row, made))
+            written.append(writer.submit(write, request.row, generation))
             while written and (written[0].done() or len(written) > WAITING):
                 written.popleft().result()  # raises what the writing has
             tokens["rows"] += 1
-            tokens["prompt"] += made.prompt_tokens
-            tokens["new"] += made.tokens
-            tokens["unfinished"] += made.finish == "length"
+            tokens["prompt"] += generation.prompt_tokens
+            tokens["new"] += generation.tokens
+            tokens["unfinished"] += generation.finish == "length"
         for one in written:
             one.result()
     return failed, tokens

@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING
 
 from cai.base.errors import InputError, shorten
 from cai.data.dialogue import as_messages
-from cai.data.rounds import current_response
+from cai.data.rounds import text_of_round
 from cai.data.sources import Source
 from cai.models.chat import Chat
 from cai.models.loading import context_length
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# The kinds of prompts, and the letter of templates/classify.jinja that is right for each.
-RIGHT = {"harmful": "B", "benign": "A", "borderline": "A"}
 
 MAKE_REFERENCES = "Make them: python scripts/generate.py --model MODEL --input PROMPTS --output FILE"
 
@@ -70,7 +67,7 @@ def read_references(against: str, source: Source) -> tuple[list[list[str]], str]
     """
     answers, by_prompt = Source([against], require=("prompt", "response")), {}
     for row in answers:
-        by_prompt.setdefault(_conversation_key(row), []).append(current_response(row))
+        by_prompt.setdefault(_conversation_key(row), []).append(text_of_round(row))
     unanswered = [row for row in source if _conversation_key(row) not in by_prompt]
     if unanswered:
         raise InputError(

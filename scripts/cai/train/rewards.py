@@ -22,12 +22,16 @@ from cai.base.errors import CaiError, InputError, shorten
 from cai.constitution.templates import load_template
 from cai.models import loading
 from cai.models.chat import Chat
-from cai.models.scorer import Scorer, check_reward_model, is_reward_model, load_scorer
-from cai.train.prompts import RIGHT, Prompt
+from cai.models.choice import choose, probabilities
+from cai.models.engine import Engine, Request
+from cai.models.scorer import Scorer, check_reward_model, load_scorer
+from cai.train.prompts import Prompt
 
 Reward = Callable[[Sequence[list[dict]], Sequence[str]], Sequence[float | None]]
 
+# The letters of templates/classify.jinja, and those that are right for a kind of prompt.
 LETTERS = "ABCDE"
+RIGHT = {"harmful": "B", "benign": "A", "borderline": "A"}
 
 
 class Judge:
@@ -41,24 +45,26 @@ class Judge:
         kinds: the kind of each prompt, by its conversation as a string. A conversation without one is refused.
     """
 
-    def __init__(self, engine, kinds: Mapping[str, str]):
+    def __init__(self, engine: Engine, kinds: Mapping[str, str]):
         self.engine, self.kinds, self.template = engine, kinds, load_template("classify")
 
     def __call__(self, prompts: Sequence[list[dict]], responses: Sequence[str]) -> list[float]:
-        """One probability per response. Raises CaiError for one that is too long for the judge."""
-        asked = [self.template.render(prompt=p, response=r) for p, r in zip(prompts, responses, strict=True)]
-        found = [0.0] * len(asked)
-        for index, logprobs in self.engine.score(asked, list(LETTERS)):
+        """One probability per response. Raises CaiError for one that the judge makes no choice about."""
+        requests = [
+            Request(number, self.template.render(prompt=prompt, response=response))
+            for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        ]
+        scores = [0.0] * len(requests)
+        for request, logprobs in choose(self.engine, requests, LETTERS):
             if logprobs is None:
                 raise CaiError(
-                    f"a response is too long for the judge ({self.engine.name}). Take a judge with a longer "
-                    "context, or lower --max-new-tokens"
+                    f"the judge ({self.engine.name}) has no choice for a response: it is too long for the judge, or "
+                    "the judge answered with no letter. Take a judge with a longer context or with "
+                    "log-probabilities, or lower --max-new-tokens"
                 )
-            most = max(logprobs)
-            shares = [math.exp(one - most) for one in logprobs]
-            right = LETTERS.index(RIGHT[self.kinds[str(prompts[index])]])
-            found[index] = shares[right] / sum(shares)
-        return found
+            right = LETTERS.index(RIGHT[self.kinds[str(prompts[request.key])]])
+            scores[request.key] = probabilities(logprobs)[right]
+        return scores
 
 
 class Total:
@@ -250,7 +256,7 @@ def load_judge(spec: str, prompts: Sequence[Prompt], **loading_options) -> Rewar
 
     Raises InputError if a prompt has no kind and the judge is a chat model, which is asked by the kind.
     """
-    if is_function(spec) or is_reward_model(spec):
+    if is_function(spec) or loading.is_classifier(spec):
         return load_reward(spec, **loading_options)
     unknown = [prompt for prompt in prompts if prompt.kind not in RIGHT]
     if unknown:

@@ -15,9 +15,8 @@ from cai.base.errors import InputError, shorten
 from cai.base.hashing import hashed_seed
 from cai.base.paths import TINY
 from cai.data import outputs, readers, sources
-from cai.train.prompts import RIGHT, Prompt
-
-AXES = {"harmlessness": ("harmful",), "helpfulness": ("benign", "borderline")}
+from cai.data.kinds import AXES, KINDS
+from cai.train.prompts import Prompt
 
 FROM_INPUT = "the input"  # what --select says without a file
 
@@ -48,11 +47,11 @@ def read_prompts(select: str, source: sources.Source, seed: int) -> list[dict]:
     else:
         where, rows = select, list(sources.Source([select], require=("prompt", "kind")))
     for row in rows:
-        if row["kind"] not in RIGHT:
+        if row["kind"] not in KINDS:
             raise InputError(
                 f"the kind {shorten(row['kind'])!r} of row {shorten(row['id'])}",
                 where=where,
-                expected=f"one of {', '.join(RIGHT)}",
+                expected=f"one of {', '.join(KINDS)}",
             )
     chosen = []
     for axis, kinds in AXES.items():

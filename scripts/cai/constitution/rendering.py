@@ -1,0 +1,162 @@
+"""Constitutions as output: findings and principles as JSON or text, and files that are checked before they are kept.
+
+    save_constitution("kitchen.yaml", compose("kitchen", ["Never play down an allergy"], bases), overwrite=False)
+
+Leaves out what a finding is (lint.py), and other formats (importing.py).
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cai.base import cli, files
+from cai.base.errors import InputError
+from cai.constitution import lint
+from cai.constitution.files import Constitution, Principle, load_constitution, phrase, to_yaml
+
+
+def check_all(names: Sequence[str]) -> dict:
+    """{ok, constitutions, principles, findings, not_judged}; what can't be read is a finding with the rule `schema`."""
+    findings, count = [], 0
+    for name in names:
+        problems: list[InputError] = []
+        constitution = None
+        try:
+            constitution = load_constitution(name, problems)
+        except InputError as error:
+            problems.append(error)
+        findings += [{"rule": "schema", "message": str(problem)} for problem in problems]
+        if constitution:
+            count += len(constitution.principles)
+            if not lint.is_english(constitution):
+                cli.warn(f"{name}: apparently not in English: only sentences that are identical are found")
+            findings += [{"file": constitution.path, **asdict(finding)} for finding in lint.lint(constitution)]
+    summary = {"ok": not findings, "constitutions": len(names), "principles": count}
+    return {**summary, "findings": findings, "not_judged": lint.NOT_JUDGED}
+
+
+def findings_as_text(report: dict) -> str:
+    """What `check_all` returned, one line per finding."""
+    lines = []
+    for finding in report["findings"]:
+        where = f"{finding['file']}:{finding['line']}: " if "file" in finding else ""
+        remedy = f". {finding['remedy']}" if "remedy" in finding else ""
+        lines.append(f"{where}{finding['rule']}: {finding['message']}{remedy}")
+    counts = f"{len(lines)} findings in {report['principles']} principles of {report['constitutions']} constitutions"
+    return "\n".join([*lines, counts, f"not judged: {'; '.join(report['not_judged'])}"])
+
+
+def select(constitution: Constitution, ids: Sequence[str]) -> list[Principle]:
+    """The principles with these ids, or all of them if none is named. InputError for an id that it does not have."""
+    for id_ in ids:
+        if id_ not in constitution:
+            raise InputError(
+                f"no principle {id_!r}",
+                where=constitution.path,
+                expected=f"one of: {', '.join(principle.id for principle in constitution.principles)}",
+            )
+    return [principle for principle in constitution.principles if not ids or principle.id in ids]
+
+
+def describe(constitution: Constitution, ids: Sequence[str]) -> dict:
+    """What the constitution is for, and the selected principles with the probability that each is drawn."""
+    total = sum(principle.weight for principle in constitution.principles)
+    return {
+        "name": constitution.name,
+        "file": constitution.path,
+        "description": constitution.description,
+        "for": constitution.audience,
+        "source": constitution.source,
+        "duties": constitution.duties,
+        "principles": [
+            {
+                "id": principle.id,
+                "drawn": principle.weight / total,
+                "critique": principle.critique,
+                "revision": principle.revision,
+                "preference": principle.preference,
+                "tags": principle.tags,
+                "examples": principle.examples,
+            }
+            for principle in select(constitution, ids)
+        ],
+    }
+
+
+def description_as_text(description: dict) -> str:
+    """What `describe` returned, as lines."""
+    head = ("name", "file", "description", "for", "source")
+    lines = [f"{name}: {description[name]}" for name in head if description[name]]
+    lines += [f"  duty {duty}: {text}" for duty, text in description["duties"].items()]
+    for principle in description["principles"]:
+        tags = f"  [{', '.join(principle['tags'])}]" if principle["tags"] else ""
+        lines.append(f"\n{principle['id']}  ({principle['drawn']:.1%} of draws){tags}")
+        lines += [f"  {name}: {principle[name]}" for name in ("critique", "revision", "preference")]
+        lines += [f"  examples: {len(principle['examples'])}"] if principle["examples"] else []
+    return "\n".join(lines)
+
+
+def compose(
+    name: str, sentences: Sequence[str], bases: Sequence[Constitution], description: str = "", audience: str = ""
+) -> Constitution:
+    """A constitution of the principles of the bases, and of one principle per sentence, phrased from it.
+
+    Raises InputError without any principle, or for an empty sentence.
+    """
+    if not sentences and not bases:
+        raise InputError("no principles", expected="--sentence or --base, or both")
+    if not all(sentence.strip() for sentence in sentences):
+        raise InputError("an empty sentence", where="--sentence", expected="a principle in one sentence")
+    principles = [principle for base in bases for principle in base.principles]
+    known = {principle.id for principle in principles}
+    free = (f"principle-{n}" for n in range(1, len(known) + len(sentences) + 1) if f"principle-{n}" not in known)
+    principles += [Principle(id_, **phrase(sentence)) for id_, sentence in zip(free, sentences, strict=False)]
+    source = f"principles of {', '.join(base.name for base in bases)}" if bases else ""
+    duties = {duty: text for base in bases for duty, text in base.duties.items()}
+    return Constitution(name, "", "", tuple(principles), description, audience, source, duties)
+
+
+def check_free(path: str | Path, overwrite: bool) -> None:
+    """InputError if there is a file that must not be replaced."""
+    if Path(path).exists() and not overwrite:
+        raise InputError("it exists", where=path, remedy="Name another --output, or replace it with --overwrite")
+
+
+def save(path: str | Path, text: str, overwrite: bool) -> None:
+    """Write the text whole or not at all."""
+    check_free(path, overwrite)
+    try:
+        files.write_text(path, text)
+    except OSError as error:
+        raise InputError(f"cannot write ({error})", where=path, remedy="Check --output") from error
+
+
+def save_all(folder: Path, contents: Mapping[str, Any], overwrite: bool) -> list[str]:
+    """Write {name: text, or an object for JSON} into the folder, none if one of them exists; returns the paths."""
+    for name in contents:
+        check_free(folder / name, overwrite)
+    for name, content in contents.items():
+        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        save(folder / name, text, overwrite)
+    return [str(folder / name) for name in contents]
+
+
+def save_constitution(path: str | Path, constitution: Constitution, overwrite: bool) -> None:
+    """Write a constitution, once it has been read back as the same."""
+    check_free(path, overwrite)
+    draft = Path(f"{path}.draft")
+    save(draft, to_yaml(constitution), overwrite=True)
+    try:
+        copy = load_constitution(str(draft))
+        if (copy.principles, copy.examples) != (constitution.principles, constitution.examples):
+            raise InputError(
+                "the file would not hold the same principles", where=path, remedy="Please report what it was made from"
+            )
+        os.replace(draft, path)
+    except InputError as error:
+        raise InputError(str(error).replace(f"{draft}:", f"{path}:").rstrip(".")) from error
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,144 @@
+"""One measurement: its input, its plan, the file of rates that it writes, and that file as a table or JSON.
+
+    measurement = tasks.choose(options)
+    output = Output("evaluation.jsonl", command="evaluate", fingerprint=measurement.settings)
+    write(measurement, output)
+    print_rates(output, as_json=False)
+
+Leaves out what is measured: tasks.py for evaluate.py, contest.py for compare.py.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import click
+
+from cai.base import cli
+from cai.data.outputs import Output
+from cai.data.readers import read_jsonl
+from cai.models.engine import Sampling
+from cai.models.local import fast_path
+from cai.stats import tables
+
+Claim = Callable[[str, dict], Output]
+
+# Metrics that are not shares.
+NUMBERS = ("log_loss", "ece", "length_correlation", "drift_kl", "drift_kl_token")
+
+
+@dataclass
+class Measurement:
+    """What is to be measured; made without loading a model, so that bad input is refused first.
+
+    files: the inputs. plan: what --dry-run prints. settings: everything that decides the figures.
+    measure: returns ({metric: figure}, counts), given `claim(ending, settings)`, the file of rows beside the output.
+    """
+
+    files: list[str]
+    plan: dict
+    settings: dict
+    measure: Callable[[Claim], tuple[dict, dict]]
+
+
+def gather(values: Mapping[str, Any]) -> SimpleNamespace:
+    """A command's options by name; with `loading`, those of a model on this machine, and `sampling` if it samples."""
+    options = SimpleNamespace(**values, loading={name: values[name] for name in ("batch_size", "device", "dtype")})
+    if "temperature" in values:
+        options.sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
+    return options
+
+
+def write(measurement: Measurement, output: Output) -> None:
+    """Measure, and write one row {metric, value, low, high, n} per figure (resumable)."""
+    if output.complete:
+        return
+
+    def claim(ending: str, settings: dict) -> Output:
+        path = f"{output.path.with_suffix('')}.{ending}.jsonl"
+        return Output(
+            path, command=output.command, fingerprint=settings, overwrite=output.overwrite, inputs=measurement.files
+        )
+
+    rates, counts = measurement.measure(claim)
+    with output:
+        for name, figure in rates.items():
+            if name not in output.done:
+                output.write({"id": name, "metric": name, **figure})
+        output.finish(rates, counts)
+
+
+def fill(
+    output: Output,
+    ids: Sequence[str],
+    label: str,
+    load: Callable[[], object],
+    produce: Callable[[Any], Iterable[dict | None]],
+    count: Callable[[Iterable[dict]], dict] | None = None,
+) -> list[dict]:
+    """Write what `produce(engine)` yields, unless the output is complete, and return all rows of it (resumable).
+
+    Args:
+        ids: of all rows, in the order of the file. label: of the progress bar.
+        load: loads the engine, or returns None; called only if something is left to do.
+        produce: yields the rows whose ids are not in `output.done`, and None in place of one that could not be made.
+        count: the counts of the manifest, by all rows; their number by default.
+    """
+    if not output.complete:
+        engine = load()
+        with output, cli.progress(len(ids) - len(output.done), label) as bar:
+            for row in produce(engine):
+                if row is not None:
+                    output.write(row)
+                bar.update()
+            rows = (row for _, row in read_jsonl(output.journal))
+            counts = count(rows) if count else {"rows": len(output.done)}
+            output.finish(ids, counts, **fast_path(getattr(engine, "engine", engine)))  # a guard model has one inside
+    return [row for _, row in read_jsonl(output.path)]
+
+
+def print_rates(
+    output: Output, *, as_json: bool, changes: Mapping[str, str] | None = None, more: Mapping | None = None
+) -> None:
+    """Print the rates as a table with the counts below, or as one JSON object.
+
+    Args:
+        changes: a further column of the table, {metric: text}.
+        more: further fields of the JSON object.
+    """
+    rows = {row["metric"]: row for _, row in read_jsonl(output.path)}
+    if as_json:
+        metrics = {name: {k: v for k, v in row.items() if k not in ("id", "metric")} for name, row in rows.items()}
+        summary = {"metrics": metrics, **output.counts, "output": str(output.path), **(more or {})}
+        click.echo(json.dumps(summary, ensure_ascii=False))
+        return
+    columns = {
+        "by the judge": {name: show_figure(name, row["by_judge"]) for name, row in rows.items() if "by_judge" in row},
+        # standard deviation and range over the seeds, in points
+        "over seeds": {
+            name: "± {sd:.1f} ({lowest:.1f}–{highest:.1f})".format(**{key: 100 * x for key, x in row["seeds"].items()})
+            for name, row in rows.items()
+            if "seeds" in row
+        },
+        "change": {} if changes is None else {name: changes.get(name, "–") for name in rows},
+    }
+    columns = {title: cells for title, cells in columns.items() if cells}
+    lines = [
+        (name.replace("_", " "), show_figure(name, row), row["n"], *(cells.get(name, "") for cells in columns.values()))
+        for name, row in rows.items()
+    ]
+    click.echo(tables.table(("", "value (95 % interval)", "n", *columns), lines))
+    for note in output.counts.get("notes", ()):
+        click.echo(f"note: {note}")
+    counts = [f"{name.replace('_', ' ')} {value}" for name, value in output.counts.items() if name != "notes"]
+    click.echo(f"{', '.join(counts)}; {output.path}")
+
+
+def show_figure(name: str, row: Mapping) -> str:
+    """A figure in its own unit: Elo points, a number, or per cent."""
+    if "_elo " in name:
+        ends = ("open" if row[end] is None else f"{row[end]:+.0f}" for end in ("low", "high"))
+        return f"{row['value']:+.0f} ({' to '.join(ends)})".replace("-", "−")
+    return (tables.show_number if name in NUMBERS else tables.show)(row)

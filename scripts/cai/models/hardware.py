@@ -1,0 +1,98 @@
+"""The memory that each step needs, for a model's shape and for models of common sizes.
+
+    step_memory(shape_of("tiny"), gpu=False)["judge"]     # GB
+    print(hardware_table(hardware_rows()))
+
+Leaves out several GPUs and models that are not Llama-like.
+"""
+
+from typing import Any
+
+from cai.models.estimate import GPUS, Shape, gigabytes, text_memory, training_memory
+
+# The steps are estimated for these: the defaults of the commands, for rows of this length.
+TOKENS, NEW, ROWS, TRAINING_ROWS = 512, 256, 32, 8
+
+# From the published config.json of each: layers, hidden, inner, heads, key heads, head size, vocabulary, and whether
+# the output layer shares the embedding.
+PUBLISHED = {
+    "Llama 3.2 1B": (16, 2048, 8192, 32, 8, 64, 128_256, True),
+    "Llama 3.2 3B": (28, 3072, 8192, 24, 8, 128, 128_256, True),
+    "Llama 3.1 8B": (32, 4096, 14_336, 32, 8, 128, 128_256, False),
+    "Qwen2.5 14B": (48, 5120, 13_824, 40, 8, 128, 152_064, False),
+    "Qwen2.5 32B": (64, 5120, 27_648, 40, 8, 128, 152_064, False),
+    "Llama 3.1 70B": (80, 8192, 28_672, 64, 8, 128, 128_256, False),
+}
+
+# What CUDA, its kernels and Python take beside the tensors.
+BESIDE_GB = 2
+
+
+def step_memory(shape: Shape, gpu: bool) -> dict[str, float]:
+    """{step: GB} of tensors at its peak, for rows of TOKENS + NEW tokens.
+
+    Text steps with ROWS rows in a batch, training with TRAINING_ROWS; on a GPU in bfloat16 with checkpointing,
+    else in float32.
+    """
+    size, tokens = 2 if gpu else 4, TRAINING_ROWS * (TOKENS + NEW)
+
+    def text(new: int) -> dict[str, int]:
+        return text_memory(shape, size=size, rows=ROWS, longest=TOKENS, new=new, chunk=ROWS * TOKENS)
+
+    def training(tokens: int, lora_rank: int | None) -> dict[str, int]:
+        return training_memory(
+            shape,
+            tokens=tokens,
+            autocast=gpu,
+            checkpointing=gpu,
+            lora_rank=lora_rank,
+            frozen_size=size if lora_rank else 4,
+        )
+
+    full, light = training(tokens, None), training(tokens, 16)
+    frozen = shape.parameters * size  # a model without gradients: the reference, the reward model
+    needs = {
+        "generate, critique, revise": text(NEW),
+        "judge": text(0),
+        # A reward model reads two responses per row, but has no logits over the vocabulary, which take more.
+        "sft, reward_model (--lora)": light,
+        "sft, reward_model (--full)": full,
+        "dpo (--lora)": training(2 * tokens, 16),
+        "dpo (--full)": {**training(2 * tokens, None), "reference": frozen},
+        # A value model of the policy's size is trained beside it; under LoRA the reference is the policy without
+        # its adapters.
+        "ppo (--lora)": {**light, "value": sum(light.values()), "reward": frozen},
+        "ppo (--full)": {**full, "value": sum(full.values()), "reward": frozen, "reference": frozen},
+    }
+    return {step: gigabytes(parts)["total"] for step, parts in needs.items()}
+
+
+def published_shape(
+    layers: int, hidden: int, inner: int, heads: int, kv_heads: int, head_size: int, vocabulary: int, tied: bool
+) -> Shape:
+    """The shape of a Llama-like decoder; its parameters counted matrix by matrix (biases and norms left out)."""
+    attention = 2 * hidden * head_size * (heads + kv_heads)
+    count = layers * (attention + 3 * hidden * inner) + vocabulary * hidden * (1 if tied else 2)
+    return Shape(count, layers, hidden, inner, heads, kv_heads, head_size, vocabulary)
+
+
+def hardware_rows() -> list[dict[str, Any]]:
+    """[{model, parameters, steps: {step: {needs_gb, gpu}}}]; gpu is the smallest known one that holds it, or None."""
+    rows = []
+    for name, sizes in PUBLISHED.items():
+        shape = published_shape(*sizes)
+        steps = {}
+        for step, total in step_memory(shape, gpu=True).items():
+            holding = [(memory, gpu) for gpu, (memory, *_) in GPUS.items() if memory >= total + BESIDE_GB]
+            steps[step] = {"needs_gb": total, "gpu": min(holding)[1] if holding else None}
+        rows.append({"model": name, "parameters": shape.parameters, "steps": steps})
+    return rows
+
+
+def hardware_table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown: GB, and the smallest GPU that holds them."""
+    lines = [["step", *(row["model"] for row in rows)], ["---"] * (1 + len(rows))]
+    for step in rows[0]["steps"]:
+        needs = (row["steps"][step] for row in rows)
+        lines.append([step, *(f"{need['needs_gb']:.0f} GB: {need['gpu'] or 'several'}" for need in needs)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
