@@ -98,10 +98,8 @@ def main(options):
     if options.judge and not rewards.is_function(options.judge):
         loading.find_model(options.judge)
     source, settings = Source(options.inputs, limit=options.limit), updates.read_settings(Settings, options)
-    watch, trackers = (
-        alarms.Watch(alarms.limits(options.alarm), options.stop_on),
-        common.check_trackers(options.report_to),
-    )
+    watch = alarms.Watch(alarms.limits(options.alarm), options.stop_on)
+    trackers = common.check_trackers(options.report_to)
     weights = rewards.read_rewards(options.reward_model, options.weights, options.value_head)
     selected = selection.read_prompts(options.select, source, options.seed) if options.select else []
     if selected and not options.save_every:
@@ -141,9 +139,8 @@ def main(options):
             updates.draw_curves(options.output)
         chosen = trainer.save_policy(options.output, merge=options.merge)
         counts = updates.summarise(options.output, trainer.state.global_step)
-        run.finish(
-            {"prompts": source.count, **counts, **chosen, **stopped}, fast_path=fast_path_field(trainer.slow_reason)
-        )
+        counts = {"prompts": source.count, **counts, **chosen, **stopped}
+        run.finish(counts, fast_path=fast_path_field(trainer.slow_reason))
 
 
 def identify(options, source: Source, settings, weights: dict[str, float], selected: list[dict]) -> dict:

@@ -105,7 +105,7 @@ def rl_options(
     """Decorator with the options of ppo.py and grpo.py.
 
     Args:
-        responses: how many responses a prompt gets, for --help.
+        responses: the number of responses per prompt, for --help.
     """
     return add_options(
         click.option(
