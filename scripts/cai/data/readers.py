@@ -36,7 +36,8 @@ def _parse_float(digits: str) -> float:
     return value
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> _Row:
+def unique_keys(pairs: list[tuple[str, Any]]) -> _Row:
+    """An `object_pairs_hook` that raises ValueError for a key that occurs twice."""
     row = dict(pairs)
     if len(row) < len(pairs):
         raise ValueError(f"the key {shorten(doubled(name for name, _ in pairs))!r} twice in one object")
@@ -45,7 +46,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> _Row:
 
 def _loads(text: str) -> Any:
     """JSON without what other readers would not take. ValueError for anything else."""
-    return json.loads(text, parse_constant=_refuse_constant, parse_float=_parse_float, object_pairs_hook=_unique_keys)
+    return json.loads(text, parse_constant=_refuse_constant, parse_float=_parse_float, object_pairs_hook=unique_keys)
 
 
 def doubled(names: Iterable[str]) -> str | None:

@@ -194,7 +194,8 @@ class Demonstrations:
 
     def _word_marks(self, act: language.Act, response: str) -> list[Mark]:
         """Whether each word that could name an act names the act that was asked for."""
-        request, head = set(act.text.split()), max(response.find(". "), 0) or max(len(response) - 1, 0)
+        request, end = set(act.text.split()), re.search(r"[.](?= |$)", response)
+        head = end.start() if end else 0
         return [
             (word.end() - 1, SAME_WORD if word[0] in request else OTHER_WORD)
             for word in re.finditer(r"\b[a-z]+\b", response)
