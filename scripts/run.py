@@ -156,10 +156,8 @@ def print_plan(steps: list[Step], as_json: bool) -> None:
         lines = [{"name": step.name, "command": step.line, "output": step.output} for step in steps]
         click.echo(json.dumps({"steps": lines}, ensure_ascii=False))
         return
-    click.echo(f"(\nset -e\ncd {shlex.quote(str(Path.cwd()))}")
-    for step in steps:
-        click.echo(f"{step.line} || [ $? -eq {cli.SOME_FAILED} ]")
-    click.echo(")")
+    lines = [f"{step.line} || [ $? -eq {cli.SOME_FAILED} ]" for step in steps]
+    click.echo("\n".join(["(", "set -e", f"cd {shlex.quote(str(Path.cwd()))}", *lines, ")"]))
 
 
 def run_steps(steps: list[Step]) -> bool:
@@ -241,11 +239,9 @@ def print_signs(steps: list[Step], device: str | None, as_json: bool) -> None:
     """Print each sign of life of a smoke run; exit 1 where one is missing."""
     signs = signs_of_life.look([(step.command, step.output) for step in steps], device)
     alive = all(sign.alive for sign in signs)
-    if as_json:
-        click.echo(json.dumps({"alive": alive, "signs": [asdict(sign) for sign in signs]}, ensure_ascii=False))
-    else:
-        rows = [(sign.step, sign.name, "yes" if sign.alive else "NO", sign.seen) for sign in signs]
-        click.echo(tables.table(("step", "sign of life", "", "seen"), rows))
+    rows = [(sign.step, sign.name, "yes" if sign.alive else "NO", sign.seen) for sign in signs]
+    result = json.dumps({"alive": alive, "signs": [asdict(sign) for sign in signs]}, ensure_ascii=False)
+    click.echo(result if as_json else tables.table(("step", "sign of life", "", "seen"), rows))
     if not alive:
         click.get_current_context().exit(1)
 

@@ -68,9 +68,9 @@ def read_foreign(paths: Iterable[str], name: str) -> Constitution:
     for path, (kind, texts) in parts.texts.items():
         lost = _words(texts) - _words(_strings(list(write_foreign(constitution, kind)[0].values())))
         if lost:
-            found = f"{sum(lost.values())} words would be lost, such as {shorten(' '.join(lost))!r}"
+            problem = f"{sum(lost.values())} words would be lost, such as {shorten(' '.join(lost))!r}"
             raise InputError(
-                found, where=path, remedy="Please report this file's format; meanwhile import it as a plain list"
+                problem, where=path, remedy="Please report this file's format; meanwhile import it as a plain list"
             )
     return constitution
 
