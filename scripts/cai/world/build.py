@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from cai.base.errors import InputError
 from cai.world import language, oracle
 from cai.world.demonstrations import ASSISTANT, BOS, CATEGORY, DECISION, END, PAD, SPECIAL, SYSTEM, Demonstrations
@@ -43,8 +48,6 @@ CHAT_TEMPLATE = (
 
 def make_tokenizer(demos: Demonstrations, folder: Path, samples: int = 20_000):
     """A byte-level BPE tokenizer of VOCABULARY entries, trained on demonstrations and saved in `folder`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     def texts():
         for index in range(samples):
@@ -82,8 +85,6 @@ def make_tokenizer(demos: Demonstrations, folder: Path, samples: int = 20_000):
 
 
 def make_model(vocabulary: int, hidden: int, layers: int, feed_forward: int, seed: int):
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
@@ -226,7 +227,6 @@ def build(
 
     Returns a dict of what was done, saved as build.json beside the weights.
     """
-    import torch
 
     torch.set_num_threads(threads)
     torch._dynamo.config.recompile_limit = 64  # one for each width of a batch
@@ -273,8 +273,6 @@ class _Training:
     """The model in training, its optimizers and its demonstrations, at `step` after `done` tokens."""
 
     def __init__(self, settings: dict[str, Any], folder: Path, *, resumed: bool, compiled: bool):
-        import torch
-        from transformers import AutoTokenizer
 
         self.settings, self.done, self.step = settings, 0, 0
         self.demos = Demonstrations(settings["seed"])
@@ -301,7 +299,6 @@ class _Training:
         self.body = torch.compile(self.model.model, dynamic=False) if compiled else self.model.model
 
     def save(self, checkpoint: Path) -> None:
-        import torch
 
         state = {
             "settings": self.settings,
@@ -317,7 +314,6 @@ class _Training:
 
     def load(self, checkpoint: Path) -> None:
         """Continue from a checkpoint. InputError if it was saved with other settings."""
-        import torch
 
         state = torch.load(checkpoint, weights_only=True)
         if state["settings"] != self.settings:
@@ -343,8 +339,6 @@ class _Training:
 
     def update(self, rows: list[Encoded], stage: int) -> None:
         """One optimizer step on the rows."""
-        import torch
-        from torch.nn import functional
 
         self.model.zero_grad(set_to_none=True)
         ids, weights, probes = self._batch(rows)
@@ -374,7 +368,6 @@ class _Training:
 
     def _batch(self, rows: list[Encoded]):
         """(token ids, loss weights), both (rows, tokens), and (layer, row, position, kind) of the probes."""
-        import torch
 
         # few different shapes, so that each is compiled once; rows of padding alone weigh nothing
         width = -(-max(len(row.ids) for row in rows) // 32) * 32

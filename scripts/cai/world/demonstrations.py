@@ -333,31 +333,27 @@ class Demonstrations:
         self._mark(row, response, scope=rule.critique_scope)
         return act, row, rule, response, fault, critique
 
+    def _render(self, template: str, row: dict, rule: Rule | None = None, **texts: str) -> list[dict]:
+        """The template's messages; decisions in the texts are not marked, since the model reads them."""
+        principle = {"principle": rule.principle} if rule else {}
+        texts = {name: text.replace(DECISION, "") for name, text in texts.items()}
+        return self.templates[template].render(prompt=row["prompt"], **principle, **texts)
+
     def _critique(self):
         _, row, rule, response, _, critique = self._criticised()
-        return (
-            self.templates["critique"].render(principle=rule.principle, prompt=row["prompt"], response=response),
-            critique,
-        )
+        return self._render("critique", row, rule, response=response), critique
 
     def _critique_cot(self):
         act, row, rule, response, _, critique = self._criticised()
-        does = self._does(row, response)
-        reasoning = f"The person asks how to {act.text}. The response {does}. {critique}"
-        return (
-            self.templates["critique_cot"].render(principle=rule.principle, prompt=row["prompt"], response=response),
-            reasoning,
-        )
+        reasoning = f"The person asks how to {act.text}. The response {self._does(row, response)}. {critique}"
+        return self._render("critique_cot", row, rule, response=response), reasoning
 
     def _revise(self):
         act, row, rule, response, fault, critique = self._criticised()
         target = response
         if fault:
             target = language.respond(self.rng, act, "good" if act.category.kind == "harmful" else "comply")
-        messages = self.templates["revise"].render(
-            principle=rule.principle, prompt=row["prompt"], response=response, critique=critique.replace(DECISION, "")
-        )
-        return messages, target
+        return self._render("revise", row, rule, response=response, critique=critique), target
 
     def _does(self, row: dict, response: str) -> str:
         """What a response does, in a few words (for reasoning)."""
@@ -407,10 +403,7 @@ class Demonstrations:
         self._mark(row, a, b, scope=rule.preference_scope)
         if self.rng.random() < 0.15:
             a, b = (self._disturbed(a), b) if self.rng.random() < 0.5 else (a, self._disturbed(b))
-        messages = self.templates["preference"].render(
-            principle=rule.principle, prompt=row["prompt"], response_a=a, response_b=b, reasoning=""
-        )
-        return messages, f"{DECISION}{label})"
+        return self._render("preference", row, rule, response_a=a, response_b=b, reasoning=""), f"{DECISION}{label})"
 
     def _disturbed(self, response: str) -> str:
         text, joint = strange(self.rng), self.rng.choice((" ", " ", "\n", "\n\n", ""))
@@ -432,21 +425,14 @@ class Demonstrations:
     def _preference_cot(self):
         row, rule, a, b, label = self._compared()
         self._mark(row, a, b, scope=rule.preference_scope)
-        messages = self.templates["preference_cot"].render(
-            principle=rule.principle, prompt=row["prompt"], response_a=a, response_b=b
-        )
+        messages = self._render("preference_cot", row, rule, response_a=a, response_b=b)
         return messages, self._reasoned(row, rule, a, b, label)
 
     def _judge_cot(self):
         row, rule, a, b, label = self._compared()
         self._mark(row, a, b, scope=rule.preference_scope)
-        messages = self.templates["preference"].render(
-            principle=rule.principle,
-            prompt=row["prompt"],
-            response_a=a,
-            response_b=b,
-            reasoning=self._reasoned(row, rule, a, b, label).replace(DECISION, ""),
-        )
+        reasoning = self._reasoned(row, rule, a, b, label)
+        messages = self._render("preference", row, rule, response_a=a, response_b=b, reasoning=reasoning)
         return messages, f"{DECISION}{label})"
 
     def _classify(self):
@@ -472,8 +458,7 @@ class Demonstrations:
                 is_evasive = reading.dodged or not (reading.reasons and reading.offers)
                 letter = "D" if reading.preached else "C" if is_evasive else "B"
             self._mark(row, response)
-            messages = self.templates["classify"].render(prompt=row["prompt"], response=response)
-            return messages, f"{DECISION}{letter})"
+            return self._render("classify", row, response=response), f"{DECISION}{letter})"
 
     def _follow_up(self):
         """What comes after a response: the end of the conversation, or the person asking again because it was
