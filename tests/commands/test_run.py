@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT, load_command
 
 from cai.base.paths import TINY
+from cai.data.kinds import KINDS
 from cai.data.outputs import read_manifest, write_jsonl
 from cai.data.readers import read_jsonl
-from cai.data.kinds import KINDS
 from cai.evaluate.rates import RATES
 from cai.world import language
 
