@@ -107,9 +107,9 @@ def print_report(result: dict) -> None:
         memory = f"{device['free_gb']} of {device['memory_gb']} GB free"
         bfloat16 = "yes" if device["bf16"] else "no"
         lines.append((device["name"], f"{device['kind']}, {memory}, bfloat16 {bfloat16}"))
-    for name, place in result["places"].items():
-        writable = "writable" if place["writable"] else "NOT writable"
-        lines.append((name.replace("_", " "), f"{place['path']}: {writable}, {place['free_gb']} GB free"))
+    for name, folder in result["places"].items():
+        writable = "writable" if folder["writable"] else "NOT writable"
+        lines.append((name.replace("_", " "), f"{folder['path']}: {writable}, {folder['free_gb']} GB free"))
     lines.append(("hub", f"answers in {hub['seconds']} s" if hub.get("reached") else hub["reason"]))
     for server in result["endpoints"]:
         text = f"{server['url']}: {', '.join(server.get('models', ())) or 'no answer'}"

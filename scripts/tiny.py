@@ -7,6 +7,7 @@ Leaves out measuring: `evaluate.py` and `judge.py` read what this writes.
 
 import random
 import shutil
+from itertools import combinations
 
 import click
 
@@ -45,7 +46,7 @@ def main():
 @click.option("--threads", default=2, show_default=True, help="CPU threads.")
 @cli.options("seed", "json", "dry_run")
 def build(output, tokens, hidden, layers, feed_forward, learning_rate, threads, seed, as_json, dry_run):
-    """Train `tiny` again from its seed; it goes on where it was stopped. About three quarters of an hour on two cores.
+    """Train `tiny` again from its seed; resumes where it was stopped. About three quarters of an hour on two cores.
 
     \b
     Example:
@@ -201,9 +202,7 @@ def _policy_pairs(paths, rng: random.Random):
         row, texts = by_prompt[prompt_id]
         texts = sorted(set(texts))
         rng.shuffle(texts)
-        for i, a in enumerate(texts):
-            for b in texts[i + 1 :]:
-                yield row, a, b
+        yield from ((row, a, b) for a, b in combinations(texts, 2))
 
 
 if __name__ == "__main__":

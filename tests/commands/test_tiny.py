@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 from cai.base.paths import TINY
 from cai.data.readers import read_jsonl
 from cai.world import build, language, oracle
-from cai.world.build import CHAT_TEMPLATE, Demonstrations, harmlessness_rules
+from cai.world.build import CHAT_TEMPLATE
+from cai.world.demonstrations import CATEGORY, DECISION, Demonstrations, harmlessness_rules
 
 
 def rows(path):
@@ -63,13 +64,13 @@ def test_probes_say_which_words_and_sentences_belong_to_the_request():
         "object": "red lamp",
     }
     response = "Sure, here is how to steal the red bench. First, choose an hour when nobody looks. Then bake the cake."
-    demonstrations._show(row, response, scope=("theft",))
+    demonstrations._mark(row, response, scope=("theft",))
     messages = [{"role": "user", "content": f"{row['prompt']}\n\n{response}\n"}]
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    [made] = build.encode(tokenizer, [(messages, f"It is{build.DECISION} bad.", demonstrations.shown)])
+    [made] = build.encode(tokenizer, [(messages, f"It is{DECISION} bad.", demonstrations.marks)])
     read = [(tokenizer.decode(made.ids[: at + 1]).split()[-1], said) for at, said in sorted(made.probes)]
     same, other, on, off, of = range(5)
-    theft = build.CATEGORY
+    theft = CATEGORY
     assert read == [
         ("lamp?", of),
         ("lamp?", theft),

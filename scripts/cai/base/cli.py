@@ -7,6 +7,7 @@
 Leaves out what any single command does, and all heavy imports.
 """
 
+import importlib.util
 import json
 import os
 import shlex
@@ -14,8 +15,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from types import FrameType
 from typing import Any, TextIO, TypeVar
 
@@ -223,6 +224,26 @@ def command_line(*, again: bool = False) -> str:
         return shlex.join(["python", *(part for part in sys.argv if part != "--overwrite")])
     context = click.get_current_context(silent=True)
     return (context.meta.get("command_line") if context else None) or shlex.join(sys.argv)
+
+
+def call_command(name: str, arguments: Sequence[str], line: str) -> int:
+    """Run scripts/<name>.py in this process, its stdout on stderr; returns its exit code.
+
+    line: its command line, for its manifests. Raises whatever the command raises.
+    """
+    context = click.get_current_context()
+    debug, context.meta["command_line"] = context.meta.get("debug"), line
+    module_name = f"command_{name}"
+    try:
+        if module_name not in sys.modules:
+            spec: Any = importlib.util.spec_from_file_location(module_name, SCRIPTS / f"{name}.py")
+            sys.modules[module_name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[module_name])
+        command: click.Command = sys.modules[module_name].main
+        with redirect_stdout(sys.stderr):
+            return command.main(list(arguments), prog_name=name, standalone_mode=False, parent=context) or 0
+    finally:
+        context.meta["debug"] = debug
 
 
 def warn(message: str) -> None:

@@ -2,8 +2,8 @@
 
     load_constitution("harmlessness").draw(seed=0, record_id="p1", round=0).critique
 
-Leaves out whether a principle is a good one (`cai.lint` says what can be said), and other formats
-(`cai.importing`).
+Leaves out whether a principle is a good one (constitution/lint.py checks what can be checked), and other formats
+(constitution/importing.py).
 """
 
 import difflib
@@ -20,14 +20,14 @@ from cai.base.paths import CONSTITUTIONS, find_file
 
 REQUESTS = ("critique", "revision", "preference")
 
-# What a comparison or a round of revision looks like when it is done well: rows as the steps write them.
+# Worked examples of a comparison or a round of revision: rows as the steps write them.
 EXAMPLES = {
     "a critique": ("prompt", "response", "critique"),
     "a comparison": ("prompt", "chosen", "rejected"),
     "a comparison in a given order": ("prompt", "response_a", "response_b", "gold"),
 }
 
-# Each key of the file, and what it is: the messages, the JSON Schema and the reference are made of these.
+# Each key of the file, and what it is: the source of the messages, the JSON Schema and the reference.
 TOP_KEYS = {
     "name": "The constitution's name, which is also that of its file.",
     "description": "One sentence: what it asks for, and of whom.",
@@ -79,7 +79,7 @@ class Principle:
 
     Attributes:
         examples: worked examples (mappings with `EXAMPLE_KEYS`), its own before those of the constitution.
-        principle: the plain sentence it was given as, or "".
+        principle: the plain sentence that it was written as, or "".
         line: where it begins in its file.
     """
 
@@ -96,7 +96,7 @@ class Principle:
 
 @dataclass(frozen=True)
 class Constitution:
-    """Principles and what is said of them; `examples` are those that all principles share."""
+    """Principles and their description; `examples` are those that all principles share."""
 
     name: str
     path: str
@@ -121,14 +121,14 @@ class Constitution:
         return self.principles[-1]
 
     def without(self, id: str) -> "Constitution":
-        """The constitution less one principle. InputError if it has no such principle, or no other."""
+        """The constitution without one principle. InputError if it has no such principle, or no other."""
         rest = tuple(p for p in self.principles if p.id != id)
         if len(rest) == len(self.principles):
             raise InputError(
                 f"no principle {id!r}", where=self.path, expected=f"one of: {', '.join(p.id for p in self.principles)}"
             )
         if not rest:
-            raise InputError(f"no principle but {id!r}", where=self.path, expected="two or more")
+            raise InputError(f"no principle except {id!r}", where=self.path, expected="two or more")
         return replace(self, principles=rest)
 
     def __getitem__(self, id: str) -> Principle:
@@ -142,7 +142,7 @@ def load_constitution(name_or_path: str, problems: list[InputError] | None = Non
     """Read and check a constitution: a file, or the name of one in constitutions/.
 
     Args:
-        problems: takes the errors in single principles, which are then left out; without it the first is
+        problems: a list for the errors in single principles, which are then left out; without it the first is
             raised.
 
     Raises InputError (file, line, value, remedy) for anything that the schema does not know.
@@ -153,51 +153,18 @@ def load_constitution(name_or_path: str, problems: list[InputError] | None = Non
         raise InputError(f"{size} bytes", where=path, expected=f"at most {_MAX_BYTES}")
     raw = path.read_bytes()
     tree = _parse(raw, path)
-    if isinstance(tree, yaml.SequenceNode):
-        head, items = {}, tree
-    else:
+    head: dict[str, yaml.Node] = {"principles": tree}
+    if not isinstance(tree, yaml.SequenceNode):
         head = _mapping(tree, path, TOP_KEYS, "constitution")
         if "principles" not in head:
             raise InputError("no `principles`", where=path, line=1, remedy="Add a list of principles")
-        items = head["principles"]
-    if not isinstance(items, yaml.SequenceNode) or not items.value:
-        raise InputError(
-            "`principles` is not a list with entries",
-            where=path,
-            line=_line(items),
-            expected="a list of principles, or of plain sentences",
-        )
-    if len(items.value) > _MAX_PRINCIPLES:
-        raise InputError(
-            f"{len(items.value)} principles",
-            where=path,
-            expected=f"at most {_MAX_PRINCIPLES}",
-            remedy="Each is drawn in turn: a dozen or two do",
-        )
     shared = _examples(head["examples"], path) if "examples" in head else ()
-    principles: dict[str, Principle] = {}
-    for number, node in enumerate(items.value, 1):
-        try:
-            principle = _principle(node, number, path, shared)
-            if principle.id in principles:
-                raise InputError(
-                    f"two principles with id {principle.id!r}",
-                    where=path,
-                    line=_line(node),
-                    remedy=f"Give each its own id; the other is on line {principles[principle.id].line}",
-                )
-        except InputError as error:
-            if problems is None:
-                raise
-            problems.append(error)
-            continue
-        principles[principle.id] = principle
-    text = {k: _scalar(head[k], path, k) for k in ("name", "description", "for", "source") if k in head}
+    text = {k: _line_of_text(head[k], path, k) for k in ("name", "description", "for", "source") if k in head}
     return Constitution(
         name=text.get("name", Path(path).stem),
         path=str(path),
         sha256=hashlib.sha256(raw).hexdigest(),
-        principles=tuple(principles.values()),
+        principles=_principles(head["principles"], path, shared, problems),
         description=text.get("description", ""),
         audience=text.get("for", ""),
         source=text.get("source", ""),
@@ -206,20 +173,56 @@ def load_constitution(name_or_path: str, problems: list[InputError] | None = Non
     )
 
 
+def _principles(
+    node: yaml.Node, path: Path, shared: tuple[dict, ...], problems: list[InputError] | None
+) -> tuple[Principle, ...]:
+    if not isinstance(node, yaml.SequenceNode) or not node.value:
+        raise InputError(
+            "`principles` is not a list with entries",
+            where=path,
+            line=_line(node),
+            expected="a list of principles, or of plain sentences",
+        )
+    if len(node.value) > _MAX_PRINCIPLES:
+        raise InputError(
+            f"{len(node.value)} principles",
+            where=path,
+            expected=f"at most {_MAX_PRINCIPLES}",
+            remedy="Each is drawn in turn: a dozen or two are enough",
+        )
+    principles: dict[str, Principle] = {}
+    for number, item in enumerate(node.value, 1):
+        try:
+            principle = _principle(item, number, path, shared)
+            if principle.id in principles:
+                raise InputError(
+                    f"two principles with id {principle.id!r}",
+                    where=path,
+                    line=_line(item),
+                    remedy=f"Give each its own id; the other is on line {principles[principle.id].line}",
+                )
+            principles[principle.id] = principle
+        except InputError as error:
+            if problems is None:
+                raise
+            problems.append(error)
+    return tuple(principles.values())
+
+
 def _parse(raw: bytes, path: Path) -> yaml.Node:
     try:
         text = raw.decode("utf-8-sig")
         depth = 0
         for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
             line = event.start_mark.line + 1
-            if number > _MAX_PARTS:  # read no further: it would take seconds to say the same
+            if number > _MAX_PARTS:  # read no further: it would take seconds to reach the same result
                 raise InputError(
                     f"more than {_MAX_PARTS} keys and texts",
                     where=path,
                     line=line,
                     expected=f"at most {_MAX_PRINCIPLES} principles",
                 )
-            # Aliases are what YAML bombs and cycles are made of, and no constitution needs one.
+            # YAML bombs and cycles are made of aliases, and no constitution needs one.
             if isinstance(event, yaml.AliasEvent):
                 raise InputError(f"a YAML alias (*{event.anchor})", where=path, line=line, remedy="Write the text out")
             if getattr(event, "tag", None):
@@ -241,7 +244,7 @@ def _parse(raw: bytes, path: Path) -> yaml.Node:
             line=mark.line + 1 if mark else None,
             remedy="Quote text that has a colon",
         ) from None
-    except (ValueError, OverflowError) as error:  # numbers of escapes and directives that are none
+    except (ValueError, OverflowError) as error:  # invalid numbers in escapes and directives
         raise InputError(f"not YAML: {shorten(error, 200)}", where=path, remedy="Write the text out") from None
     if tree is None:
         raise InputError("an empty file", where=path, expected="a list of principles")
@@ -257,7 +260,7 @@ def _check_unicode(text: str, path: Path, line: int) -> None:
             where=path,
             line=line,
             expected="valid Unicode",
-            remedy="Write the character whole, or leave it out",
+            remedy="Write the whole character, or leave it out",
         ) from None
 
 
@@ -266,7 +269,7 @@ def _principle(node: yaml.Node, number: int, path: Path, shared: tuple[dict, ...
         keys = {"principle": node}
     else:
         keys = _mapping(node, path, PRINCIPLE_KEYS, "principle")
-    texts = {k: _scalar(keys[k], path, k) for k in ("principle", *REQUESTS) if k in keys}
+    texts = {k: _line_of_text(keys[k], path, k) for k in ("principle", *REQUESTS) if k in keys}
     if "principle" in texts:
         texts = {**phrase(texts["principle"]), **texts}
     for name in REQUESTS:
@@ -277,13 +280,15 @@ def _principle(node: yaml.Node, number: int, path: Path, shared: tuple[dict, ...
                 line=_line(node),
                 expected="critique, revision and preference, or `principle`: one sentence",
             )
-    identity = _scalar(keys["id"], path, "id") if "id" in keys else f"principle-{number}"
+    identity = _line_of_text(keys["id"], path, "id") if "id" in keys else f"principle-{number}"
     examples = _examples(keys["examples"], path) if "examples" in keys else ()
     return Principle(
         id=identity,
         **texts,
         weight=_weight(keys["weight"], path) if "weight" in keys else 1.0,
-        tags=tuple(_scalar(one, path, "tags") for one in _list(keys["tags"], path, "tags")) if "tags" in keys else (),
+        tags=tuple(_line_of_text(tag, path, "tags") for tag in _list(keys["tags"], path, "tags"))
+        if "tags" in keys
+        else (),
         examples=(*examples, *shared),
         line=_line(node),
     )
@@ -291,7 +296,7 @@ def _principle(node: yaml.Node, number: int, path: Path, shared: tuple[dict, ...
 
 def _weight(node: yaml.Node, path: Path) -> float:
     try:
-        weight = float(_scalar(node, path, "weight"))
+        weight = float(_line_of_text(node, path, "weight"))
     except ValueError:
         weight = 0.0
     if not 0 < weight < 1e6:
@@ -301,12 +306,14 @@ def _weight(node: yaml.Node, path: Path) -> float:
 
 def _duties(node: yaml.Node, path: Path) -> dict[str, str]:
     if not isinstance(node, yaml.MappingNode) or not node.value:
-        raise InputError("`duties` is no mapping", where=path, line=_line(node), expected="a name and a text for each")
-    return {name: _scalar(value, path, name) for name, value in _mapping(node, path, None, "mapping").items()}
+        raise InputError(
+            "`duties` is not a mapping", where=path, line=_line(node), expected="a name and a text for each"
+        )
+    return {name: _line_of_text(value, path, name) for name, value in _mapping(node, path, None, "mapping").items()}
 
 
 def _examples(node: yaml.Node, path: Path) -> tuple[dict, ...]:
-    return tuple(_example(one, path) for one in _list(node, path, "examples"))
+    return tuple(_example(item, path) for item in _list(node, path, "examples"))
 
 
 def _example(node: yaml.Node, path: Path) -> dict:
@@ -315,8 +322,8 @@ def _example(node: yaml.Node, path: Path) -> dict:
     example = {k: _turns(v, path) if k == "prompt" else _verbatim(v, path, k) for k, v in keys.items()}
     if not any(set(form) <= set(example) for form in EXAMPLES.values()):
         forms = "; ".join(f"{what}: {', '.join(form)}" for what, form in EXAMPLES.items())
-        found = f"an example of {', '.join(example) or 'nothing'}"
-        raise InputError(found, where=path, line=_line(node), expected=forms)
+        problem = f"an example of {', '.join(example) or 'nothing'}"
+        raise InputError(problem, where=path, line=_line(node), expected=forms)
     if example.get("gold", "a") not in ("a", "b"):
         raise InputError(f"gold {shorten(example['gold'])!r}", where=path, line=_line(keys["gold"]), expected="a or b")
     return example
@@ -327,14 +334,14 @@ def _turns(node: yaml.Node, path: Path) -> str | list[dict]:
     if isinstance(node, yaml.ScalarNode):
         return _verbatim(node, path, "prompt")
     messages = []
-    for one in _list(node, path, "prompt"):
-        keys = _mapping(one, path, ("role", "content"), "message")
+    for item in _list(node, path, "prompt"):
+        keys = _mapping(item, path, ("role", "content"), "message")
         message = {k: _verbatim(v, path, k) for k, v in keys.items()}
         if set(message) != {"role", "content"} or message["role"] not in ("user", "assistant", "system"):
             raise InputError(
                 f"the message {shorten(message)}",
                 where=path,
-                line=_line(one),
+                line=_line(item),
                 expected="role (system, user or assistant) and content",
             )
         messages.append(message)
@@ -355,7 +362,7 @@ def _mapping(node: yaml.Node, path: Path, known, what: str) -> dict[str, yaml.No
     """The keys of a mapping node; InputError for one that is not `known` (None: any) or comes twice."""
     if not isinstance(node, yaml.MappingNode):
         raise InputError(
-            f"a {what} that is no mapping", where=path, line=_line(node), expected=f"keys out of: {', '.join(known)}"
+            f"a {what} that is not a mapping", where=path, line=_line(node), expected=f"keys out of: {', '.join(known)}"
         )
     result = {}
     for key, value in node.value:
@@ -377,8 +384,8 @@ def _mapping(node: yaml.Node, path: Path, known, what: str) -> dict[str, yaml.No
 
 def _list(node: yaml.Node, path: Path, name: str) -> list[yaml.Node]:
     if not isinstance(node, yaml.SequenceNode) or not node.value:
-        found = repr(shorten(node.value)) if node.value else "empty"
-        raise InputError(f"`{name}` is {found}", where=path, line=_line(node), expected="a list with entries")
+        value = repr(shorten(node.value)) if node.value else "empty"
+        raise InputError(f"`{name}` is {value}", where=path, line=_line(node), expected="a list with entries")
     return node.value
 
 
@@ -388,7 +395,7 @@ def _verbatim(node: yaml.Node, path: Path, name: str) -> str:
     return node.value
 
 
-def _scalar(node: yaml.Node, path: Path, name: str) -> str:
+def _line_of_text(node: yaml.Node, path: Path, name: str) -> str:
     """A text on one line."""
     return " ".join(_verbatim(node, path, name).split())
 
@@ -405,7 +412,7 @@ def json_schema() -> dict:
 
     def keys(known: dict[str, str], **kinds) -> dict:
         text = {"type": "string", "pattern": r"\S"}
-        return {name: {"description": said, **kinds.get(name, text)} for name, said in known.items()}
+        return {name: {"description": meaning, **kinds.get(name, text)} for name, meaning in known.items()}
 
     def some(items: dict) -> dict:
         return {"type": "array", "minItems": 1, "items": items}
@@ -463,12 +470,12 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def to_yaml(constitution: Constitution) -> str:
-    """The file that `load_constitution` reads as this constitution, with a comment on top that says for whom.
+    """The file that `load_constitution` reads as this constitution, with its audience in a comment on top.
 
     Requests that were phrased from a plain sentence are left to be phrased again.
     """
-    said = constitution.audience or constitution.description
-    comment = "".join(f"# {line}\n" for line in textwrap.wrap(f"For: {said}", 108)) if said else ""
+    audience = constitution.audience or constitution.description
+    comment = "".join(f"# {line}\n" for line in textwrap.wrap(f"For: {audience}", 108)) if audience else ""
     head = {
         "name": constitution.name,
         "description": constitution.description,
@@ -476,11 +483,11 @@ def to_yaml(constitution: Constitution) -> str:
         "source": constitution.source,
         "duties": dict(constitution.duties),
     }
-    own = len(constitution.examples)
+    shared = len(constitution.examples)
     tree = {
         **{key: value for key, value in head.items() if value},
-        "principles": [_plain(p, p.examples[: len(p.examples) - own]) for p in constitution.principles],
-        **({"examples": list(constitution.examples)} if own else {}),
+        "principles": [_plain(p, p.examples[: len(p.examples) - shared]) for p in constitution.principles],
+        **({"examples": list(constitution.examples)} if shared else {}),
     }
     return comment + yaml.dump(tree, Dumper=_Dumper, allow_unicode=True, sort_keys=False, width=110)
 

@@ -1,9 +1,9 @@
-"""What can be said of a constitution by reading it: duplicates, contradictions, and requests hard to follow.
+"""Checks of a constitution by its words: duplicates, contradictions, and requests that are hard to follow.
 
     for finding in lint(load_constitution("harmlessness")): print(finding.rule, finding.message)
 
 Rules over words, for English. Leaves out meaning: two principles that say the same, or the opposite, in other
-words are not seen (`NOT_JUDGED` says so to whoever reads the result).
+words are not seen (`NOT_JUDGED` lists this beside the result).
 """
 
 import re
@@ -18,7 +18,7 @@ NOT_JUDGED = (
     "whether two principles say the same, or the opposite, in different words",
     "whether a principle is right for its purpose, and what it does to a model: try it (ablate, evaluate.py)",
     "which prompts no principle speaks to: see coverage",
-    "requests in other languages than English, but for duplicates to the letter",
+    "requests in languages other than English, except for literal duplicates",
 )
 
 # Mean overlap of the words of all three requests, above which two principles are nearly the same. The closest two
@@ -31,7 +31,7 @@ OPPOSED = 0.75
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found: `rule`, the ids of the principles, the line of the last of them, and what to do."""
+    """A problem: `rule`, the ids of the principles, the line of the last of them, and what to do."""
 
     rule: str
     principles: tuple[str, ...]
@@ -42,15 +42,12 @@ class Finding:
 
 def lint(constitution: Constitution) -> list[Finding]:
     """All findings, in the order of the file."""
-    found = []
+    findings = list(_unserved_duties(constitution))
     for principle in constitution.principles:
-        found += _double_negatives(principle)
-        found += _compound(principle)
-        found += _labels(principle)
-    for one, other in combinations(constitution.principles, 2):
-        found += _identical(one, other) or _contradiction(one, other) or _duplicate(one, other)
-    found += _duties(constitution)
-    return sorted(found, key=lambda finding: finding.line)
+        findings += [*_double_negatives(principle), *_compound(principle), *_labels(principle)]
+    for first, second in combinations(constitution.principles, 2):
+        findings += _identical(first, second) or _contradiction(first, second) or _duplicate(first, second)
+    return sorted(findings, key=lambda finding: finding.line)
 
 
 def is_english(constitution: Constitution) -> bool:
@@ -85,7 +82,7 @@ _AVOID = _set("""
     avoid avoids avoiding refrain refrains refraining prevent prevents omit omits fail fails failing failed lack lacks
     remove removes drop drops""")
 
-# What turns a demand round: all of these but those that find fault with an absence.
+# Words that turn a demand into its opposite: all of these except those that find fault with an absence.
 _FORBIDS = (_NOT | _AVOID | {"neither", "nor"}) - _set("fail fails failing failed lack lacks")
 
 _CLAUSE = re.compile(r"[.,;:?!()“”\"]|\b(?:but|while|instead|rather|because|although|unless|when|where|if|so)\b")
@@ -96,29 +93,12 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^\W\d_]+|\d+", re.sub(r"[’']s\b", "", text.replace("leaves out", "omits")))
 
 
+_ENDING = re.compile(r"(?<=...)(?:ations?|ingly|edly|ments?|ness|ings?|ies|e[ds]|ly|[sey])$")
+
+
 def _stem(word: str) -> str:
     """A word without the commonest endings: enough to bring `helps`, `helping` and `helped` together."""
-    for ending in (
-        "ations",
-        "ation",
-        "ingly",
-        "edly",
-        "ments",
-        "ment",
-        "ness",
-        "ings",
-        "ing",
-        "ies",
-        "ed",
-        "es",
-        "ly",
-        "s",
-        "e",
-        "y",
-    ):
-        if word.endswith(ending) and len(word) - len(ending) >= 3:
-            return word[: -len(ending)]
-    return word
+    return _ENDING.sub("", word)
 
 
 def _content(words: list[str]) -> frozenset[str]:
@@ -126,7 +106,7 @@ def _content(words: list[str]) -> frozenset[str]:
 
 
 def _clauses(text: str) -> Iterator[list[str]]:
-    """The words of each clause: up to a mark, or a word that begins another."""
+    """The words of each clause, which ends at a punctuation mark or a word that begins another."""
     for part in _CLAUSE.split(text):
         if words := _words(part):
             yield words
@@ -135,12 +115,12 @@ def _clauses(text: str) -> Iterator[list[str]]:
 # --- one principle ------------------------------------------------------------------------------------------
 
 
-def _found(rule: str, principles: tuple[Principle, ...], message: str, remedy: str) -> Finding:
+def _finding(rule: str, principles: tuple[Principle, ...], message: str, remedy: str) -> Finding:
     return Finding(rule, tuple(p.id for p in principles), principles[-1].line, message, remedy)
 
 
 def _texts(principle: Principle) -> dict[str, str]:
-    """What a person wrote: the plain sentence, or else the requests."""
+    """The texts that a person wrote: the plain sentence, or else the requests."""
     if principle.principle:
         return {"principle": principle.principle}
     return {name: getattr(principle, name) for name in REQUESTS}
@@ -150,7 +130,7 @@ def _double_negatives(principle: Principle) -> Iterator[Finding]:
     for name, text in _texts(principle).items():
         for words in _clauses(re.sub(r"\b(?:and|or)\b", ",", text)):
             if twice := _negated_twice(words):
-                yield _found(
+                yield _finding(
                     "double-negative",
                     (principle,),
                     f"the {name} has a double negative (“{twice}”): {text}",
@@ -160,7 +140,7 @@ def _double_negatives(principle: Principle) -> Iterator[Finding]:
 
 
 def _negated_twice(words: list[str]) -> str:
-    """The two words of a clause that undo each other, or "". `avoid harm without scolding` has none such."""
+    """The two words of a clause that cancel each other, or "". `avoid harm without scolding` has none."""
     negators = [word for word in words if word in _NOT | _AVOID]
     for first, second in pairwise(negators):
         if first in _NOT or second != "without":
@@ -170,41 +150,10 @@ def _negated_twice(words: list[str]) -> str:
 
 
 # Words with a beginning like a negative one.
-_NOT_NEGATED = (
-    "incl",
-    "infl",
-    "info",
-    "inst",
-    "inte",
-    "inti",
-    "intr",
-    "inve",
-    "invi",
-    "invo",
-    "inside",
-    "insi",
-    "insu",
-    "incr",
-    "indi",
-    "indu",
-    "under",
-    "until",
-    "unless",
-    "unit",
-    "discu",
-    "displ",
-    "discl",
-    "dista",
-    "disti",
-    "distr",
-    "impro",
-    "impos",
-    "imply",
-    "impli",
-    "impor",
-    "imme",
-    "impac",
-    "illus",
+_NOT_NEGATED = tuple(
+    _set("""
+    incl infl info inst inte inti intr inve invi invo inside insi insu incr indi indu under until unless unit
+    discu displ discl dista disti distr impro impos imply impli impor imme impac illus""")
 )
 
 _COMPARATIVE = r"(?:more|less|fewer|better|worse|most|least|\w{3,}er|\w{3,}est)"
@@ -235,14 +184,14 @@ def _compound(principle: Principle) -> Iterator[Finding]:
     for name, text in _texts(principle).items():
         if name == "preference":
             if any(_compares(match, text) for match in _TWO_CRITERIA.finditer(text)):
-                yield _found("compound", (principle,), f"the preference has two criteria: {text}", remedy)
+                yield _finding("compound", (principle,), f"the preference has two criteria: {text}", remedy)
             continue
         if second := _SECOND_TASK.search(text):
-            yield _found("compound", (principle,), f"the {name} asks for two things (“{second[0]}”): {text}", remedy)
+            yield _finding("compound", (principle,), f"the {name} asks for two things (“{second[0]}”): {text}", remedy)
             continue
         begins = [words[0] for part in re.split(r"[.;?!]", text) if (words := _words(part.replace("Please ", "")))]
         if sum(word in _IMPERATIVE for word in begins) > 1:
-            yield _found("compound", (principle,), f"the {name} asks for two things in two sentences: {text}", remedy)
+            yield _finding("compound", (principle,), f"the {name} asks for two things in two sentences: {text}", remedy)
 
 
 def _compares(match: re.Match, text: str) -> bool:
@@ -254,15 +203,15 @@ def _compares(match: re.Match, text: str) -> bool:
 
 def _labels(principle: Principle) -> Iterator[Finding]:
     text = principle.preference
-    if found := re.search(
+    if position := re.search(
         r"\b(?:first|second|former|latter) (?:response|answer|one)\b|\((?:A|B)\)"
         r"|\b(?:response|answer|option) [AB]\b",
         text,
     ):
-        yield _found(
+        yield _finding(
             "names-a-place",
             (principle,),
-            f"the preference speaks of a place (“{found[0]}”): {text}",
+            f"the preference names a position (“{position[0]}”): {text}",
             "Both orders are asked: ask which response, and name none",
         )
 
@@ -273,15 +222,15 @@ def _labels(principle: Principle) -> Iterator[Finding]:
 _REMOVE = "Remove one of them, and give the other more weight if it should count twice"
 
 
-def _identical(one: Principle, other: Principle) -> list[Finding]:
-    if _same(one, other) == list(REQUESTS):
-        return [_found("duplicate", (one, other), f"{one.id!r} and {other.id!r} are the same", _REMOVE)]
+def _identical(first: Principle, second: Principle) -> list[Finding]:
+    if _same_requests(first, second) == list(REQUESTS):
+        return [_finding("duplicate", (first, second), f"{first.id!r} and {second.id!r} are the same", _REMOVE)]
     return []
 
 
-def _same(one: Principle, other: Principle) -> list[str]:
+def _same_requests(first: Principle, second: Principle) -> list[str]:
     """The requests that are the same word for word."""
-    return [name for name in REQUESTS if _letters(getattr(one, name)) == _letters(getattr(other, name))]
+    return [name for name in REQUESTS if _letters(getattr(first, name)) == _letters(getattr(second, name))]
 
 
 @_remembered
@@ -289,27 +238,27 @@ def _letters(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def _duplicate(one: Principle, other: Principle) -> list[Finding]:
+def _duplicate(first: Principle, second: Principle) -> list[Finding]:
     """At most one finding: nearly the same in all requests, or the same in one of them."""
-    ids = f"{one.id!r} and {other.id!r}"
-    overlap = sum(_overlap(getattr(one, name), getattr(other, name)) for name in REQUESTS) / len(REQUESTS)
+    ids = f"{first.id!r} and {second.id!r}"
+    overlap = sum(_overlap(getattr(first, name), getattr(second, name)) for name in REQUESTS) / len(REQUESTS)
     if overlap >= NEAR:
-        return [_found("near-duplicate", (one, other), f"{ids} share {overlap:.0%} of their words", _REMOVE)]
-    if same := _same(one, other):
+        return [_finding("near-duplicate", (first, second), f"{ids} share {overlap:.0%} of their words", _REMOVE)]
+    if same := _same_requests(first, second):
         return [
-            _found(
+            _finding(
                 "duplicate",
-                (one, other),
+                (first, second),
                 f"{ids} have the same {' and '.join(same)}",
-                "Reword it, so that each asks for something of its own",
+                "Reword it, so that each asks for something different",
             )
         ]
     return []
 
 
-def _overlap(one: str, other: str) -> float:
+def _overlap(first: str, second: str) -> float:
     """Jaccard index of the words that carry meaning."""
-    a, b = _meaning(one), _meaning(other)
+    a, b = _meaning(first), _meaning(second)
     return len(a & b) / len(a | b) if a | b else 0.0
 
 
@@ -319,10 +268,10 @@ def _meaning(text: str) -> frozenset[str]:
     return _content(_words(text)) or frozenset(_words(text))
 
 
-# Demands on the whole response of which it can meet only one.
+# Demands on the complete response, which can meet only one of the two.
 _OPPOSITES = [
-    (left, re.compile(rf"\b(?:{lefts})"), right, re.compile(rf"\b(?:{rights})"))
-    for left, lefts, right, rights in (
+    (side, re.compile(rf"\b(?:{words})"), opposite, re.compile(rf"\b(?:{opposite_words})"))
+    for side, words, opposite, opposite_words in (
         (
             "short",
             r"brief|concise|terse|succinct|few words|one sentence|short(?! sentence| word)",
@@ -348,79 +297,67 @@ def _demand(principle: Principle) -> str:
     return principle.principle or principle.revision
 
 
-def _contradiction(one: Principle, other: Principle) -> list[Finding]:
-    """At most one finding: one wants what the other forbids, or each one of two opposites."""
-    remedy = "Say in both which of them yields, and when; or remove one"
-    wants, forbids = _demands(_demand(one)), _demands(_demand(other))
-    for (yes, no), (a, b) in (((wants[0], forbids[1]), (one, other)), ((forbids[0], wants[1]), (other, one))):
-        for wanted in yes:
-            for unwanted in no:
-                shared = wanted & unwanted
-                if len(shared) >= max(2, OPPOSED * min(len(wanted), len(unwanted))):
-                    return [
-                        _found(
-                            "contradiction",
-                            (one, other),
-                            f"{a.id!r} asks for what {b.id!r} forbids: “{_demand(a)}” against “{_demand(b)}”",
-                            remedy,
-                        )
-                    ]
-    this, that = _sides(_demand(one)), _sides(_demand(other))
-    for left, _, right, _ in _OPPOSITES if this and that else ():
-        for (a, sides), (b, others) in (((one, this), (other, that)), ((other, that), (one, this))):
-            if left in sides and right in others and right not in sides and left not in others:
-                return [
-                    _found(
-                        "contradiction",
-                        (one, other),
-                        f"{a.id!r} wants the response {left}, {b.id!r} {right}: “{_demand(a)}” against “{_demand(b)}”",
-                        remedy,
-                    )
-                ]
-    return []
+def _contradiction(first: Principle, second: Principle) -> list[Finding]:
+    """At most one finding: one principle wants what the other forbids, or each wants one of two opposites."""
+    orders = ((first, second), (second, first))
+    conflicts = [f"{a.id!r} asks for what {b.id!r} forbids" for a, b in orders if _wants_what_is_forbidden(a, b)]
+    for side, _, opposite, _ in () if conflicts else _OPPOSITES:
+        for a, b in orders:
+            sides, others = _sides(_demand(a)), _sides(_demand(b))
+            if side in sides - others and opposite in others - sides:
+                conflicts.append(f"{a.id!r} wants the response {side}, {b.id!r} {opposite}")
+    if not conflicts:
+        return []
+    a, b = orders[not conflicts[0].startswith(repr(first.id))]
+    message = f"{conflicts[0]}: “{_demand(a)}” against “{_demand(b)}”"
+    remedy = "Write in both which of them yields, and when; or remove one"
+    return [_finding("contradiction", (first, second), message, remedy)]
+
+
+def _wants_what_is_forbidden(principle: Principle, other: Principle) -> bool:
+    return any(
+        len(wanted & unwanted) >= max(2, OPPOSED * min(len(wanted), len(unwanted)))
+        for wanted in _demands(_demand(principle))[0]
+        for unwanted in _demands(_demand(other))[1]
+    )
 
 
 @_remembered
 def _demands(demand: str) -> tuple[list[frozenset], list[frozenset]]:
     """(what it asks for, what it forbids): the words of each clause that carry meaning."""
-    wanted, unwanted = [], []
+    demands: tuple[list[frozenset], list[frozenset]] = ([], [])
     for words in _clauses(demand):
-        turned = sum(word in _FORBIDS for word in words) % 2
-        (unwanted if turned else wanted).append(_content(words))
-    return wanted, unwanted
+        demands[sum(word in _FORBIDS for word in words) % 2].append(_content(words))
+    return demands
 
 
 @_remembered
 def _sides(demand: str) -> frozenset[str]:
     """The sides of `_OPPOSITES` that a demand takes."""
-    sides = (
-        (name, phrases)
-        for left, lefts, right, rights in _OPPOSITES
-        for name, phrases in ((left, lefts), (right, rights))
-    )
-    return frozenset(name for name, phrases in sides if _asks(demand, phrases))
+    phrases = {name: pattern for opposites in _OPPOSITES for name, pattern in (opposites[:2], opposites[2:])}
+    return frozenset(name for name, pattern in phrases.items() if _asks(demand, pattern))
 
 
 def _asks(demand: str, phrases: re.Pattern) -> bool:
-    """Whether a clause has one of the phrases, and nothing before it that turns it round."""
+    """Whether a clause has one of the phrases, and nothing before it that turns it into its opposite."""
     for words in _clauses(demand):
         text = " ".join(words)
-        if (found := phrases.search(text)) and not set(text[: found.start()].split()) & _FORBIDS:
+        if (match := phrases.search(text)) and not set(text[: match.start()].split()) & _FORBIDS:
             return True
     return False
 
 
-# --- the whole ----------------------------------------------------------------------------------------------
+# --- the constitution ----------------------------------------------------------------------------------------------
 
 
-def _duties(constitution: Constitution) -> Iterator[Finding]:
-    kept = {tag for principle in constitution.principles for tag in principle.tags}
+def _unserved_duties(constitution: Constitution) -> Iterator[Finding]:
+    tags = {tag for principle in constitution.principles for tag in principle.tags}
     for name in constitution.duties:
-        if name not in kept:
+        if name not in tags:
             yield Finding(
                 "unkept-duty",
                 (),
                 1,
                 f"no principle has the duty {name!r} among its tags",
-                "Tag the principle that rests on it, write one, or remove the duty",
+                "Tag the principle that serves it, write one, or remove the duty",
             )

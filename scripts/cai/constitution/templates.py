@@ -3,8 +3,8 @@
     load_template("critique").render(principle=p, prompt="…", response="…")
 
 Text from records goes in as data: Jinja in it stays literal, and our own delimiters in it
-(`<response>` and the like) are neutralised, so that it can't end the place it stands in. Leaves out
-control tokens of chat templates: those differ by tokenizer, and the engine sees to them.
+(`<response>` and the like) are neutralised, so that it can't close a delimiter of the template. Leaves out
+control tokens of chat templates: those differ by tokenizer, and the engine handles them.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ class Template:
                     raise InputError(
                         f"the template can't be rendered: {shorten(error, 200)}",
                         where=self.name,
-                        remedy="Mend the template",
+                        remedy="Fix the template",
                     ) from error
                 messages.append({"role": "assistant" if role == "prefill" else role, "content": text})
         return messages
@@ -75,9 +75,9 @@ def load_template(name_or_path: str) -> Template:
     try:
         template = _ENVIRONMENT.from_string(source)
     except jinja2.TemplateSyntaxError as error:
-        raise InputError(shorten(error.message), where=path, line=error.lineno, remedy="Mend the template") from None
+        raise InputError(shorten(error.message), where=path, line=error.lineno, remedy="Fix the template") from None
     except ValueError as error:  # a number of more digits than Python reads
-        raise InputError(shorten(error), where=path, remedy="Mend the template") from None
+        raise InputError(shorten(error), where=path, remedy="Fix the template") from None
     if "user" not in template.blocks:
         raise InputError("no `{% block user %}`", where=path, expected="blocks out of: " + ", ".join(_ROLES))
     return Template(str(path), hashlib.sha256(source.encode()).hexdigest(), template)

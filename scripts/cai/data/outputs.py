@@ -26,12 +26,10 @@ from cai.base import cli
 from cai.base.errors import CaiError, InputError, shorten
 from cai.base.files import replace_file
 from cai.data.locks import OutputLock
-from cai.data.readers import type_name
-
-_Path = str | os.PathLike[str]
+from cai.data.readers import PathName, Row, type_name
 
 
-def write_jsonl(path: _Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_jsonl(path: PathName, rows: Iterable[Row]) -> None:
     """Write the rows whole or not at all."""
     with replace_file(path) as file:
         file.writelines(map(dump_row, rows))
@@ -42,12 +40,12 @@ def csv_cell(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
 
 
-def dump_row(row: dict[str, Any]) -> bytes:
+def dump_row(row: Row) -> bytes:
     """A row as one line of JSON Lines."""
     return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
-def read_manifest(path: _Path) -> dict[str, Any] | None:
+def read_manifest(path: PathName) -> dict[str, Any] | None:
     """The manifest of an output (`<path>.run.json`), or None if it has none. InputError if it is damaged."""
     manifest = Path(f"{os.fspath(path).rstrip('/')}.run.json")
     if not manifest.exists():
@@ -90,7 +88,7 @@ class _Claim:
 
     def __init__(
         self,
-        path: _Path,
+        path: PathName,
         *,
         command: str,
         fingerprint: dict[str, Any],
@@ -293,7 +291,7 @@ class Output(_Claim):
         if not self.complete and self.main:
             self._file.close()
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Row) -> None:
         """Append one row, which has a new `id`, to the journal; it survives a kill from here on."""
         if row["id"] in self._offsets:
             raise ValueError(f"row {row['id']!r} was written before")
@@ -342,7 +340,7 @@ class TrainingOutput(_Claim):
 
     foreign_remedy = "Name another --output (a folder this program did not make is never deleted)"
 
-    def __init__(self, path: _Path, **arguments: Any):
+    def __init__(self, path: PathName, **arguments: Any):
         self.main = int(os.environ.get("RANK", "0")) == 0
         super().__init__(path, **arguments)
 

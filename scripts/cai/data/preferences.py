@@ -14,9 +14,8 @@ from typing import Any
 from cai.base.errors import InputError, shorten
 from cai.base.hashing import hashed_seed, sha256_text
 from cai.data.dialogue import as_messages
+from cai.data.readers import Row
 from cai.data.sources import Source
-
-_Row = dict[str, Any]
 
 LABELS = ("A", "B")
 
@@ -26,7 +25,7 @@ ORDERS = ("ab", "ba")  # which response is shown first, and so under the label A
 # --- preferences for training -------------------------------------------------------------------------------
 
 
-def check_sides(row: _Row, where: object, line: int) -> None:
+def check_sides(row: Row, where: object, line: int) -> None:
     """Raise InputError if a pair has one response only; an undecided pair of judge.py has none."""
     missing = [side for side in ("chosen", "rejected") if row[side] is None]
     if len(missing) == 1:
@@ -39,7 +38,7 @@ def check_sides(row: _Row, where: object, line: int) -> None:
         )
 
 
-def check_label(row: _Row, where: object, line: int) -> None:
+def check_label(row: Row, where: object, line: int) -> None:
     """Raise InputError if a decided pair has no probability to train to."""
     p = row.get("p_chosen")
     if row["chosen"] is None or row["rejected"] is None:
@@ -61,7 +60,7 @@ def read_pairs(
     *,
     min_margin: float = 0.0,
     default_label: float | None = None,
-) -> tuple[list[_Row], dict[str, int], str]:
+) -> tuple[list[Row], dict[str, int], str]:
     """(decided pairs of {prompt, chosen, rejected, p_chosen}, counts, digest of the input).
 
     Args:
@@ -75,7 +74,7 @@ def read_pairs(
     """
     needs_p = labels == "soft" or min_margin > 0
 
-    def check(row: _Row, where: str, line: int) -> None:
+    def check(row: Row, where: str, line: int) -> None:
         check_sides(row, where, line)
         if needs_p and not (default_label is not None and row.get("p_chosen") is None):
             check_label(row, where, line)
@@ -106,7 +105,7 @@ def read_pairs(
     return pairs, counts, source.digest
 
 
-def prompt_and_sides(pairs: Sequence[_Row]) -> list[tuple[list[_Row], list[str]]]:
+def prompt_and_sides(pairs: Sequence[Row]) -> list[tuple[list[Row], list[str]]]:
     """(the prompt's messages, [chosen, rejected]) of each pair: rows of `estimate.lengths_of`."""
     return [(as_messages(pair["prompt"]), [pair["chosen"], pair["rejected"]]) for pair in pairs]
 
@@ -138,7 +137,7 @@ class GivenPairs:
         self._source = Source(inputs, require=("prompt", *sides), limit=limit, check=check_pair)
         self.ids, self.digest, self.unpaired = self._source.ids, self._source.digest, 0
 
-    def __iter__(self) -> Iterator[_Row]:
+    def __iter__(self) -> Iterator[Row]:
         return map(with_sides, self._source) if self.trl else iter(self._source)
 
 
@@ -147,7 +146,7 @@ def is_pair(row: Mapping[str, Any]) -> bool:
     return "response_a" in row or "chosen" in row
 
 
-def with_sides(row: Mapping[str, Any]) -> _Row:
+def with_sides(row: Mapping[str, Any]) -> Row:
     """TRL's row as a comparison."""
     rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
     if hashed_seed("side", row["id"]) % 2:
@@ -160,7 +159,7 @@ def is_tie(comparison: Mapping[str, Any]) -> bool:
     return bool(comparison["response_a"].strip() == comparison["response_b"].strip())
 
 
-def check_pair(row: _Row, where: object, line: int) -> None:
+def check_pair(row: Row, where: object, line: int) -> None:
     """Raise InputError for TRL's row without a side, or a `gold` that is neither "a" nor "b" nor missing."""
     if "response_a" not in row and (missing := [k for k in ("chosen", "rejected") if row.get(k) is None]):
         raise InputError(

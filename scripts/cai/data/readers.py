@@ -20,9 +20,9 @@ from cai.base.errors import InputError, shorten
 
 MOST_DEEP = 100  # levels of a row's lists and objects: what reads it later is recursive
 
-_Path = str | os.PathLike[str]
+PathName = str | os.PathLike[str]
 
-_Row = dict[str, Any]
+Row = dict[str, Any]
 
 
 def _refuse_constant(name: str) -> None:
@@ -36,7 +36,8 @@ def _parse_float(digits: str) -> float:
     return value
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> _Row:
+def unique_keys(pairs: list[tuple[str, Any]]) -> Row:
+    """An `object_pairs_hook` that raises ValueError for a key that occurs twice."""
     row = dict(pairs)
     if len(row) < len(pairs):
         raise ValueError(f"the key {shorten(doubled(name for name, _ in pairs))!r} twice in one object")
@@ -45,7 +46,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> _Row:
 
 def _loads(text: str) -> Any:
     """JSON without what other readers would not take. ValueError for anything else."""
-    return json.loads(text, parse_constant=_refuse_constant, parse_float=_parse_float, object_pairs_hook=_unique_keys)
+    return json.loads(text, parse_constant=_refuse_constant, parse_float=_parse_float, object_pairs_hook=unique_keys)
 
 
 def doubled(names: Iterable[str]) -> str | None:
@@ -73,7 +74,7 @@ def _check_depth(value: Any) -> None:
     raise ValueError(f"nested more than {MOST_DEEP} deep")
 
 
-def _parse(raw: bytes, where: _Path, line: int) -> _Row:
+def _parse(raw: bytes, where: PathName, line: int) -> Row:
     """One JSON object from one line; InputError for anything else."""
     try:
         row = _loads(_decode(raw, line))
@@ -108,7 +109,7 @@ def _parse(raw: bytes, where: _Path, line: int) -> _Row:
     return row
 
 
-def _lines(path: _Path) -> Iterator[tuple[int, bytes]]:
+def _lines(path: PathName) -> Iterator[tuple[int, bytes]]:
     """(1-based number, bytes) of each line of a file, unpacked if its name ends in .gz."""
     line = 0
     open_file: Any = gzip.open if str(path).endswith(".gz") else open
@@ -129,7 +130,7 @@ def _decode(raw: bytes, line: int) -> str:
     return raw.decode("utf-8-sig" if line == 1 else "utf-8")
 
 
-def read_jsonl(path: _Path) -> Iterator[tuple[int, _Row]]:
+def read_jsonl(path: PathName) -> Iterator[tuple[int, Row]]:
     """(1-based line number, row) of a JSON Lines file; empty lines are skipped.
 
     Raises InputError with file and line for what is not a JSON object.
@@ -139,7 +140,7 @@ def read_jsonl(path: _Path) -> Iterator[tuple[int, _Row]]:
             yield line, _parse(raw, path, line)
 
 
-def _read_json(path: _Path) -> Iterator[tuple[int, _Row]]:
+def _read_json(path: PathName) -> Iterator[tuple[int, Row]]:
     """A JSON array of objects (the number is the item's), or JSON Lines under the wrong name."""
     lines = (raw.removeprefix(b"\xef\xbb\xbf").strip() for _, raw in _lines(path))
     if not next(filter(None, lines), b"").startswith(b"["):
@@ -154,7 +155,7 @@ def _read_json(path: _Path) -> Iterator[tuple[int, _Row]]:
         yield number, _parse(row, path, number)
 
 
-def _read_csv(path: _Path) -> Iterator[tuple[int, _Row]]:
+def _read_csv(path: PathName) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader((_decode(raw, line) for line, raw in _lines(path)), strict=True)
     try:
@@ -179,7 +180,7 @@ def _read_csv(path: _Path) -> Iterator[tuple[int, _Row]]:
         ) from error
 
 
-def _read_text(path: _Path) -> Iterator[tuple[int, _Row]]:
+def _read_text(path: PathName) -> Iterator[tuple[int, Row]]:
     for line, raw in _lines(path):
         try:
             if text := _decode(raw, line).strip():
@@ -188,7 +189,7 @@ def _read_text(path: _Path) -> Iterator[tuple[int, _Row]]:
             raise InputError(f"not UTF-8 ({error})", where=path, line=line) from error
 
 
-def _read_parquet(path: _Path) -> Iterator[tuple[int, _Row]]:
+def _read_parquet(path: PathName) -> Iterator[tuple[int, Row]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -212,7 +213,7 @@ def _read_parquet(path: _Path) -> Iterator[tuple[int, _Row]]:
         ) from error
 
 
-def _read_dataset(name: str) -> Iterator[tuple[int, _Row]]:
+def _read_dataset(name: str) -> Iterator[tuple[int, Row]]:
     """Rows of a dataset id, `owner/name` or `owner/name:split` (the split is `train` if none is named)."""
     import datasets
 
@@ -253,7 +254,7 @@ _READERS = {
 }
 
 
-def read_rows(name: str) -> Iterator[tuple[int, _Row]]:
+def read_rows(name: str) -> Iterator[tuple[int, Row]]:
     """(line, row) of one input, read by the suffix of its name."""
     suffix = Path(name.removesuffix(".gz")).suffix
     if os.path.isfile(name):

@@ -21,11 +21,9 @@ from cai.base.errors import CaiError, InputError, shorten
 from cai.base.hashing import sha256_file, sha256_text
 from cai.data.dialogue import side_turns, split_pair, split_transcript, transcript_text
 from cai.data.outputs import dump_row
-from cai.data.readers import read_rows, type_name
+from cai.data.readers import Row, read_rows, type_name
 
-_Row = dict[str, Any]
-
-_Check = Callable[[_Row, str, int], None]
+_Check = Callable[[Row, str, int], None]
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "response": (str,),
@@ -41,7 +39,7 @@ _TEXTS = ("prompt", "response", "response_a", "response_b", "chosen", "rejected"
 _FIX = "Fix or delete this row"
 
 
-def _check_prompt(prompt: Any, where: str, line: int) -> str | list[_Row]:
+def _check_prompt(prompt: Any, where: str, line: int) -> str | list[Row]:
     """The prompt as a non-empty string or a list of messages that ends with the user's."""
     error = partial(
         InputError,
@@ -79,7 +77,7 @@ def _check_prompt(prompt: Any, where: str, line: int) -> str | list[_Row]:
     return prompt
 
 
-def _check_row(row: _Row, require: Sequence[str], where: str, line: int) -> _Row:
+def _check_row(row: Row, require: Sequence[str], where: str, line: int) -> Row:
     """The row with its prompt normalised; InputError if a required field is missing or of another type."""
     sides: dict[str, Any] = {name: row.get(name) for name in ("chosen", "rejected")}
     if row.get("prompt") is None and all(isinstance(side, str | list) for side in sides.values()):
@@ -111,7 +109,7 @@ def _check_row(row: _Row, require: Sequence[str], where: str, line: int) -> _Row
     return row
 
 
-def _id_of(row: _Row, where: str, line: int) -> tuple[str, bool]:
+def _id_of(row: Row, where: str, line: int) -> tuple[str, bool]:
     """(id, whether the row has one itself); an implied id is the hash of the row's text."""
     row_id = row.get("id")
     if row_id is None or row_id == "":
@@ -174,7 +172,7 @@ class Source:
         if not self.count:
             raise InputError("no rows", where=", ".join(self.inputs), expected="at least one row")
 
-    def __iter__(self) -> Iterator[_Row]:
+    def __iter__(self) -> Iterator[Row]:
         ids = iter(self.ids)
         for name in self.inputs:
             # As many as were counted: a row added since must not take the id of another file's row.
@@ -197,11 +195,11 @@ class Source:
             )
         cli.warn(f"{name} has grown since it was checked: what was added is left out")
 
-    def _converted(self, row: _Row, where: str, line: int) -> _Row:
+    def _converted(self, row: Row, where: str, line: int) -> Row:
         """The row in our format; a source of another format overrides this (data/public_sets.py)."""
         return row
 
-    def _checked(self, row: _Row, where: str, line: int) -> _Row:
+    def _checked(self, row: Row, where: str, line: int) -> Row:
         return _check_row(self._converted(row, where, line), self.require, where, line)
 
     def _scan(self, check: _Check | None) -> list[str]:

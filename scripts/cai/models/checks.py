@@ -281,22 +281,19 @@ def check_endpoint(findings: Findings, url: str, model: str | None, timeout: flo
     if status in (401, 403):
         problem = "refuses the key" if key else "wants a key"
         findings.problem(f"{address} {problem} (HTTP {status})", f"Set {cli.key_name()} in the environment")
-        return report
-    if status != 200:
+    elif status != 200:
         remedy = "Check that the address ends like the server's (/v1)"
         findings.problem(f"{address}/models answers HTTP {status}", remedy)
-        return report
-    try:
-        report["models"] = [str(entry["id"]) for entry in json.loads(body)["data"]][:20]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        findings.problem(f"{address}/models is no list of models", "Check that the server is OpenAI-compatible")
-        return report
-    if model and model.startswith("openai:"):
+    else:
+        try:
+            report["models"] = [str(entry["id"]) for entry in json.loads(body)["data"]][:20]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            findings.problem(f"{address}/models is no list of models", "Check that the server is OpenAI-compatible")
+    if "models" in report and model and model.startswith("openai:"):
         name = model.removeprefix("openai:")
         if name in report["models"]:
-            report |= _check_answers(findings, address, model, timeout)
-        else:
-            findings.problem(f"{address} has no model {name!r}", f"It has: {', '.join(report['models']) or 'none'}")
+            return report | _check_answers(findings, address, model, timeout)
+        findings.problem(f"{address} has no model {name!r}", f"It has: {', '.join(report['models']) or 'none'}")
     return report
 
 
@@ -418,8 +415,9 @@ def _check_fast_path(findings: Findings, folder: str) -> bool | str | None:
     from cai.models.local import fast_path_field
 
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever a foreign config.json makes the library raise
         findings.note(f"it is not known whether the fast decoding loop can run the model: {shorten(error)}")
         return None

@@ -1,10 +1,10 @@
-"""What a step will cost, told before it: model calls, tokens, memory, hours, money. Loads no model.
+"""The cost of a step before it runs: model calls, tokens, memory, hours, money. Loads no model.
 
     plan = text_plan(conversations, "tiny", Sampling(max_new_tokens=96), price=(0.10, 0.40))
 
-Tokens are counted with the model's own tokenizer and chat template (by tokenizers alone: torch stays out), of 512
-rows at most, the others by their characters. How long answers will be nobody knows before: `--like` takes it
-from a smaller run. Memory is that of tensors; what CUDA and Python take besides (1 to 2 GB) comes on top.
+Tokens are counted with the model's own tokenizer and chat template (without torch), of 512 rows at most; those of the
+others follow from their characters. The length of answers is not known in advance: `--like` takes it from a smaller
+run. Memory is that of tensors; what CUDA and Python need besides (1 to 2 GB) comes on top.
 
 Hours follow from stated assumptions (`USED`, `GPUS`) and are no measurement. Leaves out several GPUs (divide),
 what happens inside a server, and offloading to a CPU.
@@ -13,9 +13,10 @@ what happens inside a server, and offloading to a CPU.
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
@@ -38,12 +39,16 @@ GPUS = {
     "rtx-4090": (24, 1.0, 165),
 }
 
-# The share of those figures that is taken to be reached: assumptions, on the careful side.
+# The share of those figures that a step is assumed to reach: on the careful side.
 USED = {"bandwidth": 0.4, "reading": 0.4, "training": 0.35}
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 SAMPLE = 512
+
+_Conversation = Sequence[Mapping[str, Any]]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 gpu_option = click.option(
@@ -51,29 +56,23 @@ gpu_option = click.option(
 )
 
 
-def plan_options(function):
-    """Decorator: what `--dry-run` of a step that writes text can be told."""
-    for option in reversed(
-        (
-            click.option(
-                "--like",
-                metavar="FILE",
-                default=None,
-                help="With --dry-run: a finished output of a smaller run, for the length of the answers.",
-            ),
-            gpu_option,
-            click.option(
-                "--price",
-                nargs=2,
-                type=click.FloatRange(min=0),
-                default=None,
-                metavar="IN OUT",
-                help="With --dry-run: what a million tokens cost, read and written.",
-            ),
-        )
-    ):
-        function = option(function)
-    return function
+def plan_options(function: _Function) -> _Function:
+    """Decorator: the options that `--dry-run` of a step that writes text takes."""
+    price = click.option(
+        "--price",
+        nargs=2,
+        type=click.FloatRange(min=0),
+        default=None,
+        metavar="IN OUT",
+        help="With --dry-run: the price of a million tokens, read and written.",
+    )
+    like = click.option(
+        "--like",
+        metavar="FILE",
+        default=None,
+        help="With --dry-run: a finished output of a smaller run, for the length of the answers.",
+    )
+    return like(gpu_option(price(function)))
 
 
 # --- the model ----------------------------------------------------------------------------------------------
@@ -94,7 +93,7 @@ class Shape:
 
     @property
     def kv(self) -> int:
-        """Numbers that keys and values of one token take in all layers."""
+        """Numbers in the keys and values of one token, over all layers."""
         return 2 * self.layers * self.kv_heads * self.head_size
 
 
@@ -132,37 +131,39 @@ def parameters(model: str) -> int | None:
     return total or None
 
 
-def token_counter(model: str) -> Callable[[Sequence[Sequence[dict]]], list[int]]:
-    """Conversations to their tokens as the model reads them; by characters where it has no tokenizer here."""
+def token_counter(model: str) -> Callable[[Sequence[_Conversation]], list[int]]:
+    """A function from conversations to their numbers of tokens; by characters where the tokenizer is not on disk."""
     folder = Path(model_path(model))
     if not (folder / "tokenizer.json").is_file():
-        return lambda found: [_characters(one) // 4 + 4 * len(one) for one in found]
+        return lambda talks: [_characters(talk) // 4 + 4 * len(talk) for talk in talks]
     from tokenizers import Tokenizer
 
-    tokenizer, render = Tokenizer.from_file(str(folder / "tokenizer.json")), _template(folder)
+    tokenizer, render = Tokenizer.from_file(str(folder / "tokenizer.json")), _renderer(folder)
 
-    def count(found):
-        texts = [render(one) for one in found]
-        return [len(made.ids) for made in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    def count(talks: Sequence[_Conversation]) -> list[int]:
+        encodings = tokenizer.encode_batch(list(map(render, talks)), add_special_tokens=False)
+        return [len(encoding.ids) for encoding in encodings]
 
     return count
 
 
-def _characters(conversation: Sequence[dict]) -> int:
+def _characters(conversation: _Conversation) -> int:
     return sum(len(message["content"]) for message in conversation)
 
 
-def _template(folder: Path) -> Callable[[Sequence[dict]], str]:
-    """The chat template, applied by Jinja alone; where it can't be, the messages with some letters for its marks."""
+def _plain_text(conversation: _Conversation) -> str:
+    """The messages, with some letters for the marks of a chat template."""
+    return "".join(f"\n{message['role']}:\n{message['content']}\n" for message in conversation)
+
+
+def _renderer(folder: Path) -> Callable[[_Conversation], str]:
+    """The chat template, applied by Jinja alone; `_plain_text` where that fails."""
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        source = file.read_text(encoding="utf-8")
-    else:
-        source = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
     tokens = {
         name: value.get("content", "") if isinstance(value, dict) else value
         for name, value in settings.items()
@@ -171,21 +172,16 @@ def _template(folder: Path) -> Callable[[Sequence[dict]], str]:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda _format: "01 Jan 2026"
-
-    def plain(conversation):
-        return "".join(f"\n{message['role']}:\n{message['content']}\n" for message in conversation)
-
+    environment.globals.update(raise_exception=_raise_template_error, strftime_now=lambda _format: "01 Jan 2026")
     try:
         template = environment.from_string(source if isinstance(source, str) else "")
     except TemplateError:
-        return plain
+        return _plain_text
 
-    def render(conversation):
+    def render(conversation: _Conversation) -> str:
         last = conversation[-1]
-        # Templates that read lists of parts drop plain text without a word.
-        parts = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in conversation]
+        # Templates that read lists of parts drop plain text silently.
+        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in conversation]
         for messages in (list(conversation), parts):
             try:
                 text = template.render(
@@ -198,12 +194,12 @@ def _template(folder: Path) -> Callable[[Sequence[dict]], str]:
                 continue
             if last["content"].strip() in text:
                 return text
-        return plain(conversation)
+        return _plain_text(conversation)
 
     return render
 
 
-def _refuse(message: str):
+def _raise_template_error(message: str) -> None:
     from jinja2 import TemplateError
 
     raise TemplateError(message)
@@ -218,7 +214,7 @@ def text_memory(shape: Shape, *, size: int, rows: int, longest: int, new: int, c
     Args:
         size: bytes of one number (`BYTES`).
         rows, longest, new: rows of the largest batch, tokens of its longest prompt and of each answer.
-        chunk: tokens of prompts in one forward pass (`engines.CHUNK_TOKENS`).
+        chunk: tokens of prompts in one forward pass (`local.CHUNK_TOKENS`).
     """
     read = min(rows * longest, max(chunk, longest))
     # Widest point of a block: the residual and its normed copy, gate, up and their product.
@@ -266,14 +262,14 @@ def training_memory(
         3 * shape.heads * shape.head_size + 3 * shape.kv_heads * shape.head_size + 2 * shape.hidden + 4 * shape.inner
     )
     block = normed + inside
-    kept = shape.layers * size * shape.hidden + block if checkpointing else shape.layers * block
+    held = shape.layers * size * shape.hidden + block if checkpointing else shape.layers * block
     # Logits, their float32 copy and the gradient of it.
     logits = shape.vocabulary * (12 if not autocast else 10)
     return {
         "weights": weights,
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
-        "activations": tokens * (kept + logits),
+        "activations": tokens * (held + logits),
     }
 
 
@@ -294,21 +290,25 @@ def text_hours(
         rows: in a batch. length: tokens of a row, on average, while it is written.
     """
     _, bandwidth, flops = GPUS[gpu]
-    reading = 2 * shape.parameters * prompt_tokens / (flops * 1e12 * USED["reading"])
     moved = (shape.parameters / rows + shape.kv * length) * size / (bandwidth * 1e12 * USED["bandwidth"])
     computed = 2 * shape.parameters / (flops * 1e12 * USED["reading"])
-    return (reading + new_tokens * max(moved, computed)) / 3600
+    return reading_hours(shape, gpu, prompt_tokens) + new_tokens * max(moved, computed) / 3600
 
 
-def training_hours(shape: Shape, gpu: str, *, tokens: int, lora: bool = False, checkpointing: bool = False) -> float:
-    """Hours on one GPU: 6 operations a parameter and token, 4 where the weights are frozen, and 2 more where
+def reading_hours(shape: Shape, gpu: str, tokens: int) -> float:
+    """Hours on one GPU for a forward pass over the tokens."""
+    return 2 * shape.parameters * tokens / (GPUS[gpu][2] * 1e12 * USED["reading"]) / 3600
+
+
+def training_hours(shape: Shape, gpu: str, *, tokens: float, lora: bool = False, checkpointing: bool = False) -> float:
+    """Hours on one GPU: 6 operations per parameter and token, 4 where the weights are frozen, and 2 more where
     activations are computed again (arXiv 2001.08361, section 2.1)."""
     work = (4 if lora else 6) + (2 if checkpointing else 0)
     return work * shape.parameters * tokens / (GPUS[gpu][2] * 1e12 * USED["training"]) / 3600
 
 
 def cost(prompt_tokens: int, new_tokens: int, price: tuple[float, float]) -> float:
-    """What the tokens cost, in the currency of `price`: of a million read and of a million written."""
+    """The cost of the tokens, in the currency of `price`: for a million read and for a million written."""
     return (prompt_tokens * price[0] + new_tokens * price[1]) / 1e6
 
 
@@ -316,7 +316,7 @@ def cost(prompt_tokens: int, new_tokens: int, price: tuple[float, float]) -> flo
 
 
 def text_plan(
-    conversations: Iterable[Sequence[dict]],
+    conversations: Iterable[_Conversation],
     model: str,
     sampling: Sampling,
     *,
@@ -327,22 +327,22 @@ def text_plan(
     batch_tokens: int | None = None,
     dtype: str = "auto",
     device: str | None = None,
-) -> dict:
-    """What `--dry-run` says of a step that writes text (max_new_tokens 0: that reads labels).
+) -> dict[str, Any]:
+    """What `--dry-run` prints for a step that writes text (or reads labels: max_new_tokens 0).
 
     Args:
-        like: an output whose manifest says how long answers were.
-        dtype: auto is taken for bfloat16, float32 on a CPU.
+        like: an output whose manifest tells the length of answers.
+        dtype: auto stands for bfloat16, float32 on a CPU.
     """
     prompt_tokens, longest, calls = count_tokens(conversations, model)
     new = sampling.max_new_tokens
-    plan = {
+    new_tokens = calls * new
+    plan: dict[str, Any] = {
         "model_calls": calls,
         "prompt_tokens_about": prompt_tokens,
-        "new_tokens_at_most": calls * new,
+        "new_tokens_at_most": new_tokens,
         "weights_on_disk_mb": _megabytes(model),
     }
-    new_tokens = plan["new_tokens_at_most"]
     if like:
         new_tokens = plan["new_tokens_about"] = round(calls * mean_answer(like))
     if price:
@@ -372,18 +372,18 @@ def _megabytes(model: str) -> float | str:
     return round(sum(sizes) / 1e6, 1) if sizes else "unknown"
 
 
-def count_tokens(conversations: Iterable[Sequence[dict]], model: str) -> tuple[int, int, int]:
-    """(tokens of all, of the longest, how many conversations there are), from a random sample of `SAMPLE`."""
-    draw, sample = random.Random(0), []
+def count_tokens(conversations: Iterable[_Conversation], model: str) -> tuple[int, int, int]:
+    """(tokens of all, tokens of the longest, number of conversations), from a random sample of `SAMPLE`."""
+    rng, sample = random.Random(0), list[_Conversation]()
     calls = characters = most = 0
-    for one in conversations:
+    for talk in conversations:
         calls += 1
-        length = _characters(one)
+        length = _characters(talk)
         characters, most = characters + length, max(most, length)
         if len(sample) < SAMPLE:
-            sample.append(one)
-        elif (place := draw.randrange(calls)) < SAMPLE:
-            sample[place] = one
+            sample.append(talk)
+        elif (index := rng.randrange(calls)) < SAMPLE:
+            sample[index] = talk
     if not calls:
         return 0, 0, 0
     counted = token_counter(model)(sample)
@@ -395,7 +395,7 @@ def count_tokens(conversations: Iterable[Sequence[dict]], model: str) -> tuple[i
 
 
 def mean_answer(output: str) -> float:
-    """Tokens of an answer on average, by the manifest of a finished output. InputError if it has none."""
+    """Mean tokens of an answer, by the manifest of a finished output. InputError if it has none."""
     tokens = (read_manifest(output) or {}).get("tokens") or {}
     if not tokens.get("rows"):
         raise InputError(
@@ -404,7 +404,7 @@ def mean_answer(output: str) -> float:
             expected="a finished output of generate, critique or revise",
             remedy="Make one with --limit 100, and name it with --like",
         )
-    return tokens["new"] / tokens["rows"]
+    return float(tokens["new"] / tokens["rows"])
 
 
 def training_plan(
@@ -418,40 +418,39 @@ def training_plan(
     frozen: Sequence[str] = (),
     gpu: str | None = None,
     device: str | None = None,
-) -> dict:
-    """What `--dry-run` says of a training: rows, optimizer steps, tokens, memory, hours.
+) -> dict[str, Any]:
+    """What `--dry-run` prints for a training: rows, optimizer steps, tokens, memory, hours.
 
     Args:
         lengths: tokens of each row, both sides of a pair together (`lengths_of`).
-        batch_size: rows in one forward pass; rows of like length go together.
+        batch_size: rows in one forward pass; rows of similar length go together.
         frozen: folders of models that every row also goes through, such as a reference. (That under LoRA, the policy
             without its adapters, takes no memory; the time of its pass is not counted.)
-        device: cpu is taken for float32 without checkpointing; else bfloat16 over float32 weights, with it.
+        device: cpu means float32 without checkpointing; else bfloat16 over float32 weights, with it.
     """
     rows, tokens = round(epochs * len(lengths)), round(epochs * sum(lengths))
-    plan = {
+    plan: dict[str, Any] = {
         "rows": len(lengths),
         "steps": max(1, math.ceil(rows / batch_size / gradient_accumulation)),
         "tokens_about": tokens,
     }
-    shape, others = shape_of(model), [shape_of(name) for name in frozen]
-    if shape is None or None in others or not lengths:
+    shapes = _shapes([model, *frozen])
+    if not shapes or not lengths:
         return plan
+    shape, *others = shapes
     widest = max(lengths) * min(batch_size, len(lengths))
     memory = _trained([shape], others, tokens=widest, lora_rank=lora_rank, cpu=device == "cpu")
     plan["memory_gb"] = gigabytes(memory)
     if gpu:
         hours = training_hours(shape, gpu, tokens=tokens, lora=bool(lora_rank), checkpointing=True)
-        hours += sum(
-            text_hours(other, gpu, size=2, rows=1, prompt_tokens=tokens, new_tokens=0, length=0) for other in others
-        )
+        hours += sum(reading_hours(other, gpu, tokens) for other in others)
         plan[f"hours_on_one_{gpu}"] = float(f"{hours:.3g}")
     return plan
 
 
 def rl_plan(
     model: str,
-    prompts: Iterable[Sequence[dict]],
+    prompts: Iterable[_Conversation],
     *,
     episodes: int,
     new_tokens: int,
@@ -463,8 +462,8 @@ def rl_plan(
     lora_rank: int | None = None,
     gpu: str | None = None,
     device: str | None = None,
-) -> dict:
-    """What `--dry-run` says of PPO, GRPO and RLOO beside their updates: tokens, memory, hours.
+) -> dict[str, Any]:
+    """What `--dry-run` prints for PPO, GRPO and RLOO beside their updates: tokens, memory, hours.
 
     Args:
         prompts: conversations, each sampled equally often, `episodes` responses in all.
@@ -472,15 +471,16 @@ def rl_plan(
         batch_size: responses in one forward pass of the training.
         sampled: responses that are written at once.
         value_model: folder of a model that is trained beside the policy.
-        frozen: folders of the models that only read: reward models, a reference.
+        frozen: folders of the models that are not trained: reward models, a reference.
     """
-    told, longest, count = count_tokens(prompts, model)
-    read, new = round(episodes * told / max(1, count)), episodes * new_tokens
-    plan = {"prompt_tokens_about": read, "new_tokens_at_most": new}
-    trained = [shape_of(name) for name in (model, value_model) if name]
-    others = [shape_of(name) for name in frozen]
-    if None in (*trained, *others) or not count:
+    tokens, longest, count = count_tokens(prompts, model)
+    read, new = round(episodes * tokens / max(1, count)), episodes * new_tokens
+    plan: dict[str, Any] = {"prompt_tokens_about": read, "new_tokens_at_most": new}
+    names = [name for name in (model, value_model) if name]
+    shapes = _shapes([*names, *frozen])
+    if not shapes or not count:
         return plan
+    trained, others = shapes[: len(names)], shapes[len(names) :]
     cpu, policy = device == "cpu", trained[0]
     memory = _trained(trained, others, tokens=batch_size * (longest + new_tokens), lora_rank=lora_rank, cpu=cpu)
     size, rows = (4 if cpu else 2), min(sampled, episodes)
@@ -496,11 +496,10 @@ def rl_plan(
     memory["activations"] = max(memory["activations"], writing["kv_cache"] + writing["activations"])
     plan["memory_gb"] = gigabytes(memory)
     if gpu:
-        reading = {"size": size, "rows": 1, "prompt_tokens": read + new, "new_tokens": 0, "length": 0}
         hours = text_hours(
             policy, gpu, size=size, rows=rows, prompt_tokens=read, new_tokens=new, length=(read + new / 2) / episodes
         )
-        hours += sum(text_hours(shape, gpu, **reading) for shape in (*trained, *others))
+        hours += sum(reading_hours(shape, gpu, read + new) for shape in shapes)
         hours += sum(
             training_hours(shape, gpu, tokens=epochs * (read + new), lora=bool(lora_rank), checkpointing=True)
             for shape in trained
@@ -509,10 +508,16 @@ def rl_plan(
     return plan
 
 
+def _shapes(models: Sequence[str]) -> list[Shape]:
+    """The shape of each model; empty if that of any is unknown."""
+    shapes = [shape for shape in map(shape_of, models) if shape]
+    return shapes if len(shapes) == len(models) else []
+
+
 def _trained(
     trained: Sequence[Shape], frozen: Sequence[Shape], *, tokens: int, lora_rank: int | None, cpu: bool
 ) -> dict[str, int]:
-    """`training_memory` of all that is trained, and the weights that are only read. Logits are counted for a reward
+    """`training_memory` of all trained models, and the weights of the frozen ones. Logits are counted for a reward
     or value model too, which has none: on the careful side."""
     parts = [
         training_memory(
@@ -531,18 +536,15 @@ def _trained(
     return memory
 
 
-def lengths_of(model: str, rows: Sequence[tuple[Sequence[dict], Sequence[str]]]) -> list[int]:
+def lengths_of(model: str, rows: Sequence[tuple[_Conversation, Sequence[str]]]) -> list[int]:
     """Tokens of each row (a conversation and answers to it): of the conversation with each answer, added up.
 
-    Those of `SAMPLE` rows drawn at random are counted, the others told from their characters.
+    Those of `SAMPLE` rows drawn at random are counted; those of the others follow from their characters.
     """
-
-    def with_each(row):
-        return [[*row[0], {"role": "assistant", "content": answer}] for answer in row[1]]
-
-    characters = [sum(map(_characters, with_each(row))) for row in rows]
+    talks = [[[*talk, {"role": "assistant", "content": answer}] for answer in answers] for talk, answers in rows]
+    characters = [sum(map(_characters, row)) for row in talks]
     sample = random.Random(0).sample(range(len(rows)), min(SAMPLE, len(rows)))
-    counted = iter(token_counter(model)([one for at in sample for one in with_each(rows[at])]))
-    known = {at: sum(next(counted) for _ in rows[at][1]) for at in sample}
-    rate = sum(known.values()) / max(1, sum(characters[at] for at in sample))
-    return [known.get(at, round(rate * length)) for at, length in enumerate(characters)]
+    tokens = iter(token_counter(model)([talk for index in sample for talk in talks[index]]))
+    known = {index: sum(next(tokens) for _ in talks[index]) for index in sample}
+    rate = sum(known.values()) / max(1, sum(characters[index] for index in sample))
+    return [known.get(index, round(rate * length)) for index, length in enumerate(characters)]

@@ -5,7 +5,7 @@
 A request is an act (a verb with an object) in one of many phrasings. Acts are harmful (ten
 categories), benign (eight), or borderline: harmless with frightening words. The requests are
 abstract, and the steps given for a harmful act are empty talk: nothing here would help anyone do
-harm. The oracle (`classify`) knows what a response did. It measures; no step of the pipeline may use
+harm. The oracle (`classify`) tells what a response did. It measures; no step of the pipeline may use
 it, and only `tiny.py` and `evaluate.py` import this module.
 
 Leaves out any claim about real language.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 HELD_OUT_SHARE = 8  # one act in eight is held out
 
-# but for the acts of verbs that a fixed sentence uses too ("train the dog gently"): those are never unheard of
+# except the acts of verbs that a fixed sentence uses too ("train the dog gently"): the model has always read those
 NEVER_HELD_OUT = ("train", "water")
 
 
@@ -595,10 +595,10 @@ def ask(rng: random.Random, act: Act, *, unseen: bool = False) -> str:
     if act.category.kind == "harmful":
         determiner = rng.choice(("the", "the", "that", "this", "some"))
     phrase = rng.choice(UNSEEN_PHRASINGS if unseen else PHRASINGS)
-    asked = phrase.format(act=f"{act.verb} {determiner} {act.object}", c=rng.choice(CONTEXTS))
+    request = phrase.format(act=f"{act.verb} {determiner} {act.object}", c=rng.choice(CONTEXTS))
     lead = f"{rng.choice(LEADS)} " if rng.random() < 0.15 else ""
     tail = f" {rng.choice(TAILS)}" if rng.random() < 0.15 else ""
-    return lead + asked + tail
+    return lead + request + tail
 
 
 def _steps(rng: random.Random, category: Category, noun: str) -> str:

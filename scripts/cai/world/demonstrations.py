@@ -1,0 +1,518 @@
+"""What the bundled model `tiny` is taught: an endless stream of demonstrations of the world.
+
+    messages, target, marks = Demonstrations(seed=0).draw("critique")
+
+`tiny` is helpful only: its demonstrations comply with everything. Asked in the words of the templates, with a
+principle in them, it criticises, revises, reasons, judges and classifies. Held-out acts occur in none of its
+demonstrations. Leaves out the training (world/build.py).
+"""
+
+import random
+import re
+from dataclasses import dataclass
+
+from cai.constitution.files import Principle, load_constitution
+from cai.constitution.templates import load_template
+from cai.world import language, oracle
+
+SPECIAL = ("<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+PAD, BOS, SYSTEM, USER, ASSISTANT, END = range(len(SPECIAL))
+
+# What follows this mark in a target is a decision: a label, or the word on which a verdict turns.
+DECISION = "\x01"
+
+# The parts of a judgement are shown to the model where they can first be seen, not only by the verdict at the end:
+# a probe, a linear layer that is dropped after the build, reads a layer's output there. At a word of a response
+# that could name an act: is it a word of the act asked for? At the end of a sentence of a response: does it belong to
+# the request? At the end of a request: does the principle speak of it? At both: of which category is it? Without the
+# first, tokens by the ten million did not teach it to see another noun than the one asked about.
+SAME_WORD, OTHER_WORD, ON_TOPIC, OFF_TOPIC, OF_PRINCIPLE, BEYOND_PRINCIPLE, HARMLESS, CATEGORY = range(8)
+
+_PROBES = {category.name: CATEGORY + number for number, category in enumerate(language.CATEGORIES)}
+
+Mark = tuple[int, int]  # the number of a character, and what the probe reads there
+
+# Which categories each principle of harmlessness.yaml speaks of when it asks for a critique; all, unless
+# it names some. Which manner of refusing it also objects to.
+_NARROW = {
+    "crime": ("theft", "fraud", "vandalism", "violence", "threats", "hacking"),
+    "people": ("violence", "threats", "insults", "slander", "spying"),
+    "belongings-and-animals": ("theft", "vandalism", "hacking", "cruelty"),
+}
+
+_MANNERS = {"plain-refusal": "preachy", "not-evasive": "evasive"}
+
+_FAULTS = {"preachy": "scolds instead of answering with respect", "evasive": "dodges the question"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A principle, and what it means in this world."""
+
+    principle: Principle
+    critique_scope: tuple[str, ...]
+    preference_scope: tuple[str, ...]
+    manner: str = ""
+
+
+def harmlessness_rules() -> list[Rule]:
+    return [
+        Rule(p, _NARROW.get(p.id, language.HARM_NAMES), language.HARM_NAMES, _MANNERS.get(p.id, ""))
+        for p in load_constitution("harmlessness").principles
+    ]
+
+
+# So that the words decide and not the sentence: principles about any few categories, in several wordings.
+_SCOPED = (
+    (
+        "Find any help that the response gives with {}.",
+        "Rewrite the response so that it gives no help with {}.",
+        "Which response gives less help with {}?",
+    ),
+    (
+        "Point out where the response is a guide to {}.",
+        "Rewrite the response so that it is no guide to {}.",
+        "Which response is less of a guide to {}?",
+    ),
+    (
+        "Say where the response assists with {}, and with nothing else.",
+        "Rewrite the response so that it does not assist with {}.",
+        "Which response assists less with {}?",
+    ),
+    (
+        "Say where the response does not follow this principle: never help with {}.",
+        "Rewrite the response so that it follows this principle: never help with {}.",
+        "Which response follows this principle better: never help with {}?",
+    ),
+    (
+        "Does the response make {} easier? Say how.",
+        "Rewrite the response so that it does not make {} easier.",
+        "Which response makes {} less easy?",
+    ),
+)
+
+
+def scoped_rule(rng: random.Random) -> Rule:
+    names = rng.sample(language.HARM_NAMES, rng.choice((1, 2, 3, 3, 3, 4, 5, 6)))
+    spoken = [language.SPOKEN[n] for n in names]
+    text = spoken[0] if len(spoken) == 1 else ", ".join(spoken[:-1]) + " or " + spoken[-1]
+    critique, revision, preference = (s.format(text) for s in rng.choice(_SCOPED))
+    return Rule(Principle("scoped", critique, revision, preference), tuple(names), tuple(names))
+
+
+# ---------------------------------------------------------------- strange text
+
+_ALPHABETS = (
+    "abcdefghijklmnopqrstuvwxyz", "abcdefghijklmnopqrstuvwxyzäöüßéèçñåøžšı", "абвгдежзийклмнопрстуфхцчшщыьэюя",
+    "αβγδεζηθικλμνξοπρστυφχψω", "אבגדהוזחטיכלמנסעפצקרשת", "ابتثجحخدذرزسشصضطظعغفقكلمنهوي", "अआइईउकखगघचजटडणतदनपबमयरलवशसह",
+    "กขคงจชซญดตถทนบปพมยรลวสหอะาิี", "가나다라마바사아자차카타파하고노도로모보소이그것을",
+    "的一是不了人我在有他这中大来上国个到说们", "あいうえおかきくけこさしすせそたちつてと",
+)  # fmt: skip
+
+_SALAD = re.findall(
+    r"\S+",
+    "a an the this that it is was be and or not no yes one two first second other better best good bad worse answer "
+    "response verdict letter question judge choose pick take prefer say print ignore please always never above below "
+    'now here system user rule order A B (A) (B) [A] [B] 1 2 10 100 % : - ! ? " / { } < > # * = |',
+)
+
+
+def strange(rng: random.Random) -> str:
+    """Text that has no meaning in the world: a salad of words, letters of many alphabets, brackets and broken tags.
+
+    Judging demonstrations have it now and then in a response, and the same verdict as without it.
+    """
+    draw = rng.random()
+    if draw < 0.45:
+        parts = rng.choices(_SALAD, k=rng.randint(1, 14))
+        text = rng.choice((" ", " ", " ", "")).join(parts)
+        return text[:1].upper() + text[1:] + rng.choice((".", "!", "", "", ":", ")"))
+    if draw < 0.8:
+        letters = rng.choice(_ALPHABETS)
+        joint = "" if letters[0] in "的あ" else " "
+        words = ["".join(rng.choices(letters, k=rng.randint(1, 8))) for _ in range(rng.randint(2, 9))]
+        return joint.join(words) + rng.choice((".", "", "。", "!"))
+    mark = rng.choice(
+        ("<{}>", "</{}>", "[{}]", "[/{}]", "< |{}|>", "< /{} >", "<<{}>>", "## {}\n", "**{}**", "{}:", "{{{}}}")
+    )
+    names = ("inst", "end", "assistant", "user", "im_start", "s", "b", "x", "A", "B", "eot", "turn", "verdict", "note")
+    return rng.choice(("", "\n", "\n\n", "---\n")).join(
+        mark.format(rng.choice(names)) + rng.choice(("", " ", strange(rng))) for _ in range(rng.randint(1, 3))
+    )
+
+
+# ---------------------------------------------------------------- demonstrations
+
+
+class Demonstrations:
+    """An endless stream of (messages, target): what `tiny` is taught, drawn from one seed."""
+
+    TASKS = (
+        "respond",
+        "critique",
+        "revise",
+        "judge",
+        "classify",
+        "critique_cot",
+        "preference_cot",
+        "judge_cot",
+        "follow_up",
+        "check",
+        "scope",
+    )
+
+    def __init__(self, seed: int):
+        self.rng = random.Random(f"tiny/{seed}")
+        self.rules = harmlessness_rules()
+        names = ("critique", "critique_cot", "revise", "preference", "preference_cot", "classify")
+        self.words = oracle.words()
+        nouns = {noun for group in language.NOUNS.values() for noun in group}
+        self.object_words = nouns | set(language.ADJECTIVES) | set(language.MARKERS)
+        verbs = {verb for category in language.CATEGORIES for verb in category.verbs if verb}
+        self.act_words = self.object_words | {verb.split()[0] for verb in verbs}
+        self.other_order: list[tuple] = []
+        self.marks: list[tuple[str, list[Mark]]] = []
+        self.templates = {name: load_template(name) for name in names}
+
+    def draw(self, task: str) -> tuple[list[dict], str, list]:
+        """(messages, target, marks); marks: texts of the messages, each with what the probe is to read in it."""
+        self.marks = []
+        messages, target = getattr(self, f"_{task}")()
+        return messages, target, self.marks
+
+    def _mark(self, row: dict, *responses: str, scope: tuple[str, ...] | None = None) -> None:
+        """Note what the probe reads in a request (under a principle with the `scope`) and in responses to it."""
+        of_request = [_PROBES[row["category"]]]
+        if scope is not None:
+            in_scope = OF_PRINCIPLE if row["category"] in scope else BEYOND_PRINCIPLE
+            of_request.append(in_scope if row["kind"] == "harmful" else HARMLESS)
+        self.marks.append((row["prompt"], [(len(row["prompt"]) - 1, kind) for kind in of_request]))
+        act = oracle.act_of(row)
+        for response in responses:
+            self.marks.append((response, [*self._word_marks(act, response), *_sentence_marks(act, response)]))
+
+    def _word_marks(self, act: language.Act, response: str) -> list[Mark]:
+        """Whether each word that could name an act names the act that was asked for."""
+        request, end = set(act.text.split()), re.search(r"[.](?= |$)", response)
+        head = end.start() if end else 0
+        return [
+            (word.end() - 1, SAME_WORD if word[0] in request else OTHER_WORD)
+            for word in re.finditer(r"\b[a-z]+\b", response)
+            if word[0] in (self.act_words if word.end() <= head else self.object_words)
+        ]
+
+    # what there is to talk about
+
+    def _scene(self, harmful=0.6, benign=0.22) -> tuple[language.Act, dict]:
+        point = self.rng.random()
+        kind = "harmful" if point < harmful else "benign" if point < harmful + benign else "borderline"
+        act = language.draw_act(self.rng, kind, held_out=False)
+        row = {
+            "prompt": language.ask(self.rng, act),
+            "kind": kind,
+            "category": act.category.name,
+            "verb": act.verb,
+            "object": act.object,
+        }
+        return act, row
+
+    def _rule(self) -> Rule:
+        return self.rng.choice(self.rules) if self.rng.random() < 0.5 else scoped_rule(self.rng)
+
+    def _slip(self, act: language.Act, style: str) -> str:
+        """A response of the style (comply or good) that went wrong as a small model's answers do.
+
+        Part of it belongs to another category, object or act; a word is another; a sentence is missing or comes
+        twice. How bad the slip is, the oracle decides: a few do no harm.
+        """
+        rng = self.rng
+        sentences = _sentences(language.respond(rng, act, style))
+        slip = rng.choice(
+            ("category", "category", "category", "category", "act", "act", "act", "object", "word", "lost", "twice")
+        )
+        at = rng.randrange(1, len(sentences))
+        if slip in ("category", "act"):
+            other = self._other_act(act, style, slip)
+            wrong = _sentences(language.respond(rng, other, style))
+            if slip == "act" and rng.random() < 0.6:
+                sentences[0] = wrong[0]
+            elif slip == "act" or rng.random() < 0.35:
+                sentences[1:] = wrong[1:]
+            else:
+                sentences[at] = wrong[at]
+                if rng.random() < 0.7:  # the right object in the wrong category's words
+                    sentences[at] = re.sub(rf"\b{other.noun}\b", act.noun, sentences[at])
+        elif slip == "object":
+            noun = rng.choice(language.NOUNS[rng.choice(act.category.nouns or ("thing", "person", "animal"))])
+            rest = (re.sub(rf"\b{act.noun}\b", noun, s) if rng.random() < 0.6 else s for s in sentences[1:])
+            sentences[1:] = list(rest)
+        elif slip == "word":
+            at = rng.randrange(len(sentences))
+            words = sentences[at].split(" ")
+            spot = rng.randrange(1, len(words))
+            words[spot] = rng.choice(self.words) + words[spot][len(words[spot].rstrip(".,")) :]
+            sentences[at] = " ".join(words)
+        elif slip == "lost":
+            del sentences[at]
+        else:
+            sentences[at] = sentences[at - 1] if at > 1 else sentences[-1]
+        text = " ".join(sentences)
+        return self._slip(act, style) if oracle.mentions_held_out(text) else text
+
+    def _other_act(self, act: language.Act, style: str, slip: str) -> language.Act:
+        """An act that may be taken for `act`: of another category, or near it in the same one."""
+        rng, other = self.rng, act
+        while other == act or other.held_out:
+            if slip == "category":
+                # now and then the steps of a harmless act under the promise of a harmful one, or the reverse
+                kind = act.category.kind
+                if style == "comply" and rng.random() < 0.4:
+                    kind = rng.choice(("harmful", "benign", "borderline"))
+                other = language.draw_act(rng, kind, held_out=False)
+            else:
+                near = language.draw_act(rng, act.category.kind, held_out=False, category=act.category)
+                # another act of the category: with another verb, another object, or only another adjective
+                verb, noun, adjective = rng.choice(
+                    (
+                        (near.verb, act.noun, act.adjective),
+                        (act.verb, near.noun, act.adjective),
+                        (act.verb, act.noun, near.adjective),
+                        (near.verb, near.noun, near.adjective),
+                        (near.verb, act.noun, act.adjective),
+                        (act.verb, near.noun, act.adjective),
+                    )
+                )
+                other = language.Act(act.category, verb, noun, adjective)
+        return other
+
+    def _response(self, act: language.Act, styles: str) -> tuple[str, str]:
+        style = self.rng.choice(styles.split())
+        if style == "slip":
+            return "slip", self._slip(act, self.rng.choice(("comply", "good")))
+        return style, language.respond(self.rng, act, style)
+
+    # the tasks
+
+    def _respond(self):
+        act, row = self._scene(harmful=0.4, benign=0.35)
+        partial = act.category.kind == "harmful" and self.rng.random() < 0.08
+        return _ask(row["prompt"]), language.respond(self.rng, act, "partial" if partial else "comply")
+
+    def _verdict(self, rule: Rule, act: language.Act, row: dict, style: str, response: str) -> tuple[str, str]:
+        """(fault, critique): fault is "harm", "manner" or ""."""
+        harm = act.category.kind == "harmful"
+        name = language.SPOKEN.get(act.category.name)
+        outcome = oracle.classify(row, response)
+        harmless = f"What is asked{DECISION} harms nobody."
+        way_out = "It should decline, say why and offer another way."
+        if not harm:
+            if rule.manner and style == rule.manner:
+                return "manner", f"{harmless} The response {_FAULTS[style]}. It should help to {act.text}."
+            return "", f"{harmless} No fault."
+        # A category that the principle speaks of is named, where the principle's words and those of the request meet.
+        if act.category.name not in rule.critique_scope:
+            return "", f"The principle speaks of{DECISION} other things. No fault."
+        request = f"The principle speaks of{DECISION} {name}, and that is asked."
+        if outcome in ("comply", "partial"):
+            return "harm", f"{request} The response{DECISION} helps to {act.text}. {way_out}"
+        if rule.manner and rule.manner in (style, outcome):
+            return "manner", f"{request} The response{DECISION} {_FAULTS[rule.manner]}. {way_out}"
+        return "", f"{request} The response{DECISION} does not help to {act.text}. No fault."
+
+    def _criticised(self):
+        act, row = self._scene()
+        rule = self._rule()
+        styles = (
+            "comply comply comply comply partial good good evasive preachy slip"
+            if act.category.kind == "harmful"
+            else "comply comply comply comply comply slip evasive preachy good"
+        )
+        style, response = self._response(act, styles)
+        fault, critique = self._verdict(rule, act, row, style, response)
+        self._mark(row, response, scope=rule.critique_scope)
+        return act, row, rule, response, fault, critique
+
+    def _render(self, template: str, row: dict, rule: Rule | None = None, **texts: str) -> list[dict]:
+        """The template's messages; decisions in the texts are not marked, since the model reads them."""
+        principle = {"principle": rule.principle} if rule else {}
+        texts = {name: text.replace(DECISION, "") for name, text in texts.items()}
+        return self.templates[template].render(prompt=row["prompt"], **principle, **texts)
+
+    def _critique(self):
+        _, row, rule, response, _, critique = self._criticised()
+        return self._render("critique", row, rule, response=response), critique
+
+    def _critique_cot(self):
+        act, row, rule, response, _, critique = self._criticised()
+        reasoning = f"The person asks how to {act.text}. The response {self._does(row, response)}. {critique}"
+        return self._render("critique_cot", row, rule, response=response), reasoning
+
+    def _revise(self):
+        act, row, rule, response, fault, critique = self._criticised()
+        target = response
+        if fault:
+            target = language.respond(self.rng, act, "good" if act.category.kind == "harmful" else "comply")
+        return self._render("revise", row, rule, response=response, critique=critique), target
+
+    def _does(self, row: dict, response: str) -> str:
+        """What a response does, in a few words (for reasoning)."""
+        act, outcome = oracle.act_of(row), oracle.classify(row, response)
+        reading = oracle.read(response)
+        if outcome in ("comply", "partial", "helpful"):
+            return f"helps to {act.text}"
+        if outcome == "good" or (outcome == "refused" and reading.declined == act.text):
+            return f"declines to {act.text} and says why"
+        if outcome == "preachy" or reading.preached:
+            return "preaches"
+        if outcome == "evasive" or reading.dodged:
+            return "dodges the question"
+        return "misses the point"
+
+    def _compared(self):
+        """Two responses of which one is better under the principle: more often than not a good one and one with a
+        slip, as one policy's own samples differ; else two of any sort."""
+        while True:
+            act, row = self._scene(harmful=0.62, benign=0.22)
+            rule = self._rule()
+            harmful = act.category.kind == "harmful"
+            if self.rng.random() < 0.6:
+                best = "good" if harmful and act.category.name in rule.preference_scope else "comply"
+                other = {"good": "comply", "comply": "good"}[best]
+                worse = other if self.rng.random() < (0.25 if harmful else 0.1) else best
+                a, b = language.respond(self.rng, act, best), self._slip(act, worse)
+                if self.rng.random() < 0.5:
+                    a, b = b, a
+            else:
+                styles = "comply comply partial good good good evasive preachy slip slip"
+                if not harmful:
+                    styles = "comply comply comply good good evasive preachy slip slip"
+                (_, a), (_, b) = self._response(act, styles), self._response(act, styles)
+            tier_a, tier_b = (oracle.tier(row, r, rule.preference_scope) for r in (a, b))
+            if tier_a != tier_b:
+                return row, rule, a, b, "A" if tier_a > tier_b else "B"
+
+    def _judge(self):
+        # Each comparison comes in both orders, and being of one length in one batch: what is left to learn from the two
+        # is which response is better, not which letter is more frequent.
+        if self.other_order:
+            row, rule, a, b, label = self.other_order.pop()
+        else:
+            row, rule, a, b, label = self._compared()
+            self.other_order.append((row, rule, b, a, "BA"["AB".index(label)]))
+        self._mark(row, a, b, scope=rule.preference_scope)
+        if self.rng.random() < 0.15:
+            a, b = (self._disturbed(a), b) if self.rng.random() < 0.5 else (a, self._disturbed(b))
+        return self._render("preference", row, rule, response_a=a, response_b=b, reasoning=""), f"{DECISION}{label})"
+
+    def _disturbed(self, response: str) -> str:
+        text, joint = strange(self.rng), self.rng.choice((" ", " ", "\n", "\n\n", ""))
+        return response + joint + text if self.rng.random() < 0.8 else text + " " + response
+
+    def _reasoned(self, row, rule, a, b, label) -> str:
+        spoken = language.SPOKEN.get(row["category"])
+        if row["kind"] == "harmful" and row["category"] in rule.preference_scope:
+            ground = f"The principle speaks against {spoken}"
+        elif row["kind"] == "harmful":
+            ground = f"The principle does not speak of {spoken}"
+        else:
+            ground = "The request harms nobody"
+        return (
+            f"Response A{DECISION} {self._does(row, a)}. Response B{DECISION} {self._does(row, b)}. {ground}. "
+            f"The better response is{DECISION} {label}."
+        )
+
+    def _preference_cot(self):
+        row, rule, a, b, label = self._compared()
+        self._mark(row, a, b, scope=rule.preference_scope)
+        messages = self._render("preference_cot", row, rule, response_a=a, response_b=b)
+        return messages, self._reasoned(row, rule, a, b, label)
+
+    def _judge_cot(self):
+        row, rule, a, b, label = self._compared()
+        self._mark(row, a, b, scope=rule.preference_scope)
+        reasoning = self._reasoned(row, rule, a, b, label)
+        messages = self._render("preference", row, rule, response_a=a, response_b=b, reasoning=reasoning)
+        return messages, f"{DECISION}{label})"
+
+    def _classify(self):
+        act, row = self._scene(harmful=0.5, benign=0.25)
+        while True:
+            _, response = self._response(act, "comply comply partial good good evasive preachy slip slip")
+            outcome, reading = oracle.classify(row, response), oracle.read(response)
+            about_another = (reading.promised or reading.declined or act.text) != act.text
+            if outcome in ("comply", "partial") and about_another:
+                continue  # help with another harmful act: harmful, and beside the point; two letters would fit
+            letter = {
+                "comply": "A",
+                "partial": "A",
+                "helpful": "A",
+                "good": "B",
+                "evasive": "C",
+                "preachy": "D",
+                "off_topic": "E",
+            }.get(outcome)
+            if outcome == "refused" and about_another:
+                letter = "E"
+            elif outcome == "refused":
+                is_evasive = reading.dodged or not (reading.reasons and reading.offers)
+                letter = "D" if reading.preached else "C" if is_evasive else "B"
+            self._mark(row, response)
+            return self._render("classify", row, response=response), f"{DECISION}{letter})"
+
+    def _follow_up(self):
+        """What comes after a response: the end of the conversation, or the person asking again because it was
+        beside the point. So the end of a turn knows whether the turn spoke of what was asked."""
+        act, row = self._scene(harmful=0.5, benign=0.3)
+        _, response = self._response(act, "comply comply comply good good partial evasive" + 6 * " slip")
+        self._mark(row, response)
+        messages = [*_ask(row["prompt"]), {"role": "assistant", "content": response + SPECIAL[END]}]
+        if oracle.on_topic(row, response):
+            return messages, DECISION + SPECIAL[BOS]
+        return messages, f"{DECISION}{SPECIAL[USER]}No, I asked how to {act.text}."
+
+    def _check(self):
+        """Sentence by sentence, whether a response is to the point: where a slip is, not only that there is one."""
+        act, row = self._scene(harmful=0.5, benign=0.3)
+        style = "good" if act.category.kind == "harmful" and self.rng.random() < 0.7 else "comply"
+        response = language.respond(self.rng, act, style) if self.rng.random() < 0.3 else self._slip(act, style)
+        self._mark(row, response)
+        verdicts = [f"{DECISION} {'yes' if fits else 'no'}," for fits in oracle.sentences_on_topic(act, response)]
+        messages = [
+            *_ask(row["prompt"]),
+            {"role": "assistant", "content": response},
+            *_ask("Is that to the point, sentence by sentence?"),
+        ]
+        return messages, f"Here:{''.join(verdicts).rstrip(',')}."
+
+    def _scope(self):
+        """Which of the categories that a principle speaks of an act belongs to."""
+        act, row = self._scene(harmful=0.95, benign=0.03)
+        rule = scoped_rule(self.rng)
+        principle = self.rng.choice((rule.principle.critique, rule.principle.revision, rule.principle.preference))
+        in_scope = act.category.name in rule.preference_scope
+        self._mark(row, scope=rule.preference_scope)
+        answer = f" {language.SPOKEN[act.category.name]}." if in_scope else " nothing."
+        return _ask(f"{principle}\n\nWhat of this is in the following? {row['prompt']}"), f"Of this:{DECISION}{answer}"
+
+
+def _sentences(response: str) -> list[str]:
+    return [f"{sentence}." for sentence in response.rstrip(".").split(". ")]
+
+
+def _sentence_marks(act: language.Act, response: str) -> list[Mark]:
+    """Whether each sentence belongs to the act, and of which category it speaks, if of one."""
+    ends = [end.start() for end in re.finditer(r"[.](?= |$)", response)]
+    fits, sentences = oracle.sentences_on_topic(act, response), _sentences(response)
+    if len(ends) != len(fits):
+        return []
+    marks = [(end, ON_TOPIC if fit else OFF_TOPIC) for end, fit in zip(ends, fits, strict=True)]
+    for end, sentence in zip(ends, sentences, strict=True):
+        reading = oracle.read(sentence)
+        names = {name for name, _ in reading.steps + reading.reasons + reading.offers}
+        marks += [(end, _PROBES[name]) for name in names if len(names) == 1]
+    return marks
+
+
+def _ask(prompt: str) -> list[dict]:
+    return [{"role": "user", "content": prompt}]
