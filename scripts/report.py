@@ -7,12 +7,11 @@ figures/ (SVG and PNG) and cards/ (model and dataset cards). Reads what is there
 measurement except counting: run evaluate.py and judge.py for those.
 """
 
-import os
 from pathlib import Path
 
 import click
 
-from cai.base import cli
+from cai.base import cli, files
 from cai.base.errors import CaiError, InputError, shorten
 from cai.report import cards, figures, pages, run_folder
 from cai.report.escaping import MARK
@@ -61,7 +60,7 @@ def main(run, output, as_json, dry_run, overwrite):
         for picture in pictures:
             picture.save(folder / "figures")
         for name, text in texts.items():
-            save(folder / name, text)
+            files.write_text(folder / name, text)
     except OSError as error:
         raise CaiError(f"{folder}: cannot write ({error}). Make room and run it again.") from error
     summary |= {"transcripts": payload["shown"], "of": payload["total"], "figures": len(pictures)}
@@ -74,14 +73,6 @@ def check_targets(paths: list[Path], overwrite: bool) -> None:
         if path.is_dir() or (path.exists() and not overwrite and MARK.encode() not in path.read_bytes()):
             remedy = "Name another --output, or replace it with --overwrite"
             raise InputError("it exists, and this command did not write it", where=path, remedy=remedy)
-
-
-def save(path: Path, text: str) -> None:
-    """Write the file in one step, so that an interrupted run leaves no part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

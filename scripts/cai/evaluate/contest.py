@@ -15,6 +15,7 @@ from functools import partial
 from itertools import combinations
 from types import SimpleNamespace
 
+from cai.base import files
 from cai.base.errors import InputError
 from cai.base.hashing import identity, sha256_file
 from cai.constitution.files import load_constitution
@@ -97,7 +98,7 @@ def name_policies(arguments: Sequence[str]) -> dict[str, str]:
     for argument in arguments:
         name, equals, model = argument.partition("=")
         if not equals or not re.fullmatch(r"[\w.-]+", name):
-            name, model = re.sub(r"[^\w.-]+", "-", argument.rstrip("/").rpartition("/")[2]), argument
+            name, model = files.file_name(argument.rstrip("/").rpartition("/")[2]), argument
         if name in policies:
             raise InputError(
                 f"the policy {name!r} twice", where="--policy", expected="NAME=MODEL with names that differ"

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from cai.base.files import file_name
 from cai.base.paths import model_path
 from cai.data.kinds import KINDS
 from cai.evaluate.rates import RATES
 from cai.report import run_folder
-from cai.report.escaping import MARK, environment, file_name
+from cai.report.escaping import MARK, environment
 from cai.report.run_folder import Run, Training
 
 PURPOSES = {

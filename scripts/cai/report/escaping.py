@@ -36,11 +36,6 @@ def markdown(text: str) -> str:
     return _MARKDOWN.sub(r"\\\1", " ".join(visible(text).split()))
 
 
-def file_name(name: str) -> str:
-    """The name as a part of a file name."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "unnamed"
-
-
 def plain(value) -> str:
     """A figure of any kind, in its own unit: a number, a rate with its interval, or a text."""
     if isinstance(value, dict) and "value" in value:

@@ -8,8 +8,8 @@ Leaves out how a picture is drawn (stats/drawing.py) and the figures of the pape
 
 from collections.abc import Mapping
 
+from cai.base.files import file_name
 from cai.evaluate.rates import RATES
-from cai.report.escaping import file_name
 from cai.report.run_folder import Run, Training, p_a, rounds
 from cai.stats import drawing, tables
 from cai.stats.drawing import Picture

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
-from cai.base import cli
+from cai.base import cli, files
 from cai.base.errors import CaiError, InputError
 from cai.data import outputs
 from cai.models import estimate, loading
@@ -323,14 +323,13 @@ class MetricsLog:
         self.start = time.monotonic()
         if not state.is_world_process_zero:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if state.global_step and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             # A line without its end was torn when the process was killed.
             complete = [line for line in lines if line.endswith("\n")]
             kept = [line for line in complete if self.is_current(json.loads(line), state.global_step)]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        files.write_text(self.path, "".join(kept))
         self.bar = cli.progress(state.max_steps, self.label)
         self.bar.unit = "step"
         self.bar.update(state.global_step)

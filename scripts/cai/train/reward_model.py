@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from cai.base import files
 from cai.base.errors import InputError
 from cai.base.hashing import hashed_seed
 from cai.data import preferences
@@ -389,7 +390,7 @@ def write_holdout(measures: dict, output: str | Path) -> dict:
     """Write holdout.json and reliability.png, once; returns what the summary shows of `measure`."""
     if loading.is_main_process():
         folder = Path(output)
-        (folder / "holdout.json").write_text(json.dumps(measures, indent=1) + "\n", encoding="utf-8")
+        files.write_text(folder / "holdout.json", json.dumps(measures, indent=1) + "\n")
         drawing.reliability(
             folder / "reliability.png",
             {**measures, "ece": measures["scaled_ece"]},

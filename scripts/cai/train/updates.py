@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from cai.base import cli
+from cai.base import cli, files
 from cai.base.errors import CaiError, InputError
 from cai.data import outputs, readers
 from cai.models import estimate, loading
@@ -212,7 +212,7 @@ class UpdateLog(common.MetricsLog):
 
     def save_alarms(self, state: str | Path) -> None:
         """Write into a saved state what a resumed run's alarms compare with."""
-        (Path(state) / ALARMS).write_text(json.dumps(self.watch.state()), encoding="utf-8")
+        files.write_text(Path(state) / ALARMS, json.dumps(self.watch.state()))
 
 
 def read_figures(output: str | Path) -> list[dict]:
