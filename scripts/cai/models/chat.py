@@ -88,7 +88,7 @@ class Chat:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered text. No BOS is added: the template writes it, if any."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts in one call, which takes a fraction of the time."""
@@ -130,9 +130,10 @@ class Chat:
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         # Reasoning is off where a template can switch it off: the answer alone is wanted, and these templates write
         # past turns without reasoning.
-        return self.tokenizer.apply_chat_template(
+        rendered = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
         )
+        return str(rendered)
 
 
 def break_up(text: str, control: re.Pattern[str] | None) -> str:

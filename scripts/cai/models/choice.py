@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from cai.models.engine import Engine, Message, Request, RequestT, Sampling, fold_prefill, join_labels
 
@@ -35,7 +36,7 @@ class Choice:
 class _WrittenRequest(Request):
     """What an engine without log-probabilities is asked in place of the `original`."""
 
-    original: Request
+    original: Any  # the Request, in the caller's own class
 
 
 def choose(
@@ -62,11 +63,13 @@ def read_choices(
         for request, logprobs in engine.score(requests, labels):
             yield request, Choice(logprobs, lost=logprobs is None)
         return
-    written = (_WrittenRequest(request.key, _ask_for_label(request, labels), original=request) for request in requests)
-    for request, generation in engine.generate(written, Sampling(ANSWER_TOKENS, 0.0)):
-        label = read_label(generation.text.removeprefix(request.original.prefill), labels)
+    requests_for_label = (
+        _WrittenRequest(request.key, _ask_for_label(request, labels), original=request) for request in requests
+    )
+    for written, generation in engine.generate(requests_for_label, Sampling(ANSWER_TOKENS, 0.0)):
+        label = read_label(generation.text.removeprefix(written.original.prefill), labels)
         logprobs = None if label is None else [0.0 if name == label else -math.inf for name in labels]
-        yield request.original, Choice(logprobs, generation.text, generation.lost)
+        yield written.original, Choice(logprobs, generation.text, generation.lost)
 
 
 def probabilities(logprobs: Sequence[float]) -> list[float]:

@@ -187,7 +187,7 @@ class ServerEngine:
         replicas: the addresses and their state.
     """
 
-    context = None
+    context: int | None = None
 
     def __init__(
         self,
@@ -329,7 +329,7 @@ class ServerEngine:
                 plain = await self._ask(_request(turns[:1], 1))
                 prefilled = await self._ask({**_request(turns, 1), **_CONTINUE})
                 before, after = ((answer.get("usage") or {}).get("prompt_tokens") for answer in (plain, prefilled))
-                continues = None not in (before, after) and after - before <= 1
+                continues = before is not None and after is not None and after - before <= 1
             except _RefusedError:
                 continues = False
             if self._continues is None:  # of several that test at once, the first decides
