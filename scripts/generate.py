@@ -5,6 +5,8 @@
 Leaves out any judgement of the answers, and few-shot prompting: the model is asked through its chat template.
 """
 
+from collections import Counter
+
 import click
 
 from cai.base import cli
@@ -54,11 +56,10 @@ def main(inputs, output, model, samples, system, settings):
         return {**row, "response": generation.text, "model": model, "finish": generation.finish}
 
     def tally(answered):
-        unfinished = empty = 0
+        counts = Counter(prompts=source.count, unfinished=0, empty=0)
         for row in answered:
-            unfinished += row["finish"] == "length"
-            empty += not row["response"]
-        return {"prompts": source.count, "unfinished": unfinished, "empty": empty}
+            counts.update(unfinished=row["finish"] == "length", empty=not row["response"])
+        return dict(counts)
 
     text.run(
         text.Step("generate", model, rows, rows.ids, render, answer),

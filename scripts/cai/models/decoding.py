@@ -126,9 +126,9 @@ def slow_reason(model: Any) -> str | None:
     """
     config = model.config.get_text_config()
     kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
-    missing = sorted({"position_ids", "attention_mask"} - set(inspect.signature(model.__class__.forward).parameters))
+    missing = {"position_ids", "attention_mask"} - set(inspect.signature(model.__class__.forward).parameters)
     if cache_parameter(model.__class__) is None:
-        missing.append(" or ".join(CACHE_PARAMETERS))
+        missing.add(" or ".join(CACHE_PARAMETERS))
     reasons = {
         "it has an encoder": config.is_encoder_decoder,
         "it keeps a recurrent state": getattr(model, "_is_stateful", False),
@@ -186,11 +186,12 @@ class Prefixes:
         kept: list[int] = []
         known = [0] * len(prompts)
         if within:
-            kept = sorted({number for prompt in prompts if (number := within.find(prompt)) is not None})
-            known = [within.shared(prompt) for prompt in prompts]
+            numbers = [within.find(prompt) for prompt in prompts]
+            kept = sorted({number for number in numbers if number is not None})
+            known = [0 if number is None else within.lengths[number] for number in numbers]
         new = shared_beginnings(prompts, known) if share else []
         self.token_ids: list[list[int]] = new + ([within.token_ids[number] for number in kept] if within else [])
-        self.lengths = [len(prefix) for prefix in self.token_ids]
+        self.lengths: list[int] = [len(prefix) for prefix in self.token_ids]
         self.width = max(self.lengths, default=0)
         self._by_length: dict[int, dict[tuple[int, ...], int]] = defaultdict(dict)
         for number, prefix in enumerate(self.token_ids):
@@ -308,7 +309,7 @@ def prefill(
 
     device = model.device
     numbers = [prefixes.find(prompt) if prefixes else None for prompt in prompts]
-    lengths = [prefixes.shared(prompt) if prefixes else 0 for prompt in prompts]
+    lengths = [prefixes.lengths[number] if prefixes and number is not None else 0 for number in numbers]
     # A prefix cache that is wider than these rows need loses its columns on the left.
     width = max(lengths, default=0)
     rests = [prompt[length:] for prompt, length in zip(prompts, lengths, strict=True)]
@@ -379,17 +380,17 @@ def _layer_class() -> Any:
             return keys, values
 
         def drop(self, ended: Sequence[bool]) -> list[int]:
-            """Remove the rows that have ended. Returns the old place of each row that stays, in the new order."""
+            """Remove the rows that have ended. Returns the old position of each row that stays, in the new order."""
             self.rows = ended.count(False)
-            places = list(range(self.rows))
-            targets = [place for place in places if ended[place]]
-            sources = [place for place in range(self.rows, len(ended)) if not ended[place]]
+            positions = list(range(self.rows))
+            targets = [position for position in positions if ended[position]]
+            sources = [position for position in range(self.rows, len(ended)) if not ended[position]]
             for target, source in zip(targets, sources, strict=True):
-                places[target] = source
+                positions[target] = source
             if sources:
                 for buffer in self.buffers:
                     buffer[targets, :, : self.length] = buffer[sources, :, : self.length]
-            return places
+            return positions
 
         def get_seq_length(self) -> int:
             return self.length
@@ -425,9 +426,9 @@ def decode(
     cached = {_cache_name(model): Cache(layers=layers)}
     ends = torch.tensor(sorted(stop_ids), device=device)
     new = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
-    rows = list(range(len(prompts)))  # the prompt in each place of the cache
+    rows = list(range(len(prompts)))  # the prompt at each position of the cache
     order = torch.tensor(rows, device=device)
-    over = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # by place
+    over = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # by position
     check_every = 1 if device.type == "cpu" else 8  # to read `over` is to wait for the device
     for step in range(max_new_tokens):
         picked = sampler.pick(logits, step, order)
@@ -446,9 +447,9 @@ def decode(
                 for row in (row for row, is_over in zip(rows, ended, strict=True) if is_over):
                     yield row, _until(new[row, : step + 1].tolist(), stop_ids)
                 for layer in layers:
-                    places = layer.drop(ended)
-                rows = [rows[place] for place in places]
-                picked, over, order = picked[places], over.new_zeros(len(rows)), torch.tensor(rows, device=device)
+                    positions = layer.drop(ended)
+                rows = [rows[position] for position in positions]
+                picked, over, order = picked[positions], over.new_zeros(len(rows)), torch.tensor(rows, device=device)
         known = prompt_lengths[order].unsqueeze(1)
         unpadded = all(lengths[row] == width for row in rows)
         mask = None if unpadded else (torch.arange(width + step + 1, device=device) >= width - known).long()

@@ -37,12 +37,10 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] != "glibc":
         return
-    trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3)
-    library = ctypes.CDLL(None)
-    if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
-        library.mallopt(trim, 1 << 30)
-    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        library.mallopt(mmap, 1 << 25)  # the most that glibc takes
+    # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3), whose maximum is 1 << 25.
+    for variable, option, size in (("MALLOC_TRIM_THRESHOLD_", -1, 1 << 30), ("MALLOC_MMAP_THRESHOLD_", -3, 1 << 25)):
+        if variable not in os.environ:
+            ctypes.CDLL(None).mallopt(option, size)
 
 
 _loaded: dict[tuple[Any, ...], LocalEngine] = {}
@@ -107,16 +105,13 @@ def find_model(model: str) -> str:
     if model.startswith("openai:") or Path(path).is_dir():
         return path
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) and not Path(path).exists()
-    parent = path.rpartition("/")[0]
-    if not is_hub_id or (parent and Path(parent).is_dir() and not _is_cached(path)):
+    if is_hub_id and "/" in path and Path(path).parent.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        is_hub_id = isinstance(try_to_load_from_cache(path, "config.json"), str)
+    if not is_hub_id:
         raise InputError("no such model folder", where=path, remedy="Check the path, or give a hub id")
     return path
-
-
-def _is_cached(hub_id: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
 
 
 def check_model(model: str, *, classifier: bool = False) -> str:

@@ -96,13 +96,9 @@ class LocalEngine:
             done: keys of requests that the caller has the answers of. A batch of only such requests is skipped; any
                 other is the same as without `done`, so that a resumed run rounds as one that never stopped.
         """
-        run = self._generate if self._decodes else self._generate_slowly
-        for window in self._windows(requests, self._read_prompts, done):
-            prompts, too_long = self._split(window, sampling.max_new_tokens)
-            for prompt in too_long:
-                yield prompt.request, Generation("", "too_long", len(prompt.token_ids), 0)
-            run_batch = partial(run, sampling=sampling, prefixes=self._share_prefixes(prompts))
-            yield from self._run_batches(prompts, run_batch, sampling.max_new_tokens, done)
+        run = partial(self._generate if self._decodes else self._generate_slowly, sampling=sampling)
+        for prompt, answer in self._run(requests, self._read_prompts, run, sampling.max_new_tokens, done):
+            yield prompt.request, answer or Generation("", "too_long", len(prompt.token_ids), 0)
 
     def score(
         self, requests: Iterable[RequestT], labels: Sequence[str]
@@ -116,10 +112,30 @@ class LocalEngine:
         Raises InputError if the labels are not single, different tokens where the conversation ends.
         """
         read = partial(self._read_questions, labels=labels, label_ids={})
-        for window in self._windows(requests, read):
-            prompts, too_long = self._split(window, 0)
-            yield from ((prompt.request, None) for prompt in too_long)
-            yield from self._run_batches(prompts, partial(self._score, prefixes=self._share_prefixes(prompts)), 0)
+        for prompt, logprobs in self._run(requests, read, self._score, 0):
+            yield prompt.request, logprobs
+
+    def _run(
+        self,
+        requests: Iterable[Request],
+        read: Callable[[list[Request]], list[_Prompt]],
+        run: Callable[..., Iterator[tuple[_Prompt, Any]]],
+        new_tokens: int,
+        done: Container[Hashable] = (),
+    ) -> Iterator[tuple[_Prompt, Any]]:
+        """(prompt, result) of each request, as it comes; the result is None where it does not fit the model's context.
+
+        Args:
+            run: a batch and the prefixes of its window to its prompts and results.
+            new_tokens: tokens that each row may grow by.
+        """
+        limit = (self.context or float("inf")) - new_tokens
+        for window in self._windows(requests, read, done):
+            prompts = [prompt for prompt in window if len(prompt.token_ids) <= limit]
+            yield from ((prompt, None) for prompt in window if len(prompt.token_ids) > limit)
+            token_ids = [prompt.token_ids for prompt in prompts]
+            prefixes = Prefixes(self.model, token_ids, self.pad_id, self._decodes and len(prompts) > 1)
+            yield from self._run_batches(prompts, partial(run, prefixes=prefixes), new_tokens, done)
 
     def _windows(
         self,
@@ -150,30 +166,16 @@ class LocalEngine:
         token_ids = self.chat.encode_all([self.chat.render(request.conversation) for request in requests])
         return list(map(_Prompt, requests, token_ids))
 
-    def _split(self, prompts: list[_Prompt], new_tokens: int) -> tuple[list[_Prompt], list[_Prompt]]:
-        """(those that fit the model's context with the new tokens, those that do not)."""
-        limit = (self.context or float("inf")) - new_tokens
-        too_long = [prompt for prompt in prompts if len(prompt.token_ids) > limit]
-        return [prompt for prompt in prompts if len(prompt.token_ids) <= limit], too_long
-
-    def _share_prefixes(self, prompts: list[_Prompt]) -> Prefixes:
-        token_ids = [prompt.token_ids for prompt in prompts]
-        return Prefixes(self.model, token_ids, self.pad_id, self._decodes and len(prompts) > 1)
-
     def _run_batches(
         self,
         prompts: list[_Prompt],
-        run: Callable[[list[_Prompt]], Iterator[tuple[Request, Any]]],
+        run: Callable[[list[_Prompt]], Iterator[tuple[_Prompt, Any]]],
         new_tokens: int,
         done: Container[Hashable] = (),
-    ) -> Iterator[tuple[Any, Any]]:
+    ) -> Iterator[tuple[_Prompt, Any]]:
         """The results of `run` for batches of similar length, longest first; nothing for keys in `done`.
 
         Where memory runs out the batch is halved, and its rows without a result are run again.
-
-        Args:
-            run: a batch to its (request, result).
-            new_tokens: tokens that each row may grow by.
         """
         import torch
 
@@ -189,7 +191,7 @@ class LocalEngine:
             while True:
                 try:
                     with torch.inference_mode():  # not around the yield, which would switch the caller's mode
-                        request, result = next(results)
+                        prompt, result = next(results)
                 except StopIteration:
                     break
                 except torch.OutOfMemoryError as error:
@@ -198,9 +200,9 @@ class LocalEngine:
                         raise CaiError(f"one row of {tokens} tokens does not fit the GPU's memory") from error
                     is_full = True
                     break
-                answered.add(request.key)
-                if request.key not in done:
-                    yield request, result
+                answered.add(prompt.request.key)
+                if prompt.request.key not in done:
+                    yield prompt, result
             if is_full:  # outside the handler, where the failed batch's tensors are freed
                 del results
                 if torch.cuda.is_available():
@@ -211,7 +213,7 @@ class LocalEngine:
 
     def _generate(
         self, batch: list[_Prompt], sampling: Sampling, prefixes: Prefixes
-    ) -> Iterator[tuple[Request, Generation]]:
+    ) -> Iterator[tuple[_Prompt, Generation]]:
         """The answers of one batch, row by row as they end."""
         sampler = RowSampler(sampling, [prompt.request.seed for prompt in batch])
         stops = self.chat.stops(sampling.stop)
@@ -228,11 +230,11 @@ class LocalEngine:
         )
         for row, tokens in rows:
             sampler.check(self.name)
-            yield self._read_answer(batch[row], tokens, sampling)
+            yield batch[row], self._read_answer(batch[row], tokens, sampling)
 
     def _generate_slowly(
         self, batch: list[_Prompt], sampling: Sampling, prefixes: Prefixes
-    ) -> Iterator[tuple[Request, Generation]]:
+    ) -> Iterator[tuple[_Prompt, Generation]]:
         """`_generate` by transformers' own loop, for models that `decoding.decode` can't run."""
         import torch
 
@@ -254,15 +256,15 @@ class LocalEngine:
         sampler.check(self.name)
         for prompt, tokens in zip(batch, new, strict=True):
             length = next((n + 1 for n, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
-            yield self._read_answer(prompt, tokens[:length], sampling)
+            yield prompt, self._read_answer(prompt, tokens[:length], sampling)
 
-    def _read_answer(self, prompt: _Prompt, tokens: list[int], sampling: Sampling) -> tuple[Request, Generation]:
-        """The request and its answer from the new tokens, the end token included."""
+    def _read_answer(self, prompt: _Prompt, tokens: list[int], sampling: Sampling) -> Generation:
+        """The answer from the new tokens, the end token included."""
         ended = bool(tokens) and tokens[-1] in self.stop_ids
         continued = prompt.request.conversation[-1]["role"] == "assistant"
         text, stopped = self.chat.answer(tokens[:-1] if ended else tokens, continued=continued, stop=sampling.stop)
         finish = "stop" if ended or stopped else "length"
-        return prompt.request, Generation(text, finish, len(prompt.token_ids), len(tokens))
+        return Generation(text, finish, len(prompt.token_ids), len(tokens))
 
     @property
     def _chunk_tokens(self) -> int:
@@ -308,7 +310,7 @@ class LocalEngine:
             )
         return label_ids
 
-    def _score(self, batch: list[_Prompt], prefixes: Prefixes) -> Iterator[tuple[Request, list[float]]]:
+    def _score(self, batch: list[_Prompt], prefixes: Prefixes) -> Iterator[tuple[_Prompt, list[float]]]:
         """The labels' log-probabilities in one batch."""
         if self._decodes and len(batch) > 1:  # a pair in both orders has the prompt in common too
             prefixes = Prefixes(self.model, [prompt.token_ids for prompt in batch], self.pad_id, within=prefixes)
@@ -322,7 +324,7 @@ class LocalEngine:
             if logprobs.isnan().any():
                 raise decoding.not_a_number(self.name)
             for prompt, row in zip(prompts, logprobs, strict=True):
-                yield prompt.request, row[prompt.label_ids].tolist()
+                yield prompt, row[prompt.label_ids].tolist()
 
 
 class _StopStrings:

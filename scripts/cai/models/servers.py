@@ -31,8 +31,8 @@ import numpy as np
 
 from cai.base import cli
 from cai.base.errors import CaiError, InputError, shorten
-from cai.models.chat import THINKING, break_up, join_turns, strip_thinking
-from cai.models.engine import Generation, Message, Request, RequestT, Sampling, fold_prefill, join_labels
+from cai.models.chat import THINKING, join_turns, strip_thinking
+from cai.models.engine import Generation, Message, Request, RequestT, Sampling, fold_prefill, label_instruction
 
 IN_FLIGHT = 64  # requests at once by default
 
@@ -57,7 +57,7 @@ _OPTIONAL = ("chat_template_kwargs", "seed", "stop")
 
 # Control tokens as the families of models spell them. No tokenizer here says which of them this model has, so all
 # are broken up, as `Chat.neutralise` does for a local model: text from a record can't end a turn or begin another.
-_CONTROL = re.compile(
+CONTROL = re.compile(
     r"<[|｜][^\s<>|｜]{1,40}[|｜]?>|<[^\s<>|]{1,40}\|>|</?s>|<(?:bos|eos|pad|unk|(?:start|end)_of_turn)>"
     r"|</?think(?:ing)?>|\[/?(?:INST|THINK|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<</?SYS>>"
 )
@@ -213,8 +213,9 @@ class ServerEngine:
         self._answered_rows = self._refused_rows = 0
         self._answered_at = self._told_to_wait_until = 0.0
         for address in addresses:
-            parts = urlsplit(address)
-            if key and parts.scheme == "http" and not _is_loopback(parts.hostname):
+            host = urlsplit(address).hostname or ""
+            is_loopback = host in ("localhost", "::1") or host.startswith("127.")
+            if key and address.startswith("http:") and not is_loopback:
                 cli.warn(f"the key in {key_name} goes to {address} unencrypted")
 
     # --- the two calls ----------------------------------------------------------------------------------------
@@ -293,9 +294,9 @@ class ServerEngine:
         return Generation(text, finish, *tokens)
 
     async def _score(self, request: Request, labels: Sequence[str]) -> list[float] | None:
-        instruction = f"Complete this sentence, with {join_labels(labels)} and nothing else:"
+        body = await self._prepare(request, label_instruction(labels), 1)
         try:
-            answer = await self._ask_row({**await self._prepare(request, instruction, 1), **_LOGPROBS})
+            answer = await self._ask_row({**body, **_LOGPROBS})
         except _RefusedError:
             return None
         tokens = _top_logprobs(answer)
@@ -311,11 +312,9 @@ class ServerEngine:
 
         instruction: goes into the question, before the prefill, where the server can't continue a prefill.
         """
-        if not request.prefill:
-            return _request(request.conversation, max_tokens)
-        if await self._can_continue():
+        if request.prefill and await self._can_continue():
             return {**_request(request.conversation, max_tokens), **_CONTINUE}
-        return _request(fold_prefill(request.conversation, f"{instruction}\n{request.prefill}"), max_tokens)
+        return _request(fold_prefill(request, instruction), max_tokens)
 
     async def _can_continue(self) -> bool:
         """Whether the server continues an assistant's message at the end. Tested once.
@@ -410,7 +409,7 @@ class ServerEngine:
     def _adapt(self, body: _Body) -> _Body:
         """The request in the form that the servers take, as far as that is known."""
         adapted = {name: value for name, value in body.items() if name not in self._dropped}
-        adapted["messages"] = join_turns(body["messages"], _CONTROL, self._takes_system)
+        adapted["messages"] = join_turns(body["messages"], CONTROL, self._takes_system)
         adapted[self._max_tokens] = adapted.pop("max_tokens")
         if "top_logprobs" in body:
             adapted["top_logprobs"] = self._top
@@ -643,11 +642,6 @@ _CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 _LOGPROBS = {"temperature": 1.0, "logprobs": True, "top_logprobs": TOP[0]}
 
 
-def neutralise(text: str) -> str:
-    """`text` with everything that looks like a control token of any family broken up by a space."""
-    return break_up(text, _CONTROL)
-
-
 # --- the body of an answer ------------------------------------------------------------------------------------
 
 
@@ -725,7 +719,3 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         if math.isfinite(wait):
             return max(0.0, wait)
     return None
-
-
-def _is_loopback(host: str | None) -> bool:
-    return host in ("localhost", "::1") or (host or "").startswith("127.")

@@ -19,12 +19,10 @@ from typing import Any
 
 from cai.base.errors import InputError
 from cai.base.hashing import identity
-from cai.constitution.files import load_constitution
-from cai.constitution.templates import load_template
-from cai.data import preferences
+from cai.constitution import files, templates
+from cai.data import preferences, readers
 from cai.data.outputs import Output
 from cai.data.processes import Team
-from cai.data.readers import read_jsonl
 from cai.models import engine, estimate, loading
 from cai.stats import agreement
 from cai.steps import judging, pairs, sharing, text
@@ -70,12 +68,12 @@ def read_task(
             remedy="Other limits would favour one side",
         )
     question = judging.Question(
-        load_constitution(constitution),
-        load_template(template),
-        load_template("preference_cot") if cot else None,
+        files.load_constitution(constitution),
+        templates.load_template(template),
+        templates.load_template("preference_cot") if cot else None,
         settings.sampling,
         settings.seed,
-        load_template(answer_template),
+        templates.load_template(answer_template),
         every=principles == "all",
         examples=not no_examples,
     )
@@ -188,7 +186,7 @@ def _judge_share(task: Task, team: Team, journal: Any, judge: engine.Engine) -> 
 
 def _finish(output: Output, task: Task, failed: dict[str, str], judge: engine.Engine | None = None, **more) -> None:
     """Finish an output with the counts over its rows; `more`: further counts."""
-    counts = {**judging.summary(row for _, row in read_jsonl(output.journal)), **more, "failed": len(failed)}
+    counts = {**judging.summary(row for _, row in readers.read_jsonl(output.journal)), **more, "failed": len(failed)}
     if task.comparisons.unpaired:
         counts["unpaired"] = task.comparisons.unpaired
     sharing.finish_output(output, task.comparisons.ids, counts, failed, judge)
@@ -243,7 +241,7 @@ def _rows_by_judge(outputs: Mapping[str, Output], task: Task) -> Iterator[dict[s
     positions = {comparison_id: position for position, comparison_id in enumerate(task.comparisons.ids)}
 
     def read(name: str, path: Path) -> Iterator[tuple[int, str, dict]]:
-        return ((positions[row["id"]], name, row) for _, row in read_jsonl(path))
+        return ((positions[row["id"]], name, row) for _, row in readers.read_jsonl(path))
 
     merged = heapq.merge(*(read(name, output.path) for name, output in outputs.items()), key=itemgetter(0))
     for _, rows in groupby(merged, key=itemgetter(0)):

@@ -10,7 +10,7 @@ comparisons of more than two responses.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice, product
@@ -294,36 +294,33 @@ def summary(rows: Iterable[dict]) -> dict:
     that the labels have, None where answers were written; a_chosen: rate of decided pairs won by response_a.
     With `gold`: accuracy over decided pairs, beside the accuracy of "always a" and "the longer one" on them.
     """
-    totals: dict[str, Any] = defaultdict(int)
+    totals: Counter = Counter()
     for row in rows:
         if row.get("tie"):
-            totals["identical"] += 1
+            totals.update(identical=1)
             continue
-        totals["pairs"] += 1
-        totals["empty"] += not (row["response_a"].strip() and row["response_b"].strip())
-        for both in group_verdicts(row["verdicts"]).values():
-            if None not in both:
-                totals["readable"] += 1
-                totals["same_position"] += same_position(*both)
-        for verdict in row["verdicts"]:
-            totals["masses"] += "mass" in verdict
-            totals["mass"] += verdict.get("mass", 0.0)
+        readable = [both for both in group_verdicts(row["verdicts"]).values() if None not in both]
+        masses = [verdict["mass"] for verdict in row["verdicts"] if "mass" in verdict]
+        totals.update(
+            pairs=1,
+            empty=not (row["response_a"].strip() and row["response_b"].strip()),
+            readable=len(readable),
+            same_position=sum(same_position(*both) for both in readable),
+            masses=len(masses),
+            mass=sum(masses),
+        )
         if row["p_a"] is None:
-            totals["nulls"] += 1
+            totals.update(nulls=1)
             continue
-        totals["margin"] += abs(2 * row["p_a"] - 1)
+        totals.update(margin=abs(2 * row["p_a"] - 1), undecided=row["chosen"] is None)
         if row["chosen"] is None:
-            totals["undecided"] += 1
             continue
         a_chosen = row["p_a"] > 0.5
-        totals["decided"] += 1
-        totals["a_chosen"] += a_chosen
+        totals.update(decided=1, a_chosen=a_chosen)
         if row.get("gold"):
             gold_is_a = row["gold"] == "a"
-            totals["gold"] += 1
-            totals["accuracy"] += a_chosen == gold_is_a
-            totals["always_a"] += gold_is_a
-            totals["longer"] += (len(row["response_a"]) > len(row["response_b"])) == gold_is_a
+            a_is_longer = len(row["response_a"]) > len(row["response_b"])
+            totals.update(gold=1, accuracy=a_chosen == gold_is_a, always_a=gold_is_a, longer=a_is_longer == gold_is_a)
     read = totals["pairs"] - totals["nulls"]
     figures = {
         "pairs": totals["pairs"],

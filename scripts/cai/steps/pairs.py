@@ -36,8 +36,8 @@ def read_comparisons(
                 where=", ".join(inputs),
                 remedy="Leave it out",
             )
-        given = GivenPairs(inputs, limit)
-        return given, {"input": given.digest}
+        pairs = GivenPairs(inputs, limit)
+        return pairs, {"input": pairs.digest}
     source = Source(inputs, require=("prompt", "response"), limit=limit)
     others = Source([against], require=("prompt", "response")) if against else None
     digests = {"input": source.digest, "against": others and others.digest}

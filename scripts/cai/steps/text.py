@@ -18,12 +18,9 @@ import click
 
 from cai.base import cli
 from cai.base.hashing import hashed_seed, identity
-from cai.data.outputs import Output
-from cai.data.processes import Team
-from cai.data.readers import read_jsonl
+from cai.data import outputs, processes, readers
+from cai.models import estimate, loading
 from cai.models.engine import Engine, Generation, Message, RowRequest, Sampling
-from cai.models.estimate import plan_options, text_plan
-from cai.models.loading import check_model, load_engine
 from cai.steps.sharing import finish_output, share_progress, share_work
 
 # Answers that wait to be written before the model waits for the file.
@@ -64,7 +61,7 @@ def options(function):
 
     for option in (
         cli.options("device", "dtype", "json", "dry_run", "overwrite"),
-        plan_options,
+        estimate.plan_options,
         click.option(
             "--batch-tokens",
             type=click.IntRange(min=1),
@@ -120,8 +117,8 @@ def run(
         tally: counts over the finished rows, for the summary and the manifest.
         next_command: a command's name and its arguments.
     """
-    check_model(step.model)
-    team = Team()
+    loading.check_model(step.model)
+    team = processes.Team()
     fingerprint = {
         "model": step.model,
         "weights": identity(step.model),
@@ -131,22 +128,22 @@ def run(
         "limit": settings.limit,
         "dtype": settings.loading["dtype"],
     }
-    claim = partial(Output, output, command=step.command, overwrite=settings.overwrite, inputs=inputs)
+    claim = partial(outputs.Output, output, command=step.command, overwrite=settings.overwrite, inputs=inputs)
     journal = claim(fingerprint=fingerprint) if team.first else None
     summary = {"command": step.command, "output": output}
     if settings.dry_run:
         if journal:
             cli.finish({**summary, **_plan(step, settings, journal)}, as_json=settings.as_json)
         return
-    load = partial(load_engine, step.model, endpoints=settings.endpoints, **settings.loading)
+    load = partial(loading.load_engine, step.model, endpoints=settings.endpoints, **settings.loading)
     with share_work(team, journal, load, partial(_answer_rows, step, settings)) as (engine, results):
         if results is not None:
             failed, tokens = {}, Counter()
-            for failed_share, tokens_share in results:
-                failed |= failed_share
-                tokens.update(tokens_share)
+            for share_failed, share_tokens in results:
+                failed |= share_failed
+                tokens.update(share_tokens)
             counts = {"rows": len(step.ids) - len(failed), "failed": len(failed)}
-            counts |= tally(row for _, row in read_jsonl(journal.journal))
+            counts |= tally(row for _, row in readers.read_jsonl(journal.journal))
             finish_output(journal, step.ids, counts, failed, engine, tokens=dict(tokens))
         elif team.first:
             cli.note(f"{output} is done already; --overwrite makes it again")
@@ -158,26 +155,29 @@ def run(
         cli.finish({**summary, **journal.counts}, as_json=settings.as_json, next_command=line)
 
 
-def _plan(step: Step, settings: Settings, journal: Output) -> dict:
+def _plan(step: Step, settings: Settings, journal: outputs.Output) -> dict:
     """What `--dry-run` reports."""
     rows = () if journal.complete else (row for row in step.rows if row["id"] not in journal.done)
-    plan = text_plan(map(step.render, rows), step.model, settings.sampling, **settings.plan)
+    plan = estimate.text_plan(map(step.render, rows), step.model, settings.sampling, **settings.plan)
     done = len(step.ids) if journal.complete else len(journal.done)
     return {"rows": len(step.ids), "done": done, **plan}
 
 
-def _answer_rows(step: Step, settings: Settings, team: Team, journal, engine: Engine) -> tuple[dict, dict]:
+def _answer_rows(
+    step: Step, settings: Settings, team: processes.Team, journal, engine: Engine
+) -> tuple[dict[str, str], Counter]:
     """Answer the rows of this process that are left. Returns ({row id: why it failed}, token counts)."""
-    failed, tokens = {}, {"rows": 0, "prompt": 0, "new": 0, "unfinished": 0}
+    failed, tokens = {}, Counter(rows=0, prompt=0, new=0, unfinished=0)
     done, sampling = frozenset(journal.done), settings.sampling
-
-    def seed_of(row: dict) -> int:
-        return hashed_seed(step.command, settings.seed, row["id"], len(row.get("rounds") or ()))
+    seed = partial(hashed_seed, step.command, settings.seed)
+    requests = (
+        RowRequest(row["id"], step.render(row), seed(row["id"], len(row.get("rounds") or ())), row=row)
+        for row in team.share(step.rows)
+    )
 
     def write(row: dict, generation: Generation) -> None:
         journal.write(step.answer(row, generation))
 
-    requests = (RowRequest(row["id"], step.render(row), seed_of(row), row=row) for row in team.share(step.rows))
     with share_progress(team, len(step.ids), len(done), step.command) as bar, ThreadPoolExecutor(1) as writer:
         waiting = deque()
         for request, generation in engine.generate(requests, sampling, done):
@@ -191,10 +191,8 @@ def _answer_rows(step: Step, settings: Settings, team: Team, journal, engine: En
             waiting.append(writer.submit(write, request.row, generation))
             while waiting and (waiting[0].done() or len(waiting) > WAITING):
                 waiting.popleft().result()  # raises what writing raised
-            tokens["rows"] += 1
-            tokens["prompt"] += generation.prompt_tokens
-            tokens["new"] += generation.tokens
-            tokens["unfinished"] += generation.finish == "length"
+            unfinished = generation.finish == "length"
+            tokens.update(rows=1, prompt=generation.prompt_tokens, new=generation.tokens, unfinished=unfinished)
         for write_result in waiting:
             write_result.result()
     return failed, tokens
