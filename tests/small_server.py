@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from cai.models.engine import Request, Sampling
 from cai.models.loading import load_engine
 
-# One for all servers: they share the engine that is kept in this process, and an answer may still be under way when a server has ended.
+# One for all servers: they share this process's engine, and an answer may be under way after its server has ended.
 _LOCK = threading.Lock()
 
 
