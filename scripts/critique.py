@@ -3,7 +3,7 @@
     python scripts/critique.py --input responses.jsonl --model tiny --output critiques.jsonl
 
 A principle is drawn for each row and round (paper, section 3.1). Run it on revised rows for another round.
-Leaves out the revision (revise.py) and any check of what the critique says.
+Leaves out the revision (revise.py) and any check of the critique's text.
 """
 
 import click
@@ -21,7 +21,7 @@ from cai.steps import text
 @click.option("--template", metavar="NAME|FILE", help="The prompt template.  [default: critique]")
 @click.option("--cot", is_flag=True, help="Think step by step first: the template critique_cot.")
 @text.options
-def main(inputs, output, model, constitution, template, cot, **options):
+def main(inputs, output, model, constitution, template, cot, settings):
     """Have a model criticise responses by a drawn principle.
 
     \b
@@ -32,41 +32,36 @@ def main(inputs, output, model, constitution, template, cot, **options):
     if cot and template:
         raise click.UsageError("--cot is the template critique_cot: give --cot or --template, not both.")
     template = load_template(template or ("critique_cot" if cot else "critique"))
-    same = [] if constitution == "harmlessness" else ["--constitution", constitution]
+    constitution_option = [] if constitution == "harmlessness" else ["--constitution", constitution]
     constitution = load_constitution(constitution)
     source = Source(
         inputs,
         require=("prompt", "response"),
-        limit=options["limit"],
+        limit=settings.limit,
         check=lambda row, where, line: check_rounds(row, where, line, critiqued=False),
     )
 
-    def principle(row):
-        return constitution.draw(options["seed"], row["id"], len(row.get("rounds") or ()))
+    def draw_principle(row):
+        return constitution.draw(settings.seed, row["id"], len(row.get("rounds") or ()))
 
     def render(row):
-        return template.render(principle=principle(row), prompt=row["prompt"], response=text_of_round(row))
+        return template.render(principle=draw_principle(row), prompt=row["prompt"], response=text_of_round(row))
 
-    def answer(row, made):
-        one = {"principle": principle(row).id, "critique": made.text}
-        return {**row, "rounds": [*(row.get("rounds") or ()), one]}
+    def answer(row, generation):
+        new_round = {"principle": draw_principle(row).id, "critique": generation.text}
+        return {**row, "rounds": [*(row.get("rounds") or ()), new_round]}
 
-    def tally(done):
-        return {"empty": sum(not row["rounds"][-1]["critique"] for row in done)}
+    def tally(answered):
+        return {"empty": sum(not row["rounds"][-1]["critique"] for row in answered)}
 
     text.run(
-        "critique",
-        source,
-        source.ids,
-        render,
-        answer,
+        text.Step("critique", model, source, source.ids, render, answer),
+        settings,
         tally=tally,
         inputs=inputs,
         output=output,
-        model=model,
         fingerprint={"input": source.digest, "constitution": constitution.sha256, "template": template.sha256},
-        next_command=["revise", "--input", output, "--model", model, *same, "--output", "REVISIONS"],
-        **options,
+        next_command=["revise", "--input", output, "--model", model, *constitution_option, "--output", "REVISIONS"],
     )
 
 

@@ -1,9 +1,11 @@
-"""Answer prompts with a model: the first responses, or samples for the judge to compare.
+"""Generate responses to prompts: the first responses, or several samples for the judge to compare.
 
     python scripts/generate.py --input prompts.jsonl --model tiny --output responses.jsonl
 
-Leaves out any judgement of the answers, and few-shot prompting: a chat model is asked as a chat model.
+Leaves out any judgement of the answers, and few-shot prompting: the model is asked through its chat template.
 """
+
+from collections import Counter
 
 import click
 
@@ -25,51 +27,48 @@ class Samples:
 
     def __iter__(self):
         for row in self.source:
-            row.pop("rounds", None)  # those of an earlier response
+            row.pop("rounds", None)  # they belong to an earlier response
             for n in range(self.samples):
                 yield {**row, "id": f"{row['id']}/{n}", "prompt_id": row["id"], "sample": n}
 
 
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model")
-@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Responses for each prompt.")
+@click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Responses per prompt.")
 @click.option("--system", metavar="TEXT", help="A system message in front of every prompt.")
 @text.options
-def main(inputs, output, model, samples, system, **options):
-    """Answer prompts with a model.
+def main(inputs, output, model, samples, system, settings):
+    """Generate responses to prompts with a model.
 
     \b
     Example:
       python scripts/generate.py --input scripts/cai/tiny/prompts/train.jsonl \\
           --model tiny --limit 100 --output responses.jsonl
     """
-    source = Source(inputs, limit=options["limit"])
+    source = Source(inputs, limit=settings.limit)
     rows = Samples(source, samples)
-    before = [{"role": "system", "content": system}] if system else []
+    system_messages = [{"role": "system", "content": system}] if system else []
 
-    def answer(row, made):
-        return {**row, "response": made.text, "model": model, "finish": made.finish}
+    def render(row):
+        return system_messages + as_messages(row["prompt"])
 
-    def tally(done):
-        unfinished = empty = 0
-        for row in done:
-            unfinished += row["finish"] == "length"
-            empty += not row["response"]
-        return {"prompts": source.count, "unfinished": unfinished, "empty": empty}
+    def answer(row, generation):
+        return {**row, "response": generation.text, "model": model, "finish": generation.finish}
+
+    def tally(answered):
+        counts = Counter(prompts=source.count, unfinished=0, empty=0)
+        for row in answered:
+            counts.update(unfinished=row["finish"] == "length", empty=not row["response"])
+        return dict(counts)
 
     text.run(
-        "generate",
-        rows,
-        rows.ids,
-        lambda row: before + as_messages(row["prompt"]),
-        answer,
+        text.Step("generate", model, rows, rows.ids, render, answer),
+        settings,
         inputs=inputs,
         output=output,
-        model=model,
         tally=tally,
         fingerprint={"input": source.digest, "samples": samples, "system": system},
         next_command=["critique", "--input", output, "--model", model, "--output", "CRITIQUES"],
-        **options,
     )
 
 

@@ -2,9 +2,8 @@
 
     python scripts/revise.py --input critiques.jsonl --model tiny --output revisions.jsonl
 
-Each revision is looked at by rules (scripts/cai/revision.py) and flagged where its form is wrong: flagged
-ones stay in the file, and sft.py leaves them out. Leaves out the critique (critique.py), and trying again
-what was flagged.
+Rules check the form of each revision (steps/flags.py) and flag what is wrong with it. Flagged revisions stay in the
+file, and sft.py skips them. Leaves out the critique (critique.py), and a second try for flagged revisions.
 """
 
 from collections import Counter
@@ -25,7 +24,7 @@ from cai.steps.flags import REASONS, flags
 @cli.options("input", "output", "model", "constitution")
 @click.option("--template", metavar="NAME|FILE", default="revise", show_default=True, help="The prompt template.")
 @text.options
-def main(inputs, output, model, constitution, template, **options):
+def main(inputs, output, model, constitution, template, settings):
     """Have a model revise responses after their critique.
 
     \b
@@ -46,7 +45,7 @@ def main(inputs, output, model, constitution, template, **options):
                 remedy="Give the same --constitution again",
             )
 
-    source = Source(inputs, require=("prompt", "response", "rounds"), limit=options["limit"], check=check)
+    source = Source(inputs, require=("prompt", "response", "rounds"), limit=settings.limit, check=check)
 
     def render(row):
         last = row["rounds"][-1]
@@ -57,33 +56,27 @@ def main(inputs, output, model, constitution, template, **options):
             critique=last["critique"],
         )
 
-    def answer(row, made):
-        found = flags(text_of_round(row), made.text, made.finish)
-        last = {**row["rounds"][-1], "revision": made.text, "flags": found}
+    def answer(row, generation):
+        revision_flags = flags(text_of_round(row), generation.text, generation.finish)
+        last = {**row["rounds"][-1], "revision": generation.text, "flags": revision_flags}
         return {**row, "rounds": [*row["rounds"][:-1], last]}
 
-    def tally(done):
+    def tally(answered):
         flagged, reasons = 0, Counter({reason: 0 for reason in REASONS})
-        for row in done:
-            found = row["rounds"][-1]["flags"]
-            flagged += bool(found)
-            reasons.update(found)
+        for row in answered:
+            flagged += bool(row["rounds"][-1]["flags"])
+            reasons.update(row["rounds"][-1]["flags"])
         return {"flagged": flagged, "flags": dict(reasons)}
 
     text.run(
-        "revise",
-        source,
-        source.ids,
-        render,
-        answer,
+        text.Step("revise", model, source, source.ids, render, answer),
+        settings,
         tally=tally,
         inputs=inputs,
         output=output,
-        model=model,
         fingerprint={"input": source.digest, "constitution": constitution.sha256, "template": template.sha256},
-        # A critique without fault leads to a copy of the response; without those SFT learns only to refuse.
+        # A critique that finds no fault leads to a copy of the response; without copies SFT learns only to refuse.
         next_command=["sft", "--input", output, "--model", model, "--keep", "copy", "--output", "SFT"],
-        **options,
     )
 
 

@@ -124,21 +124,21 @@ class FaultyProxy:
         if fault.startswith("location "):
             return _response("307 Temporary Redirect", b"", f"Location: {fault.removeprefix('location ')}")
         if fault.startswith("status "):
-            said = f'{{"error": {{"message": "you sent {headers.get("authorization", "")}"}}}}'
-            return _response(f"{fault.removeprefix('status ')} No", said.encode())
+            message = f'{{"error": {{"message": "you sent {headers.get("authorization", "")}"}}}}'
+            return _response(f"{fault.removeprefix('status ')} No", message.encode())
         if fault == "delay":
             await asyncio.sleep(self.delay)
-        whole = await self._pass_on(lines, body)
-        return whole[: len(whole) - len(whole) // 3] if fault == "half" else whole
+        answer = await self._pass_on(lines, body)
+        return answer[: len(answer) - len(answer) // 3] if fault == "half" else answer
 
     async def _pass_on(self, lines: list[str], body: bytes) -> bytes:
         reader, writer = await asyncio.open_connection(*self.upstream)
         kept = [line for line in lines[1:] if line and not line.lower().startswith(("connection:", "accept-encoding:"))]
         writer.write("\r\n".join([lines[0], *kept, "Connection: close", "", ""]).encode("latin-1") + body)
         await writer.drain()
-        whole = await reader.read()
+        answer = await reader.read()
         writer.close()
-        return whole
+        return answer
 
 
 def _response(status: str, body: bytes, *more: str, kind: str = "application/json") -> bytes:
@@ -152,7 +152,7 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    with FaultyProxy(given.upstream, rate=given.rate, seed=given.seed, port=given.port) as running:
+    options = parser.parse_args()
+    with FaultyProxy(options.upstream, rate=options.rate, seed=options.seed, port=options.port) as running:
         print(running.address, flush=True)
         running._thread.join()

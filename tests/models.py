@@ -68,7 +68,7 @@ def folder(family: str) -> Path:
 
 
 def copy(family: str, where: Path) -> Path:
-    """The test's own copy of a model, to spoil or to change."""
+    """The test's own copy of a model, to damage or to change."""
     return Path(shutil.copytree(folder(family), where))
 
 
@@ -172,7 +172,7 @@ def _tokenizer(family: str, sentences, vocabulary: int):
 
 
 def generate(engine, conversations, sampling, seeds=None) -> list:
-    """An engine's answers in the order of their conversations; the seed is 0 where none is given."""
+    """An engine's answers in the order of their conversations; the seed is 0 by default."""
     conversations = list(conversations)
     seeds = seeds or [0] * len(conversations)
     return _in_order(engine.generate(_requests(conversations, seeds), sampling))

@@ -1,4 +1,4 @@
-"""A chat server on our own local engine, for what `transformers serve` does not do: log-probabilities, going on from
+"""A chat server on our own local engine, for what `transformers serve` lacks: log-probabilities, going on from
 a begun answer, and refusing fields by name as hosted APIs do.
 
     with SmallServer("tiny", refuses={"seed"}) as server: ... server.address
@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from cai.models.engine import Request, Sampling
 from cai.models.loading import load_engine
 
-# One for all servers: they share the engine that is kept in this process, and one that is over may still answer.
+# One for all servers: they share this process's engine, and an answer may be under way after its server has ended.
 _LOCK = threading.Lock()
 
 
@@ -48,12 +48,12 @@ class SmallServer:
                 with _LOCK:
                     outer.requests.append(body)
                     status, answer = outer.answer(body)
-                said = json.dumps(answer).encode()
+                body_bytes = json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(said)))
+                self.send_header("Content-Length", str(len(body_bytes)))
                 self.end_headers()
-                self.wfile.write(said)
+                self.wfile.write(body_bytes)
 
             def log_message(self, *_):
                 pass
@@ -92,13 +92,13 @@ class SmallServer:
         choice = {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": ""}}
         if body.get("logprobs"):
             choice["logprobs"] = {"content": [self._first(ids, body["top_logprobs"])]}
-            made = 1
+            new_tokens = 1
         else:
             sampling = Sampling(wanted, body.get("temperature", 1.0))
             [(_, answer)] = self.engine.generate([Request("", messages, body.get("seed", 0))], sampling)
             choice |= {"finish_reason": answer.finish, "message": {"role": "assistant", "content": answer.text}}
-            made = answer.tokens
-        return 200, {"choices": [choice], "usage": {"prompt_tokens": len(ids), "completion_tokens": made}}
+            new_tokens = answer.tokens
+        return 200, {"choices": [choice], "usage": {"prompt_tokens": len(ids), "completion_tokens": new_tokens}}
 
     def _first(self, ids: list[int], most: int) -> dict:
         """The likeliest next tokens, by a plain forward pass."""

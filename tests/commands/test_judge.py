@@ -405,7 +405,7 @@ def test_strange_responses(judge):
     assert result.exit_code == 3, result.output
     summary = json.loads(result.stdout)
     assert (summary["pairs"], summary["identical"], summary["empty"], summary["failed"]) == (2, 2, 1, 1)
-    assert "pair g2: it does not fit the model's context of 2048 tokens" in result.stderr
+    assert "row g2: it does not fit the model's context of 2048 tokens" in result.stderr
     rows = {row["id"]: row for row in rows_of(output)}
     assert rows.keys() == {"g0", "g1", "g3", "g4"} and rows["g1"]["tie"] and rows["g3"]["tie"]
     assert rows["g0"]["chosen"] is not None and len(rows["g0"]["verdicts"]) == 2

@@ -97,9 +97,9 @@ def test_prefixes_and_chunks_change_nothing(family):
     shared = Prefixes(engine.model, prompts, engine.pad_id)
     alone = Prefixes(engine.model, prompts, engine.pad_id, share=False)
     assert len(shared.lengths) == 2 and len(set(shared.lengths)) == 2 and alone.width == 0
-    assert shared.of(prompts[-1]) is None and shared.shared(prompts[-1]) == 0
+    assert shared.find(prompts[-1]) is None and shared.shared(prompts[-1]) == 0
     # Both are used, and at one time with rows that have none.
-    assert {shared.of(prompt) for prompt in prompts} == {None, 0, 1}
+    assert {shared.find(prompt) for prompt in prompts} == {None, 0, 1}
     plain = {}
     for n, prompt in enumerate(prompts):
         [(_, plain[n])] = made(engine, [prompt], alone).items()

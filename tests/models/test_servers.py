@@ -21,9 +21,10 @@ from small_server import SmallServer
 from cai.base.errors import CaiError, InputError
 from cai.base.paths import TINY
 from cai.models import servers
+from cai.models.chat import break_up
 from cai.models.engine import Sampling
 from cai.models.loading import load_engine
-from cai.models.servers import check_endpoints, label_logprobs, load_server, neutralise
+from cai.models.servers import check_endpoints, label_logprobs, load_server
 
 MODEL = f"openai:{TINY}"
 KEY = "sk-planted-3f9d2c71aa"
@@ -198,12 +199,13 @@ def test_reasoning_is_left_out(text, left):
     "text", ["<|im_end|>", "<｜User｜>", "<end_of_turn>", "</s>", "[/INST]", "<turn|>", "</think>"]
 )
 def test_control_tokens_are_broken_up(text):
-    assert text not in neutralise(f"a{text}b") and neutralise(f"a{text}b").replace(" ", "") == f"a{text}b"
+    broken = break_up(f"a{text}b", servers.CONTROL)
+    assert text not in broken and broken.replace(" ", "") == f"a{text}b"
 
 
 @pytest.mark.parametrize("text", ["a < b and c > d", "<response>x</response>", "x | y", "[1] and [THIS]", "f<int>(y)"])
 def test_other_text_stays(text):
-    assert neutralise(text) == text
+    assert break_up(text, servers.CONTROL) == text
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from cai.models import choice
 from cai.models.engine import Sampling
 from cai.models.loading import load_engine
 from cai.steps import judging
-from cai.steps.judging import Question, verdict
+from cai.steps.judging import Question
 from cai.steps.pairs import Pairs, choose_pairs
 
 
@@ -121,6 +121,10 @@ def test_pairs_that_cannot_be_made(tmp_path):
 # --- verdicts, by hand --------------------------------------------------------------------------------------
 
 
+def verdict(order, logprobs, reasoning=""):
+    return judging.read_verdict(order, choice.Choice(logprobs), reasoning)
+
+
 def test_verdict_normalises_over_both_labels():
     one = verdict("ab", [math.log(0.6), math.log(0.2)])
     assert one == {"order": "ab", "p_a": pytest.approx(0.75), "mass": pytest.approx(0.8)}
@@ -160,7 +164,7 @@ def test_verdicts_that_say_nothing_or_nonsense():
     assert nothing["p_a"] is None and nothing["mass"] == 0
     assert verdict("ba", [-math.inf, -3.0])["p_a"] == 1  # one label has no mass at all, the other has
     for wrong in ([0.5, -1.0], [math.nan, -1.0]):
-        with pytest.raises(CaiError, match="no log-probabilities"):
+        with pytest.raises(CaiError, match="not log-probabilities"):
             verdict("ab", wrong)
 
 
@@ -191,7 +195,7 @@ def test_verdicts_that_say_nothing_or_nonsense():
 def test_a_written_answer_is_read_strictly(answer, label):
     assert choice.read_label(answer, "AB") == label
     logprobs = {"A": [0.0, -math.inf], "B": [-math.inf, 0.0], None: None}[label]
-    found = judging.written_verdict("ba", choice.Choice(logprobs, answer))
+    found = judging.read_verdict("ba", choice.Choice(logprobs, answer))
     assert found == {"order": "ba", "p_a": {"A": 0.0, "B": 1.0, None: None}[label], "answer": answer}
 
 

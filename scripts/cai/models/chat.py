@@ -9,8 +9,10 @@ and tools.
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from cai.base.errors import InputError, shorten
+from cai.models.engine import Message
 
 # How models mark their reasoning: what opens it and what closes it.
 THINKING = (
@@ -33,58 +35,47 @@ class Chat:
         tokenizer: a Hugging Face tokenizer with a chat template.
         name: what to call the model in an error.
     Attributes:
-        opened: closing tag of the thinking that the prompt itself opens, or None.
-        stop_id, stop_text: what the template ends an assistant's turn with, a control token or plain text.
+        opened: closing tag of the reasoning block that the prompt itself opens, or None.
+        stop_id, stop_text: the control token, or plain text, with which the template ends an assistant's turn.
     """
 
-    def __init__(self, tokenizer, name: str = "the model"):
+    def __init__(self, tokenizer: Any, name: str = "the model"):
         self.tokenizer, self.name = tokenizer, name
         if not getattr(tokenizer, "chat_template", None):
             raise InputError("the tokenizer has no chat template", where=name, remedy=TEMPLATE_REMEDY)
         self._control = _control_pattern(tokenizer)
         user = {"role": "user", "content": _MARK}
-        # Multimodal templates read lists of parts and drop a plain string without a word.
+        # Multimodal templates read lists of parts and silently drop a plain string.
         self._parts = False
         self._parts = _MARK not in self._try([user])
         if self._parts and _MARK not in self._try([user]):
-            raise InputError("the chat template leaves out what the user says", where=name, remedy=TEMPLATE_REMEDY)
+            raise InputError("the chat template leaves out the user's message", where=name, remedy=TEMPLATE_REMEDY)
         # Some templates refuse a system role, others ignore it.
         system = {"role": "system", "content": _MARK}
         self._takes_system = _MARK in self._try([system, {**user, "content": "x"}])
         opening = self._try([user]).rpartition(_MARK)[2].rstrip()
-        self.opened = next((close for open_, close in THINKING if opening.endswith(open_)), None)
+        self.opened = next((closing for tag, closing in THINKING if opening.endswith(tag)), None)
         turns = [{**user, "content": "x"}, {"role": "assistant", "content": _MARK}]
         end = self._try(turns, False).rpartition(_MARK)[2]
-        control = self._control and self._control.search(end)
-        plain = (end[: control.start()] if control else end).strip()
-        self.stop_text = plain or None
-        self.stop_id = tokenizer.convert_tokens_to_ids(control[0]) if control and not plain else None
+        control = self._control.search(end) if self._control else None
+        self.stop_text = (end[: control.start()] if control else end).strip() or None
+        self.stop_id = tokenizer.convert_tokens_to_ids(control[0]) if control and not self.stop_text else None
 
-    def render(self, conversation: Sequence[dict]) -> str:
-        """The text the model reads, up to where the assistant goes on.
+    def render(self, conversation: Sequence[Message]) -> str:
+        """The text that the model reads, up to where the assistant goes on.
 
-        Control tokens spelled out in a message get a space after their first character, so that text from a
-        record can't end a turn or begin another. A system message goes into the first user turn where the
-        template takes none. Neighbours of the same role are joined: many templates insist on alternation.
-        Raises InputError if the template refuses the conversation all the same.
+        Raises InputError if the template refuses the conversation, in spite of `join_turns`.
         """
         from jinja2 import TemplateError
 
-        messages = []
-        for message in conversation:
-            role, content = message["role"], self.neutralise(message["content"])
-            if role == "system" and not self._takes_system:
-                role = "user"
-            if messages and messages[-1]["role"] == role:
-                content = messages.pop()["content"] + "\n\n" + content
-            messages.append({"role": role, "content": content})
+        messages = join_turns(conversation, self._control, self._takes_system)
         try:
             if messages[-1]["role"] != "assistant":
                 return self._apply(messages, True)
-            # Cut at a mark of our own: the template's trimming can't reach the end of what was begun.
+            # Cut at a mark of our own: the template's trimming can't reach the end of the prefill.
             messages[-1]["content"] += _MARK
-            text, found, _ = self._apply(messages, False).rpartition(_MARK)
-            if not found:
+            text, mark, _ = self._apply(messages, False).rpartition(_MARK)
+            if not mark:
                 raise TemplateError("it leaves out the last message")
             return text
         except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
@@ -96,38 +87,36 @@ class Chat:
             ) from error
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a rendered text. The template has written the BOS, if any: none is added."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Token ids of a rendered text. No BOS is added: the template writes it, if any."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each of many texts, in one call, which takes a fraction of the time."""
+        """`encode` of many texts in one call, which takes a fraction of the time."""
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     def neutralise(self, text: str) -> str:
         """`text` with every control token broken up by a space."""
-        while self._control and self._control.search(text):
-            text = self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
-        return text
+        return break_up(text, self._control)
 
     def answer(self, ids: Sequence[int], *, continued: bool, stop: Sequence[str] = ()) -> tuple[str, bool]:
         """An answer's text and whether a stop string ended it.
 
         Args:
             ids: new tokens before the end token.
-            continued: the conversation ended with the assistant, whose answer this continues.
+            continued: the answer continues the conversation's last message (a prefill).
             stop: strings that end the answer; they are not part of it.
         """
-        # Special tokens stay until the thinking is cut out: in some models they are all that marks it.
+        # Special tokens stay until the reasoning is cut out: in some models they alone mark it.
         text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         cuts = [at for at in (text.find(s) for s in self.stops(stop)) if at >= 0]
         text = strip_thinking(text[: min(cuts, default=None)], opened=None if continued else self.opened)
         return (self._control.sub("", text) if self._control else text).strip(), bool(cuts)
 
     def stops(self, stop: Sequence[str]) -> list[str]:
-        """The stop strings given and the template's own."""
+        """The stop strings of the caller and the template's own."""
         return [s for s in (*stop, self.stop_text) if s]
 
-    def _try(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+    def _try(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The rendered text, or "" where the template refuses."""
         from jinja2 import TemplateError
 
@@ -136,27 +125,55 @@ class Chat:
         except (TemplateError, TypeError, ValueError, ArithmeticError):
             return ""
 
-    def _apply(self, messages: list[dict], add_generation_prompt: bool) -> str:
+    def _apply(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         if self._parts:
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        # Where a template can switch thinking off, it is off: the answer alone is wanted, and trained turns
-        # look like that in those templates.
-        return self.tokenizer.apply_chat_template(
+        # Reasoning is off where a template can switch it off: the answer alone is wanted, and these templates write
+        # past turns without reasoning.
+        rendered = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
         )
+        return str(rendered)
+
+
+def break_up(text: str, control: re.Pattern[str] | None) -> str:
+    """`text` with a space after the first character of every control token."""
+    while control and control.search(text):
+        text = control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+    return text
+
+
+def join_turns(
+    conversation: Sequence[Message], control: re.Pattern[str] | None, takes_system: bool
+) -> list[dict[str, str]]:
+    """The conversation in a form that most chat templates accept.
+
+    Control tokens in a message are broken up: text from a record can't end a turn or begin another. A system message
+    goes into the first user turn where the template takes none. Neighbours of the same role are joined, because many
+    templates insist on alternation.
+    """
+    turns: list[dict[str, str]] = []
+    for message in conversation:
+        role, content = message["role"], break_up(message["content"], control)
+        if role == "system" and not takes_system:
+            role = "user"
+        if turns and turns[-1]["role"] == role:
+            content = f"{turns.pop()['content']}\n\n{content}"
+        turns.append({"role": role, "content": content})
+    return turns
 
 
 def strip_thinking(text: str, opened: str | None = None) -> str:
-    """`text` without the model's reasoning, also where it never came to an end.
+    """`text` without the model's reasoning, also where the reasoning is cut off.
 
     Args:
-        opened: closing tag of a block that the prompt has opened; without it all of `text` is thinking.
+        opened: closing tag of a block that the prompt opens; where `text` lacks it, all of it is reasoning.
     """
     if opened:
         text = text.partition(opened)[2]
-    for open_, close in THINKING:
-        text = re.sub(f"{re.escape(open_)}.*?(?:{re.escape(close)}|\\Z)", "", text, flags=re.DOTALL)
-    return text.removeprefix("<|channel|>final<|message|>")  # an answer without thinking, where it has a tag too
+    for opening, closing in THINKING:
+        text = re.sub(f"{re.escape(opening)}.*?(?:{re.escape(closing)}|\\Z)", "", text, flags=re.DOTALL)
+    return text.removeprefix("<|channel|>final<|message|>")  # the tag of an answer without reasoning
 
 
 TEMPLATE_REMEDY = (
@@ -165,40 +182,40 @@ TEMPLATE_REMEDY = (
 )
 
 
-def _control_pattern(tokenizer) -> re.Pattern | None:
-    """What spells a control token: the special ones, and any added token that the chat template speaks of."""
+def _control_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    """Matches control tokens: the special ones, and any added token that the chat template contains."""
     template = str(tokenizer.chat_template)
     added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special or t.content in template]
     names = {t for t in [*added, *tokenizer.all_special_tokens] if len(t.strip()) > 1}
-    # Longest first, so that a token is found before one that it begins with.
+    # Longest first: a token must match before another one that it begins with.
     longest_first = sorted(names, key=lambda t: (-len(t), t))
     return re.compile("|".join(map(re.escape, longest_first))) if names else None
 
 
-def encode(chat: Chat, prompt: list[dict], response: str) -> tuple[list[int], list[int]]:
+def encode(chat: Chat, prompt: Sequence[Message], response: str) -> tuple[list[int], list[int]]:
     """Token ids of a prompt, up to where the assistant begins, and of the response with its end token.
 
-    Prompt and response are tokenized one by one, because an answer is generated after the tokens of the
-    prompt alone. The end is the one the chat template writes, EOS where it writes none: a model that is never
-    shown an end never learns to stop. What templates put after it (a line break) is left out.
+    Prompt and response are tokenized separately, because an answer is generated after the tokens of the prompt
+    alone. The end token is the one that the chat template writes, EOS where it writes none: a model that never sees
+    an end token in training never learns to stop. What templates put after it (a line break) is left out.
     """
     before = chat.render(prompt)
-    whole = chat.render([*prompt, {"role": "assistant", "content": response}])
-    # Some templates begin a turn otherwise than they write one that is over: then take the text alone.
-    answer = whole.removeprefix(before) if whole.startswith(before) else chat.neutralise(response)
-    if chat.opened:  # the prompt ends within the model's thinking, of which there is none: close it
+    rendered = chat.render([*prompt, {"role": "assistant", "content": response}])
+    # Some templates begin a finished turn differently from an open one: then take the text alone.
+    answer = rendered.removeprefix(before) if rendered.startswith(before) else chat.neutralise(response)
+    if chat.opened:  # the prompt ends within a reasoning block: close it, since there is no reasoning
         answer = f"{chat.opened}\n\n{answer}"
-    if chat.stop_id is not None:
-        end = [chat.stop_id]
-    else:
-        end = [*chat.encode(chat.stop_text or ""), chat.tokenizer.eos_token_id]
+    end = [*chat.encode(chat.stop_text or ""), chat.tokenizer.eos_token_id] if chat.stop_id is None else [chat.stop_id]
     return chat.encode(before), [*chat.encode(answer), *end]
 
 
-def chat_stops(chat: Chat, policy) -> set[int]:
+def chat_stops(chat: Chat, model: Any) -> set[int]:
     """Token ids that end a response: the template's end of turn, EOS, and those of the model's settings."""
-    declared = policy.generation_config.eos_token_id if policy.generation_config else None
-    declared = declared if isinstance(declared, list | tuple) else [declared]
-    size = policy.config.get_text_config().vocab_size
-    found = {*declared, chat.tokenizer.eos_token_id, chat.stop_id}
-    return {int(token) for token in found if token is not None and token < size}
+    declared = model.generation_config.eos_token_id if model.generation_config else None
+    ends = [
+        *(declared if isinstance(declared, list | tuple) else [declared]),
+        chat.tokenizer.eos_token_id,
+        chat.stop_id,
+    ]
+    size = model.config.get_text_config().vocab_size
+    return {int(token) for token in ends if token is not None and token < size}

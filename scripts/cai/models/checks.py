@@ -417,7 +417,7 @@ def _check_fast_path(findings: Findings, folder: str) -> bool | str | None:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever a foreign config.json makes the library raise
         findings.note(f"it is not known whether the fast decoding loop can run the model: {shorten(error)}")
         return None

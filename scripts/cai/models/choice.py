@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
-from cai.models.engine import Engine, Message, Request, RequestT, Sampling, fold_prefill, join_labels
+from cai.models.engine import Engine, Request, RequestT, Sampling, fold_prefill, label_instruction
 
 ANSWER_TOKENS = 16  # room for "**(A)**." in any tokenizer, and too little to reason in
 
@@ -35,7 +36,7 @@ class Choice:
 class _WrittenRequest(Request):
     """What an engine without log-probabilities is asked in place of the `original`."""
 
-    original: Request
+    original: Any  # the Request, in the caller's own class
 
 
 def choose(
@@ -62,11 +63,15 @@ def read_choices(
         for request, logprobs in engine.score(requests, labels):
             yield request, Choice(logprobs, lost=logprobs is None)
         return
-    written = (_WrittenRequest(request.key, _ask_for_label(request, labels), original=request) for request in requests)
-    for request, generation in engine.generate(written, Sampling(ANSWER_TOKENS, 0.0)):
-        label = read_label(generation.text.removeprefix(request.original.prefill), labels)
+    # The prefill becomes part of the question: not every server continues one, and a label does not need it.
+    instruction = label_instruction(labels)
+    written_requests = (
+        _WrittenRequest(request.key, fold_prefill(request, instruction), original=request) for request in requests
+    )
+    for written, generation in engine.generate(written_requests, Sampling(ANSWER_TOKENS, 0.0)):
+        label = read_label(generation.text.removeprefix(written.original.prefill), labels)
         logprobs = None if label is None else [0.0 if name == label else -math.inf for name in labels]
-        yield request.original, Choice(logprobs, generation.text, generation.lost)
+        yield written.original, Choice(logprobs, generation.text, generation.lost)
 
 
 def probabilities(logprobs: Sequence[float]) -> list[float]:
@@ -90,12 +95,3 @@ def read_label(answer: str, labels: Sequence[str]) -> str | None:
 @cache
 def _label_pattern(labels: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(rf"[\s(\[*_`\"'“]*({'|'.join(map(re.escape, labels))})[\s)\]*_`\"'”.]*")
-
-
-def _ask_for_label(request: Request, labels: Sequence[str]) -> Sequence[Message]:
-    """The conversation without a prefill: not every server goes on with one, and none must for a label."""
-    if not request.prefill:
-        return request.conversation
-    return fold_prefill(
-        request.conversation, f"Complete this sentence, with {join_labels(labels)} and nothing else:\n{request.prefill}"
-    )

@@ -1,15 +1,15 @@
-"""Sampling on a model's forward pass: prompts in, new tokens out, each row on its own.
+"""The decoding loop: token ids of prompts in, token ids of answers out, each row sampled independently.
 
     prefixes = Prefixes(model, prompts, pad_id)
     for row, tokens in decode(model, prompts, prefixes, sampler, max_new_tokens=64, stop_ids={2}, pad_id=0): ...
 
-What transformers' `generate` does not do: what groups of prompts begin with is computed once; only the last
-position's logits are made; keys and values lie in one buffer that nothing is copied to grow; rows that have
-ended leave the batch. The tokens are those of the plain loop (in float32; in bfloat16 batches round).
+What transformers' `generate` does not do: a beginning that several prompts share is computed once; logits are computed
+for the last position only; keys and values lie in one buffer that never has to be copied to grow; rows that have
+ended leave the batch. The tokens are those of the plain loop (in float32; in bfloat16 batches round differently).
 
-For attention over tokens, full or by sliding window (`slow_reason`); recurrent states, shared layers and the
-like are left to `generate`. Leaves out beams, speculation, and rows that join a batch already under way: with
-fixed batches a resumed run makes the same ones. torch and transformers are imported inside functions.
+For attention over tokens, full or by sliding window (`slow_reason`); models with recurrent states, shared layers and
+the like run through `generate`. Leaves out beams, speculation, and rows that join a running batch: with fixed batches
+a resumed run makes the same ones. torch and transformers are imported inside functions.
 """
 
 import inspect
@@ -17,72 +17,77 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 
 from cai.base.errors import CaiError
 from cai.models.engine import Sampling
 
-# Shortest beginnings that are looked for in common, and how many tokens of them are computed ahead at most.
+# The shortest beginnings to look for, in tokens.
 _BEGINNINGS = (8, 16, 32, 64, 128, 256, 512)
 
+# Most tokens of shared beginnings to compute ahead.
 _MOST_SHARED = 16384
+
+_Tokens = list[int]
 
 
 class RowSampler:
-    """The draws of a batch: one uniform number a row and step, from the row's seed alone.
+    """The draws of a batch: one uniform number per row and step, from the row's seed alone.
 
     Args:
-        seeds: one a row.
-        width: columns of the prompt, where it is used as a logits processor of `generate`.
+        seeds: one per row.
+        width: columns of the prompt, if this is used as a logits processor of `generate`.
     """
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int], width: int = 0):
         import torch
 
-        self.sampling, self.width, self.failed = sampling, width, None
-        self.draws = None
+        self.sampling, self.width = sampling, width
+        self.failed: Any = None
+        self.draws: Any = None
         if sampling.temperature > 0:
             draws = [np.random.Generator(np.random.Philox(key=s)).random(sampling.max_new_tokens) for s in seeds]
             self.draws = torch.tensor(np.array(draws), dtype=torch.float32)
 
-    def pick(self, logits, step: int, rows=None):
+    def pick(self, logits: Any, step: int, rows: Any = None) -> Any:
         """Token ids (rows,) drawn from logits (rows, vocabulary) at a step from 0.
 
         rows: numbers of the rows that the logits are of, a tensor; None for all in order.
         """
         if self.draws is None:
-            most, picked = logits.max(-1)  # which is NaN where any of them is
-            self._note(most)
+            highest, picked = logits.max(-1)  # the maximum is NaN where any logit is
+            self._note_nan(highest)
             return picked
-        self._note(logits)
+        self._note_nan(logits)
         if self.draws.device != logits.device:
             self.draws = self.draws.to(logits.device)
         uniform = self.draws[:, step] if rows is None else self.draws[rows, step]
         return draw(logits, uniform.unsqueeze(1), self.sampling.temperature, self.sampling.top_p)[:, 0]
 
-    def _note(self, numbers) -> None:
-        """Remember whether any was not a number; looked at later, because to look is to wait for the device."""
-        failed = numbers.isnan().any()
+    def _note_nan(self, values: Any) -> None:
+        """Remember whether any value is NaN. `check` reads it later, because reading waits for the device."""
+        failed = values.isnan().any()
         self.failed = failed if self.failed is None else self.failed | failed
 
-    def __call__(self, input_ids, logits):
-        """As a logits processor: logits (rows, vocabulary) to all -inf but the token drawn."""
+    def __call__(self, input_ids: Any, logits: Any) -> Any:
+        """As a logits processor: logits (rows, vocabulary), all -inf except the drawn token."""
         import torch
 
         picked = self.pick(logits, input_ids.shape[1] - self.width).unsqueeze(1)
         return torch.full_like(logits, -torch.inf).scatter_(1, picked, 0.0)
 
     def check(self, name: str) -> None:
-        """Raise CaiError if any logit was not a number."""
+        """Raise CaiError if any logit was NaN."""
         if bool(self.failed):
             raise not_a_number(name)
 
 
-def draw(logits, uniform, temperature: float, top_p: float):
-    """Token ids (rows, 1) where each row's cumulative probability passes its number in `uniform` (rows, 1).
+def draw(logits: Any, uniform: Any, temperature: float, top_p: float) -> Any:
+    """Token ids (rows, 1) at which each row's cumulative probability exceeds its number in `uniform` (rows, 1).
 
-    In order of token id, not of probability: rounding then can't change which token a number stands for.
+    Tokens are in the order of their ids, not of probability: rounding can't change then which token a number selects.
     """
     import torch
 
@@ -94,7 +99,7 @@ def draw(logits, uniform, temperature: float, top_p: float):
     cumulative = probs.cumsum(-1)
     total = cumulative[:, -1:]
     point = uniform.clamp(max=1 - 1e-6) * total  # so that rounding never reaches the end
-    # Clamped for rows that are no numbers: they are reported later, and must not crash a GPU before.
+    # Clamped for rows of NaN: they are reported later, and must not crash a GPU before.
     return torch.searchsorted(cumulative, point, right=True).clamp(max=logits.shape[-1] - 1)
 
 
@@ -108,33 +113,36 @@ CACHE_PARAMETERS = ("cache", "past_key_values")
 
 
 @cache
-def cache_parameter(model_class: type) -> str | None:
-    """The name of the cache among the arguments of a model class's `forward`; None if it takes no known one."""
+def cache_parameter(model_class: Any) -> str | None:
+    """The name of the cache among the arguments of a model class's `forward`; None if there is none that is known."""
     parameters = inspect.signature(model_class.forward).parameters
     return next((name for name in CACHE_PARAMETERS if name in parameters), None)
 
 
-def slow_reason(model) -> str | None:
+def slow_reason(model: Any) -> str | None:
     """Why `decode` can't run this model; None where a cache of keys and values is all that the model remembers.
 
-    model: only its class and configuration are read, so one on the meta device will do.
+    model: only its class and configuration are read; it may be on the meta device.
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    missing = {"position_ids", "attention_mask"} - set(inspect.signature(type(model).forward).parameters)
-    if cache_parameter(type(model)) is None:
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    missing = {"position_ids", "attention_mask"} - set(inspect.signature(model.__class__.forward).parameters)
+    if cache_parameter(model.__class__) is None:
         missing.add(" or ".join(CACHE_PARAMETERS))
-    if config.is_encoder_decoder:
-        return "it has an encoder"
-    if getattr(model, "_is_stateful", False):
-        return "it keeps a recurrent state"
-    if kinds:
-        return f"it has layers of type {', '.join(sorted(kinds))}"
-    if getattr(config, "num_kv_shared_layers", None):
-        return "its layers share keys and values"
-    if missing:
-        return f"{type(model).__name__}.forward takes no {', no '.join(sorted(missing))}"
-    return None
+    reasons = {
+        "it has an encoder": config.is_encoder_decoder,
+        "it keeps a recurrent state": getattr(model, "_is_stateful", False),
+        f"it has layers of type {', '.join(kinds)}": kinds,
+        "its layers share keys and values": getattr(config, "num_kv_shared_layers", None),
+        f"{type(model).__name__}.forward takes no {', no '.join(sorted(missing))}": missing,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def context_length(model: Any) -> int | None:
+    """Tokens that the model's positions reach, None where it has no limit."""
+    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length
 
 
 def slow_warning(name: str, reason: str) -> str:
@@ -145,11 +153,11 @@ def slow_warning(name: str, reason: str) -> str:
     )
 
 
-def forward(model, ids, last, **kwargs):
-    """A forward pass whose logits are of column `last` (rows,) of each row alone: (rows, 1, vocabulary)."""
+def forward(model: Any, ids: Any, last: Any, **kwargs: Any) -> Any:
+    """A forward pass that computes the logits of column `last` (rows,) of each row only: (rows, 1, vocabulary)."""
     rows = range(len(last))
-    # In front of the head, so that a large vocabulary's logits are never made for the other positions,
-    # and whatever the model does after the head (capping, scaling) is still done.
+    # A hook in front of the head: a large vocabulary's logits are never computed for the other positions, and
+    # whatever the model does after the head (capping, scaling) still happens.
     hook = model.get_output_embeddings().register_forward_pre_hook(
         lambda _module, args: (args[0][rows, last.to(args[0].device)].unsqueeze(1),)
     )
@@ -160,80 +168,83 @@ def forward(model, ids, last, **kwargs):
 
 
 class Prefixes:
-    """What groups of prompts begin with: its keys and values, computed once.
+    """Keys and values of the beginnings that groups of prompts share, computed once.
 
     Args:
         prompts: token ids. A prefix leaves at least one token of each of its prompts.
         share: False for a model whose cache can't be shared.
-        within: shorter ones of the same prompts, which these continue; what no two prompts continue alike stays.
+        within: shorter prefixes of the same prompts, which these continue. Those that no two prompts continue in the
+            same way stay.
     Attributes:
+        token_ids, lengths: of each prefix. Their keys and values are padded on the left.
         width: columns of the cache, the longest prefix; 0 where nothing is shared.
-        lengths: tokens of each prefix. They are padded on the left.
     """
 
     def __init__(
-        self, model, prompts: Sequence[Sequence[int]], pad_id: int, share: bool = True, within: "Prefixes | None" = None
+        self, model: Any, prompts: Sequence[_Tokens], pad_id: int, share: bool = True, within: "Prefixes | None" = None
     ):
-        known = [within.of(prompt) for prompt in prompts] if within else [None] * len(prompts)
-        kept = sorted({number for number in known if number is not None})
-        new = shared_beginnings(prompts, [0 if n is None else within.lengths[n] for n in known]) if share else []
-        self.found = new + [within.found[number] for number in kept]
-        self.lengths = [len(prefix) for prefix in self.found]
+        kept: list[int] = []
+        known = [0] * len(prompts)
+        if within:
+            numbers = [within.find(prompt) for prompt in prompts]
+            kept = sorted({number for number in numbers if number is not None})
+            known = [0 if number is None else within.lengths[number] for number in numbers]
+        new = shared_beginnings(prompts, known) if share else []
+        self.token_ids: list[list[int]] = new + ([within.token_ids[number] for number in kept] if within else [])
+        self.lengths: list[int] = [len(prefix) for prefix in self.token_ids]
         self.width = max(self.lengths, default=0)
-        self._by_start: dict[int, dict[tuple, int]] = defaultdict(dict)
-        for number, prefix in enumerate(self.found):
-            self._by_start[len(prefix)][tuple(prefix)] = number
-        if self.found:
+        self._by_length: dict[int, dict[tuple[int, ...], int]] = defaultdict(dict)
+        for number, prefix in enumerate(self.token_ids):
+            self._by_length[len(prefix)][tuple(prefix)] = number
+        self.layers: list[tuple[Any, Any]] = []
+        if self.token_ids:
             self.layers = self._compute(model, new, pad_id, within, kept)
 
-    def _compute(self, model, new: list, pad_id: int, within: "Prefixes | None", kept: list[int]) -> list[tuple]:
-        """Each layer's keys and values, (prefixes, heads, columns, size): of the new, then what is kept of `within`."""
+    def _compute(
+        self, model: Any, new: list[list[int]], pad_id: int, within: "Prefixes | None", kept: list[int]
+    ) -> list[tuple[Any, Any]]:
+        """Each layer's keys and values, (prefixes, heads, columns, size): the new ones, then those kept of `within`."""
         import torch
 
-        parts = []  # (layers, start and length of each row in them)
+        parts: list[tuple[list[tuple[Any, Any]], list[int], list[int]]] = []  # layers, start and length of each row
         if new:
             with torch.inference_mode():
                 _, past, starts = prefill(model, new, within, pad_id)
             parts.append(([(layer.keys, layer.values) for layer in past.layers], starts, self.lengths[: len(new)]))
-        if kept:
+        if kept and within:
             lengths = self.lengths[len(new) :]
-            parts.append(
-                (
-                    [(keys[kept], values[kept]) for keys, values in within.layers],
-                    [within.width - length for length in lengths],
-                    lengths,
-                )
-            )
+            starts = [within.width - length for length in lengths]
+            parts.append(([(keys[kept], values[kept]) for keys, values in within.layers], starts, lengths))
 
-        def joined(layer, which):
-            first = parts[0][0][layer][which]
-            into = first.new_empty(len(self.found), first.shape[1], self.width, first.shape[3])
-            at = 0
+        def join(layer: int, which: int) -> Any:
+            states = parts[0][0][layer][which]
+            joined = states.new_empty(len(self.token_ids), states.shape[1], self.width, states.shape[3])
+            row = 0
             for layers, starts, lengths in parts:
-                align(layers[layer][which], starts, lengths, into[at : at + len(lengths)])
-                at += len(lengths)
-            return into
+                align(layers[layer][which], starts, lengths, joined[row : row + len(lengths)])
+                row += len(lengths)
+            return joined
 
-        return [(joined(layer, 0), joined(layer, 1)) for layer in range(len(parts[0][0]))]
+        return [(join(layer, 0), join(layer, 1)) for layer in range(len(parts[0][0]))]
 
-    def of(self, prompt: Sequence[int]) -> int | None:
+    def find(self, prompt: _Tokens) -> int | None:
         """The number of the longest prefix that the prompt begins with."""
-        for length in sorted(self._by_start, reverse=True):
-            if len(prompt) > length and (number := self._by_start[length].get(tuple(prompt[:length]))) is not None:
+        for length in sorted(self._by_length, reverse=True):
+            if len(prompt) > length and (number := self._by_length[length].get(tuple(prompt[:length]))) is not None:
                 return number
         return None
 
-    def shared(self, prompt: Sequence[int]) -> int:
+    def shared(self, prompt: _Tokens) -> int:
         """How many tokens of the prompt are known."""
-        number = self.of(prompt)
+        number = self.find(prompt)
         return 0 if number is None else self.lengths[number]
 
 
-def align(states, starts: Sequence[int], lengths: Sequence[int], into) -> None:
-    """Copy from each row of `states`, from its start so many columns, to the right end of the row of `into`.
+def align(states: Any, starts: Sequence[int], lengths: Sequence[int], into: Any) -> None:
+    """Copy `lengths` columns of each row of `states`, from its start, to the right end of the row of `into`.
 
-    states, into: (rows, heads, columns, size). On the left of a row are zeros then: what is masked is still
-    multiplied, and NaN by nought is NaN.
+    states, into: (rows, heads, columns, size). The left of each row becomes zero: masked values are still
+    multiplied, and NaN times zero is NaN.
     """
     row, width = 0, into.shape[2]
     for (start, length), same in groupby(zip(starts, lengths, strict=True)):
@@ -242,31 +253,31 @@ def align(states, starts: Sequence[int], lengths: Sequence[int], into) -> None:
         into[rows, :, width - length :] = states[rows, :, start : start + length]
 
 
-def shared_beginnings(prompts: Sequence[Sequence[int]], known: Sequence[int]) -> list[list[int]]:
-    """Beginnings, each common to two prompts or more, that save most tokens when they are computed once.
+def shared_beginnings(prompts: Sequence[_Tokens], known: Sequence[int]) -> list[list[int]]:
+    """The beginnings, each shared by two prompts or more, that save most tokens when they are computed once.
 
-    Prompts are put together by their first k tokens beyond those that are known, for the k that saves most; a
-    group shares all that its prompts begin with.
+    Prompts are grouped by their first k tokens beyond the known ones, for the k that saves most; a group shares the
+    longest beginning that its prompts have in common.
 
-    known: tokens of each prompt that cost nothing any more.
+    known: tokens of each prompt that are computed already.
     """
-    best, most = [], 0
+    best: list[list[int]] = []
+    most = 0
     for k in _BEGINNINGS:
-        groups: dict[tuple, list] = defaultdict(list)
+        groups: dict[tuple[int, ...], list[tuple[_Tokens, int]]] = defaultdict(list)
         for prompt, free in zip(prompts, known, strict=True):
             if len(prompt) > free + k:
                 groups[tuple(prompt[: free + k])].append((prompt[:-1], free))
-        shared = []
+        shared = []  # (tokens saved, beginning)
         for group in groups.values():
             if len(group) > 1:
                 prefix = common_prefix([prompt for prompt, _ in group])
                 shared.append(((len(group) - 1) * (len(prefix) - group[0][1]), prefix))
         if not shared:
             break
-        shared.sort(key=lambda found: -found[0])
-        kept, room = [], _MOST_SHARED
-        for saves, prefix in shared:
-            if len(prefix) * (len(kept) + 1) <= room:  # padded to the longest, roughly
+        kept: list[tuple[int, list[int]]] = []
+        for saves, prefix in sorted(shared, key=lambda entry: -entry[0]):
+            if len(prefix) * (len(kept) + 1) <= _MOST_SHARED:  # padded to the longest, roughly
                 kept.append((saves, prefix))
         saved = sum(saves for saves, _ in kept)
         if saved > most:
@@ -274,39 +285,40 @@ def shared_beginnings(prompts: Sequence[Sequence[int]], known: Sequence[int]) ->
     return best
 
 
-def common_prefix(lists: Sequence[Sequence[int]]) -> list[int]:
-    """What all the lists begin with: what the first and the last of them in sorted order do."""
+def common_prefix(lists: Sequence[_Tokens]) -> list[int]:
+    """The longest common prefix: that of the first and the last list in sorted order."""
     low, high = min(lists), max(lists)
     return low[: next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))]
 
 
-def prefill(model, prompts: Sequence[Sequence[int]], prefixes: Prefixes | None, pad_id: int, keep: bool = True):
+def prefill(
+    model: Any, prompts: Sequence[_Tokens], prefixes: Prefixes | None, pad_id: int, keep: bool = True
+) -> tuple[Any, Any, list[int]]:
     """One forward pass over prompts, their known prefixes taken from the cache.
 
-    Padded on the right: what comes after the last token can't be seen from it, and the distance between
-    prefix and rest, which a sliding window counts, stays true.
+    Padded on the right: the last token can't see what comes after it, and the distance between prefix and rest, which
+    a sliding window counts, stays true.
 
-    Returns (logits (rows, vocabulary) of each last token, the cache or None, starts: the column of the cache
-    where each row begins).
     Args:
         keep: whether the cache is wanted; without it and without prefixes none is made.
+    Returns:
+        (logits (rows, vocabulary) of each last token, the cache or None, the column of the cache where each row begins)
     """
     import torch
     from transformers import DynamicCache
 
     device = model.device
-    numbers = [prefixes.of(prompt) for prompt in prompts] if prefixes else [None] * len(prompts)
-    used = [number for number in numbers if number is not None]
-    lengths = [0 if number is None else prefixes.lengths[number] for number in numbers]
-    # Of a prefix cache that is wider than these rows need, the columns on the left are left out.
+    numbers = [prefixes.find(prompt) if prefixes else None for prompt in prompts]
+    lengths = [prefixes.lengths[number] if prefixes and number is not None else 0 for number in numbers]
+    # A prefix cache that is wider than these rows need loses its columns on the left.
     width = max(lengths, default=0)
     rests = [prompt[length:] for prompt, length in zip(prompts, lengths, strict=True)]
-    most = max(map(len, rests))
-    ids = torch.tensor([[*rest, *[pad_id] * (most - len(rest))] for rest in rests], device=device)
+    longest = max(map(len, rests))
+    ids = torch.tensor([[*rest, *[pad_id] * (longest - len(rest))] for rest in rests], device=device)
     last = torch.tensor([len(rest) - 1 for rest in rests])
-    kept = {}
+    arguments: dict[str, Any] = {}
     past = None
-    if used:
+    if prefixes and width:
         rows = torch.tensor([0 if number is None else number for number in numbers], device=device)
         past = DynamicCache(
             [
@@ -316,57 +328,69 @@ def prefill(model, prompts: Sequence[Sequence[int]], prefixes: Prefixes | None, 
         )
         if min(lengths) < width:
             known = torch.tensor(lengths, device=device).unsqueeze(1)
-            columns = torch.arange(width + most, device=device)
-            kept = {"attention_mask": (columns >= width - known).long(), "position_ids": columns[:most] + known}
+            columns = torch.arange(width + longest, device=device)
+            arguments = {"attention_mask": (columns >= width - known).long(), "position_ids": columns[:longest] + known}
     elif keep:
-        past = DynamicCache()  # without a configuration all layers keep all tokens, and windows are cut by the mask
+        past = DynamicCache()  # without a configuration all layers keep all tokens, and the mask cuts windows
     if past is not None:
-        kept[cache_parameter(type(model))] = past
-    logits = forward(model, ids, last, use_cache=past is not None, **kept).logits[:, 0]
+        arguments[_cache_name(model)] = past
+    logits = forward(model, ids, last, use_cache=past is not None, **arguments).logits[:, 0]
     return logits, past, [width - length for length in lengths]
 
 
+def _cache_name(model: Any) -> str:
+    return cache_parameter(model.__class__) or CACHE_PARAMETERS[0]
+
+
 @cache
-def _layer_class():
-    """A layer of transformers' Cache whose rows lie in one buffer, made for their longest answers."""
+def _layer_class() -> Any:
+    """A layer of transformers' Cache whose rows lie in one buffer with room for their longest answers."""
     from transformers.cache_utils import DynamicLayer
 
-    class Rows(DynamicLayer):
-        """Buffers (rows, heads, columns, size), so that a head's keys are read in one sweep; on a CPU that is what
-        attention takes its time for."""
+    class Rows(DynamicLayer):  # type: ignore[misc]
+        """Buffers (rows, heads, columns, size): a head's keys lie together, and reading them is what attention takes
+        its time for on a CPU."""
 
         def __init__(self, rows: int, capacity: int):
             super().__init__()
             self.rows, self.capacity, self.length = rows, capacity, 0
-            self.buffers = None
+            self.buffers: list[Any] = []
             self.is_initialized = True
 
-        def put(self, at: int, cached: tuple, starts: Sequence[int], lengths: Sequence[int], width: int) -> None:
-            """To rows from `at`, from the right of `width` columns, what `cached` has of each row.
+        def put(
+            self, first: int, cached: tuple[Any, Any], starts: Sequence[int], lengths: Sequence[int], width: int
+        ) -> None:
+            """Copy `cached` to the rows from `first`, each row to the right of `width` columns.
 
-            cached: keys and values (rows, heads, columns, size). Of these a row's begin at its start.
+            cached: keys and values (rows, heads, columns, size), of which a row's begin at its start.
             """
             self.length = width
-            if self.buffers is None:
+            if not self.buffers:
                 self.buffers = [
                     states.new_empty(self.rows, states.shape[1], self.capacity, states.shape[3]) for states in cached
                 ]
             for buffer, states in zip(self.buffers, cached, strict=True):
-                align(states, starts, lengths, buffer[at : at + len(lengths), :, :width])
+                align(states, starts, lengths, buffer[first : first + len(lengths), :, :width])
 
-        def update(self, key_states, value_states, *args, **kwargs):
+        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
             start, self.length = self.length, self.length + key_states.shape[-2]
             for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
                 buffer[: self.rows, :, start : self.length] = states
             keys, values = (buffer[: self.rows, :, : self.length] for buffer in self.buffers)
             return keys, values
 
-        def move(self, sources, targets, rows: int) -> None:
-            """Rows `sources` to the places `targets`; then only the first `rows` are left."""
-            if len(sources):
+        def drop(self, ended: Sequence[bool]) -> list[int]:
+            """Remove the rows that have ended. Returns the old position of each row that stays, in the new order."""
+            self.rows = ended.count(False)
+            positions = list(range(self.rows))
+            targets = [position for position in positions if ended[position]]
+            sources = [position for position in range(self.rows, len(ended)) if not ended[position]]
+            for target, source in zip(targets, sources, strict=True):
+                positions[target] = source
+            if sources:
                 for buffer in self.buffers:
                     buffer[targets, :, : self.length] = buffer[sources, :, : self.length]
-            self.rows = rows
+            return positions
 
         def get_seq_length(self) -> int:
             return self.length
@@ -375,8 +399,8 @@ def _layer_class():
 
 
 def decode(
-    model,
-    prompts: Sequence[Sequence[int]],
+    model: Any,
+    prompts: Sequence[_Tokens],
     prefixes: Prefixes,
     sampler: RowSampler,
     *,
@@ -386,38 +410,26 @@ def decode(
     chunk_tokens: int = 8192,
     stopped: Callable[[list[list[int]]], list[bool]] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
-    """(number of the prompt, its new tokens up to and with its end) as rows end, not in order.
-
-    To be called under `torch.inference_mode` or `no_grad`, step by step.
+    """(number of the prompt, its new tokens up to and with its end) as rows end; call it in `torch.inference_mode`.
 
     Args:
         sampler: draws for each prompt, in their order.
-        chunk_tokens: prompts are read so many tokens at a time, padding counted.
-        stopped: says of rows' new tokens whether text in them ends the row; asked after every token.
+        chunk_tokens: prompts are read so many tokens at a time, padding included.
+        stopped: whether text in the new tokens ends a row, for each row; called after every token.
     """
     import torch
     from transformers.cache_utils import Cache
 
     device, lengths = model.device, [len(prompt) for prompt in prompts]
-    width, total = max(lengths), torch.tensor(lengths, device=device)
-    layers, logits = None, []
-    for part in chunks(lengths, chunk_tokens):
-        some, past, starts = prefill(model, [prompts[i] for i in part], prefixes, pad_id)
-        if layers is None:
-            layers = [_layer_class()(len(prompts), width + max_new_tokens - 1) for _ in past.layers]
-        # Moved to the right, so that answers begin in one column and every row's columns are neighbours.
-        for layer, one in zip(layers, past.layers, strict=True):
-            layer.put(part.start, (one.keys, one.values), starts, lengths[part.start : part.stop], width)
-        logits.append(some)
-        del past
-    logits, past = torch.cat(logits), Cache(layers=layers)
+    width, prompt_lengths = max(lengths), torch.tensor(lengths, device=device)
+    logits, layers = _read_prompts(model, prompts, prefixes, pad_id, chunk_tokens, width + max_new_tokens - 1)
+    cached = {_cache_name(model): Cache(layers=layers)}
     ends = torch.tensor(sorted(stop_ids), device=device)
     new = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
-    order = torch.arange(len(prompts), device=device)  # which row lies in each place of the cache
-    live = list(range(len(prompts)))
-    over = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # by place
-    cache_name = cache_parameter(type(model))
-    every = 1 if device.type == "cpu" else 8  # to look is to wait for the device
+    rows = list(range(len(prompts)))  # the prompt at each position of the cache
+    order = torch.tensor(rows, device=device)
+    over = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # by position
+    check_every = 1 if device.type == "cpu" else 8  # to read `over` is to wait for the device
     for step in range(max_new_tokens):
         picked = sampler.pick(logits, step, order)
         new[order, step] = picked
@@ -426,38 +438,46 @@ def decode(
             over |= torch.tensor(stopped(new[order, : step + 1].tolist()), device=device)
         if step + 1 == max_new_tokens:
             break
-        if (step + 1) % every == 0:
+        if (step + 1) % check_every == 0:
             ended = over.tolist()
             if all(ended):
                 break
-            # A sixteenth: looking and moving costs about as much as so many rows cost in a step.
+            # A sixteenth: to remove rows costs about as much as so many rows cost in a step.
             if sum(ended) >= max(1, len(ended) // 16):
-                left = len(ended) - sum(ended)
-                for place, done in enumerate(ended):
-                    if done:
-                        yield live[place], _until(new[live[place], : step + 1].tolist(), stop_ids)
-                targets = [place for place in range(left) if ended[place]]
-                sources = [place for place in range(left, len(ended)) if not ended[place]]
-                for target, source in zip(targets, sources, strict=True):
-                    live[target] = live[source]
-                del live[left:]
-                picked[targets] = picked[sources]
-                picked, over = picked[:left], over.new_zeros(left)
-                order = torch.tensor(live, device=device)
+                for row in (row for row, is_over in zip(rows, ended, strict=True) if is_over):
+                    yield row, _until(new[row, : step + 1].tolist(), stop_ids)
                 for layer in layers:
-                    layer.move(sources, targets, left)
-        known = total[order].unsqueeze(1)
-        columns = torch.arange(width + step + 1, device=device)
-        same = len({lengths[row] for row in live}) == 1 and lengths[live[0]] == width
+                    positions = layer.drop(ended)
+                rows = [rows[position] for position in positions]
+                picked, over, order = picked[positions], over.new_zeros(len(rows)), torch.tensor(rows, device=device)
+        known = prompt_lengths[order].unsqueeze(1)
+        unpadded = all(lengths[row] == width for row in rows)
+        mask = None if unpadded else (torch.arange(width + step + 1, device=device) >= width - known).long()
         logits = model(
-            input_ids=picked.unsqueeze(1),
-            position_ids=known + step,
-            use_cache=True,
-            attention_mask=None if same else (columns >= width - known).long(),
-            **{cache_name: past},
+            input_ids=picked.unsqueeze(1), position_ids=known + step, use_cache=True, attention_mask=mask, **cached
         ).logits[:, -1]
-    for row in live:
+    for row in rows:
         yield row, _until(new[row, : step + 1].tolist(), stop_ids)
+
+
+def _read_prompts(
+    model: Any, prompts: Sequence[_Tokens], prefixes: Prefixes, pad_id: int, chunk_tokens: int, capacity: int
+) -> tuple[Any, list[Any]]:
+    """(logits (rows, vocabulary) of each prompt's last token, layers of a cache with so many columns)."""
+    import torch
+
+    lengths = [len(prompt) for prompt in prompts]
+    layers: list[Any] = []
+    logits = []
+    for part in chunks(lengths, chunk_tokens):
+        part_logits, past, starts = prefill(model, [prompts[i] for i in part], prefixes, pad_id)
+        layers = layers or [_layer_class()(len(prompts), capacity) for _ in past.layers]
+        # Moved to the right: answers then begin in one column, and every row's columns are neighbours.
+        for layer, read in zip(layers, past.layers, strict=True):
+            layer.put(part.start, (read.keys, read.values), starts, lengths[part.start : part.stop], max(lengths))
+        logits.append(part_logits)
+        del past
+    return torch.cat(logits), layers
 
 
 def _until(tokens: list[int], ends: Collection[int]) -> list[int]:
@@ -466,12 +486,12 @@ def _until(tokens: list[int], ends: Collection[int]) -> list[int]:
 
 
 def chunks(lengths: Sequence[int], tokens: int) -> Iterator[range]:
-    """Neighbouring rows of at most `tokens` together, padding counted; one row at least."""
+    """Neighbouring rows of at most `tokens` together, padding included; one row at least."""
     start, widest = 0, 0
-    for at, length in enumerate(lengths):
+    for row, length in enumerate(lengths):
         widest = max(widest, length)
-        if at > start and (at + 1 - start) * widest > tokens:
-            yield range(start, at)
-            start, widest = at, length
+        if row > start and (row + 1 - start) * widest > tokens:
+            yield range(start, row)
+            start, widest = row, length
     if start < len(lengths):
         yield range(start, len(lengths))

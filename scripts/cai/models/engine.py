@@ -111,12 +111,14 @@ class Engine(Protocol):
         """
 
 
-def fold_prefill(conversation: Sequence[Message], instruction: str) -> list[Message]:
-    """The conversation without its prefill, with `instruction` at the end of its last question instead."""
-    *before, question, _ = conversation
-    return [*before, {**question, "content": f"{question['content']}\n\n{instruction}"}]
+def fold_prefill(request: Request, instruction: str) -> Sequence[Message]:
+    """The conversation with `instruction` and the prefill at the end of its last question, instead of a prefill."""
+    if not request.prefill:
+        return request.conversation
+    *before, question, _ = request.conversation
+    return [*before, {**question, "content": f"{question['content']}\n\n{instruction}\n{request.prefill}"}]
 
 
-def join_labels(labels: Sequence[str]) -> str:
-    """`A, B or C`."""
-    return f"{', '.join(labels[:-1])} or {labels[-1]}"
+def label_instruction(labels: Sequence[str]) -> str:
+    """Asks for a label alone, in front of a prefill that became part of the question."""
+    return f"Complete this sentence, with {', '.join(labels[:-1])} or {labels[-1]} and nothing else:"

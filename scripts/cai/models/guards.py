@@ -6,38 +6,42 @@ for row, reading in safety_reader("my-org/my-guard", ())(rows): print(reading["c
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
+from typing import Any
 
 from cai.base.errors import InputError, shorten
 from cai.base.paths import model_path
 from cai.data.dialogue import as_messages
-from cai.models.chat import Chat
-from cai.models.engine import RowRequest, Sampling
-from cai.models.loading import load_engine
+from cai.models import chat, loading
+from cai.models.decoding import context_length
+from cai.models.engine import Message, RowRequest, Sampling
 from cai.models.local import LocalEngine
 
 _GUARD_TOKENS = 24  # the verdict and, of what is unsafe, the names of its categories
 
 
-def safety_reader(name: str, unsafe: Sequence[str], **loading) -> "Classifier | Guard":
-    """What reads safe from unsafe: a guard model that writes its verdict, or a sequence classifier."""
+def safety_reader(name: str, unsafe: Sequence[str], **options: Any) -> "Classifier | Guard":
+    """Tells safe from unsafe: a guard model that writes its verdict, or a sequence classifier.
+
+    options: arguments of `load_engine`, or of `Classifier`.
+    """
     from transformers import AutoConfig
 
     try:
         kinds = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False).architectures or []
     except (OSError, ValueError):
-        kinds = []  # the classifier says what is wrong with it
+        kinds = []  # the classifier reports what is wrong with it
     if not any(kind.endswith("ForCausalLM") for kind in kinds):
-        return Classifier(name, unsafe, **loading)
+        return Classifier(name, unsafe, **options)
     if unsafe:
         raise InputError("a guard model that writes text has no labels", where=name, remedy="Leave --unsafe-label out")
-    return Guard(name, **loading)
+    return Guard(name, **options)
 
 
-class _GuardChat(Chat):
+class _GuardChat(chat.Chat):
     """The chat of a model whose template asks about a conversation, whoever spoke last in it."""
 
-    def render(self, conversation: Sequence[dict]) -> str:
-        text = super().render(conversation)  # as far as the response goes
+    def render(self, conversation: Sequence[Message]) -> str:
+        text = super().render(conversation)  # up to the end of the response
         mark = "Zx7ENDx7Z"
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
         return text + self._apply(turns, True).rpartition(mark)[2]
@@ -46,27 +50,26 @@ class _GuardChat(Chat):
 class Guard:
     """A guard model that writes `safe` or `unsafe` and then the categories, as Llama Guard does; `Safety: Safe` too.
 
-    The question is the model's own chat template around the conversation. What it says is read strictly: a first line
+    The question is the model's own chat template around the conversation. The answer is read strictly: a first line
     that is anything else, such as `controversial`, is no verdict.
     """
 
-    def __init__(self, name: str, **loading):
-        loaded = load_engine(name, **loading)
+    def __init__(self, name: str, **options: Any):
+        loaded: Any = loading.load_engine(name, **options)
         self.engine = LocalEngine(name, loaded.model, loaded.tokenizer, loaded.batch_size)
         self.engine.chat = _GuardChat(loaded.tokenizer, name)
 
-    def __call__(self, rows: Iterable[dict]) -> Iterator[tuple[dict, dict]]:
-        """Each row with class `unsafe` or `safe` and what was `said`, not in order; class None if that can't be read or
-        the row is too long."""
-        requests = [
-            RowRequest(
-                row["id"], [*as_messages(row["prompt"]), {"role": "assistant", "content": row["response"]}], row=row
-            )
-            for row in rows
-        ]
+    def __call__(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Each row with class `unsafe` or `safe` and the answer (`said`), not in order; class None if the answer can't
+        be read or the row is too long."""
+        requests = (RowRequest(row["id"], _turns(row), row=row) for row in rows)
         for request, generation in self.engine.generate(requests, Sampling(_GUARD_TOKENS, 0.0)):
             verdict = re.match(r"(?:safety: ?)?(safe|unsafe)[ \t]*(?:\n|$)", generation.text, re.IGNORECASE)
             yield request.row, {"class": verdict[1].lower() if verdict else None, "said": shorten(generation.text)}
+
+
+def _turns(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*as_messages(row["prompt"]), {"role": "assistant", "content": row["response"]}]
 
 
 class Classifier:
@@ -74,7 +77,7 @@ class Classifier:
 
     Args:
         name: a folder or hub id.
-        unsafe: labels that mean harm; empty takes those whose names say so, and refuses a model where none does.
+        unsafe: labels that mean harm; empty: those whose names mean harm. Raises InputError if there are none.
     """
 
     NAMES = re.compile(r"unsafe|harm(?!less)|toxic|danger|violat|hate", re.IGNORECASE)
@@ -88,74 +91,74 @@ class Classifier:
         device: str | None = None,
         dtype: str = "auto",
     ):
-        import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if dtype == "auto":
-            dtype = "bfloat16" if device.startswith("cuda") else "float32"
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True
-            )
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"the classifier can't be loaded: {shorten(error, 200)}",
-                where=name,
-                expected="a sequence-classification model with a tokenizer and safetensors",
-            ) from error
-        labels = model.config.id2label
-        known = {str(label).casefold(): number for number, label in labels.items()}
-        if unknown := [one for one in unsafe if one.casefold() not in known]:
+        device = device or loading.best_device(None)
+        tokenizer = self.tokenizer = loading.load_tokenizer(name)
+        weights_dtype = loading.inference_dtype(device, dtype)
+        model = loading.load_weights(AutoModelForSequenceClassification, name, weights_dtype)
+        self.unsafe = self._unsafe_labels(name, model.config.id2label, unsafe)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "right"
+        model.config.pad_token_id = tokenizer.pad_token_id  # else a decoder may read its verdict off the padding
+        self.model, self.batch_size = model.to(device).eval(), batch_size
+        self.chat = chat.Chat(tokenizer, name) if getattr(tokenizer, "chat_template", None) else None
+        self.context = context_length(model)
+        self.has_several_labels = model.config.problem_type == "multi_label_classification"
+
+    def _unsafe_labels(self, name: str, labels: dict[int, str], unsafe: Sequence[str]) -> list[int]:
+        """The numbers of the labels that mean harm, by the caller's names or by the labels' own."""
+        numbers = {str(label).casefold(): number for number, label in labels.items()}
+        if unknown := [label for label in unsafe if label.casefold() not in numbers]:
             raise InputError(f"no label {unknown[0]!r}", where=name, expected=f"of {', '.join(labels.values())}")
-        self.unsafe = [known[one.casefold()] for one in unsafe] or [
+        if unsafe:
+            return [numbers[label.casefold()] for label in unsafe]
+        harmful = [
             number
-            for number, label in labels.items()
-            if self.NAMES.search(str(label)) and not re.match(r"(not|non|no)[\W_]", str(label), re.IGNORECASE)
+            for label, number in numbers.items()
+            if self.NAMES.search(label) and not re.match(r"(not|non|no)[\W_]", label)
         ]
-        if not self.unsafe or len(self.unsafe) == len(labels):
+        if not harmful or len(harmful) == len(labels):
             raise InputError(
-                f"of the labels {', '.join(map(str, labels.values()))} none says it is unsafe, or all do",
+                f"of the labels {', '.join(map(str, labels.values()))} none is named unsafe, or all are",
                 where=name,
                 remedy="Name them with --unsafe-label",
             )
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.tokenizer.padding_side = "right"
-        model.config.pad_token_id = self.tokenizer.pad_token_id  # else a decoder may read its verdict off the padding
-        self.model, self.batch_size = model.to(device).eval(), batch_size
-        self.chat = Chat(self.tokenizer, name) if getattr(self.tokenizer, "chat_template", None) else None
-        self.context = getattr(model.config, "max_position_embeddings", None)
-        self.multi = model.config.problem_type == "multi_label_classification"
+        return harmful
 
-    def encode(self, row: dict) -> list[int]:
+    def encode(self, row: dict[str, Any]) -> list[int]:
         """Token ids of the conversation: by the tokenizer's chat template, or as plain lines where there is none."""
-        from cai.models import chat
-
-        turns = as_messages(row["prompt"])
         if self.chat:
-            return [*chain(*chat.encode(self.chat, turns, row["response"]))]
-        turns = [*turns, {"role": "assistant", "content": row["response"]}]
-        return self.tokenizer("\n\n".join(f"{one['role']}: {one['content']}" for one in turns))["input_ids"]
+            return [*chain(*chat.encode(self.chat, as_messages(row["prompt"]), row["response"]))]
+        text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in _turns(row))
+        token_ids: list[int] = self.tokenizer(text)["input_ids"]
+        return token_ids
 
-    def __call__(self, rows: Iterable[dict]) -> Iterator[tuple[dict, dict]]:
+    def __call__(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Each row with class `unsafe` or `safe` and `p_unsafe`; class None if it is too long."""
-        import torch
-
         rows = iter(rows)
         while batch := list(islice(rows, self.batch_size)):
             encoded = [self.encode(row) for row in batch]
-            fit = [i for i, ids in enumerate(encoded) if not self.context or len(ids) <= self.context]
-            found = {}
-            if fit:
-                inputs = self.tokenizer.pad({"input_ids": [encoded[i] for i in fit]}, return_tensors="pt")
-                with torch.inference_mode():
-                    logits = self.model(**inputs.to(self.model.device)).logits.float()
-                shares = logits.sigmoid() if self.multi else logits.softmax(-1)
-                p = shares[:, self.unsafe].amax(-1) if self.multi else shares[:, self.unsafe].sum(-1)
-                found = dict(zip(fit, p.tolist(), strict=True))
-            for i, row in enumerate(batch):
-                p = found.get(i)
-                name = None if p is None else "unsafe" if p > 0.5 else "safe"
-                yield row, {"class": name, "p_unsafe": p if p is None else round(p, 4)}
+            fitting = [i for i, ids in enumerate(encoded) if not self.context or len(ids) <= self.context]
+            p_unsafe: list[float | None] = [None] * len(batch)
+            for i, p in zip(fitting, self._read([encoded[i] for i in fitting]), strict=True):
+                p_unsafe[i] = p
+            for row, p_row in zip(batch, p_unsafe, strict=True):
+                if p_row is None:
+                    yield row, {"class": None, "p_unsafe": None}
+                else:
+                    yield row, {"class": "unsafe" if p_row > 0.5 else "safe", "p_unsafe": round(p_row, 4)}
+
+    def _read(self, encoded: list[list[int]]) -> list[float]:
+        """The probability of harm of each sequence of token ids."""
+        import torch
+
+        if not encoded:
+            return []
+        inputs = self.tokenizer.pad({"input_ids": encoded}, return_tensors="pt")
+        with torch.inference_mode():
+            logits = self.model(**inputs.to(self.model.device)).logits.float()
+        if self.has_several_labels:
+            return list(logits.sigmoid()[:, self.unsafe].amax(-1).tolist())
+        return list(logits.softmax(-1)[:, self.unsafe].sum(-1).tolist())

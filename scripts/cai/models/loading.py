@@ -13,35 +13,37 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from cai.base import cli, paths
+from cai.base import cli
 from cai.base.errors import CaiError, InputError, shorten
 from cai.base.paths import model_path
 from cai.models.chat import TEMPLATE_REMEDY, Chat
+from cai.models.decoding import context_length as context_length  # for the callers of this module
 from cai.models.decoding import slow_warning
+from cai.models.engine import Engine
 from cai.models.local import LocalEngine
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed instead of giving it back to the system with every large tensor.
+    """Let glibc keep freed memory instead of returning it to the system with every large tensor.
 
-    Tensors of a forward pass come and go by the megabyte; page by page their memory is mapped, cleared and
-    unmapped again, which takes up to a third of the time on a CPU. Has no effect elsewhere than on glibc, and
-    leaves alone what the environment says (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_).
+    The tensors of a forward pass are megabytes each. To map, clear and unmap their pages again and again takes up to a
+    third of the time on a CPU. Has no effect without glibc, and respects the environment's settings
+    (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_).
     """
     if platform.libc_ver()[0] != "glibc":
         return
-    trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3)
-    library = ctypes.CDLL(None)
-    if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
-        library.mallopt(trim, 1 << 30)
-    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        library.mallopt(mmap, 1 << 25)  # the most that glibc takes
+    # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3), whose maximum is 1 << 25.
+    for variable, option, size in (("MALLOC_TRIM_THRESHOLD_", -1, 1 << 30), ("MALLOC_MMAP_THRESHOLD_", -3, 1 << 25)):
+        if variable not in os.environ:
+            ctypes.CDLL(None).mallopt(option, size)
 
 
-_loaded: dict[tuple, LocalEngine] = {}
+_loaded: dict[tuple[Any, ...], LocalEngine] = {}
 
 
 def load_engine(
@@ -51,14 +53,14 @@ def load_engine(
     batch_tokens: int | None = None,
     device: str | None = None,
     dtype: str = "auto",
-    endpoints: tuple[str, ...] = (),
-):
-    """The engine of a folder, a hub id, or `tiny`; the last one loaded is kept in this process. Or a server's.
+    endpoints: Sequence[str] = (),
+) -> Engine:
+    """The engine of a folder, a hub id, or `tiny`; this process keeps the last one that it loaded. Or a server's.
 
     Args:
-        model: `openai:NAME` is what servers at `endpoints` call NAME (cai/models/servers.py).
+        model: `openai:NAME` is the model NAME of the servers at `endpoints` (servers.py).
         batch_size, batch_tokens: bounds of a batch; see `LocalEngine`.
-        device: cpu, cuda, cuda:1, mps; None takes the best there is, of several GPUs each process its own.
+        device: cpu, cuda, cuda:1, mps; None: the best one, and of several GPUs one per process.
         dtype: float32, bfloat16, float16, or auto (bfloat16 on CUDA, float32 elsewhere).
     Raises:
         InputError: no such model, or it lacks config, weights, tokenizer or chat template.
@@ -72,16 +74,16 @@ def load_engine(
             f"an endpoint with the local model {model}",
             where="--endpoint",
             expected="--model openai:NAME",
-            remedy="Say what the server calls the model",
+            remedy="Name the model as the server calls it",
         )
     path = check_model(model)
     folder = Path(path)
-    key = (path, device, dtype)
-    if folder.is_dir():  # written anew since: another model
+    key: tuple[Any, ...] = (path, device, dtype)
+    if folder.is_dir():  # files that were written again are another model
         key += (folder.resolve(), *sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir()))
     if key not in _loaded:
         release_engines()
-        _loaded[key] = _load_local(model, path, device, dtype)
+        _loaded[key] = _load_local(model, device, dtype)
     engine = _loaded[key]
     engine.name = model
     engine.set_batches(batch_size, batch_tokens)
@@ -96,56 +98,40 @@ def release_engines() -> None:
 def find_model(model: str) -> str:
     """The folder or hub id that a name stands for, for every option that names a model.
 
-    Raises InputError if it names a folder that does not exist: a path, or no hub id, or a name like `runs/sft` whose
-    first part is a folder here, unless the hub's local cache has a model of that name.
+    Raises InputError if it names a folder that does not exist: a path, a name that is not a valid hub id, or a name
+    like `runs/sft` whose first part is a folder here, unless the hub's local cache has a model of that name.
     """
-    path = paths.model_path(model)
+    path = str(model_path(model))
     if model.startswith("openai:") or Path(path).is_dir():
         return path
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) and not Path(path).exists()
-    parent = path.rpartition("/")[0]
-    if not is_hub_id or (parent and Path(parent).is_dir() and not _is_cached(path)):
+    if is_hub_id and "/" in path and Path(path).parent.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        is_hub_id = isinstance(try_to_load_from_cache(path, "config.json"), str)
+    if not is_hub_id:
         raise InputError("no such model folder", where=path, remedy="Check the path, or give a hub id")
     return path
 
 
-def _is_cached(hub_id: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
-
-
 def check_model(model: str, *, classifier: bool = False) -> str:
-    """`find_model`, and what can be checked of a folder without loading anything.
+    """`find_model`, and the checks of a folder that need no loading.
 
-    classifier: a reward model will do as well.
+    classifier: accept a reward model as well.
     Raises InputError naming the folder and the remedy.
     """
     path = find_model(model)
     folder = Path(path)
     if not folder.is_dir():
-        return path  # of a hub's or a server's files nothing is known here
-    names = {f.name for f in folder.iterdir()}
-    if not names & {"config.json", "adapter_config.json"}:
-        raise InputError(
-            "the model folder has no config.json", where=path, remedy="Give a folder written by save_pretrained()"
-        )
-    if not any(name.endswith(".safetensors") for name in names):
-        raise InputError(
-            "the model folder has no weights in safetensors",
-            where=path,
-            remedy="Save them with save_pretrained(), which writes model.safetensors",
-        )
-    if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json"}:
-        raise InputError(
-            "the model folder has no tokenizer",
-            where=path,
-            remedy="Save the model's tokenizer into it: tokenizer.save_pretrained(folder)",
-        )
-    beside = names & {"chat_template.jinja", "chat_template.json"}
-    if not beside and not _json(folder, "tokenizer_config.json").get("chat_template"):
+        return path  # the files of a hub or a server are not here
+    names = {name for file in folder.iterdir() for name in (file.name, f"*{file.suffix}")}
+    for expected, problem, remedy in _FILES:
+        if not names & expected:
+            raise InputError(f"the model folder has no {problem}", where=path, remedy=remedy)
+    has_template = names & {"chat_template.jinja", "chat_template.json"}
+    if not has_template and not _read_json(folder, "tokenizer_config.json").get("chat_template"):
         raise InputError("the model folder has no chat template", where=path, remedy=TEMPLATE_REMEDY)
-    kinds = _json(folder, "config.json").get("architectures") or []
+    kinds = _read_json(folder, "config.json").get("architectures") or []
     if not classifier and kinds and all("ForSequenceClassification" in kind for kind in kinds):
         raise InputError(
             f"this is a classifier or a reward model ({kinds[0]})", where=path, expected="a causal language model"
@@ -153,59 +139,102 @@ def check_model(model: str, *, classifier: bool = False) -> str:
     return path
 
 
-def _json(folder: Path, name: str) -> dict:
+# What a model folder must have: any of these files, what they are, and the remedy.
+_FILES = (
+    ({"config.json", "adapter_config.json"}, "config.json", "Give a folder written by save_pretrained()"),
+    ({"*.safetensors"}, "weights in safetensors", "Save them with save_pretrained(), which writes model.safetensors"),
+    (
+        {"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json"},
+        "tokenizer",
+        "Save the model's tokenizer into it: tokenizer.save_pretrained(folder)",
+    ),
+)
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
     """A JSON file of a model folder, {} if there is none."""
     try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no object")
-        return found
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        return content
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON: {error}", where=folder / name, remedy="Copy the folder again") from error
 
 
-def _load_local(name: str, path: str, device: str | None, dtype: str) -> LocalEngine:
-    import torch
+@contextmanager
+def _explain_errors(name: str, part: str = "model") -> Iterator[None]:
+    """Turn what transformers raises for a model that can't be loaded into an InputError."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"the {part} can't be loaded: {shorten(error, 300)}",
+            where=name,
+            expected="a model folder, a hub id, or `tiny`",
+            remedy="Check the path; offline, a hub id must be in the local cache",
+        ) from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """A model's tokenizer. Raises InputError if there is none."""
+    from transformers import AutoTokenizer
+
+    with _explain_errors(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False)
+
+
+def load_weights(auto_class: Any, name: str, dtype: str, **arguments: Any) -> Any:
+    """A model on the CPU, from complete safetensors weights.
+
+    Args:
+        auto_class: one of transformers' Auto classes. arguments: for its `from_pretrained`.
+    Raises:
+        InputError: no such model, or weights that lack a tensor.
+    """
+    import torch
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    if device is None:
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        device = "cuda" if torch.cuda.is_available() else mps
+    with _explain_errors(name):
+        model, info = auto_class.from_pretrained(
+            model_path(name),
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **arguments,
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"the weights lack {len(missing)} tensors, {missing[0]} among them",
+            where=name,
+            expected="a complete model of its architecture",
+        )
+    return model
+
+
+def _load_local(name: str, device: str | None, dtype: str) -> LocalEngine:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = device or best_device(None)
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device == "cpu":
         keep_freed_memory()
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(
-            f"the model can't be loaded: {shorten(error, 300)}",
-            where=name,
-            expected="a model folder, or the id of one that the hub or the local cache has",
-        ) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise InputError(
-            f"the weights lack {len(missing)} tensors, {missing[0]} among them",
-            where=name,
-            expected="a complete causal language model",
-        )
+    tokenizer = load_tokenizer(name)
+    model = load_weights(AutoModelForCausalLM, name, inference_dtype(device, dtype))
     try:
         model = model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:  # torch says both for a device that is not there
-        if isinstance(error, torch.OutOfMemoryError):
-            raise CaiError(f"{name} does not fit the memory of {device}") from error
+    except torch.OutOfMemoryError as error:
+        raise CaiError(f"{name} does not fit the memory of {device}") from error
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
         raise InputError(f"{device!r} can't be used: {shorten(error)}", where="--device") from error
     engine = LocalEngine(name, model, tokenizer)
     if engine.slow_reason:
@@ -213,16 +242,23 @@ def _load_local(name: str, path: str, device: str | None, dtype: str) -> LocalEn
     return engine
 
 
+def inference_dtype(device: str, dtype: str) -> str:
+    """The dtype of weights that are not trained: auto is bfloat16 on CUDA, float32 elsewhere."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
 def split_endpoint(name: str, endpoints: Sequence[str] = ()) -> tuple[str, tuple[str, ...]]:
-    """(model, its servers) of a model's name; `openai:NAME@URL` says its server itself, others take `endpoints`."""
+    """(model, its servers) of a model's name. `openai:NAME@URL` names its own server, others take `endpoints`."""
     if not name.startswith("openai:"):
         return name, ()
     model, at, url = name.partition("@http")
     return model, (f"http{url}",) if at else tuple(endpoints)
 
 
-def load_named_engine(name: str, endpoints: Sequence[str], loading: Mapping):
-    """The engine of a model's name, which may say its server."""
+def load_named_engine(name: str, endpoints: Sequence[str], loading: Mapping[str, Any]) -> Engine:
+    """The engine of a model's name, which may include its server."""
     model, servers = split_endpoint(name, endpoints)
     return load_engine(model, endpoints=servers, **loading)
 
@@ -233,7 +269,7 @@ def is_main_process() -> bool:
 
 
 def on_cpu(device: str | None) -> bool:
-    """Whether training runs on the CPU: asked for, or nothing better is there."""
+    """Whether training runs on the CPU: by choice, or because there is no accelerator."""
     import torch
 
     forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
@@ -241,18 +277,17 @@ def on_cpu(device: str | None) -> bool:
 
 
 def best_device(device: str | None) -> str:
-    """The device asked for, or the best there is."""
+    """The device of the caller, or the best one of this machine."""
     import torch
 
-    return "cpu" if on_cpu(device) else device or torch.accelerator.current_accelerator().type
+    return "cpu" if on_cpu(device) else device or str(torch.accelerator.current_accelerator().type)
 
 
 def choose_device(device: str | None) -> None:
-    """Show this process only the GPU it trains on; several GPUs take a launcher, one process each.
+    """Make only one GPU visible to this process; several GPUs need a launcher, one process each.
 
-    Trainer takes the first visible GPU, or all of them at once by data parallelism, which TRL refuses.
-    To be called before anything has touched CUDA. Raises InputError if a GPU is asked for that is not there
-    or can no longer be chosen.
+    Trainer takes the first visible GPU, or all of them at once by data parallelism, which TRL refuses. Call this
+    before anything uses CUDA. Raises InputError if the GPU does not exist or can no longer be chosen.
     """
     import torch
 
@@ -280,8 +315,8 @@ def choose_device(device: str | None) -> None:
 def precision(device: str | None, dtype: str, lora: bool = False) -> tuple[str, str | None]:
     """(dtype of the weights, dtype of the autocast forward pass or None).
 
-    auto on a GPU keeps the trained weights in float32, because an AdamW step of 1e-5 is lost in the eight
-    bits of a bfloat16 mantissa; a frozen LoRA base is held in bfloat16, its adapters in float32.
+    auto on a GPU keeps the trained weights in float32, because the eight bits of a bfloat16 mantissa lose an AdamW
+    step of 1e-5. A frozen LoRA base is held in bfloat16, its adapters in float32.
     """
     if dtype == "auto":
         if on_cpu(device):
@@ -299,17 +334,8 @@ def load_chat(path: str) -> Chat:
 
     Raises InputError if the folder has none, or one without a chat template or an end-of-text token.
     """
-    from transformers import AutoTokenizer
-
-    folder = check_model(path, classifier=True)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the tokenizer can't be loaded: {shorten(error, 200)}",
-            where=path,
-            remedy="Check the path; offline, a hub id must be in the local cache",
-        ) from error
+    check_model(path, classifier=True)
+    tokenizer = load_tokenizer(path)
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-text token", where=path, remedy="Set its eos_token")
     tokenizer.padding_side = "right"
@@ -318,14 +344,16 @@ def load_chat(path: str) -> Chat:
     return Chat(tokenizer, path)
 
 
-def _spare_token(tokenizer) -> str:
-    """A token to pad with that ends no answer, since a reward model reads its score before the padding."""
+def _spare_token(tokenizer: Any) -> str:
+    """A token to pad with that does not end an answer: a reward model reads its score before the padding."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     spare = [token for token in special if "pad" in token.lower() or "reserved" in token.lower()]
-    return next(iter([*spare, *filter(None, [tokenizer.unk_token])]), tokenizer.eos_token)
+    return str([*spare, *filter(None, [tokenizer.unk_token, tokenizer.eos_token])][0])
 
 
-def load_policy(path: str, device: str | None = None, dtype: str = "auto", *, lora: bool = False, dropout: bool = True):
+def load_policy(
+    path: str, device: str | None = None, dtype: str = "auto", *, lora: bool = False, dropout: bool = True
+) -> Any:
     """A causal language model to train; the trainer moves it to its device. InputError if there is none.
 
     dropout: as the model's configuration has it, or none.
@@ -333,22 +361,20 @@ def load_policy(path: str, device: str | None = None, dtype: str = "auto", *, lo
     from transformers import AutoModelForCausalLM
 
     check_model(path)
-    config = _config(path, dropout)
-    return _load_pretrained(AutoModelForCausalLM, path, config, precision(device, dtype, lora)[0])
+    return _load_trainable(AutoModelForCausalLM, path, _config(path, dropout), precision(device, dtype, lora)[0])
 
 
-def load_reward_model(path: str, device: str | None = None, dtype: str = "auto", *, lora: bool = False):
+def load_reward_model(path: str, device: str | None = None, dtype: str = "auto", *, lora: bool = False) -> Any:
     """A sequence classifier with one output, one score per sequence, and without dropout.
 
-    From a causal language model's folder the body is taken and the head is new, drawn from torch's global
-    generator (seed it first). InputError if the folder holds neither or the head has another width.
+    A causal language model's folder gives the body only: the head is new, drawn from torch's global generator (seed it
+    first). InputError if the folder holds neither or the head has another width.
     """
     from transformers import AutoModelForSequenceClassification
     from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-    check_model(path, classifier=True)
     config = _config(path, dropout=False)
-    if any("SequenceClassification" in name for name in config.architectures or []) and config.num_labels != 1:
+    if is_classifier(path) and config.num_labels != 1:
         raise InputError(
             f"a classifier with {config.num_labels} classes",
             where=path,
@@ -357,22 +383,21 @@ def load_reward_model(path: str, device: str | None = None, dtype: str = "auto",
         )
     config.num_labels = 1
     with suppress_seqcls_warning():
-        return _load_pretrained(AutoModelForSequenceClassification, path, config, precision(device, dtype, lora)[0])
+        weights_dtype, _ = precision(device, dtype, lora)
+        return _load_trainable(AutoModelForSequenceClassification, path, config, weights_dtype)
 
 
 def is_classifier(path: str) -> bool:
     """Whether a model is a sequence classifier. Raises InputError if there is no such model."""
-    check_model(path, classifier=True)
-    return any("SequenceClassification" in name for name in _config(path, dropout=True).architectures or [])
+    return any("SequenceClassification" in name for name in _config(path).architectures or [])
 
 
-def _config(path: str, dropout: bool):
+def _config(path: str, dropout: bool = True) -> Any:
     from transformers import AutoConfig
 
-    try:
+    check_model(path, classifier=True)
+    with _explain_errors(path):
         config = AutoConfig.from_pretrained(model_path(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(path, error) from error
     if not dropout:  # in the configuration, because attention reads its rate there and is no module of its own
         for name, rate in vars(config).items():
             if "drop" in name and isinstance(rate, float):
@@ -380,46 +405,8 @@ def _config(path: str, dropout: bool):
     return config
 
 
-def _load_pretrained(auto_class, path: str, config, dtype: str):
-    import torch
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
-    release_engines()  # a model kept for generating would take the memory that training needs
+def _load_trainable(auto_class: Any, path: str, config: Any, dtype: str) -> Any:
+    release_engines()  # training needs the memory of a model that was kept for generating
     if on_cpu(None):
         keep_freed_memory()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        model, info = auto_class.from_pretrained(
-            model_path(path),
-            config=config,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _not_loaded(path, error) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise InputError(
-            f"the weights lack {len(missing)} tensors, {missing[0]} among them",
-            where=path,
-            expected="a complete model of its architecture",
-        )
-    return model
-
-
-def _not_loaded(path: str, error: Exception) -> InputError:
-    return InputError(
-        f"the model can't be loaded: {shorten(error, 200)}",
-        where=path,
-        expected="a model folder, a hub id, or `tiny`",
-        remedy="Check the path; offline, a hub id must be in the local cache",
-    )
-
-
-def context_length(model) -> int | None:
-    """Tokens that the model's positions reach, None where it has no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return load_weights(auto_class, path, dtype, config=config)

@@ -3,9 +3,9 @@
     request = Request("a", [{"role": "user", "content": "Hello"}], seed=1)
     for request, generation in engine.generate([request], Sampling()): ...
 
-`generate` samples text, `score` reads the log-probabilities of a forced choice (engine.py says what both take).
+`generate` samples text, `score` reads the log-probabilities of a forced choice (engine.py describes both).
 
-A batch holds as many tokens (`--batch-tokens`) as memory allows, and is halved if it does not fit after all; the
+A batch holds as many tokens (`--batch-tokens`) as memory allows, and is halved if it does not fit after all. The
 decoding loop is in decoding.py. Leaves out models split over several GPUs, beam search, images and tools.
 """
 
@@ -17,20 +17,21 @@ from typing import Any, NamedTuple
 
 from cai.base import cli
 from cai.base.errors import CaiError, InputError
-from cai.models.chat import Chat
-from cai.models.decoding import Prefixes, RowSampler, chunks, common_prefix, decode, not_a_number, prefill, slow_reason
+from cai.models import decoding
+from cai.models.chat import Chat, chat_stops
+from cai.models.decoding import Prefixes, RowSampler
 from cai.models.engine import Generation, Request, RequestT, Sampling
 
-# Batches of the most rows that are sorted by length together, and rows of them at most: more sort better,
-# fewer answer sooner and use less memory.
+# Rows that are sorted by length together: so many batches of the largest size, and at most so many rows. More sort
+# better, fewer answer sooner and use less memory.
 WINDOW = 32
 
 MOST_ROWS = 4096
 
-# Most rows in one forward pass where nobody says.
+# Most rows in one forward pass, by default.
 BATCH_SIZE = 128
 
-# Tokens of prompts in one forward pass. On a CPU more of them leave its cache, and are read more slowly.
+# Tokens of prompts in one forward pass. More of them exceed a CPU's cache, and are read more slowly.
 CHUNK_TOKENS = {"cpu": 4096}
 
 OTHER_CHUNK_TOKENS = 16384
@@ -39,13 +40,13 @@ OTHER_CHUNK_TOKENS = 16384
 class _Prompt(NamedTuple):
     """A request as the model reads it. label_ids: of the labels to score, where there are any."""
 
-    request: Request
+    request: Any  # the Request, in the caller's own class
     token_ids: list[int]
     label_ids: Sequence[int] = ()
 
 
 class LocalEngine:
-    """A transformers causal LM and its chat. Make one with `load_engine`.
+    """A transformers causal LM and its chat. `load_engine` makes one.
 
     Attributes:
         name, model, tokenizer, chat.
@@ -57,25 +58,23 @@ class LocalEngine:
 
     scores_choices = True
 
-    def __init__(self, name: str, model, tokenizer, batch_size: int | None = None, batch_tokens: int | None = None):
+    def __init__(
+        self, name: str, model: Any, tokenizer: Any, batch_size: int | None = None, batch_tokens: int | None = None
+    ):
         from transformers import GenerationConfig
 
         self.name, self.model, self.tokenizer = name, model, tokenizer
         self.chat = Chat(tokenizer, name)
-        config = model.config.get_text_config()
-        self.context = getattr(config, "max_position_embeddings", None)
-        self.slow_reason = slow_reason(model)
+        self.context = decoding.context_length(model)
+        self.slow_reason = decoding.slow_reason(model)
         self._decodes = self.slow_reason is None
-        found = model.generation_config.eos_token_id
-        ends = [*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id, self.chat.stop_id]
-        self.stop_ids = sorted({int(i) for i in ends if i is not None and i < config.vocab_size})
-        pad = tokenizer.pad_token_id
-        if pad is None or pad >= config.vocab_size:
-            pad = self.stop_ids[0] if self.stop_ids else 0
-        self.pad_id = pad
-        # A fresh one: a checkpoint's own sampling settings would act beside ours.
+        self.stop_ids = sorted(chat_stops(self.chat, model))
+        self.pad_id: int = tokenizer.pad_token_id
+        if self.pad_id is None or self.pad_id >= model.config.get_text_config().vocab_size:
+            self.pad_id = self.stop_ids[0] if self.stop_ids else 0
+        # A new one: the checkpoint's own sampling settings would act beside ours.
         model.generation_config = GenerationConfig(
-            do_sample=False, pad_token_id=pad, eos_token_id=self.stop_ids or None
+            do_sample=False, pad_token_id=self.pad_id, eos_token_id=self.stop_ids or None
         )
         self.set_batches(batch_size, batch_tokens)
 
@@ -94,33 +93,49 @@ class LocalEngine:
 
         Args:
             requests: read lazily, a window ahead of the model, and in another thread.
-            done: keys of requests that the caller has the answers of. A batch of nothing else is skipped; any other
-                is as it would be without `done`, so that a resumed run rounds as one that never stopped.
+            done: keys of requests that the caller has the answers of. A batch of only such requests is skipped; any
+                other is the same as without `done`, so that a resumed run rounds as one that never stopped.
         """
-        run = self._generate if self._decodes else self._generate_otherwise
-        for window in self._windows(requests, self._read_prompts, done):
-            prompts, too_long = self._split(window, sampling.max_new_tokens)
-            for prompt in too_long:
-                yield prompt.request, Generation("", "too_long", len(prompt.token_ids), 0)
-            run_batch = partial(run, sampling=sampling, prefixes=self._share_prefixes(prompts))
-            yield from self._run_batches(prompts, run_batch, sampling.max_new_tokens, done)
+        run = partial(self._generate if self._decodes else self._generate_slowly, sampling=sampling)
+        for prompt, answer in self._run(requests, self._read_prompts, run, sampling.max_new_tokens, done):
+            yield prompt.request, answer or Generation("", "too_long", len(prompt.token_ids), 0)
 
     def score(
         self, requests: Iterable[RequestT], labels: Sequence[str]
     ) -> Iterator[tuple[RequestT, list[float] | None]]:
         """Each request with the log-probability of every label as its next token, not in order.
 
-        They are of the softmax over the whole vocabulary: what they lack to 1 went to other tokens. None
-        stands for a conversation longer than the model's context. What conversations of a window begin with
-        in common is computed once, so it pays to call this with conversations that begin alike.
+        They are of the softmax over the whole vocabulary: what they lack to 1 belongs to other tokens. None
+        where a conversation is longer than the model's context. Shared beginnings of conversations are computed
+        once, so it pays to call this with conversations that begin alike.
 
         Raises InputError if the labels are not single, different tokens where the conversation ends.
         """
         read = partial(self._read_questions, labels=labels, label_ids={})
-        for window in self._windows(requests, read):
-            prompts, too_long = self._split(window, 0)
-            yield from ((prompt.request, None) for prompt in too_long)
-            yield from self._run_batches(prompts, partial(self._score, prefixes=self._share_prefixes(prompts)), 0)
+        for prompt, logprobs in self._run(requests, read, self._score, 0):
+            yield prompt.request, logprobs
+
+    def _run(
+        self,
+        requests: Iterable[Request],
+        read: Callable[[list[Request]], list[_Prompt]],
+        run: Callable[..., Iterator[tuple[_Prompt, Any]]],
+        new_tokens: int,
+        done: Container[Hashable] = (),
+    ) -> Iterator[tuple[_Prompt, Any]]:
+        """(prompt, result) of each request, as it comes; the result is None where it does not fit the model's context.
+
+        Args:
+            run: a batch and the prefixes of its window to its prompts and results.
+            new_tokens: tokens that each row may grow by.
+        """
+        limit = (self.context or float("inf")) - new_tokens
+        for window in self._windows(requests, read, done):
+            prompts = [prompt for prompt in window if len(prompt.token_ids) <= limit]
+            yield from ((prompt, None) for prompt in window if len(prompt.token_ids) > limit)
+            token_ids = [prompt.token_ids for prompt in prompts]
+            prefixes = Prefixes(self.model, token_ids, self.pad_id, self._decodes and len(prompts) > 1)
+            yield from self._run_batches(prompts, partial(run, prefixes=prefixes), new_tokens, done)
 
     def _windows(
         self,
@@ -128,53 +143,39 @@ class LocalEngine:
         read: Callable[[list[Request]], list[_Prompt]],
         done: Container[Hashable] = (),
     ) -> Iterator[list[_Prompt]]:
-        """`read` of as many requests as are sorted together, the next of them while the model works on these.
+        """`read` of the requests that are sorted together, the next ones while the model works on these.
 
         A window whose keys are all in `done` is skipped.
         """
         size = min(WINDOW * self.batch_size, MOST_ROWS)
         requests = iter(requests)
 
-        def following() -> list[_Prompt] | None:
+        def read_window() -> list[_Prompt] | None:
             while window := list(islice(requests, size)):
                 if not all(request.key in done for request in window):
                     return read(window)
             return None
 
         with ThreadPoolExecutor(1) as thread:
-            coming = thread.submit(following)
-            while (prompts := coming.result()) is not None:
-                coming = thread.submit(following)
+            following = thread.submit(read_window)
+            while (prompts := following.result()) is not None:
+                following = thread.submit(read_window)
                 yield prompts
 
     def _read_prompts(self, requests: list[Request]) -> list[_Prompt]:
         token_ids = self.chat.encode_all([self.chat.render(request.conversation) for request in requests])
         return list(map(_Prompt, requests, token_ids))
 
-    def _split(self, prompts: list[_Prompt], new_tokens: int) -> tuple[list[_Prompt], list[_Prompt]]:
-        """(those that fit the model's context with the new tokens, those that do not)."""
-        limit = (self.context or float("inf")) - new_tokens
-        too_long = [prompt for prompt in prompts if len(prompt.token_ids) > limit]
-        return [prompt for prompt in prompts if len(prompt.token_ids) <= limit], too_long
-
-    def _share_prefixes(self, prompts: list[_Prompt]) -> Prefixes:
-        token_ids = [prompt.token_ids for prompt in prompts]
-        return Prefixes(self.model, token_ids, self.pad_id, self._decodes and len(prompts) > 1)
-
     def _run_batches(
         self,
         prompts: list[_Prompt],
-        run: Callable[[list[_Prompt]], Iterator[tuple[Request, Any]]],
+        run: Callable[[list[_Prompt]], Iterator[tuple[_Prompt, Any]]],
         new_tokens: int,
         done: Container[Hashable] = (),
-    ) -> Iterator[tuple[Any, Any]]:
-        """What `run` returns for batches of like length, longest first, as it comes; nothing for keys in `done`.
+    ) -> Iterator[tuple[_Prompt, Any]]:
+        """The results of `run` for batches of similar length, longest first; nothing for keys in `done`.
 
         Where memory runs out the batch is halved, and its rows without a result are run again.
-
-        Args:
-            run: a batch to its (request, result).
-            new_tokens: tokens that each row may grow by.
         """
         import torch
 
@@ -186,12 +187,11 @@ class LocalEngine:
             if all(prompt.request.key in done for prompt in batch):
                 continue
             answered = set()
-            is_full = False
-            results = run(batch)
+            results, is_full = run(batch), False
             while True:
                 try:
-                    with torch.inference_mode():  # not over the yield: the mode would be the caller's too
-                        request, result = next(results)
+                    with torch.inference_mode():  # not around the yield, which would switch the caller's mode
+                        prompt, result = next(results)
                 except StopIteration:
                     break
                 except torch.OutOfMemoryError as error:
@@ -200,24 +200,24 @@ class LocalEngine:
                         raise CaiError(f"one row of {tokens} tokens does not fit the GPU's memory") from error
                     is_full = True
                     break
-                answered.add(request.key)
-                if request.key not in done:
-                    yield request, result
-            if is_full:  # out here the failed batch's tensors are gone
+                answered.add(prompt.request.key)
+                if prompt.request.key not in done:
+                    yield prompt, result
+            if is_full:  # outside the handler, where the failed batch's tensors are freed
                 del results
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 self.batch_tokens = max(1, len(batch) // 2) * longest
-                cli.warn(f"the memory is full: going on with --batch-tokens {self.batch_tokens}")
+                cli.warn(f"the memory is full: continuing with --batch-tokens {self.batch_tokens}")
                 waiting = [prompt for prompt in batch if prompt.request.key not in answered] + waiting
 
     def _generate(
         self, batch: list[_Prompt], sampling: Sampling, prefixes: Prefixes
-    ) -> Iterator[tuple[Request, Generation]]:
+    ) -> Iterator[tuple[_Prompt, Generation]]:
         """The answers of one batch, row by row as they end."""
         sampler = RowSampler(sampling, [prompt.request.seed for prompt in batch])
         stops = self.chat.stops(sampling.stop)
-        rows = decode(
+        rows = decoding.decode(
             self.model,
             [prompt.token_ids for prompt in batch],
             prefixes,
@@ -226,16 +226,16 @@ class LocalEngine:
             max_new_tokens=sampling.max_new_tokens,
             stop_ids=set(self.stop_ids),
             chunk_tokens=self._chunk_tokens,
-            stopped=_StopStrings(self.tokenizer, stops).found if stops else None,
+            stopped=_StopStrings(self.tokenizer, stops).have_stopped if stops else None,
         )
         for row, tokens in rows:
             sampler.check(self.name)
-            yield self._read_answer(batch[row], tokens, sampling)
+            yield batch[row], self._read_answer(batch[row], tokens, sampling)
 
-    def _generate_otherwise(
+    def _generate_slowly(
         self, batch: list[_Prompt], sampling: Sampling, prefixes: Prefixes
-    ) -> Iterator[tuple[Request, Generation]]:
-        """The same by transformers' own loop, for models whose memory is not a cache of rows."""
+    ) -> Iterator[tuple[_Prompt, Generation]]:
+        """`_generate` by transformers' own loop, for models that `decoding.decode` can't run."""
         import torch
 
         width = len(batch[0].token_ids)
@@ -256,15 +256,15 @@ class LocalEngine:
         sampler.check(self.name)
         for prompt, tokens in zip(batch, new, strict=True):
             length = next((n + 1 for n, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
-            yield self._read_answer(prompt, tokens[:length], sampling)
+            yield prompt, self._read_answer(prompt, tokens[:length], sampling)
 
-    def _read_answer(self, prompt: _Prompt, tokens: list[int], sampling: Sampling) -> tuple[Request, Generation]:
-        """The request and its answer from the new tokens, the end token included."""
+    def _read_answer(self, prompt: _Prompt, tokens: list[int], sampling: Sampling) -> Generation:
+        """The answer from the new tokens, the end token included."""
         ended = bool(tokens) and tokens[-1] in self.stop_ids
         continued = prompt.request.conversation[-1]["role"] == "assistant"
         text, stopped = self.chat.answer(tokens[:-1] if ended else tokens, continued=continued, stop=sampling.stop)
         finish = "stop" if ended or stopped else "length"
-        return prompt.request, Generation(text, finish, len(prompt.token_ids), len(tokens))
+        return Generation(text, finish, len(prompt.token_ids), len(tokens))
 
     @property
     def _chunk_tokens(self) -> int:
@@ -275,8 +275,8 @@ class LocalEngine:
     ) -> list[_Prompt]:
         """The tokens before each choice, and the labels' ids there.
 
-        A label is encoded together with what precedes it, as the model has seen it in training: "(" and "A"
-        may be one token, and then it is that token which is asked for.
+        A label is encoded together with the text before it, as in training: "(" and "A" may be one token, and then
+        that token is scored.
 
         Args:
             label_ids: {prefill: ids of the labels after it}, filled here.
@@ -285,18 +285,18 @@ class LocalEngine:
         prompts = []
         encoded = self.chat.encode_all([text + labels[0] for text in texts])
         for request, text, ids in zip(requests, texts, encoded, strict=True):
-            ending = request.prefill
-            if ending not in label_ids:
-                label_ids[ending] = self._label_ids(text, ending, labels)
-            if ids[-1] != label_ids[ending][0]:
+            prefill = request.prefill
+            if prefill not in label_ids:
+                label_ids[prefill] = self._label_ids(text, prefill, labels)
+            if ids[-1] != label_ids[prefill][0]:
                 raise InputError(f"{labels[0]!r} is not one token after {text[-20:]!r}", where=self.name)
-            prompts.append(_Prompt(request, ids[:-1], label_ids[ending]))
+            prompts.append(_Prompt(request, ids[:-1], label_ids[prefill]))
         return prompts
 
-    def _label_ids(self, text: str, ending: str, labels: Sequence[str]) -> list[int]:
+    def _label_ids(self, text: str, prefill: str, labels: Sequence[str]) -> list[int]:
         """The token of each label after `text`; InputError if they are not single and different."""
         encoded = [self.chat.encode(text + label) for label in labels]
-        before = common_prefix([ids[:-1] for ids in encoded])
+        before = decoding.common_prefix([ids[:-1] for ids in encoded])
         label_ids = [ids[-1] for ids in encoded]
         if len(set(label_ids)) < len(labels) or any(len(ids) != len(before) + 1 for ids in encoded):
             pieces = {
@@ -304,84 +304,83 @@ class LocalEngine:
                 for label, ids in zip(labels, encoded, strict=True)
             }
             raise InputError(
-                f"the labels are not single, different tokens after {ending[-20:]!r}: {pieces}",
+                f"the labels are not single, different tokens after {prefill[-20:]!r}: {pieces}",
                 where=self.name,
                 remedy="End the prefill so that they are, or use other labels",
             )
         return label_ids
 
-    def _score(self, batch: list[_Prompt], prefixes: Prefixes) -> Iterator[tuple[Request, list[float]]]:
+    def _score(self, batch: list[_Prompt], prefixes: Prefixes) -> Iterator[tuple[_Prompt, list[float]]]:
         """The labels' log-probabilities in one batch."""
         if self._decodes and len(batch) > 1:  # a pair in both orders has the prompt in common too
             prefixes = Prefixes(self.model, [prompt.token_ids for prompt in batch], self.pad_id, within=prefixes)
         new_tokens = [len(prompt.token_ids) - prefixes.shared(prompt.token_ids) for prompt in batch]
-        # Half as many tokens as where text is written, for here the known ones are not counted among them.
-        for part in chunks(new_tokens, self._chunk_tokens // 2):
-            prompts = [batch[i] for i in part]
+        # Half as many tokens as where text is written: here the known ones are not counted.
+        for part in decoding.chunks(new_tokens, self._chunk_tokens // 2):
+            prompts = batch[part.start : part.stop]
             token_ids = [prompt.token_ids for prompt in prompts]
-            logits = prefill(self.model, token_ids, prefixes, self.pad_id, keep=False)[0]
+            logits = decoding.prefill(self.model, token_ids, prefixes, self.pad_id, keep=False)[0]
             logprobs = logits.float().log_softmax(-1).cpu()
             if logprobs.isnan().any():
-                raise not_a_number(self.name)
-            for row, prompt in enumerate(prompts):
-                yield prompt.request, logprobs[row, prompt.label_ids].tolist()
+                raise decoding.not_a_number(self.name)
+            for prompt, row in zip(prompts, logprobs, strict=True):
+                yield prompt, row[prompt.label_ids].tolist()
 
 
 class _StopStrings:
     """Whether a stop string is in a row's newest tokens; also a stopping criterion of `generate`."""
 
-    def __init__(self, tokenizer, stops: Sequence[str], width: int = 0):
+    def __init__(self, tokenizer: Any, stops: Sequence[str], width: int = 0):
         self.tokenizer, self.stops, self.width = tokenizer, stops, width
         self.tail = 4 * max(map(len, stops)) + 1  # a character is at most four tokens
 
-    def found(self, rows: list[list[int]]) -> list[bool]:
-        """Of each row's new tokens."""
+    def have_stopped(self, rows: list[list[int]]) -> list[bool]:
+        """For each row's new tokens."""
         tails = [tokens[-self.tail :] for tokens in rows]
         texts = self.tokenizer.batch_decode(tails, clean_up_tokenization_spaces=False)
-        return [any(s in text for s in self.stops) for text in texts]
+        return [any(stop in text for stop in self.stops) for text in texts]
 
-    def __call__(self, input_ids, scores, **_kwargs):
+    def __call__(self, input_ids: Any, scores: Any, **_kwargs: Any) -> Any:
         import torch
 
-        return torch.tensor(self.found(input_ids[:, self.width :].tolist()), device=input_ids.device)
+        return torch.tensor(self.have_stopped(input_ids[:, self.width :].tolist()), device=input_ids.device)
 
 
-def tokens_that_fit(model) -> int:
-    """Tokens whose keys and values fill half of the memory that is free, rounded down to a power of two.
+def tokens_that_fit(model: Any) -> int:
+    """Tokens whose keys and values fill half of the free memory, rounded down to a power of two.
 
-    Rounded, so that a run goes on with the batches it began with although memory differs a little. The other
-    half is for what a forward pass needs besides. On a CPU never more than 32,768: a larger batch takes its
-    memory from the other programs of the machine and is no faster.
+    Rounded, so that a resumed run keeps its batches although free memory differs a little. The other half is for the
+    rest of a forward pass. On a CPU at most 32,768: a larger batch takes memory from the machine's other programs and
+    is no faster.
     """
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    a_token = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
-    tokens = max(1, free_memory(model.device) // 2 // a_token)
+    token_bytes = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+    tokens: int = max(1, free_memory(model.device) // 2 // token_bytes)
     if model.device.type == "cpu":
         tokens = min(tokens, 32768)
     return 1 << (tokens.bit_length() - 1)
 
 
-def free_memory(device) -> int:
-    """Bytes that a device has left for us."""
+def free_memory(device: Any) -> int:
+    """Bytes of free memory on a device."""
+    import psutil
     import torch
 
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    import psutil
-
-    return psutil.virtual_memory().available
+        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    return int(psutil.virtual_memory().available)
 
 
-def fast_path(engine) -> dict[str, bool | str]:
+def fast_path(engine: Any) -> dict[str, bool | str]:
     """The manifest's field of a local engine: {"fast_path": True, or "no: " and the reason}. {} for a server."""
     return {"fast_path": fast_path_field(engine.slow_reason)} if isinstance(engine, LocalEngine) else {}
 
 
 def fast_path_field(reason: str | None) -> bool | str:
-    """What manifests and doctor.py say of a model's `slow_reason`."""
+    """A model's `slow_reason` as manifests and doctor.py report it."""
     return f"no: {reason}" if reason else True

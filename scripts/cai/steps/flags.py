@@ -1,9 +1,9 @@
-"""Flags of a revision: what is visibly wrong with its form.
+"""Flags of a revision: the visible faults of its form.
 
     flags(response="I can't help with that.", revision="Revised response: no.", finish="stop")  # ["preamble"]
 
-These are rules about form that need no model. They do not say whether a revision is better than what it revised. A
-flagged revision stays in its row; sft.py leaves it out unless told to `--keep` it.
+The rules need no model. They do not tell whether a revision is better than the response that it revises. A flagged
+revision stays in its row; sft.py skips it unless `--keep` names the flag.
 """
 
 import re
@@ -54,11 +54,11 @@ _BARE_WORDS = 25  # a refusal this short without a reason or an offer is the eva
 
 
 def flags(response: str, revision: str, finish: str) -> list[str]:
-    """What is visibly wrong with a revision, as words of `REASONS`; [] if nothing is.
+    """The visible faults of a revision, as words of `REASONS`; [] if there are none.
 
     Args:
         response: the text that was revised.
-        revision: the text that is to take its place.
+        revision: the text that replaces it.
         finish: how its generation ended: "stop" or "length".
     """
     if not revision.strip():
@@ -81,8 +81,8 @@ def is_bare_refusal(text: str) -> bool:
 
 
 def repeats(text: str) -> bool:
-    """Whether the text ends in a loop: 12 characters or more that are one piece three times over, or a piece
-    of 60 or more twice. Loops through pieces longer than 500 characters are not looked for."""
+    """Whether the text ends in a loop: at least 12 characters that repeat one piece three times, or a piece of at
+    least 60 characters twice. Pieces longer than 500 characters are not looked for."""
     text = " " + " ".join(text.split())
     for size in range(1, min(len(text) // 2, 500) + 1):
         times = 2 if size >= 60 else max(3, -(-12 // size))

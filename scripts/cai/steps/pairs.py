@@ -1,21 +1,47 @@
-"""Pairs of responses to the same prompt, chosen from rows of one response each.
+"""Comparisons for the judge: pairs of responses to the same prompt, or rows that are pairs already.
 
-pairs = Pairs(source, None, 5, seed=0)
-for comparison in pairs: ...
+comparisons, digests = read_comparisons(["samples.jsonl"], None, 5, seed=0, limit=None)
+for comparison in comparisons: ...
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import combinations, product
 
 from cai.base.errors import InputError, shorten
 from cai.base.hashing import hashed_seed, sha256_text
-from cai.data.preferences import prompt_key
+from cai.data.preferences import GivenPairs, is_pair, prompt_key
 from cai.data.rounds import text_of_round
 from cai.data.sources import Source
 
-# Of two rows that are compared, these stay behind: they speak of one response.
+# Fields that describe one response: a comparison of two rows leaves them out.
 _OF_ONE_RESPONSE = ("id", "response", "rounds", "sample", "finish")
+
+
+def read_comparisons(
+    inputs: Sequence[str], against: str | None, most: int | None, seed: int, limit: int | None
+) -> tuple["Pairs | GivenPairs", dict[str, str | None]]:
+    """(comparisons, digests of the input files) from rows of pairs, or from rows of one response each.
+
+    Args:
+        against, most: for rows of one response, as `Pairs` takes them.
+    Raises InputError if the rows are neither, or of both kinds.
+    """
+    first = next(iter(Source(inputs, limit=1)))
+    if is_pair(first):
+        if against or most:
+            raise InputError(
+                "--against or --pairs-per-prompt with rows that are pairs already",
+                where=", ".join(inputs),
+                remedy="Leave it out",
+            )
+        pairs = GivenPairs(inputs, limit)
+        return pairs, {"input": pairs.digest}
+    source = Source(inputs, require=("prompt", "response"), limit=limit)
+    others = Source([against], require=("prompt", "response")) if against else None
+    digests = {"input": source.digest, "against": others and others.digest}
+    return Pairs(source, others, most, seed), digests
 
 
 def choose_pairs(ours: Sequence, theirs: Sequence | None, most: int | None, *draw) -> list[tuple]:
@@ -35,40 +61,25 @@ def choose_pairs(ours: Sequence, theirs: Sequence | None, most: int | None, *dra
 class Pairs:
     """Comparisons of the responses to the same prompt, from rows of one response; iterable again and again.
 
-    Holds ids, and of the rows those only whose partner has not come yet.
+    Holds the ids of all rows, and only those rows whose partner has not come yet.
 
     Args:
         source: rows with `prompt` and `response`; a revised row counts with its last revision.
         against: rows to compare them with; without it they are compared among themselves.
-        most: pairs for one prompt at most.
+        most: pairs per prompt at most.
     Attributes:
         ids: of the comparisons, `<row id> vs <row id>`, in the order of the prompts.
-        unpaired: how many rows have no other response to their prompt to be compared with.
+        unpaired: number of rows without another response to their prompt.
     Raises InputError if two rows of one prompt_id have different prompts, or nothing can be paired.
     """
 
     def __init__(self, source: Source, against: Source | None, most: int | None, seed: int):
         self.sources = [source] if against is None else [source, against]
-        rows: dict[str, list[list[str]]] = {}
-        prompts: dict[str, str] = {}
-        for side, one in enumerate(self.sources):
-            for row in one:
-                key = prompt_key(row)
-                prompt = sha256_text(json.dumps(row["prompt"], sort_keys=True))
-                if prompts.setdefault(key, prompt) != prompt:
-                    raise InputError(
-                        f"row {shorten(row['id'])!r} has another prompt than those before it with prompt_id "
-                        f"{shorten(key)!r}",
-                        where=", ".join(one.inputs),
-                        expected="one prompt a prompt_id",
-                        remedy="Mend the prompt_id, or remove it: rows are then joined by their prompt",
-                    )
-                rows.setdefault(key, [[] for _ in self.sources])[side].append(row["id"])
-        self.plan, self.unpaired = {}, 0
-        for key, sides in rows.items():
-            ours, *theirs = map(sorted, sides)  # so that the order of the rows decides nothing
-            pairs = choose_pairs(ours, theirs[0] if theirs else None, most, seed, key)
-            if pairs:
+        self.plan: dict[str, list[tuple]] = {}
+        self.unpaired = 0
+        for key, sides in self._group_ids().items():
+            ours, *theirs = map(sorted, sides)  # the order of the rows decides nothing
+            if pairs := choose_pairs(ours, theirs[0] if theirs else None, most, seed, key):
                 self.plan[key] = pairs
             else:
                 self.unpaired += sum(map(len, sides))
@@ -76,24 +87,43 @@ class Pairs:
         if not self.ids:
             raise InputError(
                 "no two responses to the same prompt",
-                where=", ".join(name for one in self.sources for name in one.inputs),
+                where=", ".join(name for source in self.sources for name in source.inputs),
                 remedy="Sample more with generate.py --samples 2, or name a second file of responses",
             )
 
-    def __iter__(self) -> Iterator[dict]:
-        last = len(self.sources) - 1
-        waiting: dict[str, dict] = {}
+    def _group_ids(self) -> dict[str, list[list[str]]]:
+        """{prompt key: row ids of each source}."""
+        ids: dict[str, list[list[str]]] = defaultdict(lambda: [[] for _ in self.sources])
+        prompts: dict[str, str] = {}
         for side, source in enumerate(self.sources):
             for row in source:
-                key, place = prompt_key(row), (side, row["id"])
+                key = prompt_key(row)
+                prompt = sha256_text(json.dumps(row["prompt"], sort_keys=True))
+                if prompts.setdefault(key, prompt) != prompt:
+                    raise InputError(
+                        f"row {shorten(row['id'])!r} has another prompt than earlier rows with prompt_id "
+                        f"{shorten(key)!r}",
+                        where=", ".join(source.inputs),
+                        expected="one prompt per prompt_id",
+                        remedy="Fix the prompt_id, or remove it: rows are then joined by their prompt",
+                    )
+                ids[key][side].append(row["id"])
+        return ids
+
+    def __iter__(self) -> Iterator[dict]:
+        last = len(self.sources) - 1
+        waiting: dict[str, dict] = defaultdict(dict)
+        for side, source in enumerate(self.sources):
+            for row in source:
+                key = prompt_key(row)
                 pairs = self.plan.get(key, ())
                 wanted = {(0, a) for a, _ in pairs} | {(last, b) for _, b in pairs}
-                if place not in wanted:
+                if (side, row["id"]) not in wanted:
                     continue
-                seen = waiting.setdefault(key, {})
-                seen[place] = row
-                if len(seen) == len(wanted):
-                    yield from (_compared(seen[0, a], seen[last, b]) for a, b in pairs)
+                rows = waiting[key]
+                rows[side, row["id"]] = row
+                if len(rows) == len(wanted):
+                    yield from (_compare(rows[0, a], rows[last, b]) for a, b in pairs)
                     del waiting[key]
 
 
@@ -101,18 +131,17 @@ def _pair_id(a: str, b: str) -> str:
     return f"{a} vs {b}"
 
 
-def _compared(a: dict, b: dict) -> dict:
-    """One comparison of two rows, with what both say alike, and who wrote which where that differs."""
-    shared = {k: v for k, v in a.items() if k not in _OF_ONE_RESPONSE and k in b and b[k] == v}
-    authors = (
-        {}
-        if "model" in shared
-        else {f"model_{side}": row["model"] for side, row in (("a", a), ("b", b)) if "model" in row}
-    )
+def _compare(a: dict, b: dict) -> dict:
+    """One comparison of two rows: the fields that are the same in both, and each side's model where it differs."""
+    shared = {
+        name: value for name, value in a.items() if name not in _OF_ONE_RESPONSE and name in b and b[name] == value
+    }
+    sides = {} if "model" in shared else {"a": a, "b": b}
+    models = {f"model_{side}": row["model"] for side, row in sides.items() if "model" in row}
     return {
         "id": _pair_id(a["id"], b["id"]),
         **shared,
-        **authors,
+        **models,
         "response_a": text_of_round(a),
         "response_b": text_of_round(b),
     }
