@@ -286,7 +286,7 @@ class _Stderr:
 
 
 def finish(summary: dict[str, Any], *, as_json: bool, next_command: str | None = None) -> None:
-    """Print the summary; exit with 1 if `not_pushed` is set, with 3 if `failed` counts any record, else return.
+    """Print the summary; exit with 3 if `failed` counts any record, else return.
 
     Args:
         summary: flat names to values, in the order to show them; nested values are shown as JSON.
@@ -304,8 +304,6 @@ def finish(summary: dict[str, Any], *, as_json: bool, next_command: str | None =
             elif isinstance(value, dict | list):
                 value = json.dumps(value, ensure_ascii=False)
             _print(f"{name:<{width}}  {value}", err=False)
-    if summary.get("not_pushed"):
-        click.get_current_context().exit(1)
     if summary.get("failed"):
         click.get_current_context().exit(SOME_FAILED)
 

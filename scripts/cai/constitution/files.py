@@ -33,7 +33,7 @@ TOP_KEYS = {
     "description": "One sentence: what it asks for, and of whom.",
     "for": "Whom it is meant for.",
     "source": "Where the principles come from.",
-    "duties": "The duties that principles rest on, by name; a principle carries the name among its tags.",
+    "duties": "The duties that principles derive from, by name; a principle carries the name among its tags.",
     "principles": "The principles: mappings, or plain sentences.",
     "examples": "Worked examples for all principles.",
 }

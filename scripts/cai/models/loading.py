@@ -22,7 +22,6 @@ from cai.base import cli
 from cai.base.errors import CaiError, InputError, shorten
 from cai.base.paths import model_path
 from cai.models.chat import TEMPLATE_REMEDY, Chat
-from cai.models.decoding import context_length as context_length  # for the callers of this module
 from cai.models.decoding import slow_warning
 from cai.models.engine import Engine
 from cai.models.local import LocalEngine

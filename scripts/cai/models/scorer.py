@@ -17,6 +17,7 @@ from cai.base import cli
 from cai.base.errors import CaiError, InputError
 from cai.models import loading
 from cai.models.chat import Chat, encode
+from cai.models.decoding import context_length
 from cai.stats.calibration import sigmoid
 
 # The field of a reward model's config.json that holds the temperature of its scores.
@@ -101,7 +102,7 @@ class Scorer:
         self, texts: Sequence[tuple[list[dict[str, str]], str]], *, show_progress: bool = True
     ) -> list[float | None]:
         """The score of each (prompt messages, response), encoded as in training; None where it exceeds the context."""
-        context = loading.context_length(self.model)
+        context = context_length(self.model)
         sequences = [list(chain(*encode(self.chat, prompt, response))) for prompt, response in texts]
         fitting = [i for i, ids in enumerate(sequences) if context is None or len(ids) <= context]
         scores = score_sequences(

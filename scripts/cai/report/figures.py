@@ -124,7 +124,7 @@ def _elo_planes(run: Run) -> list[Picture]:
 
 
 def _rounds(run: Run) -> Picture | None:
-    """Compliance and good refusals round by round, and how many texts a round changed."""
+    """Compliance and good refusals round by round, and the share of texts that each round changed."""
     entries, rows, says = rounds(run), [], []
     if len(entries) < 2:
         return None

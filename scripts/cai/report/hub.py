@@ -86,18 +86,3 @@ def _upload(path: Path, repository: str, kind: str) -> str:
         files = [CommitOperationAdd(path.name, path), CommitOperationAdd("README.md", card.encode())]
         api.create_commit(operations=files, **target)
     return str(address)
-
-
-# --- until the commands have lost --push-to-hub -------------------------------------------------------------
-
-
-def option(function):
-    return function
-
-
-def planned() -> dict:
-    return {}
-
-
-def push(output) -> dict:
-    return {}

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from cai.base.paths import TEMPLATES
-from cai.evaluate.rates import KINDS, RATES
+from cai.data.kinds import KINDS
+from cai.evaluate.rates import RATES
 from cai.report import run_folder, transcripts
 from cai.report.escaping import MARK, environment, percent
 from cai.report.run_folder import Run
@@ -140,7 +141,7 @@ def _summarise_stages(run: Run) -> list[str]:
             values = ", ".join(f"{percent(rate)} {label}" for label, rate in rates)
             lines.append(f"{words} {values}{_difference(rates)}.")
     if len(run.stages) == 1:
-        lines.append("Only one model was measured, so nothing can be said of a change.")
+        lines.append("Only one model was measured, so there is no change to report.")
     return lines
 
 

@@ -29,7 +29,7 @@ def show_number(measured: Mapping | float | None) -> str:
 
 
 def between(low: float) -> str:
-    """What separates the ends of an interval: no dash beside a minus sign, from which it can't be told apart."""
+    """What separates the ends of an interval: a word beside a minus sign, because a dash looks like one."""
     return "–" if low >= 0 else " to "
 
 

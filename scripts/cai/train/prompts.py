@@ -13,7 +13,7 @@ from cai.data.dialogue import as_messages
 from cai.data.rounds import text_of_round
 from cai.data.sources import Source
 from cai.models.chat import Chat
-from cai.models.loading import context_length
+from cai.models.decoding import context_length
 
 if TYPE_CHECKING:
     from torch import Tensor
