@@ -57,13 +57,15 @@ def command_line(name, folder, reward_model):
 @pytest.mark.parametrize(
     ("reward_model", "message"),
     [
-        (str(models.folder("llama")), "not a reward model (LlamaForCausalLM)"),
+        ("a language model", "not a reward model (LlamaForCausalLM)"),
         ("no/such/folder", "no such model folder"),
         ("./nowhere", "no such model folder"),
         ("lab/unknown", "can't be loaded"),
     ],
 )
 def test_what_is_no_reward_model_is_refused_alike(invoke, tmp_path, name, reward_model, message):
+    if reward_model == "a language model":
+        reward_model = str(models.folder("llama"))
     result = invoke(name, *command_line(name, tmp_path, reward_model))
     assert result.exit_code == 2 and message in result.stderr, result.output
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
