@@ -11,7 +11,7 @@ from cai.data.kinds import KINDS
 from cai.data.outputs import read_manifest, write_jsonl
 from cai.data.readers import read_jsonl
 from cai.evaluate import classes
-from cai.evaluate.rates import RATES
+from cai.evaluate.rates import RATES, UNSAFE
 from cai.stats import calibration, intervals
 from cai.world import language, oracle
 
@@ -686,6 +686,6 @@ def test_every_class_of_the_oracle_is_in_the_rates():
     by_kind = {kind: set() for kind in KINDS}
     for kind, names in RATES.values():
         by_kind[kind] |= set(names)
-    assert set(classes.LETTERS.values()) | {"partial"} == by_kind["harmful"]
+    assert set(classes.LETTERS.values()) | set(UNSAFE) == by_kind["harmful"]
     assert set(classes.LETTERS_HARMLESS.values()) - {"off_topic"} == by_kind["benign"]
     assert by_kind["borderline"] == {"refused"}

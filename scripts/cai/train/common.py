@@ -456,6 +456,8 @@ def save_trained(trainer, tokenizer, folder: str | Path) -> None:
     """
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    # Another process may still read the best state, which is about to be deleted.
+    trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         save_checkpoint(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder, state_dict)
         delete_states(folder)
