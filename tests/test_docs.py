@@ -478,6 +478,7 @@ def keys(tree) -> set[str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # two dozen commands, whatever else the machine has to do
 def test_the_workflows_run_on_tiny_and_their_gates_name_what_is_there(invoke, tmp_path, monkeypatch):
     """All commands of the workflows, in their order, with `tiny` as MODEL and JUDGE and fewer rows."""
@@ -538,6 +539,7 @@ def test_the_workflows_run_on_tiny_and_their_gates_name_what_is_there(invoke, tm
     assert not sorted(named - seen), "gates name figures that no command gives"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_setup_check_runs_in_a_shell_from_another_folder(tmp_path):
     """As written, but that the packages of this environment are lent to the new one, which saves a download."""

@@ -299,6 +299,7 @@ def revised(tmp_path_factory):
     return folder, file, last
 
 
+@pytest.mark.slow
 def test_ablation_redoes_what_drew_the_principle_and_nothing_else(run, revised):
     folder, file, rows = revised
     drawn = {row["id"]: [one["principle"] for one in row["rounds"]] for _, row in read_jsonl(rows)}
@@ -351,6 +352,7 @@ def test_ablation_redoes_what_drew_the_principle_and_nothing_else(run, revised):
     assert run("ablate", *options) == said  # done already
 
 
+@pytest.mark.slow
 def test_a_redone_row_is_what_the_commands_would_have_written(invoke, run, revised):
     """Rows that drew the principle in the first round, done by critique.py and revise.py with the file without it."""
     folder, file, rows = revised

@@ -225,6 +225,7 @@ def test_an_endpoint_that_serves_the_model(invoke, logprobs):
     assert report["packages"]["openai"]["version"]  # an extra, wanted here
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_lists_the_model_and_does_not_answer(invoke):
     with server(says(200, MODELS)) as address:  # 501 to every POST
         report = diagnose(invoke, "--model", "openai:qwen", "--endpoint", address, "--timeout", "2")
@@ -246,6 +247,7 @@ def test_the_key_is_that_of_key_name(invoke, monkeypatch):
     assert seen == ["Bearer sk-planted-secret"] and "OTHER_KEY" in report["remedies"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "problem", "remedy"),
     [
@@ -264,6 +266,7 @@ def test_an_endpoint_with_a_problem(invoke, answer, problem, remedy):
     assert problem in report["problems"][0] and remedy in report["remedies"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_an_endpoint_that_never_answers_and_one_that_is_not_there(invoke):
     over = threading.Event()

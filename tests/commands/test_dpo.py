@@ -138,6 +138,7 @@ def test_a_lost_label_is_an_error_and_not_the_hard_loss(tmp_path):
         made.compute_loss(made.model, batch)
 
 
+@pytest.mark.slow
 def test_soft_labels_train_to_their_target_and_hard_ones_beyond(tmp_path):
     import torch
 
@@ -321,6 +322,7 @@ def test_a_loss_that_is_no_number_stops_the_run(invoke, tmp_path):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_as_if_it_had_not_been(invoke, tmp_path):
     path = many(tmp_path, 60)
 
@@ -364,6 +366,7 @@ def test_killed_and_started_again_it_ends_as_if_it_had_not_been(invoke, tmp_path
     assert steps[0] == steps[1]
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(invoke, tmp_path):
     import torch
     from safetensors.torch import load_file

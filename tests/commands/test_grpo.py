@@ -270,6 +270,7 @@ def test_a_response_that_did_not_end_is_marked_down(tmp_path):
     assert rows[2]["prompt"] == TURNS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
 def test_the_policy_learns_what_is_rewarded(tmp_path, algorithm):
     def many_bs(rows, update, talks, responses):
@@ -293,6 +294,7 @@ def test_the_policy_learns_what_is_rewarded(tmp_path, algorithm):
     assert len(scores) == 30 and sum(scores[:3]) / 3 < 1 and sum(scores[-3:]) / 3 > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
 def test_the_kl_holds_the_policy_near_the_reference(tmp_path, algorithm):
     def longest(rows, update, talks, responses):
@@ -311,6 +313,7 @@ def test_the_kl_holds_the_policy_near_the_reference(tmp_path, algorithm):
     assert kl[10.0] < 0.5 * kl[0.0]
 
 
+@pytest.mark.slow
 def test_an_alarm_is_in_the_row_and_stops_the_run_where_asked(tmp_path, capsys):
     def many_bs(rows, update, talks, responses):
         return [float(text.count("B")) for text in responses], {}
@@ -369,6 +372,7 @@ def test_trls_own_flags_reach_it_and_others_are_refused():
 # --- the command -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
 def test_the_policy_is_a_model_to_go_on_with(invoke, common, tmp_path, algorithm):
     line = ("grpo", *common, "--algorithm", algorithm, "--samples-every", 1, "--json")
@@ -403,6 +407,7 @@ def test_the_policy_is_a_model_to_go_on_with(invoke, common, tmp_path, algorithm
     assert other.exit_code == 2 and "kl_coef was 0.04, now 0.2" in other.stderr
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_and_merged(invoke, common, tmp_path):
     result = invoke("grpo", *common, "--lora", "--lora-rank", 4)
     assert result.exit_code == 0, result.output
@@ -413,6 +418,7 @@ def test_adapters_are_trained_and_merged(invoke, common, tmp_path):
     assert changed and all("_proj" in name for name in changed)
 
 
+@pytest.mark.slow
 def test_the_judge_itself_can_be_the_reward(invoke, prompts, references, tmp_path):
     result = invoke(
         "grpo",
@@ -478,6 +484,7 @@ def test_bad_input_is_refused_and_nothing_written(invoke, prompts, references, r
         assert sorted(path.name for path in tmp_path.iterdir()) == before, message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("minibatches", [1, 2])  # found while training, or only after the next sampling
 def test_a_loss_that_is_no_number_stops_the_run(invoke, common, tmp_path, minibatches):
     result = invoke("grpo", *common, "--learning-rate", "1e30", "--updates", 4, "--minibatches", minibatches)
@@ -485,6 +492,7 @@ def test_a_loss_that_is_no_number_stops_the_run(invoke, common, tmp_path, miniba
     assert not (tmp_path / "policy" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_as_if_it_had_not_been(invoke, common, tmp_path):
     def line(name):
         options = {
@@ -524,6 +532,7 @@ def test_killed_and_started_again_it_ends_as_if_it_had_not_been(invoke, common, 
     assert scores[0] == scores[1] and len(scores[0]) == 8
 
 
+@pytest.mark.slow
 def test_it_runs_in_two_processes(invoke, common, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(

@@ -57,6 +57,7 @@ def command_of(words) -> click.Command:
     return dict(parts(words[0]))[words[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ALL, ids=" ".join)
 def test_help_loads_nothing_heavy(words):
     result = asked(*words)

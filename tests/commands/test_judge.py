@@ -172,6 +172,7 @@ def test_what_does_not_fit_is_counted(judge, tmp_path):
     assert list(read_manifest(output)["failed_rows"]) == ["p1/0 vs p1/1"]
 
 
+@pytest.mark.slow
 def test_killed_and_continued_it_has_the_same_rows(invoke, tmp_path):
     path = write(tmp_path / "rows.jsonl", samples(30, 3))
     arguments = ["--input", path, "--model", models.folder("llama"), "--batch-size", "2", "--device", "cpu"]
@@ -322,6 +323,7 @@ def test_all_principles(judge):
     assert json.loads(result.stdout)["same_position"]["n"] == 32
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(judge, tmp_path):
     given = gold_pairs(9)
     given[3]["response_b"] = given[3]["response_a"]
@@ -430,6 +432,7 @@ def test_a_judge_that_refuses_is_no_verdict(judge, monkeypatch):
         assert any(v["p_a"] is None for v in row["verdicts"]) and all("answer" in v for v in row["verdicts"])
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows():
     """A row here takes 3 kB once it is read: what a further one adds is its id, a few times over."""
     few, many = (flat_memory.measure(size, libraries=False) for size in (3000, 9000))  # above one window each

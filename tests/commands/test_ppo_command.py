@@ -115,6 +115,7 @@ def test_the_policy_is_a_model_to_go_on_with(invoke, common, tmp_path):
     assert invoke("ppo", *common, "--batch-size", 2).exit_code == 0
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_and_merged(invoke, common, tmp_path):
     result = invoke("ppo", *common, "--lora", "--lora-rank", 4)
     assert result.exit_code == 0, result.output
@@ -125,6 +126,7 @@ def test_adapters_are_trained_and_merged(invoke, common, tmp_path):
     assert names and all("_proj" in name for name in names)
 
 
+@pytest.mark.slow
 def test_adapters_alone_on_request(invoke, common, tmp_path):
     result = invoke("ppo", *common, "--lora", "--lora-rank", 4, "--no-merge")
     assert result.exit_code == 0, result.output
@@ -221,6 +223,7 @@ def test_a_function_alone_takes_a_value_head_and_prompts_with_kinds_choose(invok
     assert all(0 < score < 1 for score in first["scores"])
 
 
+@pytest.mark.slow
 def test_an_alarm_ends_it_with_1_or_with_the_policy_chosen_before(invoke, common, prompts, tmp_path, functions):
     line = [
         *common,
@@ -334,6 +337,7 @@ def test_bad_input_is_refused_and_nothing_written(invoke, prompts, reward_model,
         assert sorted(path.name for path in tmp_path.iterdir()) == before, message
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_the_next_20_updates_are_those_of_a_run_that_was_not(
     invoke, common, tmp_path, monkeypatch
 ):
@@ -371,6 +375,7 @@ def test_killed_and_started_again_the_next_20_updates_are_those_of_a_run_that_wa
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(invoke, common, tmp_path):
     from safetensors.torch import load_file
 

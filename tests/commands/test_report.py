@@ -41,6 +41,7 @@ def data_of(page: str) -> dict:
 # --- what is collected --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rounds_and_principles_are_counted(folder):
     run = run_folder.collect(runs.make_run(folder.parent / "counted", rows=12, hostile=False))
     first, one, two = run_folder.rounds(run)
@@ -224,6 +225,7 @@ def test_changes_are_words_and_long_texts_are_not_compared():
     assert transcripts.changes("a " * 5000, "b " * 5000) is None
 
 
+@pytest.mark.slow
 def test_a_run_too_large_is_drawn_from_evenly_within_the_limit(tmp_path, invoke):
     path = runs.make_run(tmp_path / "large", rows=10_000, hostile=False)
     result = invoke("report", path, "--json")
@@ -239,6 +241,7 @@ def test_a_run_too_large_is_drawn_from_evenly_within_the_limit(tmp_path, invoke)
     assert max(shares) - min(shares) < 0.3 * max(shares), "every kind has its share"
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_report_runs():
     from click.testing import CliRunner
 
@@ -303,6 +306,7 @@ def test_the_report_for_a_pull_request(folder):
     assert "\\<script\\>window.pwned = 1" in text
 
 
+@pytest.mark.slow
 def test_again_replaces_its_own_and_never_another_file(tmp_path, invoke):
     path = runs.make_run(tmp_path / "run", hostile=False)
     assert invoke("report", path).exit_code == 0
@@ -315,6 +319,7 @@ def test_again_replaces_its_own_and_never_another_file(tmp_path, invoke):
     assert "my own notes" not in (path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_elsewhere_and_dry(tmp_path, invoke):
     path = runs.make_run(tmp_path / "run", hostile=False)
     before = sorted(path.rglob("*"))

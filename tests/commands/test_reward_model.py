@@ -44,6 +44,7 @@ def preferences(tmp_path, n=200, name="preferences.jsonl"):
     return written(tmp_path, [pair(n, polite[n % 3], rude[n // 3 % 3], 0.8 + n % 3 / 10) for n in range(n)], name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True])
 def test_it_learns_what_is_preferred_and_is_read_back(invoke, tmp_path, adapters):
     path, out = preferences(tmp_path), tmp_path / "out"
@@ -85,6 +86,7 @@ def test_it_learns_what_is_preferred_and_is_read_back(invoke, tmp_path, adapters
     assert "labels was" in invoke(*args, "--labels", "hard").stderr
 
 
+@pytest.mark.slow
 def test_a_reward_model_can_be_trained_on(invoke, tmp_path):
     path = preferences(tmp_path, 60)
     args = ["reward_model", "--input", path, *FAST]
@@ -115,6 +117,7 @@ def test_a_dry_run_writes_nothing(invoke, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["preferences.jsonl"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(invoke, tmp_path):
     import torch
     from safetensors.torch import load_file
@@ -238,6 +241,7 @@ def test_every_row_is_accounted_for(invoke, tmp_path):
     assert said["train"] + said["held_out"] == 21
 
 
+@pytest.mark.slow
 def test_all_of_hh_rlhf_is_accounted_for(invoke, tmp_path, shared_data):
     file = shared_data / "hh-rlhf" / "harmless-base.test.first1500.jsonl.gz"
     result = invoke(
@@ -267,6 +271,7 @@ def test_all_of_hh_rlhf_is_accounted_for(invoke, tmp_path, shared_data):
 # --- sources ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sources_are_mixed_by_weight_and_measured_apart(invoke, tmp_path):
     judged = preferences(tmp_path, 120)
     human = written(
@@ -334,6 +339,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_it_stops_when_the_held_out_loss_rises_and_keeps_the_best(invoke, tmp_path):
     path, out = noisy(tmp_path), tmp_path / "out"
     result = invoke(
@@ -390,6 +396,7 @@ def saved_states(folder, waiting: bool) -> list:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [("--save-steps", "10"), ("--patience", "4", "--eval-steps", "5")])
 def test_killed_and_run_again_it_ends_with_the_same_weights(invoke, tmp_path, more):
     import torch

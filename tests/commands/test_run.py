@@ -164,6 +164,7 @@ def run(invoke, prompts, output, *more):
     )
 
 
+@pytest.mark.slow
 def test_a_failing_step_stops_the_run_and_the_same_command_goes_on(invoke, tmp_path, prompts):
     output = tmp_path / "an output"
     (output / "sft").mkdir(parents=True)
@@ -235,6 +236,7 @@ def test_the_printed_script_stops_at_an_error_but_not_at_failed_records(invoke, 
         assert (done.returncode, done.stdout.count("ran")) == (expected, len(lines) if expected == 0 else 1)
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_same_rows(invoke, tmp_path, prompts, monkeypatch):
     """And one of its prompts is too long for the model, which is noted, and the run goes on to end with 3."""
     train = [row for _, row in read_jsonl(prompts[1])]
@@ -269,6 +271,7 @@ def test_killed_and_started_again_it_ends_with_the_same_rows(invoke, tmp_path, p
     assert "$ " not in result.stdout and "$ " in result.stderr
 
 
+@pytest.mark.slow
 def test_the_whole_loop_on_tiny_shrunk(invoke, tmp_path):
     for split in ("train", "heldout"):
         rows = sorted((row for _, row in read_jsonl(TINY / "prompts" / f"{split}.jsonl")), key=lambda row: row["id"])
@@ -332,6 +335,7 @@ def test_other_ways_of_rl(invoke, tmp_path, prompts, rl, steps):
         load_command(Path(script).stem).make_context(step["name"], arguments)
 
 
+@pytest.mark.slow
 def test_several_seeds_give_mean_and_range(invoke, tmp_path, prompts):
     result = run(invoke, prompts, tmp_path / "out", "--seeds", 2, "--json")
     assert result.exit_code == 0, result.output
@@ -348,6 +352,7 @@ def test_several_seeds_give_mean_and_range(invoke, tmp_path, prompts):
     assert len(set(reports)) == 2 and all(Path(report).is_file() for report in reports)
 
 
+@pytest.mark.slow
 def test_a_smoke_run_looks_for_signs_of_life(invoke, tmp_path):
     """The bundled model shows all of them; one drawn at random does not."""
     result = invoke("run", "--model", "tiny", "--output", tmp_path / "out", "--rounds", 1, "--smoke", "--json")
@@ -366,6 +371,7 @@ def test_a_smoke_run_looks_for_signs_of_life(invoke, tmp_path):
     assert (tmp_path / "out/smoke/ppo").is_dir() and not (tmp_path / "out/ppo").exists()
 
 
+@pytest.mark.slow
 def test_a_smoke_run_without_life_exits_1(invoke, tmp_path, prompts):
     result = run(invoke, prompts, tmp_path / "out", "--smoke")
     assert result.exit_code == 1 and " NO " in result.stdout

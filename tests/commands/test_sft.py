@@ -341,6 +341,7 @@ def command(*args, launch=()):
     )
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_it_ends_with_the_same_weights(invoke, tmp_path, revised, helpful):
     import torch
 
@@ -376,6 +377,7 @@ def test_killed_and_run_again_it_ends_with_the_same_weights(invoke, tmp_path, re
     assert steps == sorted(steps) and steps[0] == 1 and steps[-1] == 125
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(invoke, tmp_path, revised, helpful):
     import torch
 

@@ -27,6 +27,7 @@ def test_the_bundled_prompts_are_those_of_seed_0():
         assert len({row["kind"] for row in bundled[:12]}) == 3  # mixed: a --limit takes of every kind
 
 
+@pytest.mark.slow
 def test_held_out_acts_are_in_no_demonstration():
     """Of any task, in prompt, response, critique or target."""
     acts = []
@@ -102,6 +103,7 @@ def test_every_principle_of_the_constitution_has_a_meaning_and_some_are_narrow()
             assert spoken == [language.SPOKEN[name] for name in language.HARM_NAMES if name in rule.critique_scope]
 
 
+@pytest.mark.slow
 def test_the_demonstrated_verdict_follows_the_principle_and_not_the_act_alone():
     demonstrations = Demonstrations(2)
     seen = {True: 0, False: 0}
@@ -168,6 +170,7 @@ def test_pairs_of_responses(invoke, tmp_path):
     assert result.exit_code == 2 and "r.jsonl:1: a row without kind" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_small_build_is_made_from_its_seed_and_answers(invoke, tmp_path):
     """The same seed gives the same weights; the model is a checkpoint like any other."""
     from safetensors.torch import load_file

@@ -60,6 +60,7 @@ def test_a_sample_stands_for_many(monkeypatch):
     assert estimate.count_tokens([], "tiny") == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_dry_run_tells_tokens_memory_hours_and_price(invoke, tmp_path):
     """Prompt tokens, and with a smaller run to go by the new ones, within a tenth of the real run's."""
     line = [

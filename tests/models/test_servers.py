@@ -230,6 +230,7 @@ def test_the_wait_until_a_date():
 # --- answers ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_server_answers_as_the_local_engine(address, prompts, greedy):
     engine = load_server(MODEL, endpoints=[address])
     rows = read(prompts)[:8]
@@ -256,6 +257,7 @@ def test_a_stop_string_ends_the_answer(address):
     assert (cut.text, cut.finish) == (answer.text[: answer.text.index(word)].strip(), "stop")
 
 
+@pytest.mark.slow
 def test_every_row_once_and_in_order_through_a_faulty_proxy(address, prompts, greedy, invoke, tmp_path):
     output = tmp_path / "out.jsonl"
     # Gathered, because a quick server may answer the first request before the last is on its way.
@@ -267,6 +269,7 @@ def test_every_row_once_and_in_order_through_a_faulty_proxy(address, prompts, gr
     assert set(FAULTS) <= proxy.counts.keys() and proxy.counts["most"] == 64
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_same_rows(address, prompts, greedy, invoke, tmp_path):
     output, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     with FaultyProxy(address, rate=0.2, seed=4, delay=0.5) as proxy:
@@ -292,6 +295,7 @@ def test_killed_and_resumed_it_ends_with_the_same_rows(address, prompts, greedy,
         assert proxy.counts["passed"] - asked <= ROWS - before + 1
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_stops_the_run_and_keeps_the_work(
     address, prompts, greedy, invoke, tmp_path, impatient
 ):
@@ -311,6 +315,7 @@ def test_a_server_that_goes_away_stops_the_run_and_keeps_the_work(
     assert {row["id"]: row["response"] for row in read(output)} == greedy
 
 
+@pytest.mark.slow
 def test_replicas_share_the_work_and_one_may_go_away(address, prompts, greedy, invoke, tmp_path, impatient):
     output = tmp_path / "out.jsonl"
     with FaultyProxy(address, rate=0) as steady, FaultyProxy(address, rate=0, dies_after=40) as dying:
@@ -348,6 +353,7 @@ def test_nobody_there_is_said_before_anything_is_written(prompts, invoke, tmp_pa
     assert invoke("generate", "--input", prompts, "--output", tmp_path / "out.jsonl", *OPTIONS).exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_row_that_is_always_refused_is_counted_and_named(invoke, tmp_path, impatient):
     rows = tmp_path / "in.jsonl"
     words = ["one", "long " * 600, "two", "poison", "three", "four"]
@@ -407,6 +413,7 @@ def test_where_a_server_closes_it_the_words_go_into_the_question(capsys):
     assert "can't go on" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "field, message",
     [
@@ -435,6 +442,7 @@ def test_a_server_may_list_fewer_tokens():
         assert server.requests[-1]["top_logprobs"] == 5
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_everything_stops_the_run():
     with SmallServer(refuses={"temperature": "no such luck"}) as server:
         with pytest.raises(InputError, match="no such luck"):
@@ -464,6 +472,7 @@ def nothing_written_has_it(result, folder):
         assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault, code",
     [

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 
+@pytest.mark.slow
 def test_one_benchmark_as_json(monkeypatch):
     monkeypatch.setattr(bench, "NEW_TOKENS", 4)
     line = ["--only", "judge", "--model", str(models.folder("llama")), "--rows", "3", "--rounds", "2", "--json"]
@@ -19,6 +20,7 @@ def test_one_benchmark_as_json(monkeypatch):
         assert 0 < value["min"] <= value["median"] <= value["max"]
 
 
+@pytest.mark.slow
 def test_text_steps_against_the_pipelines_and_their_overhead(monkeypatch):
     """On a random model, whose greedy text is the same in all three."""
     one = bench.Bench(str(models.folder("llama")), "small", 3, 1, "cpu")

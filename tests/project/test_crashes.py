@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_killed_at_random_instants_nothing_is_lost_and_nothing_twice():
     only = [part for name in ("generate", "revise", "judge", "sft") for part in ("--only", name)]
     done = subprocess.run(

@@ -134,6 +134,7 @@ def written(path) -> dict[str, bytes]:
     return {str(one.relative_to(path)): one.read_bytes() for one in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", ["generate", "critique", "revise", "judge", "sft", "reward_model", "dpo", "ppo", "grpo", "evaluate"]
 )
@@ -147,6 +148,7 @@ def test_twice_the_same_bytes(command, place, invoke):
         assert other.exit_code == 0 and written(place / "other") != written(place / "one"), "the seed decides nothing"
 
 
+@pytest.mark.slow
 def test_another_process_with_other_hashes_writes_the_same(place, invoke):
     """Where the order of a set or a dict decided anything, another PYTHONHASHSEED would show it."""
     assert invoke("generate", *line("generate", place, place / "one")).exit_code == 0

@@ -111,6 +111,7 @@ def installer() -> str:
 UNREACHED = re.compile("ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ETIMEDOUT|ENETUNREACH|ENOTCACHED")
 
 
+@pytest.mark.slow
 def test_the_installer_of_skills_brings_all_that_is_needed(clone, tmp_path):
     package = installer()
     home = tmp_path / "home"

@@ -76,6 +76,7 @@ def complete(path, count=64):
 # --- signals -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
 def test_a_signal_stops_cleanly_and_says_how_to_go_on(number, name, rows, tmp_path, invoke):
     output = tmp_path / "out.jsonl"
@@ -96,6 +97,7 @@ def test_a_signal_stops_cleanly_and_says_how_to_go_on(number, name, rows, tmp_pa
     assert read_manifest(output)["tokens"]["rows"] == 64 - done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
 def test_a_signal_stops_a_training_and_it_goes_on_from_its_last_state(number, name, tmp_path, invoke):
     source, output = tmp_path / "in.jsonl", tmp_path / "sft"
@@ -145,6 +147,7 @@ def test_a_signal_stops_a_training_and_it_goes_on_from_its_last_state(number, na
 # --- pipes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_stops_no_work(rows, tmp_path):
     """`... 2>&1 | head -1`: what nobody reads is not said, and the rows are all written."""
     reading, writing = os.pipe()
@@ -194,6 +197,7 @@ print(json.dumps({"first": [first.returncode, first.stderr], "names": names, "id
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [0, 8192])
 def test_a_full_disk_is_said_and_what_is_done_is_kept(room, rows, tmp_path):
     disk = tmp_path / "disk"
@@ -214,6 +218,7 @@ def test_a_full_disk_is_said_and_what_is_done_is_kept(room, rows, tmp_path):
     assert found["ids"] == [f"r{n}/0" for n in range(64)]
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_weights_are_saved(tmp_path):
     disk, source = tmp_path / "disk", tmp_path / "in.jsonl"
     disk.mkdir()
@@ -258,6 +263,7 @@ def test_a_full_disk_while_weights_are_saved(tmp_path):
     assert found["second"][0] == 0, found["second"][1]
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written(rows, tmp_path):
     """Made by a mount, since permissions do not hold for the superuser."""
     place = tmp_path / "place"
@@ -335,6 +341,7 @@ def test_an_input_that_is_still_being_written_is_refused(tmp_path):
 # --- the clock and the memory ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_clock_that_was_set_back_changes_nothing(rows, tmp_path, invoke):
     """What is on disk comes from a time that is still to come."""
     output = tmp_path / "out.jsonl"

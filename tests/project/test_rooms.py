@@ -151,3 +151,11 @@ def test_functions_are_short(path):
         and (name, node.name) not in LONG_FUNCTIONS
     ]
     assert not long, "\n".join(long)
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].rglob("test_*.py")), ids=lambda path: path.stem)
+def test_every_file_of_tests_has_a_fast_one(path):
+    """`pytest -m "not slow"` looks at every module."""
+    tests = [node for node in parse(path).body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    marks = [[ast.unparse(decorator) for decorator in test.decorator_list] for test in tests]
+    assert any("pytest.mark.slow" not in names for names in marks), f"{path.name} has slow tests only"

@@ -217,6 +217,7 @@ def test_no_key_in_what_a_failing_command_says_or_writes(command, fault, tmp_pat
         assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_no_key_in_the_manifest_the_report_or_the_title_of_the_process(tmp_path):
     rows = tmp_path / "in.jsonl"
     write_jsonl(rows, [{"prompt": f"A or B, {n}?"} for n in range(20)])
@@ -262,6 +263,7 @@ SERVED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["passed", "status 401", "status 500", "garbage"])
 @pytest.mark.parametrize("command", SERVED)
 def test_no_key_of_a_server_in_any_command_that_asks_one(command, fault, tmp_path, invoke, monkeypatch):

@@ -203,6 +203,7 @@ def make(lines, invoke):
     return call
 
 
+@pytest.mark.slow
 def test_preferences_a_failed_push_and_the_same_command_again(hub, make):
     output, hub.asked[:] = make("judge"), []
     refused = push(output, hub.url, "my-org/preferences", token="hf_wrong")
@@ -225,6 +226,7 @@ def test_preferences_a_failed_push_and_the_same_command_again(hub, make):
     assert push(output, hub.url, "my-org/preferences").returncode == 0, "again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "reward_model", "dpo", "grpo", "ppo"])
 def test_every_trained_model_is_pushed_with_its_card(hub, make, name):
     folder = make(name)
@@ -241,6 +243,7 @@ def test_every_trained_model_is_pushed_with_its_card(hub, make, name):
     assert not any(TOKEN.encode() in path.read_bytes() for path in folder.parent.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_a_public_repository_and_a_card_of_ones_own(hub, make):
     folder = make("dpo")
     gone = push(folder, "http://127.0.0.1:9", "my-org/gone")

@@ -53,6 +53,7 @@ def arguments(tmp_path, constitution):
     return build
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_killed_and_resumed_is_as_never_killed(step, invoke, tmp_path, arguments):
     source = write_input(step, tmp_path / "in.jsonl")
@@ -287,6 +288,7 @@ def test_the_same_name_with_other_weights_is_another_run(invoke, tmp_path, argum
     assert invoke("generate", *line, "--overwrite").exit_code == 0
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(invoke, tmp_path, arguments):
     source = write_input("critique", tmp_path / "in.jsonl", 15)
     rows = [row for _, row in read_jsonl(source)]

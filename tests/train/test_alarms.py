@@ -222,6 +222,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_runs(tmp_path, name):
     reward, settings, expected, never = RUNS[name]

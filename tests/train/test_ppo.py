@@ -451,6 +451,7 @@ def test_the_steps_are_updates_times_epochs_times_minibatches(tmp_path):
     assert {"prompt", "response", "score", "kl", "tokens", "ended"} <= set(samples[0])
 
 
+@pytest.mark.slow
 def test_several_passes_add_up_to_one_large_batch(tmp_path):
     weights, values = [], []
     for batch_size in (12, 5, 1):
@@ -548,6 +549,7 @@ def test_a_rollout_holds_what_its_definitions_say(tmp_path):
     assert one.figures["kl"] == pytest.approx(float(kl), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_the_next_20_updates_are_those_of_a_run_that_was_not(tmp_path):
     """With all that must be remembered: moments of AdamW, schedule, prompts, draws, coefficient, scale, alarms."""
     words = ["go", "a", "b", "c"]
@@ -612,6 +614,7 @@ def test_moments_put_together_are_those_of_all_numbers():
     assert squares / count == pytest.approx(numbers.var(correction=0).item())
 
 
+@pytest.mark.slow
 def test_scaled_scores_make_the_unit_of_the_reward_irrelevant(tmp_path):
     found = []
     for unit in (1.0, 1000.0):
@@ -756,6 +759,7 @@ def snapshots(one) -> dict[int, dict]:
     return found
 
 
+@pytest.mark.slow
 def test_the_policy_that_did_best_is_taken_and_not_the_last(tmp_path):
     one = selecting(tmp_path)
     weights = snapshots(one)
@@ -774,6 +778,7 @@ def test_the_policy_that_did_best_is_taken_and_not_the_last(tmp_path):
     assert all(torch.equal(p, weights[best][name]) for name, p in one.model.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_stopped_run_chooses_what_a_whole_one_does(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     one = selecting(whole)
@@ -798,6 +803,7 @@ def test_a_stopped_run_chooses_what_a_whole_one_does(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_an_alarm_stops_the_run_and_what_was_saved_is_kept(tmp_path):
     def watched(*stop_on):
         return Watch(limits(["eos=off", "boilerplate=off"]), stop_on)
@@ -842,6 +848,7 @@ def next_token(model, ids) -> torch.Tensor:
         return model(input_ids=ids[None]).logits[0, -1].softmax(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_a_two_token_bandit_is_solved(tmp_path, seed):
     def reward(prompts, responses):
@@ -853,6 +860,7 @@ def test_a_two_token_bandit_is_solved(tmp_path, seed):
     assert float(policy @ values) >= 0.99 > float(before @ values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_a_reward_for_a_length_is_met(tmp_path, seed):
     """Three words and an end, no more and no less: what is paid comes at the end, for all that was done before."""
@@ -878,6 +886,7 @@ def test_a_reward_for_a_length_is_met(tmp_path, seed):
     assert rows_of(tmp_path)[0]["score"] < 0.7
 
 
+@pytest.mark.slow
 def test_the_optimum_under_the_kl_penalty_is_reached(tmp_path):
     """Over all answers of two tokens: the best policy is reference · exp(score / coefficient), normalised."""
     words, beta = ["go", "a", "b"], 0.5

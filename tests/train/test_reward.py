@@ -74,6 +74,7 @@ def test_a_lost_label_is_an_error_and_not_the_hard_loss(tmp_path):
         made.compute_loss(made.model, batch)
 
 
+@pytest.mark.slow
 def test_soft_labels_train_to_their_target_and_hard_ones_beyond(tmp_path):
     probability = {}
     for label in (0.75, 1.0):

@@ -71,6 +71,7 @@ def test_what_is_no_reward_model_is_refused_alike(invoke, tmp_path, name, reward
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "grpo", "evaluate"])
 def test_a_hub_id_is_taken_as_a_folder_is(invoke, tmp_path, reward_model, hub, name):
     result = invoke(name, *command_line(name, tmp_path, reward_model))
@@ -82,6 +83,7 @@ def test_a_hub_id_is_taken_as_a_folder_is(invoke, tmp_path, reward_model, hub, n
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_scores_by_a_hub_id_are_those_of_the_folder(reward_model, hub):
     code = (
         "import sys, json; from cai.models.scorer import load_scorer; "

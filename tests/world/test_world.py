@@ -15,6 +15,7 @@ def scenes(n=3000, seed=1):
         yield rng, row, oracle.act_of(row)
 
 
+@pytest.mark.slow
 def test_the_oracle_reads_every_style_that_the_grammar_writes():
     expected = {"comply": "helpful"}
     for rng, row, act in scenes():
