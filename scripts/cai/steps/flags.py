@@ -84,8 +84,5 @@ def repeats(text: str) -> bool:
     """Whether the text ends in a loop: at least 12 characters that repeat one piece three times, or a piece of at
     least 60 characters twice. Pieces longer than 500 characters are not looked for."""
     text = " " + " ".join(text.split())
-    for size in range(1, min(len(text) // 2, 500) + 1):
-        times = 2 if size >= 60 else max(3, -(-12 // size))
-        if text.endswith(text[-size:] * times):
-            return True
-    return False
+    times = {size: 2 if size >= 60 else max(3, -(-12 // size)) for size in range(1, min(len(text) // 2, 500) + 1)}
+    return any(text.endswith(text[-size:] * count) for size, count in times.items())
