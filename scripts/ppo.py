@@ -144,7 +144,6 @@ def main(options):
 
 def identify(options, source: sources.Source, settings, weights: dict[str, float], selected: list[dict]) -> dict:
     """Everything that decides the result, for the manifest."""
-    selecting = {"select": [row["id"] for row in selected], "save_every": options.save_every} if selected else {}
     return {
         "model": hashing.identity(options.model),
         "reward_model": rewards.identify_rewards(weights),
@@ -153,7 +152,7 @@ def identify(options, source: sources.Source, settings, weights: dict[str, float
         "value_head": options.value_head,
         **updates.identify_settings(settings, options),
         **({"judge": rewards.identify(options.judge)} if options.judge else {}),
-        **selecting,
+        **({"select": [row["id"] for row in selected], "save_every": options.save_every} if selected else {}),
         **({} if options.merge else {"merge": False}),
     }
 

@@ -237,9 +237,8 @@ def _own_preference(judge: str, labels: Mapping[str, float | None], row: dict) -
     if len(own_sides) != 1 or labels[judge] in (None, 0.5):
         return None
     [side] = own_sides
-    others = agreement.majority([p for name, p in labels.items() if name != judge])
-    if row.get("gold"):
-        others = float(row["gold"] == "a")
+    other_labels = [p for name, p in labels.items() if name != judge]
+    others = float(row["gold"] == "a") if row.get("gold") else agreement.majority(other_labels)
     if others is not None and side == "b":
         others = 1 - others
     return (labels[judge] > 0.5) == (side == "a"), others

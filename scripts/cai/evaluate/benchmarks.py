@@ -235,5 +235,4 @@ def figures(results: Sequence[dict]) -> tuple[dict, dict]:
         rates["baseline_longer"] = figure(rate, (row["longer"] for row in with_lengths), with_lengths)
     if "mass" in results[0]:
         rates["answer_mass"] = figure(mean, (min(1.0, row["mass"]) for row in results))
-    counts = {"contexts": len({row["context"] for row in results}), "ties": sum(row["tie"] for row in results)}
-    return rates, counts
+    return rates, {"contexts": len({row["context"] for row in results}), "ties": sum(row["tie"] for row in results)}

@@ -166,8 +166,12 @@ def scores(rows: Sequence[dict], names: Sequence[str]) -> tuple[dict, dict]:
     """
     rates: dict[str, dict] = {}
     known = [row for row in rows if row["p_a"] is not None]
-    identical = sum(row.get("tie", False) for row in known)
-    counts = {"failed": len(rows) - len(known), "comparisons": len(known), "identical": identical, "notes": []}
+    counts = {
+        "failed": len(rows) - len(known),
+        "comparisons": len(known),
+        "identical": sum(row.get("tie", False) for row in known),
+        "notes": [],
+    }
     for axis, kinds_of_axis in kinds.AXES.items():
         on_axis = [row for row in known if row["axis"] == axis]
         if not on_axis:

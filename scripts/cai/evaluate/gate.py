@@ -70,12 +70,11 @@ def load(path: str | Path) -> Evaluation:
     if not path.is_file():
         raise InputError("no such file", where=path, expected="what evaluate.py wrote", remedy="Check the path")
     rates, output = _read_printed(path) if path.suffix == ".json" else (read_rates(path), path)
-    evaluation = Evaluation(path, rates, _read_outcomes(output.with_suffix("")))
-    if manifest := outputs.read_manifest(output):
-        evaluation.reader = {name: manifest["fingerprint"].get(name) for name in READERS}
-        if evaluation.reader["by"] == "oracle":
-            evaluation.reader["judge"] = None  # it is only compared with the oracle
-    return evaluation
+    manifest = outputs.read_manifest(output)
+    reader = {name: manifest["fingerprint"].get(name) for name in READERS} if manifest else {}
+    if reader.get("by") == "oracle":
+        reader["judge"] = None  # it is only compared with the oracle
+    return Evaluation(path, rates, _read_outcomes(output.with_suffix("")), reader)
 
 
 def _read_printed(path: Path) -> tuple[dict, Path]:

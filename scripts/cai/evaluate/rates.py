@@ -129,6 +129,10 @@ def _rate_of(results: Sequence[Outcome]) -> dict:
         by_seed[seed].append(success)
     values = [statistics.fmean(of_seed) for seed, of_seed in by_seed.items() if seed is not None]
     if len(values) > 1:
-        sd = statistics.stdev(values)  # the sample's (n − 1)
-        rate["seeds"] = {"n": len(values), "sd": sd, "lowest": min(values), "highest": max(values)}
+        rate["seeds"] = {
+            "n": len(values),
+            "sd": statistics.stdev(values),  # the sample's (n − 1)
+            "lowest": min(values),
+            "highest": max(values),
+        }
     return rate

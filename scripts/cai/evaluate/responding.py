@@ -98,8 +98,13 @@ def respond(answers: Iterable[Answer], output: outputs.Output, model: str, optio
                 engine, [pushed[plain_id] for plain_id in pushed if plain_id in plain], plain, model, options.sampling
             )
 
-    load = partial(loading.load_named_engine, model, options.endpoints, options.loading)
-    fill(output, [answer.row["id"] for answer in answers], "respond", load, produce)
+    fill(
+        output,
+        [answer.row["id"] for answer in answers],
+        "respond",
+        partial(loading.load_named_engine, model, options.endpoints, options.loading),
+        produce,
+    )
     return sources.Source([output.path], require=("prompt", "kind", "response"))
 
 

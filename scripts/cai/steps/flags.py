@@ -70,14 +70,11 @@ def flags(response: str, revision: str, finish: str) -> list[str]:
         "leaked_tag": _LEAKED.search(revision),
         "preamble": _PREAMBLE.match(revision),
         "repeated_tail": repeats(revision),
-        "bare_refusal": len(words) <= _BARE_WORDS and is_bare_refusal(revision),
+        "bare_refusal": len(words) <= _BARE_WORDS
+        and _REFUSAL.search(revision)
+        and not _REASON_OR_OFFER.search(revision),
     }
     return [reason for reason in REASONS if checks.get(reason)]
-
-
-def is_bare_refusal(text: str) -> bool:
-    """Whether the text declines and gives neither a reason nor an alternative."""
-    return bool(_REFUSAL.search(text)) and not _REASON_OR_OFFER.search(text)
 
 
 def repeats(text: str) -> bool:

@@ -79,7 +79,7 @@ class Pairs:
                 self.plan[key] = pairs
             else:
                 self.unpaired += sum(map(len, sides))
-        self.ids = [_pair_id(*pair) for pairs in self.plan.values() for pair in pairs]
+        self.ids = [f"{a} vs {b}" for pairs in self.plan.values() for a, b in pairs]
         if not self.ids:
             raise InputError(
                 "no two responses to the same prompt",
@@ -123,10 +123,6 @@ class Pairs:
                     del waiting[key]
 
 
-def _pair_id(a: str, b: str) -> str:
-    return f"{a} vs {b}"
-
-
 def _compare(a: dict, b: dict) -> dict:
     """One comparison of two rows: the fields that are the same in both, and each side's model where it differs."""
     shared = {
@@ -135,7 +131,7 @@ def _compare(a: dict, b: dict) -> dict:
     sides = {} if "model" in shared else {"a": a, "b": b}
     models = {f"model_{side}": row["model"] for side, row in sides.items() if "model" in row}
     return {
-        "id": _pair_id(a["id"], b["id"]),
+        "id": f"{a['id']} vs {b['id']}",
         **shared,
         **models,
         "response_a": rounds.text_of_round(a),

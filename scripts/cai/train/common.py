@@ -411,7 +411,9 @@ def describe_not_finite(trainer, subject: str) -> CaiError:
     )
 
 
-def save_checkpoint(model, tokenizer, folder: str | Path, state_dict: dict | None = None) -> None:
+def save_checkpoint(
+    model, tokenizer, folder: str | Path, state_dict: dict | None = None, *, merge: bool = True
+) -> None:
     """Write weights, configuration, tokenizer and chat template to `folder`, which `--model` reads back.
 
     Of a LoRA model the adapter goes to `<folder>/adapter` and the merged weights to `folder` (the model is
@@ -419,12 +421,13 @@ def save_checkpoint(model, tokenizer, folder: str | Path, state_dict: dict | Non
 
     Args:
         state_dict: the gathered weights of a sharded model, from `trainer.accelerator.get_state_dict`.
+        merge: False writes the adapter of a LoRA model alone, into `folder`.
     """
     from peft import PeftModel
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, PeftModel):
+    if merge and isinstance(model, PeftModel):
         model.save_pretrained(folder / ADAPTER, state_dict=state_dict)
         if state_dict is not None:  # the model in memory is a shard: load the base again with the adapter
             model, state_dict = _load_adapter(folder / ADAPTER, model.dtype), None

@@ -557,8 +557,8 @@ class PPOTrainer(Trainer):
             "seconds_forward": time.monotonic() - scored,
         }
         if settings.kl_target is not None:
-            next_coef = adapt_kl_coef(kl_coef, self.figures["kl"], settings.kl_target, count, settings.kl_horizon)
-            model.kl_coef.fill_(next_coef)
+            mean_kl = self.figures["kl"]
+            model.kl_coef.fill_(adapt_kl_coef(kl_coef, mean_kl, settings.kl_target, count, settings.kl_horizon))
         if update % settings.samples_every == 0 and self.is_world_process_zero():
             samples = [
                 {
@@ -680,10 +680,9 @@ class PPOTrainer(Trainer):
 
     def _reference_logprobs(self, input_ids: Tensor, response_mask: Tensor) -> Tensor:
         """Log-probabilities (tokens,) of the response tokens by the reference."""
-        reference, adapters_off = self.reference, nullcontext()
-        if reference is None:
-            reference = self.accelerator.unwrap_model(self.model).policy
-            adapters_off = reference.disable_adapter()
+        policy = self.accelerator.unwrap_model(self.model).policy
+        adapters_off = policy.disable_adapter() if self.reference is None else nullcontext()
+        reference = policy if self.reference is None else self.reference
         with adapters_off, self.accelerator.autocast():
             return torch.cat(
                 [
@@ -731,8 +730,7 @@ class PPOTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             save_file(model.trained_state(), folder / "model.safetensors", metadata={"format": "pt"})
-            model.policy.save_pretrained(folder / "policy")
-            self.chat.tokenizer.save_pretrained(folder / "policy")
+            common.save_checkpoint(model.policy, self.chat.tokenizer, folder / "policy", merge=False)
             self.update_log.save_alarms(folder)
 
     def check_finite(self, model: PolicyAndValue) -> None:
@@ -766,17 +764,13 @@ class PPOTrainer(Trainer):
         Returns:
             {selected_update} if there are candidates.
         """
-        wrapper, tokenizer = self.accelerator.unwrap_model(self.model), self.chat.tokenizer
+        wrapper = self.accelerator.unwrap_model(self.model)
         selected = self.candidates.best() if self.candidates.prompts else None
         if selected is not None:
             wrapper.load_state_dict(load_file(self.candidates.weights(selected)))
         self.check_finite(wrapper)
         if self.is_world_process_zero():
-            if merge:
-                common.save_checkpoint(wrapper.policy, tokenizer, output)
-            else:
-                wrapper.policy.save_pretrained(output)
-                tokenizer.save_pretrained(output)
+            common.save_checkpoint(wrapper.policy, self.chat.tokenizer, output, merge=merge)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             common.delete_states(output)

@@ -266,8 +266,12 @@ def score_pairs(trainer, rows: Sequence[dict]) -> list[float]:
     Each process scores all of them: a sharded model needs every process in each forward pass.
     """
     sequences = [row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
-    size = 2 * trainer.args.per_device_train_batch_size
-    return scorer.score_sequences(trainer.model_wrapped, trainer.processing_class.pad_token_id, sequences, size)
+    return scorer.score_sequences(
+        trainer.model_wrapped,
+        trainer.processing_class.pad_token_id,
+        sequences,
+        2 * trainer.args.per_device_train_batch_size,
+    )
 
 
 def subtract(scores: Sequence[float]) -> list[float]:

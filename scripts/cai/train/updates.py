@@ -172,13 +172,11 @@ class UpdateLog(common.MetricsLog):
         return super().is_current(row, step) and row.get("update", 0) <= step // self.settings.steps_per_update
 
     def on_log(self, args, state, control, logs=None, **_):
-        if not logs or "score" not in logs:
-            super().on_log(args, state, control, logs)
-            return
-        if self.alarms:  # added here, because the trackers take numbers only
+        is_update = bool(logs) and "score" in logs
+        if is_update and self.alarms:  # added here, because the trackers take numbers only
             logs = {**logs, "alarms": [alarm.name for alarm in self.alarms]}
         super().on_log(args, state, control, logs)
-        if self.bar is not None:
+        if is_update and self.bar is not None:
             names = {"score": "score", "kl": "kl", "length": "response_length"}
             postfix = {short: f"{logs[name]:.3g}" for short, name in names.items() if name in logs}
             self.bar.set_postfix(postfix, refresh=self.bar.fp.isatty())
