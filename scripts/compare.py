@@ -11,8 +11,7 @@ evaluate.py.
 import click
 
 from cai.base import cli
-from cai.data import public_sets
-from cai.data.outputs import Output
+from cai.data import outputs, public_sets
 from cai.evaluate import contest
 from cai.evaluate.measurement import gather, print_rates, write
 
@@ -60,9 +59,8 @@ def main(output, as_json, dry_run, overwrite, **values):
       python scripts/compare.py --input prompts.jsonl --policy base=tiny --policy sft=runs/sft \\
           --judge tiny --output elo.jsonl
     """
-    options = gather(values)
-    measurement = contest.measure_policies(options)
-    final = Output(
+    measurement = contest.measure_policies(gather(values))
+    final = outputs.Output(
         output, command="compare", fingerprint=measurement.settings, overwrite=overwrite, inputs=measurement.files
     )
     if dry_run:

@@ -154,8 +154,7 @@ def export(constitution, kind, output, as_json, overwrite):
       python scripts/constitution.py export --constitution harmlessness --format paper --output exported
     """
     contents, left_out = importing.write_foreign(files.load_constitution(constitution), kind)
-    saved = rendering.save_all(Path(output), contents, overwrite)
-    cli.finish({"files": saved, "left_out": left_out}, as_json=as_json)
+    cli.finish({"files": rendering.save_all(Path(output), contents, overwrite), "left_out": left_out}, as_json=as_json)
 
 
 @main.command(cls=cli.Command)
@@ -198,8 +197,9 @@ def coverage(output, as_json, dry_run, overwrite, **values):
           --constitution harmlessness --output coverage.jsonl
     """
     questions = ablation.Coverage(measurement.gather(values))
-    claim = {"fingerprint": questions.settings, "overwrite": overwrite, "inputs": values["inputs"]}
-    journal = outputs.Output(output, command="coverage", **claim)
+    journal = outputs.Output(
+        output, command="coverage", fingerprint=questions.settings, overwrite=overwrite, inputs=values["inputs"]
+    )
     if not dry_run:
         questions.write(journal)
     counts = questions.count(journal) if dry_run else journal.counts
@@ -231,8 +231,9 @@ def ablate(output, as_json, dry_run, overwrite, **values):
           --constitution harmlessness --by oracle --output ablation.jsonl
     """
     without = ablation.measure_without_each(measurement.gather(values), Path(output).with_suffix(""))
-    claim = {"fingerprint": without.settings, "overwrite": overwrite, "inputs": without.files}
-    final = outputs.Output(output, command="ablate", **claim)
+    final = outputs.Output(
+        output, command="ablate", fingerprint=without.settings, overwrite=overwrite, inputs=without.files
+    )
     summary = {"command": "ablate", "output": output}
     if dry_run:
         cli.finish({**summary, **without.plan}, as_json=as_json)

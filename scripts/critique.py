@@ -9,10 +9,8 @@ Leaves out the revision (revise.py) and any check of the critique's text.
 import click
 
 from cai.base import cli
-from cai.constitution.files import load_constitution
-from cai.constitution.templates import load_template
-from cai.data.rounds import check_rounds, text_of_round
-from cai.data.sources import Source
+from cai.constitution import files, templates
+from cai.data import rounds, sources
 from cai.steps import text
 
 
@@ -31,21 +29,21 @@ def main(inputs, output, model, constitution, template, cot, settings):
     """
     if cot and template:
         raise click.UsageError("--cot is the template critique_cot: give --cot or --template, not both.")
-    template = load_template(template or ("critique_cot" if cot else "critique"))
+    template = templates.load_template(template or ("critique_cot" if cot else "critique"))
     constitution_option = [] if constitution == "harmlessness" else ["--constitution", constitution]
-    constitution = load_constitution(constitution)
-    source = Source(
+    constitution = files.load_constitution(constitution)
+    source = sources.Source(
         inputs,
         require=("prompt", "response"),
         limit=settings.limit,
-        check=lambda row, where, line: check_rounds(row, where, line, critiqued=False),
+        check=lambda row, where, line: rounds.check_rounds(row, where, line, critiqued=False),
     )
 
     def draw_principle(row):
         return constitution.draw(settings.seed, row["id"], len(row.get("rounds") or ()))
 
     def render(row):
-        return template.render(principle=draw_principle(row), prompt=row["prompt"], response=text_of_round(row))
+        return template.render(principle=draw_principle(row), prompt=row["prompt"], response=rounds.text_of_round(row))
 
     def answer(row, generation):
         new_round = {"principle": draw_principle(row).id, "critique": generation.text}

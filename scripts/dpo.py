@@ -13,7 +13,6 @@ import click
 from cai.base import cli, hashing
 from cai.base.errors import InputError
 from cai.data import preferences
-from cai.data.dialogue import as_messages
 from cai.models import loading
 from cai.models.chat import encode
 from cai.train import common
@@ -99,10 +98,8 @@ def tokenize(pairs: list[dict], chat) -> list[dict]:
         pairs: of `preferences.read_pairs`.
     """
     rows = []
-    for pair in pairs:
-        messages = as_messages(pair["prompt"])
-        prompt, chosen = encode(chat, messages, pair["chosen"])
-        _, rejected = encode(chat, messages, pair["rejected"])
+    for pair, (messages, texts) in zip(pairs, preferences.prompt_and_sides(pairs), strict=True):
+        (prompt, chosen), (_, rejected) = (encode(chat, messages, text) for text in texts)
         rows.append(
             {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "p_chosen": pair["p_chosen"]}
         )

@@ -17,10 +17,8 @@ import click
 
 from cai.base import cli
 from cai.base.errors import InputError
-from cai.data import public_sets
-from cai.data.outputs import Output
-from cai.evaluate import benchmarks, gate, habits, responding, tasks
-from cai.evaluate.classes import Reader
+from cai.data import outputs, public_sets
+from cai.evaluate import benchmarks, classes, gate, habits, responding, tasks
 from cai.evaluate.measurement import gather, print_rates, write
 
 WORSE = 4  # exit code of --gate
@@ -160,7 +158,7 @@ def main(output, against, watch, gated, margin, as_json, dry_run, overwrite, **v
           --model tiny --by oracle --output evaluation.jsonl
     """
     options = gather(values)
-    options.reader = Reader(
+    options.reader = classes.Reader(
         "classifier" if options.classifier else options.by,
         options.judge,
         options.classifier,
@@ -175,7 +173,7 @@ def main(output, against, watch, gated, margin, as_json, dry_run, overwrite, **v
     before = gate.load(against) if against else None
     measurement = tasks.choose(options)
     measurement.files += [against] if against else []
-    final = Output(
+    final = outputs.Output(
         output, command="evaluate", fingerprint=measurement.settings, overwrite=overwrite, inputs=measurement.files
     )
     if dry_run:
@@ -187,7 +185,12 @@ def main(output, against, watch, gated, margin, as_json, dry_run, overwrite, **v
 
 
 def report(
-    output: Output, as_json: bool, before: gate.Evaluation | None, gated: bool, margin: float, signs: dict | None
+    output: outputs.Output,
+    as_json: bool,
+    before: gate.Evaluation | None,
+    gated: bool,
+    margin: float,
+    signs: dict | None,
 ) -> None:
     """Print the rates and what has changed; exit with 3 if rows failed, with 4 if the gate's verdict is worse."""
     deltas = gate.compare(before, gate.load(output.path), gated=gated) if before else []

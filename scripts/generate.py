@@ -10,15 +10,14 @@ from collections import Counter
 import click
 
 from cai.base import cli
-from cai.data.dialogue import as_messages
-from cai.data.sources import Source
+from cai.data import dialogue, sources
 from cai.steps import text
 
 
 class Samples:
     """The rows of a source, each as many times as it is sampled, with ids `<prompt id>/<sample>`."""
 
-    def __init__(self, source: Source, samples: int):
+    def __init__(self, source: sources.Source, samples: int):
         self.source, self.samples = source, samples
 
     @property
@@ -45,12 +44,12 @@ def main(inputs, output, model, samples, system, settings):
       python scripts/generate.py --input scripts/cai/tiny/prompts/train.jsonl \\
           --model tiny --limit 100 --output responses.jsonl
     """
-    source = Source(inputs, limit=settings.limit)
+    source = sources.Source(inputs, limit=settings.limit)
     rows = Samples(source, samples)
     system_messages = [{"role": "system", "content": system}] if system else []
 
     def render(row):
-        return system_messages + as_messages(row["prompt"])
+        return system_messages + dialogue.as_messages(row["prompt"])
 
     def answer(row, generation):
         return {**row, "response": generation.text, "model": model, "finish": generation.finish}

@@ -14,17 +14,12 @@ import click
 
 from cai.base import cli, hashing
 from cai.base.errors import InputError
-from cai.base.hashing import hashed_seed
-from cai.constitution.files import load_constitution
-from cai.constitution.templates import load_template
-from cai.data import preferences
-from cai.data.dialogue import as_messages
-from cai.data.sources import Source
+from cai.constitution import files, templates
+from cai.data import dialogue, preferences, sources
 from cai.models import loading, local
 from cai.models.scorer import check_reward_model
 from cai.steps import judging
-from cai.train import alarms, common, grpo, prompts, rewards, updates
-from cai.train.arguments import rl_options
+from cai.train import alarms, arguments, common, grpo, prompts, rewards, updates
 
 # Bound on the judge's probability: beyond it the log-odds mean little more, and one response would outweigh its group.
 CERTAIN = 0.995
@@ -67,7 +62,7 @@ CERTAIN = 0.995
     show_default=True,
     help="Responses to each prompt: the group that is compared.",
 )
-@rl_options(
+@arguments.rl_options(
     prompts_per_update=16, responses="with --samples responses each", epochs=1, learning_rate=1e-6, kl_coef=0.04
 )
 @click.option(
@@ -88,7 +83,10 @@ def main(options):
           --reward-model runs/reward --output runs/grpo --updates 20 --learning-rate 1e-4
     """
     check_usage(options)
-    source, settings = Source(options.inputs, limit=options.limit), updates.read_settings(grpo.Settings, options)
+    source, settings = (
+        sources.Source(options.inputs, limit=options.limit),
+        updates.read_settings(grpo.Settings, options),
+    )
     watch = alarms.Watch(alarms.limits(options.alarm), options.stop_on)
     question, references, reward_identity = read_reward(options, source)
     run = common.TrainingRun(
@@ -126,8 +124,8 @@ def main(options):
             updates.draw_curves(options.output)
         policy.generation_config = trainer.saved_generation_config
         common.save_trained(trainer, chat.tokenizer, options.output)
-        counts = updates.summarise(options.output, trainer.state.global_step)
-        run.finish({"prompts": source.count, **counts}, **local.fast_path(getattr(scorer, "engine", None)))
+        counts = {"prompts": source.count, **updates.summarise(options.output, trainer.state.global_step)}
+        run.finish(counts, **local.fast_path(getattr(scorer, "engine", None)))
 
 
 def plan(options, settings: grpo.Settings, rows: list[dict]) -> dict:
@@ -137,7 +135,7 @@ def plan(options, settings: grpo.Settings, rows: list[dict]) -> dict:
     return updates.plan(
         options,
         settings,
-        [as_messages(row["prompt"]) for row in rows],
+        [dialogue.as_messages(row["prompt"]) for row in rows],
         sampled=settings.rows_per_update // settings.processes,
         frozen=[options.reward_model or options.judge, *reference],
     )
@@ -160,12 +158,12 @@ def check_usage(options) -> None:
         check_reward_model(options.reward_model)
 
 
-def read_reward(options, source: Source) -> tuple["GroupQuestion | None", list[list[str]], dict]:
+def read_reward(options, source: sources.Source) -> tuple["GroupQuestion | None", list[list[str]], dict]:
     """(the question to a judge, the responses to compare with, what the manifest knows the reward by)."""
     if options.reward_model:
         return None, [], {"reward_model": hashing.identity(options.reward_model)}
     question = GroupQuestion(
-        load_constitution(options.constitution), load_template(options.template), seed=options.seed
+        files.load_constitution(options.constitution), templates.load_template(options.template), seed=options.seed
     )
     references, digest = prompts.read_references(options.against, source)
     return (
@@ -223,7 +221,7 @@ class JudgeReward:
         comparisons, masses = [], []
         for i, (row, prompt, response) in enumerate(zip(rows, conversations, responses, strict=True)):
             others = self.references[row]
-            other = others[hashed_seed("reference", self.question.seed, row, update) % len(others)]
+            other = others[hashing.hashed_seed("reference", self.question.seed, row, update) % len(others)]
             comparison = {
                 "id": str(i),
                 "group": f"{row}/{update}",

@@ -13,8 +13,7 @@ from functools import partial
 import click
 
 from cai.base import cli
-from cai.data.processes import Team
-from cai.data.readers import read_jsonl
+from cai.data import processes, readers
 from cai.evaluate import audit
 from cai.models.loading import load_engine
 from cai.stats import agreement, tables
@@ -96,7 +95,7 @@ def main(inputs, output, model, judge, combine, audit_path, settings, **task_opt
     names = list(servers)
     task = judges.read_task(inputs, settings, **task_options)
     loads = {name: partial(load_engine, name, endpoints=servers[name], **settings.loading) for name in names}
-    team = Team()
+    team = processes.Team()
     if not team.first:
         if not (settings.dry_run or team.tell()):
             for load in loads.values():
@@ -117,13 +116,14 @@ def main(inputs, output, model, judge, combine, audit_path, settings, **task_opt
             judges.combine_judges(final, outputs, task, combine)
     summary |= final.counts
     if audit_path:
-        measured = audit.measure((row for _, row in read_jsonl(output)), names)
+        measured = audit.measure((row for _, row in readers.read_jsonl(output)), names)
         summary["audit"] = audit.write(audit_path, measured, title=", ".join(names))
     if not settings.as_json:
         is_rate = {name: isinstance(value, dict) and "low" in value for name, value in summary.items()}
         summary = {name: tables.show(value) if is_rate[name] else value for name, value in summary.items()}
-    arguments = ["--input", output, "--model", "SFT_MODEL", "--output", "REWARD_MODEL"]
-    next_command = shlex.join(["python", "scripts/reward_model.py", *arguments])
+    next_command = (
+        f"python scripts/reward_model.py --input {shlex.quote(output)} --model SFT_MODEL --output REWARD_MODEL"
+    )
     cli.finish(summary, as_json=settings.as_json, next_command=next_command)
 
 

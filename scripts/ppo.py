@@ -15,12 +15,9 @@ import click
 
 from cai.base import cli, hashing
 from cai.base.errors import InputError
-from cai.data.dialogue import as_messages
-from cai.data.sources import Source
-from cai.models import loading
-from cai.models.local import fast_path_field
-from cai.train import alarms, common, prompts, rewards, selection, updates
-from cai.train.arguments import ppo_options, rl_options
+from cai.data import dialogue, sources
+from cai.models import loading, local
+from cai.train import alarms, arguments, common, prompts, rewards, selection, updates
 
 
 @click.command(cls=cli.Command)
@@ -52,8 +49,10 @@ from cai.train.arguments import ppo_options, rl_options
     help="A value head on the policy, instead of a value model that begins as the reward model. "
     "Takes half the time and memory.",
 )
-@rl_options(prompts_per_update=128, responses="with one response each", epochs=4, learning_rate=3e-6, kl_coef=0.05)
-@ppo_options
+@arguments.rl_options(
+    prompts_per_update=128, responses="with one response each", epochs=4, learning_rate=3e-6, kl_coef=0.05
+)
+@arguments.ppo_options
 @click.option(
     "--merge/--no-merge",
     default=True,
@@ -97,7 +96,7 @@ def main(options):
         loading.check_model(name)
     if options.judge and not rewards.is_function(options.judge):
         loading.find_model(options.judge)
-    source, settings = Source(options.inputs, limit=options.limit), updates.read_settings(Settings, options)
+    source, settings = sources.Source(options.inputs, limit=options.limit), updates.read_settings(Settings, options)
     watch = alarms.Watch(alarms.limits(options.alarm), options.stop_on)
     trackers = common.check_trackers(options.report_to)
     weights = rewards.read_rewards(options.reward_model, options.weights, options.value_head)
@@ -140,12 +139,11 @@ def main(options):
         chosen = trainer.save_policy(options.output, merge=options.merge)
         counts = updates.summarise(options.output, trainer.state.global_step)
         counts = {"prompts": source.count, **counts, **chosen, **stopped}
-        run.finish(counts, fast_path=fast_path_field(trainer.slow_reason))
+        run.finish(counts, fast_path=local.fast_path_field(trainer.slow_reason))
 
 
-def identify(options, source: Source, settings, weights: dict[str, float], selected: list[dict]) -> dict:
+def identify(options, source: sources.Source, settings, weights: dict[str, float], selected: list[dict]) -> dict:
     """Everything that decides the result, for the manifest."""
-    selecting = {"select": [row["id"] for row in selected], "save_every": options.save_every} if selected else {}
     return {
         "model": hashing.identity(options.model),
         "reward_model": rewards.identify_rewards(weights),
@@ -154,18 +152,18 @@ def identify(options, source: Source, settings, weights: dict[str, float], selec
         "value_head": options.value_head,
         **updates.identify_settings(settings, options),
         **({"judge": rewards.identify(options.judge)} if options.judge else {}),
-        **selecting,
+        **({"select": [row["id"] for row in selected], "save_every": options.save_every} if selected else {}),
         **({} if options.merge else {"merge": False}),
     }
 
 
-def plan(options, settings, weights: dict[str, float], source: Source) -> dict:
+def plan(options, settings, weights: dict[str, float], source: sources.Source) -> dict:
     """What --dry-run reports."""
     reward_models = [spec for spec in weights if not rewards.is_function(spec)]
     return updates.plan(
         options,
         settings,
-        [as_messages(row["prompt"]) for row in source],
+        [dialogue.as_messages(row["prompt"]) for row in source],
         sampled=settings.generation_batch_size,
         value_model=None if options.value_head else reward_models[0],
         frozen=[*reward_models, *([options.ref_model or options.model] if has_reference(options) else [])],

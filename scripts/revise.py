@@ -12,10 +12,8 @@ import click
 
 from cai.base import cli
 from cai.base.errors import InputError, shorten
-from cai.constitution.files import load_constitution
-from cai.constitution.templates import load_template
-from cai.data.rounds import check_rounds, text_of_round
-from cai.data.sources import Source
+from cai.constitution import files, templates
+from cai.data import rounds, sources
 from cai.steps import text
 from cai.steps.flags import REASONS, flags
 
@@ -32,10 +30,10 @@ def main(inputs, output, model, constitution, template, settings):
       python scripts/revise.py --input critiques.jsonl --model tiny \\
           --constitution harmlessness --output revisions.jsonl
     """
-    template, constitution = load_template(template), load_constitution(constitution)
+    template, constitution = templates.load_template(template), files.load_constitution(constitution)
 
     def check(row, where, line):
-        check_rounds(row, where, line, critiqued=True)
+        rounds.check_rounds(row, where, line, critiqued=True)
         if (name := row["rounds"][-1]["principle"]) not in constitution:
             raise InputError(
                 f"no principle {shorten(name)!r} in the constitution {constitution.name}",
@@ -45,19 +43,19 @@ def main(inputs, output, model, constitution, template, settings):
                 remedy="Give the same --constitution again",
             )
 
-    source = Source(inputs, require=("prompt", "response", "rounds"), limit=settings.limit, check=check)
+    source = sources.Source(inputs, require=("prompt", "response", "rounds"), limit=settings.limit, check=check)
 
     def render(row):
         last = row["rounds"][-1]
         return template.render(
             principle=constitution[last["principle"]],
             prompt=row["prompt"],
-            response=text_of_round(row),
+            response=rounds.text_of_round(row),
             critique=last["critique"],
         )
 
     def answer(row, generation):
-        revision_flags = flags(text_of_round(row), generation.text, generation.finish)
+        revision_flags = flags(rounds.text_of_round(row), generation.text, generation.finish)
         last = {**row["rounds"][-1], "revision": generation.text, "flags": revision_flags}
         return {**row, "rounds": [*row["rounds"][:-1], last]}
 

@@ -13,8 +13,7 @@ import click
 from cai.base import cli, hashing
 from cai.data import preferences
 from cai.models import loading
-from cai.train import common, reward_model
-from cai.train.arguments import labels_option, training_options
+from cai.train import arguments, common, reward_model
 
 
 @click.command(cls=cli.Command)
@@ -26,7 +25,7 @@ from cai.train.arguments import labels_option, training_options
     help="More preferences, and how often each of their pairs comes in a pass over those of --input, such "
     "as human ones of helpfulness: 0.5 takes half of them each time. Repeatable.",
 )
-@labels_option
+@arguments.labels_option
 @click.option(
     "--default-label",
     type=click.FloatRange(0.5, 1),
@@ -67,7 +66,7 @@ from cai.train.arguments import labels_option, training_options
     show_default=True,
     help="Weight of a penalty that keeps the scores near 0; 0.01 is usual.",
 )
-@training_options(epochs=1, learning_rate=1e-5)
+@arguments.training_options(epochs=1, learning_rate=1e-5)
 def main(options):
     """Train a reward model on preferences with soft labels.
 

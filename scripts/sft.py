@@ -12,9 +12,8 @@ import click
 
 from cai.base import cli, hashing
 from cai.base.errors import InputError, shorten
-from cai.data.dialogue import as_messages
+from cai.data import dialogue, sources
 from cai.data.rounds import check_rounds
-from cai.data.sources import Source
 from cai.models import loading
 from cai.models.chat import encode
 from cai.steps.flags import REASONS
@@ -97,18 +96,18 @@ def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | N
     Raises:
         InputError: a row that is not one of revise.py, or no revision to train on.
     """
-    revised = Source(inputs, require=("prompt", "rounds"), limit=limit, check=check_revised)
+    revised = sources.Source(inputs, require=("prompt", "rounds"), limit=limit, check=check_revised)
     rows, flags, skipped = [], Counter(), 0
     for row in revised:
         revisions, raised = choose_revisions(row, rounds, keep)
         flags.update(raised)
         skipped += not revisions
-        rows.extend((as_messages(row["prompt"]), revision) for revision in revisions)
+        rows.extend((dialogue.as_messages(row["prompt"]), revision) for revision in revisions)
     counts = {"revised_rows": revised.count, "revisions": len(rows), "rows_left_out": skipped, "flagged": dict(flags)}
     digests = {"input": revised.digest}
     if helpful:
-        answers = Source(helpful, require=("prompt", "response"), limit=limit)
-        rows.extend((as_messages(row["prompt"]), row["response"]) for row in answers)
+        answers = sources.Source(helpful, require=("prompt", "response"), limit=limit)
+        rows.extend((dialogue.as_messages(row["prompt"]), row["response"]) for row in answers)
         counts["helpful"], digests["helpful"] = answers.count, answers.digest
     if not rows:
         raise InputError(

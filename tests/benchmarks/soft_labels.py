@@ -24,6 +24,7 @@ sys.path.insert(0, str(SCRIPTS))
 from cai.data import outputs, readers
 from cai.data.dialogue import as_messages
 from cai.models.scorer import load_scorer
+from cai.stats import calibration
 from cai.train import reward_model
 
 FIGURES = {
@@ -88,7 +89,7 @@ def measured(folder: Path, gold: Path) -> dict[str, float]:
     for name, divisor in (("", 1.0), ("scaled_", scorer.temperature)):
         divided = [d / divisor for d in margins]
         found[f"{name}log_loss"] = reward_model.log_loss(divided, rows)
-        found[f"{name}ece"] = reward_model.calibrate(divided, [1.0] * len(rows))["ece"]["value"]
+        found[f"{name}ece"] = calibration.calibrate_margins(divided, [1.0] * len(rows))["ece"]["value"]
     return found
 
 

@@ -20,8 +20,7 @@ from cai.base import cli, files, hashing
 from cai.base.errors import InputError
 from cai.constitution import rendering, templates
 from cai.constitution.files import Constitution, load_constitution
-from cai.data import rounds, sources
-from cai.data.outputs import Output, read_manifest
+from cai.data import outputs, rounds, sources
 from cai.evaluate import classes, measurement, rates
 from cai.models import choice, loading
 from cai.models.engine import Engine, Generation, Request, Sampling
@@ -52,12 +51,12 @@ class Coverage:
             "dtype": options.dtype,
         }
 
-    def count(self, output: Output) -> dict:
+    def count(self, output: outputs.Output) -> dict:
         """The prompts, and the questions that are still to be asked."""
         remaining = 0 if output.complete else self.source.count - len(output.done)
         return {"prompts": self.source.count, "model_calls": 2 * len(self.constitution.principles) * remaining}
 
-    def write(self, output: Output) -> None:
+    def write(self, output: outputs.Output) -> None:
         """Write the row of `cover` for every prompt (resumable), and warn of a judge that does not answer."""
         options = self.options
 
@@ -187,23 +186,27 @@ def measure_without_each(options: SimpleNamespace, stem: Path) -> measurement.Me
         texts = [*source, *(row for row in redone if len(row["rounds"]) == row["wanted"])]
         texts = ({**row, "response": rounds.text_of_round(row)} for row in texts)
         classified = reader.write_classes(texts, claim("classes", reading))
-        masses = (row.get("letter_mass") for row in classified)
+        masses = [row.get("letter_mass") for row in classified]
         classes.mean_letter_mass(masses, "take a larger judge before you rely on this")
         return _figures_without_each(classified, redone, reduced)
 
-    plan = {
-        "rows": source.count,
-        "redone": len(rows),
-        "model_calls": 2 * sum(row["wanted"] - len(row["rounds"]) for row in rows),
-        "measured": source.count + len(rows),
-    }
-    return measurement.Measurement(list(options.inputs), plan, reading, measure)
+    return measurement.Measurement(
+        list(options.inputs),
+        {
+            "rows": source.count,
+            "redone": len(rows),
+            "model_calls": 2 * sum(row["wanted"] - len(row["rounds"]) for row in rows),
+            "measured": source.count + len(rows),
+        },
+        reading,
+        measure,
+    )
 
 
 def _warn_of_other_settings(inputs: Iterable[str], settings: dict) -> None:
     """Warn where the rows were written with other settings: the difference would then not be the principle's."""
     for path in inputs:
-        before = (read_manifest(path) or {}).get("fingerprint", {})
+        before = (outputs.read_manifest(path) or {}).get("fingerprint", {})
         for key, value in settings.items():
             if key in before and before[key] != value:
                 what = "another constitution file" if key == "constitution" else f"{key} {before[key]}, not {value}"
@@ -211,7 +214,7 @@ def _warn_of_other_settings(inputs: Iterable[str], settings: dict) -> None:
 
 
 def _write_redone(
-    output: Output, rows: Sequence[dict], reduced: dict[str, Constitution], options: SimpleNamespace
+    output: outputs.Output, rows: Sequence[dict], reduced: dict[str, Constitution], options: SimpleNamespace
 ) -> list[dict]:
     """Write the rows of `redo`, window by window (resumable), and return them."""
 
@@ -286,9 +289,13 @@ def redo(
         active = [row for row in active if row["id"] in revisions]
         for row in active:
             revision = revisions[row["id"]]
-            flagged = flags(rounds.text_of_round(row), revision.text, revision.finish)
-            texts = {"critique": critiques[row["id"]].text, "revision": revision.text, "flags": flagged}
-            row["rounds"].append({"principle": draw(row).id, **texts})
+            completed = {
+                "principle": draw(row).id,
+                "critique": critiques[row["id"]].text,
+                "revision": revision.text,
+                "flags": flags(rounds.text_of_round(row), revision.text, revision.finish),
+            }
+            row["rounds"].append(completed)
         active = [row for row in active if len(row["rounds"]) < row["wanted"]]
     yield from rows
 

@@ -10,7 +10,7 @@ which bias is too strong is for the reader to decide (SKILL.md has gates).
 import json
 import math
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,8 +18,6 @@ from cai.base import files, hashing
 from cai.base.errors import InputError, shorten
 from cai.data import preferences
 from cai.stats import agreement, calibration, drawing, intervals
-
-NOTHING = {"value": None, "low": None, "high": None, "n": 0}
 
 
 def measure(rows: Iterable[dict], judges: Sequence[str]) -> dict:
@@ -140,8 +138,12 @@ def _label_figures(rows: Iterable[dict]) -> dict:
     outcomes = [0.5 if row["p"] == 0.5 else float(_is_right(row)) for row in known]
     bins = calibration.calibration([max(row["p"], 1 - row["p"]) for row in known], outcomes)
     p_gold = [row["p"] if row["gold"] == "a" else 1 - row["p"] for row in known]
-    log_loss = intervals.mean([-math.log(max(p, 1e-12)) for p in p_gold])
-    return {"accuracy": _accuracy(known), "ece": bins["ece"], "log_loss": log_loss, "calibration": bins}
+    return {
+        "accuracy": _accuracy(known),
+        "ece": bins["ece"],
+        "log_loss": intervals.mean([-math.log(max(p, 1e-12)) for p in p_gold]),
+        "calibration": bins,
+    }
 
 
 def _pair_figures(pairs: Sequence[dict]) -> dict:
@@ -185,9 +187,8 @@ def _order_figures(orders: Sequence[dict]) -> dict:
     def same_position(rows: Sequence[dict]) -> dict:
         return _rate(rows, lambda row: preferences.same_position(*row["orders"]))
 
-    by_principle = defaultdict(list)
-    for row in orders:
-        by_principle[row["principle"]].append(row)
+    names = sorted({row["principle"] for row in orders})
+    by_principle = {name: [row for row in orders if row["principle"] == name] for name in names}
     principles = {
         name: {
             "win_rate": _rate(rows, lambda row: row["p"]),
@@ -195,7 +196,7 @@ def _order_figures(orders: Sequence[dict]) -> dict:
             "disagreement": _disagreement(rows),
             "accuracy": _accuracy(rows),
         }
-        for name, rows in sorted(by_principle.items())
+        for name, rows in by_principle.items()
     }
     disagreement = _disagreement(orders)
     return {
@@ -236,8 +237,8 @@ def _own_preference(judge: str, labels: Mapping[str, float | None], row: dict) -
     if len(own_sides) != 1 or labels[judge] in (None, 0.5):
         return None
     [side] = own_sides
-    prefers_a = [p for name, p in labels.items() if name != judge]
-    others = float(row["gold"] == "a") if row.get("gold") else agreement.majority(prefers_a)
+    other_labels = [p for name, p in labels.items() if name != judge]
+    others = float(row["gold"] == "a") if row.get("gold") else agreement.majority(other_labels)
     if others is not None and side == "b":
         others = 1 - others
     return (labels[judge] > 0.5) == (side == "a"), others
@@ -258,7 +259,7 @@ def length_corrected(labels: Sequence[float], differences: Sequence[int], cluste
 
     n = len(labels)
     if n < 4:
-        return {**NOTHING, "n": n}
+        return {**intervals.rate(0, 0), "n": n}
     y, d = np.asarray(labels, float), np.asarray(differences, float)
     x = np.column_stack([np.ones(n), np.tanh(d / (d.std() or 1.0))])
     weights, prior = np.zeros(2), np.eye(2) / 25

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from cai.base import hashing
-from cai.base.errors import CaiError, InputError, shorten
+from cai.base.errors import InputError, shorten
 from cai.data import dialogue
 from cai.evaluate.rates import without_clusters
+from cai.models import decoding
 from cai.stats import calibration, intervals
 
 FIELDS = ("prompt", "corrects", "incorrects")
@@ -150,34 +151,13 @@ def encode(row: dict, engine, form: str) -> tuple[int, list[list[int]]]:
 
 
 def _sum_logprobs(engine, batch: Sequence[tuple[list[int], int]]) -> list[float]:
-    """Sum of the log-probabilities of ids[begin:] for each (ids, begin), in one forward pass.
-
-    Padded on the right, which no token before can see. Logits are computed for the answers' columns alone.
-    """
-    import torch
-
-    model = engine.model
-    width, longest = max(len(ids) for ids, _ in batch), max(len(ids) - begin for ids, begin in batch)
-    ids = torch.tensor([[*ids, *[engine.pad_id] * (width - len(ids))] for ids, _ in batch])
-    # The token in column c is predicted in column c − 1; what is beyond the answer is computed and left out.
-    columns = torch.tensor([[min(begin + k, len(ids)) - 1 for k in range(longest)] for ids, begin in batch])
-    rows = torch.arange(len(batch))[:, None]
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _module, args: (args[0][rows.to(args[0].device), columns.to(args[0].device)],)
-    )
-    try:
-        with torch.inference_mode():
-            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-            logprobs = logits.float().log_softmax(-1).cpu()
-    except torch.OutOfMemoryError as error:
-        raise CaiError(f"{len(batch)} rows of {width} tokens do not fit the memory. Lower --batch-size") from error
-    finally:
-        hook.remove()
-    if logprobs.isnan().any():
-        raise CaiError(f"{engine.name}: the model's logits are NaN. Try --dtype float32 or bfloat16")
+    """Sum of the log-probabilities of ids[begin:] for each (ids, begin), in one forward pass."""
+    logprobs = decoding.answer_logprobs(engine.model, engine.pad_id, batch)
+    if any(of_row.isnan().any() for of_row in logprobs):
+        raise decoding.not_a_number(engine.name)
     return [
-        math.fsum(logprobs[number, k, token].item() for k, token in enumerate(ids[begin:]))
-        for number, (ids, begin) in enumerate(batch)
+        math.fsum(of_row[range(len(of_row)), ids[begin:]].tolist())
+        for of_row, (ids, begin) in zip(logprobs, batch, strict=True)
     ]
 
 
@@ -255,5 +235,4 @@ def figures(results: Sequence[dict]) -> tuple[dict, dict]:
         rates["baseline_longer"] = figure(rate, (row["longer"] for row in with_lengths), with_lengths)
     if "mass" in results[0]:
         rates["answer_mass"] = figure(mean, (min(1.0, row["mass"]) for row in results))
-    counts = {"contexts": len({row["context"] for row in results}), "ties": sum(row["tie"] for row in results)}
-    return rates, counts
+    return rates, {"contexts": len({row["context"] for row in results}), "ties": sum(row["tie"] for row in results)}

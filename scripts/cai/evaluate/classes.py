@@ -14,8 +14,7 @@ from functools import partial
 from cai.base import cli
 from cai.base.errors import InputError, shorten
 from cai.constitution.templates import load_template
-from cai.data import kinds
-from cai.data.outputs import Output
+from cai.data import kinds, outputs
 from cai.evaluate.measurement import fill
 from cai.models import choice, guards, loading
 from cai.models.engine import Engine, RowRequest
@@ -126,10 +125,9 @@ class Reader:
             check_oracle(row, where, line)
 
     def load_judge(self):
-        """The engine of the judge."""
         return loading.load_named_engine(self.judge, self.endpoints, self.loading)
 
-    def write_classes(self, rows: Iterable[dict], output: Output) -> list[dict]:
+    def write_classes(self, rows: Iterable[dict], output: outputs.Output) -> list[dict]:
         """Write {id, kind, prompt, response, class} of every row (resumable), and return all of them.
 
         A class that can't be read is null.

@@ -15,31 +15,25 @@ from functools import partial
 from itertools import combinations
 from types import SimpleNamespace
 
-from cai.base import files
+from cai.base import files, hashing
 from cai.base.errors import InputError
-from cai.base.hashing import identity, sha256_file
 from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
 from cai.data import kinds, preferences, sources
-from cai.evaluate import classes, responding, tasks
-from cai.evaluate.measurement import Claim, Measurement, fill
+from cai.evaluate import classes, measurement, responding, tasks
 from cai.models import loading
 from cai.stats import elo
 from cai.steps import judging
 
 
-def measure_policies(options: SimpleNamespace) -> Measurement:
+def measure_policies(options: SimpleNamespace) -> measurement.Measurement:
     """Every policy against every other, judged on harmlessness and on helpfulness."""
     policies = name_policies(options.policy)
     loading.check_model(loading.split_endpoint(options.judge)[0])
     source, by_kind = tasks.read_rows(options.inputs, options.limit, classes.check_kind, form=options.form)
+    template, written = load_template("preference"), load_template("preference_answer")
     questions = {
-        axis: judging.Question(
-            load_constitution(name),
-            load_template("preference"),
-            seed=options.seed,
-            written=load_template("preference_answer"),
-        )
+        axis: judging.Question(load_constitution(name), template, seed=options.seed, written=written)
         for axis, name in zip(kinds.AXES, (options.constitution, options.helpfulness), strict=True)
     }
     files = {name: model for name, model in policies.items() if model.endswith(".jsonl")}
@@ -53,40 +47,44 @@ def measure_policies(options: SimpleNamespace) -> Measurement:
     }
     settings = {
         **response_settings,
-        "policies": {name: (sha256_file if name in files else identity)(model) for name, model in policies.items()},
-        "judge": identity(options.judge),
-        "template": load_template("preference").sha256,
+        "policies": {name: hashing.identity(model) for name, model in policies.items()}
+        | {name: hashing.sha256_file(path) for name, path in files.items()},
+        "judge": hashing.identity(options.judge),
+        "template": template.sha256,
         "constitutions": [question.constitution.sha256 for question in questions.values()],
     }
 
-    def measure(claim: Claim) -> tuple[dict, dict]:
+    def measure(claim: measurement.Claim) -> tuple[dict, dict]:
         for name, model in policies.items():
             if name not in files:
-                output = claim(f"{name}.responses", {**response_settings, "model": identity(model)})
+                output = claim(f"{name}.responses", {**response_settings, "model": hashing.identity(model)})
                 rows = responding.respond(responding.plan(source, options.seed), output, model, options)
                 answers[name] = {row["id"]: row["response"] for row in rows}
         output = claim("comparisons", settings)
         comparisons = list(pairs({name: answers[name] for name in policies}, source))
-        load = partial(loading.load_named_engine, options.judge, options.endpoints, options.loading)
-        rows = fill(
+        rows = measurement.fill(
             output,
             [comparison["id"] for comparison in comparisons],
             "compare",
-            load,
+            partial(loading.load_named_engine, options.judge, options.endpoints, options.loading),
             lambda engine: judge_comparisons(engine, comparisons, questions, frozenset(output.done)),
         )
         return scores(rows, list(policies))
 
     count = source.count * len(policies) * (len(policies) - 1) // 2
-    plan = {
-        "rows": source.count,
-        **by_kind,
-        "policies": len(policies),
-        "comparisons": count,
-        "model_calls": source.count * (len(policies) - len(files)),
-        "judge_calls": 2 * count,
-    }
-    return Measurement([*options.inputs, *files.values()], plan, settings, measure)
+    return measurement.Measurement(
+        [*options.inputs, *files.values()],
+        {
+            "rows": source.count,
+            **by_kind,
+            "policies": len(policies),
+            "comparisons": count,
+            "model_calls": source.count * (len(policies) - len(files)),
+            "judge_calls": 2 * count,
+        },
+        settings,
+        measure,
+    )
 
 
 def name_policies(arguments: Sequence[str]) -> dict[str, str]:
@@ -156,7 +154,7 @@ def judge_comparisons(
     for axis, question in questions.items():
         comparable = [row for row in remaining if row["axis"] == axis and not preferences.is_tie(row)]
         for comparison, verdicts in judging.judge(engine, comparable, question):
-            p = None if verdicts is None else judging.soft_label(verdicts, question.weights)
+            p = judging.soft_label(verdicts or [], question.weights)
             principle = question.principles(comparison)[0].id
             yield judging.preference(comparison, principle, verdicts or [], p, (0.0, 1.0))
 
@@ -168,8 +166,12 @@ def scores(rows: Sequence[dict], names: Sequence[str]) -> tuple[dict, dict]:
     """
     rates: dict[str, dict] = {}
     known = [row for row in rows if row["p_a"] is not None]
-    identical = sum(row.get("tie", False) for row in known)
-    counts = {"failed": len(rows) - len(known), "comparisons": len(known), "identical": identical, "notes": []}
+    counts = {
+        "failed": len(rows) - len(known),
+        "comparisons": len(known),
+        "identical": sum(row.get("tie", False) for row in known),
+        "notes": [],
+    }
     for axis, kinds_of_axis in kinds.AXES.items():
         on_axis = [row for row in known if row["axis"] == axis]
         if not on_axis:

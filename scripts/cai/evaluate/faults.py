@@ -10,8 +10,7 @@ the first has fixed the second can't. `constitution.py ablate` measures that.
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 
-from cai.constitution.files import Constitution
-from cai.constitution.templates import load_template
+from cai.constitution import files, templates
 from cai.data import rounds
 from cai.evaluate.rates import UNSAFE
 from cai.models import choice
@@ -49,7 +48,7 @@ def find_faults(engine: Engine, rows: Iterable[dict], done: Container[str] = ())
     Args:
         rows: of `critiques`. done: ids to leave out.
     """
-    template = load_template("classify_critique")
+    template = templates.load_template("classify_critique")
     requests = [
         RowRequest(
             row["id"],
@@ -65,7 +64,10 @@ def find_faults(engine: Engine, rows: Iterable[dict], done: Container[str] = ())
 
 
 def figures(
-    critiqued: Iterable[dict], class_of: Mapping[str, str], kinds: Mapping[str, str], constitution: Constitution | None
+    critiqued: Iterable[dict],
+    class_of: Mapping[str, str],
+    kinds: Mapping[str, str],
+    constitution: files.Constitution | None,
 ) -> tuple[dict, dict]:
     """({`<figure> <principle>`: rate}, counts), principles most often drawn first.
 

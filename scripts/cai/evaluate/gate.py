@@ -18,8 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from cai.base.errors import InputError, shorten
-from cai.data.outputs import read_manifest
-from cai.data.readers import read_jsonl
+from cai.data import outputs, readers
 from cai.evaluate.rates import FIELDS, outcomes, read_rates
 from cai.stats import intervals
 
@@ -71,13 +70,11 @@ def load(path: str | Path) -> Evaluation:
     if not path.is_file():
         raise InputError("no such file", where=path, expected="what evaluate.py wrote", remedy="Check the path")
     rates, output = _read_printed(path) if path.suffix == ".json" else (read_rates(path), path)
-    evaluation = Evaluation(path, rates, _read_outcomes(output.with_suffix("")))
-    manifest = read_manifest(output)
-    if manifest:
-        evaluation.reader = {name: manifest["fingerprint"].get(name) for name in READERS}
-        if evaluation.reader["by"] == "oracle":
-            evaluation.reader["judge"] = None  # it is only compared with the oracle
-    return evaluation
+    manifest = outputs.read_manifest(output)
+    reader = {name: manifest["fingerprint"].get(name) for name in READERS} if manifest else {}
+    if reader.get("by") == "oracle":
+        reader["judge"] = None  # it is only compared with the oracle
+    return Evaluation(path, rates, _read_outcomes(output.with_suffix("")), reader)
 
 
 def _read_printed(path: Path) -> tuple[dict, Path]:
@@ -104,7 +101,7 @@ def _read_outcomes(stem: Path) -> dict[str, dict[str, float]]:
     for ending in ("classes", "choices"):
         file = Path(f"{stem}.{ending}.jsonl")
         try:
-            rows = [row for _, row in read_jsonl(file)] if file.is_file() else []
+            rows = [row for _, row in readers.read_jsonl(file)] if file.is_file() else []
             if ending == "classes":
                 by_metric |= _mean_outcomes(rows)
             elif rows:
@@ -139,7 +136,7 @@ def read_responses(path: str | Path) -> list[dict]:
             expected=file.name,
             remedy="Name the --output of an evaluation of responses, its other files beside it",
         )
-    return [row for _, row in read_jsonl(file) if not row.get("stress")]
+    return [row for _, row in readers.read_jsonl(file) if not row.get("stress")]
 
 
 def towards(metric: str) -> int:
@@ -228,5 +225,8 @@ def show(delta: Delta) -> str:
 
 def as_json(delta: Delta) -> dict:
     """The change as JSON has it: an end that is not known is null."""
-    fields = asdict(delta).items()
-    return {key: None if value in (math.inf, -math.inf) else value for key, value in fields if key != "metric"}
+    return {
+        key: None if value in (math.inf, -math.inf) else value
+        for key, value in asdict(delta).items()
+        if key != "metric"
+    }

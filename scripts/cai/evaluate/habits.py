@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from cai.base.errors import InputError
 from cai.data import dialogue, kinds
 from cai.evaluate.rates import without_clusters
+from cai.models import chat, decoding
 from cai.stats import intervals, tables
 from cai.stats.texts import distinct, duplicates, phrases, repetition, words
 
@@ -151,28 +152,16 @@ def drift(policy, base, rows: Sequence[dict]) -> dict[str, dict]:
 
 def _divergences(policy, base, rows: Sequence[dict], most_tokens: int = 4096) -> list[list[float]]:
     """KL at every token of each response, [] where it does not fit."""
-    import torch
-
-    from cai.models.chat import encode
-
-    encoded = [encode(policy.chat, dialogue.as_messages(row["prompt"]), row["response"]) for row in rows]
+    encoded = [chat.encode(policy.chat, dialogue.as_messages(row["prompt"]), row["response"]) for row in rows]
     lengths = [len(prompt) + len(response) for prompt, response in encoded]
     limit = min((engine.context for engine in (policy, base) if engine.context), default=math.inf)
     order = sorted((i for i, length in enumerate(lengths) if length <= limit), key=lambda i: -lengths[i])
     divergences: list[list[float]] = [[] for _ in rows]
     while order:
-        width = lengths[order[0]]
-        size = max(1, most_tokens // width)
+        size = max(1, most_tokens // lengths[order[0]])
         batch, order = order[:size], order[size:]
-        # padded on the right, which no token before can see
-        ids = [[*encoded[i][0], *encoded[i][1], *[policy.pad_id] * (width - lengths[i])] for i in batch]
-        with torch.inference_mode():
-            logits = [
-                engine.model(input_ids=torch.tensor(ids).to(engine.model.device), use_cache=False).logits
-                for engine in (policy, base)
-            ]
-            for number, i in enumerate(batch):
-                begin, end = len(encoded[i][0]) - 1, lengths[i] - 1
-                p, q = (side[number, begin:end].float().log_softmax(-1).cpu() for side in logits)
-                divergences[i] = (p.exp() * (p - q)).sum(-1).clamp(min=0).tolist()
+        sequences = [([*prompt, *response], len(prompt)) for prompt, response in (encoded[i] for i in batch)]
+        sides = [decoding.answer_logprobs(engine.model, policy.pad_id, sequences) for engine in (policy, base)]
+        for i, p, q in zip(batch, *sides, strict=True):
+            divergences[i] = (p.exp() * (p - q)).sum(-1).clamp(min=0).tolist()
     return divergences

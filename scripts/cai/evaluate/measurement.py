@@ -17,13 +17,12 @@ from typing import Any
 import click
 
 from cai.base import cli
-from cai.data.outputs import Output
-from cai.data.readers import read_jsonl
+from cai.data import outputs, readers
 from cai.models.engine import Sampling
 from cai.models.local import fast_path
 from cai.stats import tables
 
-Claim = Callable[[str, dict], Output]
+Claim = Callable[[str, dict], outputs.Output]
 
 # Metrics that are not shares.
 NUMBERS = ("log_loss", "ece", "length_correlation", "drift_kl", "drift_kl_token")
@@ -51,15 +50,18 @@ def gather(values: Mapping[str, Any]) -> SimpleNamespace:
     return options
 
 
-def write(measurement: Measurement, output: Output) -> None:
+def write(measurement: Measurement, output: outputs.Output) -> None:
     """Measure, and write one row {metric, value, low, high, n} per figure (resumable)."""
     if output.complete:
         return
 
-    def claim(ending: str, settings: dict) -> Output:
-        path = f"{output.path.with_suffix('')}.{ending}.jsonl"
-        return Output(
-            path, command=output.command, fingerprint=settings, overwrite=output.overwrite, inputs=measurement.files
+    def claim(ending: str, settings: dict) -> outputs.Output:
+        return outputs.Output(
+            f"{output.path.with_suffix('')}.{ending}.jsonl",
+            command=output.command,
+            fingerprint=settings,
+            overwrite=output.overwrite,
+            inputs=measurement.files,
         )
 
     rates, counts = measurement.measure(claim)
@@ -71,7 +73,7 @@ def write(measurement: Measurement, output: Output) -> None:
 
 
 def fill(
-    output: Output,
+    output: outputs.Output,
     ids: Sequence[str],
     label: str,
     load: Callable[[], object],
@@ -93,14 +95,14 @@ def fill(
                 if row is not None:
                     output.write(row)
                 bar.update()
-            rows = (row for _, row in read_jsonl(output.journal))
+            rows = (row for _, row in readers.read_jsonl(output.journal))
             counts = count(rows) if count else {"rows": len(output.done)}
             output.finish(ids, counts, **fast_path(getattr(engine, "engine", engine)))  # a guard model has one inside
-    return [row for _, row in read_jsonl(output.path)]
+    return [row for _, row in readers.read_jsonl(output.path)]
 
 
 def print_rates(
-    output: Output, *, as_json: bool, changes: Mapping[str, str] | None = None, more: Mapping | None = None
+    output: outputs.Output, *, as_json: bool, changes: Mapping[str, str] | None = None, more: Mapping | None = None
 ) -> None:
     """Print the rates as a table with the counts below, or as one JSON object.
 
@@ -108,12 +110,11 @@ def print_rates(
         changes: a further column of the table, {metric: text}.
         more: further fields of the JSON object.
     """
-    rows = {row["metric"]: row for _, row in read_jsonl(output.path)}
+    rows = {row["metric"]: row for _, row in readers.read_jsonl(output.path)}
     if as_json:
         metrics = {name: {k: v for k, v in row.items() if k not in ("id", "metric")} for name, row in rows.items()}
         summary = {"metrics": metrics, **output.counts, "output": str(output.path), **(more or {})}
-        click.echo(json.dumps(summary, ensure_ascii=False))
-        return
+        return click.echo(json.dumps(summary, ensure_ascii=False))
     columns = {
         "by the judge": {name: show_figure(name, row["by_judge"]) for name, row in rows.items() if "by_judge" in row},
         # standard deviation and range over the seeds, in points

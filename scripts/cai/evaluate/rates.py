@@ -77,8 +77,7 @@ def outcomes(rows: Iterable[Mapping]) -> dict[str, list[Outcome]]:
         if row["class"] is not None:
             ending = f"_under_{row['stress']}" if row.get("stress") else ""
             for metric, success in _successes(row).items():
-                outcome = row.get("prompt_id") or row["id"], float(success), row.get("seed")
-                by_metric[metric + ending].append(outcome)
+                by_metric[metric + ending].append((row.get("prompt_id") or row["id"], float(success), row.get("seed")))
     return by_metric
 
 
@@ -106,8 +105,8 @@ def rates_of_rows(rows: Iterable[Mapping]) -> dict[str, dict]:
     """
     rows = list(rows)
     by_metric = outcomes(rows)
-    is_classifier = any("unsafe" in name for name in by_metric)
-    names = [*(() if is_classifier else RATES), *(name for name in by_metric if name not in RATES)]
+    by_class = () if any("unsafe" in name for name in by_metric) else RATES  # a safety classifier knows no others
+    names = [*by_class, *(name for name in by_metric if name not in RATES)]
     result = {name: _rate_of(by_metric.get(name, [])) for name in names}
     judged = [
         {**row, "class": row["class_by_judge"], "class_by_judge": None} for row in rows if row.get("class_by_judge")
@@ -130,6 +129,10 @@ def _rate_of(results: Sequence[Outcome]) -> dict:
         by_seed[seed].append(success)
     values = [statistics.fmean(of_seed) for seed, of_seed in by_seed.items() if seed is not None]
     if len(values) > 1:
-        sd = statistics.stdev(values)  # the sample's (n − 1)
-        rate["seeds"] = {"n": len(values), "sd": sd, "lowest": min(values), "highest": max(values)}
+        rate["seeds"] = {
+            "n": len(values),
+            "sd": statistics.stdev(values),  # the sample's (n − 1)
+            "lowest": min(values),
+            "highest": max(values),
+        }
     return rate

@@ -14,9 +14,7 @@ from types import SimpleNamespace
 
 from cai.base import hashing, paths
 from cai.constitution.templates import Template, load_template
-from cai.data import dialogue, readers
-from cai.data.outputs import Output
-from cai.data.sources import Source
+from cai.data import dialogue, outputs, readers, sources
 from cai.evaluate.measurement import fill
 from cai.models import loading
 from cai.models.engine import Engine, RowRequest, Sampling
@@ -29,7 +27,6 @@ ALL_KINDS = ("safety",)
 
 @cache
 def template(way: str) -> Template:
-    """The template of one way of stress."""
     return load_template(str(paths.TEMPLATES / "stress" / f"{way}.jinja"))
 
 
@@ -80,7 +77,7 @@ def plan(rows: Iterable[dict], seed: int, seeds: int = 1, ways: Iterable[str] = 
                     yield Answer(stressed, hashing.hashed_seed("evaluate", number, row["id"], way), way, plain)
 
 
-def respond(answers: Iterable[Answer], output: Output, model: str, options: SimpleNamespace) -> Source:
+def respond(answers: Iterable[Answer], output: outputs.Output, model: str, options: SimpleNamespace) -> sources.Source:
     """Write {...row, response, model, finish} of every Answer (resumable), except those too long for the model.
 
     Args:
@@ -101,9 +98,14 @@ def respond(answers: Iterable[Answer], output: Output, model: str, options: Simp
                 engine, [pushed[plain_id] for plain_id in pushed if plain_id in plain], plain, model, options.sampling
             )
 
-    load = partial(loading.load_named_engine, model, options.endpoints, options.loading)
-    fill(output, [answer.row["id"] for answer in answers], "respond", load, produce)
-    return Source([output.path], require=("prompt", "kind", "response"))
+    fill(
+        output,
+        [answer.row["id"] for answer in answers],
+        "respond",
+        partial(loading.load_named_engine, model, options.endpoints, options.loading),
+        produce,
+    )
+    return sources.Source([output.path], require=("prompt", "kind", "response"))
 
 
 def _generate(
@@ -119,5 +121,5 @@ def _generate(
     for request, generation in engine.generate(requests, sampling):
         # A prefilled beginning is a part of the response.
         response = f"{request.prefill} {generation.text}" if request.prefill else generation.text
-        row = {**request.row, "response": response, "model": model, "finish": generation.finish}
-        yield None if generation.lost else row
+        written = {"response": response, "model": model, "finish": generation.finish}
+        yield None if generation.lost else {**request.row, **written}

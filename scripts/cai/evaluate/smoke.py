@@ -26,6 +26,9 @@ from cai.models.engine import Request, Sampling
 # Prompts that a smoke run reads: enough to see a difference, few enough for a minute.
 LIMIT = 8
 
+# A prompt for checkpoints.
+GREETING = dialogue.as_messages("Hello. How are you?")
+
 _WORD = re.compile(r"[^\W\d_]{4,}")
 
 # Words that occur in any text, and name nothing.
@@ -73,8 +76,8 @@ def texts_vary(name: str, read: Callable[[dict], str], rows: Sequence[dict]) -> 
     """Most rows have a text, and it is not the same one in every row."""
     written = [text for text in map(read, rows) if text.strip()]
     different = len(set(written))
-    alive = 2 * len(written) >= len(rows) and (different > 1 or len(rows) == 1)
-    return name, alive, f"{len(written)} of {len(rows)} not empty, {different} different"
+    is_alive = 2 * len(written) >= len(rows) and (different > 1 or len(rows) == 1)
+    return name, is_alive, f"{len(written)} of {len(rows)} not empty, {different} different"
 
 
 def critiques_name_something(rows: Sequence[dict]) -> _Result:
@@ -154,10 +157,9 @@ def losses(folder: str | Path) -> _Result:
 
 def speaks(folder: str | Path, device: str | None = None) -> _Result:
     """The checkpoint loads back as a language model and answers."""
-    request = Request("hello", dialogue.as_messages("Hello. How are you?"))
     try:
         engine = loading.load_engine(str(folder), device=device)
-        [(_, generation)] = engine.generate([request], Sampling(16, 0))
+        [(_, generation)] = engine.generate([Request("hello", GREETING)], Sampling(16, 0))
     except CaiError as error:
         return "checkpoint loads back", False, str(error)
     finally:
@@ -168,10 +170,9 @@ def speaks(folder: str | Path, device: str | None = None) -> _Result:
 
 def scores(folder: str | Path, device: str | None = None) -> _Result:
     """The checkpoint loads back as a reward model whose score is finite and depends on the response."""
-    prompt = dialogue.as_messages("Hello. How are you?")
     try:
         reward_model = scorer.load_scorer(str(folder), device=device)
-        first, second = reward_model.scores([(prompt, "Well, thank you."), (prompt, "No. No. No.")])
+        first, second = reward_model.scores([(GREETING, "Well, thank you."), (GREETING, "No. No. No.")])
     except CaiError as error:
         return "checkpoint loads back", False, str(error)
     return "checkpoint loads back", first != second, f"scores {first:.3g} and {second:.3g}"

@@ -44,8 +44,7 @@ def spread_over_seeds(runs: Sequence[Stages]) -> dict[str, dict[str, dict[str, f
 
     def spread(stage: str, name: str) -> dict[str, float]:
         values = [stages[stage][name]["value"] for stages in runs]
-        mean = sum(values) / len(values)
-        return {"mean": mean, "lowest": min(values), "highest": max(values), "seeds": len(values)}
+        return {"mean": sum(values) / len(values), "lowest": min(values), "highest": max(values), "seeds": len(values)}
 
     return {stage: {name: spread(stage, name) for name in rates} for stage, rates in runs[0].items()}
 
@@ -58,5 +57,5 @@ def spread_table(spread: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str
         return f"{mean:.1f} ({lowest:.1f}–{highest:.1f})"
 
     names = next(iter(spread.values()))
-    rows = [(name.replace("_", " "), *(show(rates[name]) for rates in spread.values())) for name in names]
+    rows = ((name.replace("_", " "), *(show(rates[name]) for rates in spread.values())) for name in names)
     return tables.table(("", *(STAGES[stage] for stage in spread)), rows)

@@ -7,7 +7,6 @@ Each is made without loading a model, so that bad input is refused first. Leaves
 printed: evaluate.py and measurement.py.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,20 +16,17 @@ from cai.base.errors import CaiError, InputError
 from cai.base.hashing import identity
 from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
-from cai.data import dialogue, kinds, preferences, public_sets, rounds, sources
-from cai.data.outputs import Output
-from cai.evaluate import benchmarks, classes, faults, habits, responding
-from cai.evaluate.measurement import Claim, Measurement, fill
+from cai.data import dialogue, kinds, outputs, preferences, public_sets, rounds, sources
+from cai.evaluate import benchmarks, classes, faults, habits, measurement, responding
 from cai.evaluate.rates import rates_of_rows, without_clusters
 from cai.models import loading, scorer
 from cai.stats import calibration, intervals
 
 
-def choose(options: SimpleNamespace) -> Measurement:
+def choose(options: SimpleNamespace) -> measurement.Measurement:
     """What the options ask for. InputError unless that is clear."""
-    inputs = bool(options.inputs or options.responses)
     if options.choice:
-        if inputs or bool(options.model) == bool(options.reward_model):
+        if options.inputs or options.responses or bool(options.model) == bool(options.reward_model):
             raise InputError(
                 "--choice is not clear", expected="--choice FILE with --model or --reward-model, and no other input"
             )
@@ -56,7 +52,7 @@ def choose(options: SimpleNamespace) -> Measurement:
 # --- classes of responses -----------------------------------------------------------------------------------
 
 
-def measure_responses(options: SimpleNamespace) -> Measurement:
+def measure_responses(options: SimpleNamespace) -> measurement.Measurement:
     """What the responses of a model, or those of a file, do."""
     if options.responses and (options.seeds > 1 or options.stress):
         raise InputError("--seeds or --stress with --responses", remedy="They ask a model: give --input and --model")
@@ -73,7 +69,7 @@ def measure_responses(options: SimpleNamespace) -> Measurement:
     calls = options.seeds * (source.count + sum(under_stress))
     responding_settings, settings = _settings(options, source, ways)
 
-    def measure(claim: Claim) -> tuple[dict, dict]:
+    def measure(claim: measurement.Claim) -> tuple[dict, dict]:
         rows = source
         if model:
             answers = responding.plan(source, options.seed, options.seeds, ways)
@@ -87,14 +83,18 @@ def measure_responses(options: SimpleNamespace) -> Measurement:
             rates |= habits.drift(policy, base, harmless)
         return rates, counts
 
-    plan = {
-        "rows": source.count,
-        **by_kind,
-        "model_calls": calls if model else 0,
-        "new_tokens_at_most": calls * options.max_new_tokens if model else 0,
-        "judge_calls": calls if reader.judge else 0,
-    }
-    return Measurement(files, plan, settings, measure)
+    return measurement.Measurement(
+        files,
+        {
+            "rows": source.count,
+            **by_kind,
+            "model_calls": calls if model else 0,
+            "new_tokens_at_most": calls * options.max_new_tokens if model else 0,
+            "judge_calls": calls if reader.judge else 0,
+        },
+        settings,
+        measure,
+    )
 
 
 def _settings(options: SimpleNamespace, source: sources.Source, ways: Sequence[str]) -> tuple[dict, dict]:
@@ -153,8 +153,8 @@ def read_rows(
 def rates_of_classes(classified: Iterable[dict], rows: int) -> tuple[dict, dict]:
     """({metric: rate}, counts) of classified rows. A row without a class is failed, and in no rate."""
     known = [row for row in classified if row["class"] is not None]
-    masses = (row.get("letter_mass") for row in known)
-    mass = classes.mean_letter_mass(masses, "take a larger judge, or read some rows of the classes file")
+    remedy = "take a larger judge, or read some rows of the classes file"
+    mass = classes.mean_letter_mass((row.get("letter_mass") for row in known), remedy)
     counts = {"rows": rows, "failed": rows - len(known)}
     return rates_of_rows(known), counts if mass is None else {**counts, "mean_letter_mass": mass}
 
@@ -162,7 +162,7 @@ def rates_of_classes(classified: Iterable[dict], rows: int) -> tuple[dict, dict]
 # --- the principles of revised rows -------------------------------------------------------------------------
 
 
-def measure_principles(options: SimpleNamespace) -> Measurement:
+def measure_principles(options: SimpleNamespace) -> measurement.Measurement:
     """What each principle did in revised rows; before and after where they have a kind and somebody reads them."""
     by, judge, constitution = options.by, options.judge, load_constitution(options.constitution)
     if judge:
@@ -187,7 +187,7 @@ def measure_principles(options: SimpleNamespace) -> Measurement:
         "dtype": options.dtype,
     }
 
-    def measure(claim: Claim) -> tuple[dict, dict]:
+    def measure(claim: measurement.Claim) -> tuple[dict, dict]:
         classified, rows = [], list(faults.critiques(source))
         if has_kinds:
             output = claim("classes", settings | {"template": load_template("classify").sha256})
@@ -195,19 +195,20 @@ def measure_principles(options: SimpleNamespace) -> Measurement:
         if judge:
             output = claim("faults", settings)
             find = partial(faults.find_faults, rows=rows, done=output.done)
-            rows = fill(output, [row["id"] for row in rows], "read critiques", options.reader.load_judge, find)
+            rows = measurement.fill(
+                output, [row["id"] for row in rows], "read critiques", options.reader.load_judge, find
+            )
         class_of = {row["id"]: row["class"] for row in classified}
         return faults.figures(rows, class_of, {row["id"]: row.get("kind") for row in source}, constitution)
 
-    calls = 2 * critiques + source.count if judge else 0
-    plan = {"rows": source.count, "critiques": critiques, "judge_calls": calls}
-    return Measurement(list(options.responses), plan, settings, measure)
+    plan = {"rows": source.count, "critiques": critiques, "judge_calls": 2 * critiques + source.count if judge else 0}
+    return measurement.Measurement(list(options.responses), plan, settings, measure)
 
 
 # --- multiple choice ----------------------------------------------------------------------------------------
 
 
-def measure_choices(options: SimpleNamespace) -> Measurement:
+def measure_choices(options: SimpleNamespace) -> measurement.Measurement:
     """Which answer a language model, or which text a reward model, chooses."""
     model, reward_model = options.model, options.reward_model
     if reward_model:
@@ -227,7 +228,7 @@ def measure_choices(options: SimpleNamespace) -> Measurement:
         "choice_format": None if reward_model else options.choice_format,
     }
 
-    def score(engine, output: Output) -> Iterator[dict | None]:
+    def score(engine, output: outputs.Output) -> Iterator[dict | None]:
         """The scores of every row's answers; None for a row that is too long for the model."""
         rows = (row for row in source if row["id"] not in output.done)
         form, temperature = options.choice_format, getattr(engine, "temperature", None)  # of a reward model
@@ -235,22 +236,22 @@ def measure_choices(options: SimpleNamespace) -> Measurement:
         for row, scores in scored:
             yield None if scores is None else benchmarks.result(row, scores, temperature)
 
-    def measure(claim: Claim) -> tuple[dict, dict]:
+    def measure(claim: measurement.Claim) -> tuple[dict, dict]:
         output = claim("choices", settings)
-        results = fill(output, source.ids, "choose", load, lambda engine: score(engine, output))
+        results = measurement.fill(output, source.ids, "choose", load, lambda engine: score(engine, output))
         if not results:
             raise CaiError(f"all {source.count} rows of {options.choice} are longer than the model's context")
         rates, counts = benchmarks.figures(results)
         return rates, {"rows": source.count, "failed": source.count - len(results), **counts}
 
     calls = 2 * source.count if reward_model else sum(len(benchmarks.answers(row)) for row in source)
-    return Measurement([options.choice], {"rows": source.count, "model_calls": calls}, settings, measure)
+    return measurement.Measurement([options.choice], {"rows": source.count, "model_calls": calls}, settings, measure)
 
 
 # --- a reward model on pairs --------------------------------------------------------------------------------
 
 
-def measure_pairs(options: SimpleNamespace) -> Measurement:
+def measure_pairs(options: SimpleNamespace) -> measurement.Measurement:
     """How often a reward model prefers the response that is known to be better."""
     scorer.check_reward_model(options.reward_model)
     files = list(options.inputs)
@@ -269,7 +270,7 @@ def measure_pairs(options: SimpleNamespace) -> Measurement:
         "template": load_template("classify").sha256,
     }
 
-    return Measurement(
+    return measurement.Measurement(
         files,
         {"rows": len(source.ids), "reward_model_calls": 2 * len(source.ids)},
         settings,
@@ -296,7 +297,8 @@ def pair_figures(rows: list[dict], reward_model: scorer.Scorer) -> tuple[dict, d
     signs = [1 if row["gold"] == "a" else -1 for row, _, _ in scored]
     margins = [a - b for _, a, b in scored]
     lengths = [len(row["response_a"]) - len(row["response_b"]) for row, _, _ in scored]
-    p_gold = [reward_model.probability(sign * margin, 0.0) for sign, margin in zip(signs, margins, strict=True)]
+    log_odds = [sign * margin / reward_model.temperature for sign, margin in zip(signs, margins, strict=True)]
+    losses = [calibration.soft_loss(d, 1.0) for d in log_odds]
 
     def share(differences: Iterable[float]) -> dict:
         """The rate of pairs in which the difference is for the better side."""
@@ -307,8 +309,8 @@ def pair_figures(rows: list[dict], reward_model: scorer.Scorer) -> tuple[dict, d
         "accuracy": share(margins),
         "baseline_longer": share(lengths),
         "baseline_always_a": share([1] * len(scored)),
-        "log_loss": without_clusters(intervals.clustered_mean([-math.log(max(p, 1e-300)) for p in p_gold], prompts)),
-        "ece": calibration.calibration([max(p, 1 - p) for p in p_gold], [p > 0.5 for p in p_gold])["ece"],
+        "log_loss": without_clusters(intervals.clustered_mean(losses, prompts)),
+        "ece": calibration.calibrate_margins(log_odds, [1.0] * len(scored))["ece"],
         "length_correlation": intervals.correlation(margins, lengths),
     }
     counts = {

@@ -167,6 +167,34 @@ def forward(model: Any, ids: Any, last: Any, **kwargs: Any) -> Any:
         hook.remove()
 
 
+def answer_logprobs(model: Any, pad_id: int, batch: Sequence[tuple[_Tokens, int]]) -> list[Any]:
+    """For each (ids, begin) the log-probabilities (tokens, vocabulary) that ids[begin:] were chosen from, on the CPU.
+
+    One forward pass, padded on the right, which no token before can see. Logits are computed for these columns alone.
+
+    Raises CaiError if the rows do not fit the memory.
+    """
+    import torch
+
+    width, longest = max(len(ids) for ids, _ in batch), max(len(ids) - begin for ids, begin in batch)
+    ids = torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids, _ in batch])
+    # The token in column c is predicted in column c − 1; what is beyond the answer is computed and left out.
+    columns = torch.tensor([[min(begin + k, len(ids)) - 1 for k in range(longest)] for ids, begin in batch])
+    rows = torch.arange(len(batch))[:, None]
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _module, args: (args[0][rows.to(args[0].device), columns.to(args[0].device)],)
+    )
+    try:
+        with torch.inference_mode():
+            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+            logprobs = logits.float().log_softmax(-1).cpu()
+    except torch.OutOfMemoryError as error:
+        raise CaiError(f"{len(batch)} rows of {width} tokens do not fit the memory. Lower --batch-size") from error
+    finally:
+        hook.remove()
+    return [logprobs[row, : len(ids) - begin] for row, (ids, begin) in enumerate(batch)]
+
+
 class Prefixes:
     """Keys and values of the beginnings that groups of prompts share, computed once.
 
@@ -458,6 +486,68 @@ def decode(
         ).logits[:, -1]
     for row in rows:
         yield row, _until(new[row, : step + 1].tolist(), stop_ids)
+
+
+def generate_tokens(
+    model: Any,
+    prompts: Sequence[_Tokens],
+    sampler: RowSampler,
+    *,
+    stop_ids: Collection[int],
+    pad_id: int,
+    prefixes: Prefixes | None = None,
+    chunk_tokens: int = 8192,
+    stopped: Callable[[list[list[int]]], list[bool]] | None = None,
+) -> Iterator[tuple[int, list[int]]]:
+    """`decode` where it can run the model, else the same by transformers' `generate`, whose rows all end together.
+
+    Args:
+        prefixes: beginnings that are computed already; None shares nothing among these prompts.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    if slow_reason(model) is None:
+        yield from decode(
+            model,
+            prompts,
+            prefixes or Prefixes(model, prompts, pad_id, share=False),
+            sampler,
+            max_new_tokens=sampler.sampling.max_new_tokens,
+            stop_ids=stop_ids,
+            pad_id=pad_id,
+            chunk_tokens=chunk_tokens,
+            stopped=stopped,
+        )
+        return
+    width = sampler.width = max(map(len, prompts))
+    gaps = [width - len(prompt) for prompt in prompts]  # on the left: all answers begin in one column
+    ids = [[*[pad_id] * gap, *prompt] for gap, prompt in zip(gaps, prompts, strict=True)]
+    mask = [[int(column >= gap) for column in range(width)] for gap in gaps]
+    saved = model.generation_config
+    # Our own configuration: a checkpoint's sampling settings would act in addition to ours.
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=pad_id,
+        eos_token_id=sorted(stop_ids) or None,
+        max_new_tokens=sampler.sampling.max_new_tokens,
+    )
+    try:
+        rows = model.generate(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            logits_processor=[sampler],
+            stopping_criteria=[
+                lambda ids, _scores, **_: torch.tensor(stopped(ids[:, width:].tolist()), device=ids.device)
+            ]
+            if stopped
+            else None,
+        )
+    finally:
+        model.generation_config = saved
+    for row, tokens in enumerate(rows[:, width:].tolist()):
+        yield row, _until(tokens, stop_ids)
 
 
 def _read_prompts(

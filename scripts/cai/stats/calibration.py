@@ -70,6 +70,19 @@ def calibration(probabilities: Sequence[float], outcomes: Sequence[bool | float]
     return {"ece": ece, "ece_by_chance": math.fsum(chance) / len(chance), "bins": table}
 
 
+def calibrate_margins(margins: Sequence[float], labels: Sequence[float]) -> dict:
+    """Calibration of the side that the scores prefer: whether it is the better one as often as they say.
+
+    With the labelled side's own probability the labels would all be above one half, and say which side is which.
+
+    Args:
+        margins: score of one side − score of the other, in log-odds.
+        labels: probability that the first of them is the better one.
+    """
+    preferred = [p if d > 0 else 1 - p for d, p in zip(margins, labels, strict=True)]
+    return calibration([sigmoid(abs(d)) for d in margins], preferred)
+
+
 def soft_loss(d: float, p: float) -> float:
     """−p·log σ(d) − (1−p)·log σ(−d), for one margin d = score of chosen − score of rejected."""
     return max(d, 0) - p * d + math.log1p(math.exp(-abs(d)))

@@ -70,22 +70,16 @@ def flags(response: str, revision: str, finish: str) -> list[str]:
         "leaked_tag": _LEAKED.search(revision),
         "preamble": _PREAMBLE.match(revision),
         "repeated_tail": repeats(revision),
-        "bare_refusal": len(words) <= _BARE_WORDS and is_bare_refusal(revision),
+        "bare_refusal": len(words) <= _BARE_WORDS
+        and _REFUSAL.search(revision)
+        and not _REASON_OR_OFFER.search(revision),
     }
     return [reason for reason in REASONS if checks.get(reason)]
-
-
-def is_bare_refusal(text: str) -> bool:
-    """Whether the text declines and gives neither a reason nor an alternative."""
-    return bool(_REFUSAL.search(text)) and not _REASON_OR_OFFER.search(text)
 
 
 def repeats(text: str) -> bool:
     """Whether the text ends in a loop: at least 12 characters that repeat one piece three times, or a piece of at
     least 60 characters twice. Pieces longer than 500 characters are not looked for."""
     text = " " + " ".join(text.split())
-    for size in range(1, min(len(text) // 2, 500) + 1):
-        times = 2 if size >= 60 else max(3, -(-12 // size))
-        if text.endswith(text[-size:] * times):
-            return True
-    return False
+    times = {size: 2 if size >= 60 else max(3, -(-12 // size)) for size in range(1, min(len(text) // 2, 500) + 1)}
+    return any(text.endswith(text[-size:] * count) for size, count in times.items())

@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, starmap
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from cai.base.errors import InputError
 from cai.base.hashing import identity
 from cai.constitution import files, templates
-from cai.data import preferences, readers
+from cai.data import preferences, processes, readers
 from cai.data.outputs import Output
-from cai.data.processes import Team
 from cai.models import engine, estimate, loading
 from cai.stats import agreement
-from cai.steps import judging, pairs, sharing, text
+from cai.steps import judging, pairs, sharing
 
 COT_LIMITS = (0.4, 0.6)  # paper, section 4.1: after reasoning the judge is overconfident
 
@@ -47,7 +47,7 @@ class Task:
 
 def read_task(
     inputs: Sequence[str],
-    settings: text.Settings,
+    settings: SimpleNamespace,
     *,
     against: str | None,
     pairs_per_prompt: int | None,
@@ -92,8 +92,8 @@ def read_task(
         "dtype": settings.loading["dtype"],
     }
     if cot:
-        sampling = {name: getattr(settings.sampling, name) for name in ("max_new_tokens", "temperature", "top_p")}
-        fingerprint |= {"cot": question.reasoning.sha256, **sampling}
+        names = ("max_new_tokens", "temperature", "top_p")
+        fingerprint |= {"cot": question.reasoning.sha256, **{name: getattr(settings.sampling, name) for name in names}}
     return Task(comparisons, question, limits, [*inputs, *([against] if against else [])], fingerprint)
 
 
@@ -130,8 +130,8 @@ def claim_outputs(
     """
 
     def claim(path: str, overwrite: bool, **more) -> Output:
-        fingerprint = {**more, **task.fingerprint}
-        return Output(path, command="judge", fingerprint=fingerprint, overwrite=overwrite, inputs=task.inputs)
+        claim = {"command": "judge", "fingerprint": {**more, **task.fingerprint}, "inputs": task.inputs}
+        return Output(path, overwrite=overwrite, **claim)
 
     weights = {name: identity(name) for name in judges}
     if len(judges) == 1:
@@ -148,7 +148,7 @@ def claim_outputs(
     return outputs, claim(output, overwrite, judges=weights, combine=combine)
 
 
-def judge_output(team: Team, output: Output | None, task: Task, load: Callable[[], engine.Engine]) -> None:
+def judge_output(team: processes.Team, output: Output | None, task: Task, load: Callable[[], engine.Engine]) -> None:
     """Have one judge decide the comparisons that are left; under `accelerate launch` each process its share.
 
     Comparisons that do not fit the judge's context are counted and listed in the manifest.
@@ -163,7 +163,7 @@ def judge_output(team: Team, output: Output | None, task: Task, load: Callable[[
         _finish(output, task, failed, judge)
 
 
-def _judge_share(task: Task, team: Team, journal: Any, judge: engine.Engine) -> dict[str, str]:
+def _judge_share(task: Task, team: processes.Team, journal: Any, judge: engine.Engine) -> dict[str, str]:
     """Judge the differing comparisons of this process that are left. Returns {id: why there is no verdict}."""
     failed, done, question = {}, frozenset(journal.done), task.question
     reason = (
@@ -271,11 +271,9 @@ def _plan_judge(task: Task, output: Output, model: str, plan: Mapping[str, Any])
         )
 
     done = len(task.comparisons.ids) if output.complete else len(output.done)
-    choices = (question.choose(*call) for call in calls())
-    total = estimate.text_plan(choices, model, engine.Sampling(0), **{**plan, "like": None})
+    total = estimate.text_plan(starmap(question.choose, calls()), model, engine.Sampling(0), **{**plan, "like": None})
     if question.reasoning:
-        thoughts = (question.think(*call) for call in calls())
-        reasoning = estimate.text_plan(thoughts, model, question.sampling, **plan)
+        reasoning = estimate.text_plan(starmap(question.think, calls()), model, question.sampling, **plan)
         total |= {name: value for name, value in reasoning.items() if name not in total or name.endswith("_gb")}
         for name in ("model_calls", "prompt_tokens_about", "new_tokens_at_most"):
             total[name] += reasoning[name]

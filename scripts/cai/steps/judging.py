@@ -13,13 +13,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import islice, product
+from itertools import groupby, islice, product
+from operator import itemgetter
 from typing import Any
 
 from cai.base.errors import CaiError
 from cai.base.hashing import hashed_seed
-from cai.constitution.files import Constitution, Principle
-from cai.constitution.templates import Template
+from cai.constitution import files, templates
 from cai.data.preferences import LABELS, ORDERS, group_verdicts, same_position, with_sides
 from cai.models.choice import Choice, read_choices
 from cai.models.engine import Engine, Message, Request, Sampling
@@ -38,39 +38,40 @@ class Question:
     examples: show the worked comparisons of the constitution first.
     """
 
-    constitution: Constitution
-    template: Template
-    reasoning: Template | None = None
+    constitution: files.Constitution
+    template: templates.Template
+    reasoning: templates.Template | None = None
     sampling: Sampling | None = None
     seed: int = 0
-    written: Template | None = None
+    written: templates.Template | None = None
     every: bool = False
     examples: bool = True
     _worked_turns: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def principles(self, comparison: dict) -> Sequence[Principle]:
+    def principles(self, comparison: dict) -> Sequence[files.Principle]:
         """The principles to judge it by: all, or one drawn by hashing; the same in both orders."""
-        if self.every:
-            return self.constitution.principles
-        return (self.constitution.draw(self.seed, comparison["id"], 0),)
+        every = self.constitution.principles
+        return every if self.every else (self.constitution.draw(self.seed, comparison["id"], 0),)
 
     @property
     def weights(self) -> dict[str, float]:
         """{principle id: weight}."""
         return {principle.id: principle.weight for principle in self.constitution.principles}
 
-    def think(self, comparison: dict, order: str, principle: Principle) -> list[Message]:
+    def think(self, comparison: dict, order: str, principle: files.Principle) -> list[Message]:
         """The conversation of the first pass."""
         return self._render(self.reasoning, comparison, order, principle)
 
     def choose(
-        self, comparison: dict, order: str, principle: Principle, reasoning: str = "", written: bool = False
+        self, comparison: dict, order: str, principle: files.Principle, reasoning: str = "", written: bool = False
     ) -> list[Message]:
         """The conversation whose next token is the label, or whose answer is the label if it is `written`."""
-        template = self.written if written and self.written else self.template
+        template = (written and self.written) or self.template
         return self._render(template, comparison, order, principle, reasoning=reasoning)
 
-    def _render(self, template: Template, comparison: dict, order: str, principle: Principle, **more) -> list[Message]:
+    def _render(
+        self, template: templates.Template, comparison: dict, order: str, principle: files.Principle, **more
+    ) -> list[Message]:
         first, second = (comparison[f"response_{side}"] for side in order)
         conversation = template.render(
             principle=principle, prompt=comparison["prompt"], response_a=first, response_b=second, **more
@@ -78,7 +79,7 @@ class Question:
         system = [message for message in conversation[:1] if message["role"] == "system"]
         return [*system, *self._examples(template, principle), *conversation[len(system) :]]
 
-    def _examples(self, template: Template, principle: Principle) -> list[Message]:
+    def _examples(self, template: templates.Template, principle: files.Principle) -> list[Message]:
         """The principle's worked comparisons as earlier turns, which every conversation about it begins with.
 
         The pass that asks for reasoning leaves out an example without reasoning.
@@ -91,7 +92,9 @@ class Question:
             ]
         return self._worked_turns[key]
 
-    def _render_example(self, template: Template, principle: Principle, example: Mapping) -> list[Message]:
+    def _render_example(
+        self, template: templates.Template, principle: files.Principle, example: Mapping
+    ) -> list[Message]:
         comparison = worked_comparison(example)
         reasoning = example.get("reasoning", "")
         thinks = template is self.reasoning
@@ -118,7 +121,7 @@ def worked_comparison(example: Mapping) -> dict | None:
 
 
 _Key = tuple[str, str, str]  # comparison id, principle id, order
-_Asked = Mapping[_Key, tuple[dict, str, Principle]]
+_Asked = Mapping[_Key, tuple[dict, str, files.Principle]]
 
 
 def judge(
@@ -156,19 +159,14 @@ def _judge_window(engine: Engine, window: list[dict], question: Question) -> Ite
         for comparison in window
         for principle, order in product(question.principles(comparison), ORDERS)
     }
-    keys: dict[str, list[_Key]] = defaultdict(list)  # of each comparison
-    for key in calls:
-        keys[key[0]].append(key)
+    keys = {comparison_id: list(group) for comparison_id, group in groupby(calls, key=itemgetter(0))}
     thoughts = _think(engine, calls, question) if question.reasoning else dict.fromkeys(calls, "")
     verdicts: dict[str, dict[_Key, dict | None]] = defaultdict(dict)
     for key, choice in _choose(engine, calls, question, thoughts):
         comparison_id, principle_id, order = key
-        reached = None
-        if not choice.lost and thoughts[key] is not None:
-            reached = read_verdict(order, choice, thoughts[key])
-            if question.every:
-                reached = {"principle": principle_id, **reached}
-        verdicts[comparison_id][key] = reached
+        named = {"principle": principle_id} if question.every else {}
+        is_lost = choice.lost or thoughts[key] is None
+        verdicts[comparison_id][key] = None if is_lost else {**named, **read_verdict(order, choice, thoughts[key])}
         if len(verdicts[comparison_id]) == len(keys[comparison_id]):
             in_order = [verdicts[comparison_id][key] for key in keys[comparison_id]]
             yield calls[key][0], None if None in in_order else in_order
@@ -299,6 +297,7 @@ def summary(rows: Iterable[dict]) -> dict:
         if row.get("tie"):
             totals.update(identical=1)
             continue
+        p_a, is_decided = row["p_a"], row["chosen"] is not None
         readable = [both for both in group_verdicts(row["verdicts"]).values() if None not in both]
         masses = [verdict["mass"] for verdict in row["verdicts"] if "mass" in verdict]
         totals.update(
@@ -308,19 +307,17 @@ def summary(rows: Iterable[dict]) -> dict:
             same_position=sum(same_position(*both) for both in readable),
             masses=len(masses),
             mass=sum(masses),
+            nulls=p_a is None,
+            margin=0 if p_a is None else abs(2 * p_a - 1),
+            undecided=p_a is not None and not is_decided,
+            decided=is_decided,
+            a_chosen=is_decided and p_a > 0.5,
         )
-        if row["p_a"] is None:
-            totals.update(nulls=1)
-            continue
-        totals.update(margin=abs(2 * row["p_a"] - 1), undecided=row["chosen"] is None)
-        if row["chosen"] is None:
-            continue
-        a_chosen = row["p_a"] > 0.5
-        totals.update(decided=1, a_chosen=a_chosen)
-        if row.get("gold"):
+        if is_decided and row.get("gold"):
             gold_is_a = row["gold"] == "a"
             a_is_longer = len(row["response_a"]) > len(row["response_b"])
-            totals.update(gold=1, accuracy=a_chosen == gold_is_a, always_a=gold_is_a, longer=a_is_longer == gold_is_a)
+            is_right = (p_a > 0.5) == gold_is_a
+            totals.update(gold=1, accuracy=is_right, always_a=gold_is_a, longer=a_is_longer == gold_is_a)
     read = totals["pairs"] - totals["nulls"]
     figures = {
         "pairs": totals["pairs"],
@@ -333,7 +330,5 @@ def summary(rows: Iterable[dict]) -> dict:
         "label_mass": totals["mass"] / totals["masses"] if totals["masses"] else None,
         "a_chosen": intervals.rate(totals["a_chosen"], totals["decided"]),
     }
-    if totals["gold"]:
-        rates = ("accuracy", "always_a", "longer")
-        figures |= {name: intervals.rate(totals[name], totals["gold"]) for name in rates}
-    return figures
+    rates = ("accuracy", "always_a", "longer") if totals["gold"] else ()
+    return figures | {name: intervals.rate(totals[name], totals["gold"]) for name in rates}

@@ -11,9 +11,7 @@ from itertools import combinations, product
 
 from cai.base.errors import InputError, shorten
 from cai.base.hashing import hashed_seed, sha256_text
-from cai.data.preferences import GivenPairs, is_pair, prompt_key
-from cai.data.rounds import text_of_round
-from cai.data.sources import Source
+from cai.data import preferences, rounds, sources
 
 # Fields that describe one response: a comparison of two rows leaves them out.
 _OF_ONE_RESPONSE = ("id", "response", "rounds", "sample", "finish")
@@ -21,27 +19,25 @@ _OF_ONE_RESPONSE = ("id", "response", "rounds", "sample", "finish")
 
 def read_comparisons(
     inputs: Sequence[str], against: str | None, most: int | None, seed: int, limit: int | None
-) -> tuple["Pairs | GivenPairs", dict[str, str | None]]:
+) -> tuple["Pairs | preferences.GivenPairs", dict[str, str | None]]:
     """(comparisons, digests of the input files) from rows of pairs, or from rows of one response each.
 
     Args:
         against, most: for rows of one response, as `Pairs` takes them.
     Raises InputError if the rows are neither, or of both kinds.
     """
-    first = next(iter(Source(inputs, limit=1)))
-    if is_pair(first):
+    if preferences.is_pair(next(iter(sources.Source(inputs, limit=1)))):
         if against or most:
             raise InputError(
                 "--against or --pairs-per-prompt with rows that are pairs already",
                 where=", ".join(inputs),
                 remedy="Leave it out",
             )
-        pairs = GivenPairs(inputs, limit)
+        pairs = preferences.GivenPairs(inputs, limit)
         return pairs, {"input": pairs.digest}
-    source = Source(inputs, require=("prompt", "response"), limit=limit)
-    others = Source([against], require=("prompt", "response")) if against else None
-    digests = {"input": source.digest, "against": others and others.digest}
-    return Pairs(source, others, most, seed), digests
+    source = sources.Source(inputs, require=("prompt", "response"), limit=limit)
+    others = sources.Source([against], require=("prompt", "response")) if against else None
+    return Pairs(source, others, most, seed), {"input": source.digest, "against": others and others.digest}
 
 
 def choose_pairs(ours: Sequence, theirs: Sequence | None, most: int | None, *draw) -> list[tuple]:
@@ -73,7 +69,7 @@ class Pairs:
     Raises InputError if two rows of one prompt_id have different prompts, or nothing can be paired.
     """
 
-    def __init__(self, source: Source, against: Source | None, most: int | None, seed: int):
+    def __init__(self, source: sources.Source, against: sources.Source | None, most: int | None, seed: int):
         self.sources = [source] if against is None else [source, against]
         self.plan: dict[str, list[tuple]] = {}
         self.unpaired = 0
@@ -83,7 +79,7 @@ class Pairs:
                 self.plan[key] = pairs
             else:
                 self.unpaired += sum(map(len, sides))
-        self.ids = [_pair_id(*pair) for pairs in self.plan.values() for pair in pairs]
+        self.ids = [f"{a} vs {b}" for pairs in self.plan.values() for a, b in pairs]
         if not self.ids:
             raise InputError(
                 "no two responses to the same prompt",
@@ -97,7 +93,7 @@ class Pairs:
         prompts: dict[str, str] = {}
         for side, source in enumerate(self.sources):
             for row in source:
-                key = prompt_key(row)
+                key = preferences.prompt_key(row)
                 prompt = sha256_text(json.dumps(row["prompt"], sort_keys=True))
                 if prompts.setdefault(key, prompt) != prompt:
                     raise InputError(
@@ -115,7 +111,7 @@ class Pairs:
         waiting: dict[str, dict] = defaultdict(dict)
         for side, source in enumerate(self.sources):
             for row in source:
-                key = prompt_key(row)
+                key = preferences.prompt_key(row)
                 pairs = self.plan.get(key, ())
                 wanted = {(0, a) for a, _ in pairs} | {(last, b) for _, b in pairs}
                 if (side, row["id"]) not in wanted:
@@ -127,10 +123,6 @@ class Pairs:
                     del waiting[key]
 
 
-def _pair_id(a: str, b: str) -> str:
-    return f"{a} vs {b}"
-
-
 def _compare(a: dict, b: dict) -> dict:
     """One comparison of two rows: the fields that are the same in both, and each side's model where it differs."""
     shared = {
@@ -139,9 +131,9 @@ def _compare(a: dict, b: dict) -> dict:
     sides = {} if "model" in shared else {"a": a, "b": b}
     models = {f"model_{side}": row["model"] for side, row in sides.items() if "model" in row}
     return {
-        "id": _pair_id(a["id"], b["id"]),
+        "id": f"{a['id']} vs {b['id']}",
         **shared,
         **models,
-        "response_a": text_of_round(a),
-        "response_b": text_of_round(b),
+        "response_a": rounds.text_of_round(a),
+        "response_b": rounds.text_of_round(b),
     }

@@ -68,8 +68,8 @@ class Step:
     @property
     def line(self) -> str:
         """The step as typed into a shell in the current directory."""
-        script = SCRIPTS / f"{self.command}.py"
-        return shlex.join([shorten_path(sys.executable), shorten_path(script), *self.arguments])
+        paths = (sys.executable, SCRIPTS / f"{self.command}.py")
+        return shlex.join([*map(shorten_path, paths), *self.arguments])
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ def make_plan(choices: Choices, output: str, seed: int) -> list[Step]:
     for number in range(1, choices.rounds + 1):
         critiqued = plan.add_rows(f"critique-{number}", "critique", ["--input", revised, *base])
         revised = plan.add_rows(f"revision-{number}", "revise", ["--input", critiqued, *base])
-    helpful = _repeat("--helpful", choices.helpful)
-    sft = plan.add("sft", "sft", ["--input", revised, *helpful, "--model", model], "sft")
+    sft_rows = ["--input", revised, *_repeat("--helpful", choices.helpful)]
+    sft = plan.add("sft", "sft", [*sft_rows, "--model", model], "sft")
     plan.add_evaluation("sft", sft)
     if choices.rl != "none":
         samples = plan.add_rows("samples", "generate", [*prompts, "--model", sft], "samples")

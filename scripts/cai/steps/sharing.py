@@ -13,15 +13,17 @@ from itertools import islice
 from typing import Any
 
 from cai.base import cli
-from cai.data.outputs import Output
-from cai.data.processes import Team
+from cai.data import outputs, processes
 from cai.models.engine import Engine
 from cai.models.local import fast_path
 
 
 @contextmanager
 def share_work(
-    team: Team, output: Output | None, load: Callable[[], Engine], work: Callable[[Team, Any, Engine], Any]
+    team: processes.Team,
+    output: outputs.Output | None,
+    load: Callable[[], Engine],
+    work: Callable[[processes.Team, Any, Engine], Any],
 ) -> Iterator[tuple[Engine | None, list[Any] | None]]:
     """(engine, what `work` returned in each process) in process 0; the results are None elsewhere, and if the output
     is complete.
@@ -43,7 +45,7 @@ def share_work(
 
 
 @contextmanager
-def share_progress(team: Team, total: int, done: int, label: str) -> Iterator[Any]:
+def share_progress(team: processes.Team, total: int, done: int, label: str) -> Iterator[Any]:
     """A progress bar over this process's share of the rows, visible in process 0 only."""
     with cli.progress(len(range(team.rank, total, team.count)), label) as bar:
         bar.disable = bar.disable or not team.first
@@ -52,7 +54,12 @@ def share_progress(team: Team, total: int, done: int, label: str) -> Iterator[An
 
 
 def finish_output(
-    output: Output, ids: Sequence[str], counts: dict, failed: dict[str, str], engine: Engine | None = None, **info
+    output: outputs.Output,
+    ids: Sequence[str],
+    counts: dict,
+    failed: dict[str, str],
+    engine: Engine | None = None,
+    **info,
 ) -> None:
     """Finish an output, and warn of the first rows that failed.
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial, wraps
+from types import SimpleNamespace
 from typing import Any
 
 import click
 
-from cai.base import cli
-from cai.base.hashing import hashed_seed, identity
+from cai.base import cli, hashing
 from cai.data import outputs, processes, readers
 from cai.models import estimate, loading
 from cai.models.engine import Engine, Generation, Message, RowRequest, Sampling
@@ -27,26 +27,12 @@ from cai.steps.sharing import finish_output, share_progress, share_work
 WAITING = 1000
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the options of `options` say.
-
-    endpoints, loading: arguments of `load_engine`. plan: arguments of `text_plan`.
-    """
-
-    sampling: Sampling
-    endpoints: tuple[str, ...]
-    loading: dict[str, Any]
-    plan: dict[str, Any]
-    seed: int
-    limit: int | None
-    as_json: bool
-    dry_run: bool
-    overwrite: bool
-
-
 def options(function):
-    """Decorator: adds the options that all commands with an engine share, and passes them on as `settings`."""
+    """Decorator: adds the options that all commands with an engine share, and passes them on as `settings`.
+
+    They are attributes: sampling; endpoints and loading, the arguments of `load_engine`; plan, those of `text_plan`;
+    seed, limit, as_json, dry_run, overwrite.
+    """
 
     @wraps(function)
     def command(**values):
@@ -57,7 +43,7 @@ def options(function):
         loading = take("batch_size", "batch_tokens", "device", "dtype")
         plan = {**take("like", "gpu", "price"), **loading}
         others = take("endpoints", "seed", "limit", "as_json", "dry_run", "overwrite")
-        return function(settings=Settings(sampling=sampling, loading=loading, plan=plan, **others), **values)
+        return function(settings=SimpleNamespace(sampling=sampling, loading=loading, plan=plan, **others), **values)
 
     for option in (
         cli.options("device", "dtype", "json", "dry_run", "overwrite"),
@@ -98,7 +84,7 @@ class Step:
 
 def run(
     step: Step,
-    settings: Settings,
+    settings: SimpleNamespace,
     *,
     inputs: tuple[str, ...],
     output: str,
@@ -121,15 +107,15 @@ def run(
     team = processes.Team()
     fingerprint = {
         "model": step.model,
-        "weights": identity(step.model),
+        "weights": hashing.identity(step.model),
         **fingerprint,
         **asdict(settings.sampling),
         "seed": settings.seed,
         "limit": settings.limit,
         "dtype": settings.loading["dtype"],
     }
-    claim = partial(outputs.Output, output, command=step.command, overwrite=settings.overwrite, inputs=inputs)
-    journal = claim(fingerprint=fingerprint) if team.first else None
+    claim = {"command": step.command, "fingerprint": fingerprint, "overwrite": settings.overwrite, "inputs": inputs}
+    journal = outputs.Output(output, **claim) if team.first else None
     summary = {"command": step.command, "output": output}
     if settings.dry_run:
         if journal:
@@ -142,8 +128,8 @@ def run(
             for share_failed, share_tokens in results:
                 failed |= share_failed
                 tokens.update(share_tokens)
-            counts = {"rows": len(step.ids) - len(failed), "failed": len(failed)}
-            counts |= tally(row for _, row in readers.read_jsonl(journal.journal))
+            tallied = tally(row for _, row in readers.read_jsonl(journal.journal))
+            counts = {"rows": len(step.ids) - len(failed), "failed": len(failed), **tallied}
             finish_output(journal, step.ids, counts, failed, engine, tokens=dict(tokens))
         elif team.first:
             cli.note(f"{output} is done already; --overwrite makes it again")
@@ -155,21 +141,23 @@ def run(
         cli.finish({**summary, **journal.counts}, as_json=settings.as_json, next_command=line)
 
 
-def _plan(step: Step, settings: Settings, journal: outputs.Output) -> dict:
+def _plan(step: Step, settings: SimpleNamespace, journal: outputs.Output) -> dict:
     """What `--dry-run` reports."""
     rows = () if journal.complete else (row for row in step.rows if row["id"] not in journal.done)
-    plan = estimate.text_plan(map(step.render, rows), step.model, settings.sampling, **settings.plan)
-    done = len(step.ids) if journal.complete else len(journal.done)
-    return {"rows": len(step.ids), "done": done, **plan}
+    return {
+        "rows": len(step.ids),
+        "done": len(step.ids) if journal.complete else len(journal.done),
+        **estimate.text_plan(map(step.render, rows), step.model, settings.sampling, **settings.plan),
+    }
 
 
 def _answer_rows(
-    step: Step, settings: Settings, team: processes.Team, journal, engine: Engine
+    step: Step, settings: SimpleNamespace, team: processes.Team, journal, engine: Engine
 ) -> tuple[dict[str, str], Counter]:
     """Answer the rows of this process that are left. Returns ({row id: why it failed}, token counts)."""
     failed, tokens = {}, Counter(rows=0, prompt=0, new=0, unfinished=0)
     done, sampling = frozenset(journal.done), settings.sampling
-    seed = partial(hashed_seed, step.command, settings.seed)
+    seed = partial(hashing.hashed_seed, step.command, settings.seed)
     requests = (
         RowRequest(row["id"], step.render(row), seed(row["id"], len(row.get("rounds") or ())), row=row)
         for row in team.share(step.rows)
@@ -191,8 +179,9 @@ def _answer_rows(
             waiting.append(writer.submit(write, request.row, generation))
             while waiting and (waiting[0].done() or len(waiting) > WAITING):
                 waiting.popleft().result()  # raises what writing raised
-            unfinished = generation.finish == "length"
-            tokens.update(rows=1, prompt=generation.prompt_tokens, new=generation.tokens, unfinished=unfinished)
+            tokens.update(
+                rows=1, prompt=generation.prompt_tokens, new=generation.tokens, unfinished=generation.finish == "length"
+            )
         for write_result in waiting:
             write_result.result()
     return failed, tokens

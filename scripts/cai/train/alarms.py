@@ -14,7 +14,7 @@ Leaves out languages written without spaces for the phrases (a clause is then on
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import click
 
@@ -93,7 +93,6 @@ def limits(settings: Iterable[str]) -> dict[str, float]:
     return {name: limit for name, limit in limit_of.items() if limit < math.inf}
 
 
-@dataclass
 class Watch:
     """Looks at each update of a run, and remembers as much of the earlier updates as the alarms need.
 
@@ -106,13 +105,10 @@ class Watch:
         grown: the phrases behind it: (phrase, share at the start, share now), of `texts.grown`.
     """
 
-    limits: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULTS))
-    stop_on: Sequence[str] = ()
-    figures: dict[str, float] = field(default_factory=dict)
-    grown: list[tuple[str, float, float]] = field(default_factory=list)
-    _rows: list[dict] = field(default_factory=list)
-    _first: list[str] = field(default_factory=list)  # responses at the start
-    _last: list[list[str]] = field(default_factory=list)  # those of the newest updates
+    def __init__(self, limits: Mapping[str, float] = DEFAULTS, stop_on: Sequence[str] = ()):
+        self.limits, self.stop_on = limits, stop_on
+        self.figures, self.grown = {}, []
+        self.restore({"rows": [], "first": [], "last": []})
 
     def look(self, figures: Mapping, prompts: Sequence = (), responses: Sequence[str] = ()) -> list[Alarm]:
         """The alarms of one update.
@@ -147,8 +143,9 @@ class Watch:
         return {"rows": self._rows, "first": self._first, "last": self._last}
 
     def restore(self, state: Mapping) -> None:
-        """Continue from a `state`."""
-        self._rows, self._first, self._last = list(state["rows"]), list(state["first"]), list(state["last"])
+        self._rows: list[dict] = list(state["rows"])
+        # The responses at the start, and those of the newest updates.
+        self._first, self._last = list(state["first"]), list(state["last"])
 
     def _remember(self, responses: Sequence[str]) -> None:
         if len(self._first) < ENOUGH:

@@ -23,13 +23,8 @@ from cai.base import cli, files
 from cai.base.errors import CaiError, InputError
 from cai.data import outputs
 from cai.models import estimate, loading
-from cai.models.loading import on_cpu, precision
 
-ADAPTER = "adapter"
-
-CHECKPOINTS = "checkpoints"
-
-METRICS = "metrics.jsonl"
+ADAPTER, CHECKPOINTS, METRICS = "adapter", "checkpoints", "metrics.jsonl"
 
 # Options that decide what sft.py, reward_model.py and dpo.py train.
 DECIDING = ("epochs", "learning_rate", "batch_size", "gradient_accumulation", "max_length", "seed")
@@ -108,8 +103,9 @@ class TrainingRun:
         """The model of --model to train; or, with a `name`, a frozen one."""
         options = self.options
         # Frozen weights need no float32 where the device has bfloat16, which is what `lora` says of a base.
-        lora = options.lora or name is not None
-        return loading.load_policy(name or options.model, options.device, options.dtype, lora=lora, **more)
+        return loading.load_policy(
+            name or options.model, options.device, options.dtype, lora=options.lora or name is not None, **more
+        )
 
     def arguments(self, **overrides) -> dict:
         """`trainer_arguments` from the options; `overrides` replace or add arguments."""
@@ -267,11 +263,11 @@ def trainer_arguments(
     """
     from transformers import TrainingArguments
 
-    cpu = on_cpu(device)
-    _, autocast = precision(device, dtype, lora)
+    cpu = loading.on_cpu(device)
+    _, autocast = loading.precision(device, dtype, lora)
     # transformers renamed it within 5.x and deprecates the old name.
-    is_renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
-    checkpointing = "activation_checkpointing" if is_renamed else "gradient_checkpointing"
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    checkpointing = next(name for name in names if name in TrainingArguments.__dataclass_fields__)
     return {
         "output_dir": str(Path(output) / CHECKPOINTS),
         "num_train_epochs": 1,
@@ -315,9 +311,7 @@ class MetricsLog:
     """
 
     def __init__(self, output: str | Path, label: str = "train"):
-        self.path = Path(output) / METRICS
-        self.label = label
-        self.bar = None
+        self.path, self.label, self.bar = Path(output) / METRICS, label, None
 
     def on_train_begin(self, args, state, control, **_):
         self.start = time.monotonic()
@@ -327,8 +321,7 @@ class MetricsLog:
         if state.global_step and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             # A line without its end was torn when the process was killed.
-            complete = [line for line in lines if line.endswith("\n")]
-            kept = [line for line in complete if self.is_current(json.loads(line), state.global_step)]
+            kept = [row for row in lines if row.endswith("\n") and self.is_current(json.loads(row), state.global_step)]
         files.write_text(self.path, "".join(kept))
         self.bar = cli.progress(state.max_steps, self.label)
         self.bar.unit = "step"
@@ -345,8 +338,8 @@ class MetricsLog:
     def on_log(self, args, state, control, logs=None, **_):
         if not state.is_world_process_zero or not logs:
             return
-        row = {"step": state.global_step, "seconds": round(time.monotonic() - self.start, 3), **logs}
-        row.pop("epoch", None)
+        figures = {name: value for name, value in logs.items() if name != "epoch"}
+        row = {"step": state.global_step, "seconds": round(time.monotonic() - self.start, 3), **figures}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -418,7 +411,9 @@ def describe_not_finite(trainer, subject: str) -> CaiError:
     )
 
 
-def save_checkpoint(model, tokenizer, folder: str | Path, state_dict: dict | None = None) -> None:
+def save_checkpoint(
+    model, tokenizer, folder: str | Path, state_dict: dict | None = None, *, merge: bool = True
+) -> None:
     """Write weights, configuration, tokenizer and chat template to `folder`, which `--model` reads back.
 
     Of a LoRA model the adapter goes to `<folder>/adapter` and the merged weights to `folder` (the model is
@@ -426,12 +421,13 @@ def save_checkpoint(model, tokenizer, folder: str | Path, state_dict: dict | Non
 
     Args:
         state_dict: the gathered weights of a sharded model, from `trainer.accelerator.get_state_dict`.
+        merge: False writes the adapter of a LoRA model alone, into `folder`.
     """
     from peft import PeftModel
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, PeftModel):
+    if merge and isinstance(model, PeftModel):
         model.save_pretrained(folder / ADAPTER, state_dict=state_dict)
         if state_dict is not None:  # the model in memory is a shard: load the base again with the adapter
             model, state_dict = _load_adapter(folder / ADAPTER, model.dtype), None

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from cai.base.errors import CaiError, InputError, shorten
 from cai.models.chat import Chat, chat_stops
-from cai.train import common, updates
-from cai.train.alarms import Watch
+from cai.train import alarms, common, updates
 from cai.train.prompts import Prompt
 
 Scorer = Callable[[list[int], int, list[list[dict]], list[str]], tuple[list[float | None], dict[str, float]]]
@@ -56,8 +55,8 @@ class Settings(updates.Settings):
     @property
     def rows_per_pass(self) -> int:
         """Rows of a forward pass on each process: the largest number up to `batch_size` that divides a minibatch."""
-        sizes = range(1, min(self.rows_per_step, self.batch_size) + 1)
-        return max(size for size in sizes if self.rows_per_step % size == 0)
+        largest = min(self.rows_per_step, self.batch_size)
+        return next(size for size in range(largest, 0, -1) if self.rows_per_step % size == 0)
 
     def trainer_arguments(self) -> dict:
         """What `common.trainer_arguments` takes for TRL."""
@@ -107,8 +106,8 @@ def make_config(algorithm: str, flags: str, arguments: dict):
     unset = object()
     namespace = argparse.Namespace(**{field.name: unset for field in dataclasses.fields(config_class)})
     try:
-        words = shlex.split(flags)
-        parsed = vars(Parser(config_class, add_help=False, allow_abbrev=False).parse_args(words, namespace))
+        parser = Parser(config_class, add_help=False, allow_abbrev=False)
+        parsed = vars(parser.parse_args(shlex.split(flags), namespace))
         extra = {key: value for key, value in parsed.items() if value is not unset}
         if overridden := sorted(extra.keys() & arguments.keys()):
             raise refuse(f"{', '.join(overridden)}: decided by the options of this command")
@@ -169,13 +168,13 @@ class GroupReward:
         if overlong := sum(gather_object([scores.count(None)])):
             log_metric("overlong", overlong)
         if update[0] % self.settings.samples_every == 0 and trainer_state.is_world_process_zero:
-            columns = (conversations, texts, scores, map(len, completion_ids), ended)
-            names = ("prompt", "response", "score", "tokens", "ended")
-            samples = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+            columns = {"prompt": conversations, "response": texts, "score": scores}
+            columns |= {"tokens": map(len, completion_ids), "ended": ended}
+            samples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             updates.write_samples(self.output, update[0] + 1, samples[: updates.SAMPLES_PER_UPDATE])
-        penalty = self.settings.missing_eos_penalty
         return [
-            None if score is None else score - penalty * (not end) for score, end in zip(scores, ended, strict=True)
+            None if score is None else score - self.settings.missing_eos_penalty * (not end)
+            for score, end in zip(scores, ended, strict=True)
         ]
 
 
@@ -186,7 +185,7 @@ class GroupLog(updates.UpdateLog):
         reward: knows the texts of the newest update.
     """
 
-    def __init__(self, output: str | Path, settings: Settings, watch: Watch, reward: GroupReward):
+    def __init__(self, output: str | Path, settings: Settings, watch: alarms.Watch, reward: GroupReward):
         super().__init__(output, "train", settings, watch)
         self.reward = reward
 
@@ -215,7 +214,7 @@ def make_trainer(
     scorer: Scorer,
     output: str | Path,
     settings: Settings,
-    watch: Watch,
+    watch: alarms.Watch,
     adapters=None,
 ):
     """TRL's trainer over the prompts, each with a group of responses.

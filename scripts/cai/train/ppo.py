@@ -31,16 +31,13 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from cai.base import cli
+from cai.base import cli, hashing
 from cai.base.errors import InputError
-from cai.base.hashing import hashed_seed
+from cai.models import decoding, engine
 from cai.models.chat import Chat, chat_stops
-from cai.models.decoding import Prefixes, RowSampler, decode, slow_reason, slow_warning
-from cai.models.engine import Sampling
-from cai.train import common, updates
-from cai.train.alarms import Watch
+from cai.train import alarms, common, updates
 from cai.train.prompts import Prompt
 from cai.train.rewards import Reward, Total, compute_scores, fill_overlong
 from cai.train.selection import Candidates
@@ -83,12 +80,11 @@ class Settings(updates.Settings):
             update: from 0.
             count: how many prompts there are.
         """
-        start = update * self.prompts_per_update
-        drawn, cycle = [], start // count
-        while len(drawn) < start % count + self.prompts_per_update:
-            drawn.extend(np.random.default_rng(hashed_seed(self.seed, "prompts", cycle)).permutation(count))
-            cycle += 1
-        return [int(i) for i in drawn[start % count :][: self.prompts_per_update]]
+        start, end = update * self.prompts_per_update, (update + 1) * self.prompts_per_update
+        cycles = range(start // count, -(-end // count))
+        seeds = [hashing.hashed_seed(self.seed, "prompts", cycle) for cycle in cycles]
+        drawn = np.concatenate([np.random.default_rng(seed).permutation(count) for seed in seeds])
+        return drawn[start % count :][: self.prompts_per_update].tolist()
 
     def draw_minibatches(self, update: int, lengths: Sequence[int], process: int = 0) -> list[list[list[list[int]]]]:
         """The rows of each forward pass of an update, on one process: [epoch][minibatch][pass] -> row numbers.
@@ -99,7 +95,7 @@ class Settings(updates.Settings):
         Args:
             lengths: tokens of each row.
         """
-        draw = np.random.default_rng(hashed_seed(self.seed, "minibatches", update))
+        draw = np.random.default_rng(hashing.hashed_seed(self.seed, "minibatches", update))
         epochs = []
         for _ in range(self.epochs):
             minibatches = np.split(draw.permutation(self.prompts_per_update), self.minibatches)
@@ -135,9 +131,8 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
     Returns:
         (rows, tokens), zero outside `mask`.
     """
-    rewards = torch.where(mask, -kl_coef * kl, 0.0)
     last = mask.sum(1, keepdim=True) - 1
-    return rewards.scatter_add(1, last, scores.unsqueeze(1))
+    return torch.where(mask, -kl_coef * kl, 0.0).scatter_add(1, last, scores.unsqueeze(1))
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -150,10 +145,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     Returns:
         (advantages, returns), both (rows, tokens), zero outside `mask`.
     """
-    values = torch.where(mask, values, 0.0)
-    rewards = torch.where(mask, rewards, 0.0)
-    following = F.pad(values[:, 1:], (0, 1))
-    deltas = rewards + gamma * following - values
+    values, rewards = (torch.where(mask, numbers, 0.0) for numbers in (values, rewards))
+    deltas = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
     advantages = torch.zeros_like(deltas)
     advantage = torch.zeros_like(deltas[:, 0])
     for t in reversed(range(deltas.shape[1])):
@@ -331,19 +324,17 @@ class PolicyAndValue(nn.Module):
             (logprobs, values), both (tokens,).
         """
         parts = [self._forward_part(*part) for part in split_pass(input_ids, response_mask)]
-        logprobs, values = (torch.cat(numbers) for numbers in zip(*parts, strict=True))
-        return logprobs, values
+        return tuple(torch.cat(numbers) for numbers in zip(*parts, strict=True))
 
     def _forward_part(self, input_ids: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
         logits, hidden = response_logits(self.policy, input_ids, response_mask)
-        logprobs = token_logprobs(logits, input_ids, response_mask, self.temperature)
         if self.has_value_model:
             classifier = base_of(self.value)
             hidden = classifier.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
             values = classifier.score(hidden[:, :-1][response_mask[:, 1:]])
         else:
             values = self.value(hidden.to(self.value.weight.dtype))
-        return logprobs, values[:, 0].float()
+        return token_logprobs(logits, input_ids, response_mask, self.temperature), values[:, 0].float()
 
     def train(self, mode: bool = True):
         """Leave dropout off: two forward passes over the same tokens must give the same log-probabilities.
@@ -356,8 +347,7 @@ class PolicyAndValue(nn.Module):
         return self
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **_):
-        for model in (self.policy, self.value)[: 1 + self.has_value_model]:
-            model = base_of(model)
+        for model in map(base_of, (self.policy, self.value)[: 1 + self.has_value_model]):
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable(activation_checkpointing_kwargs)
 
@@ -367,8 +357,8 @@ class PolicyAndValue(nn.Module):
 
     def trained_state(self) -> dict[str, Tensor]:
         """What training changes, each tensor once: no frozen weights, no second name of a tied weight."""
-        state = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        state |= {"kl_coef": self.kl_coef, "score_moments": self.score_moments}
+        buffers = {"kl_coef": self.kl_coef, "score_moments": self.score_moments}
+        state = {name: p for name, p in self.named_parameters() if p.requires_grad} | buffers
         return {name: p.detach().contiguous() for name, p in state.items()}
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
@@ -387,6 +377,9 @@ def base_of(model):
 
 
 # --- the trainer ---------------------------------------------------------------------------------------------
+
+# What `compute_loss` takes of a rollout, beside the model's inputs.
+TARGETS = ("old_logprobs", "old_values", "advantages", "returns")
 
 
 @dataclass
@@ -448,16 +441,16 @@ class PPOTrainer(Trainer):
         arguments: dict,
         output: str | Path,
         reference=None,
-        watch: Watch | None = None,
+        watch: alarms.Watch | None = None,
         judge: Reward | None = None,
         selection: Sequence[Prompt] = (),
     ):
         self.settings, self.chat, self.prompts, self.output = settings, chat, prompts, Path(output)
         self.reward, self.judge, self.reference = reward, judge, reference
         self.candidates = Candidates(selection, output, arguments["output_dir"])
-        self.update_log = updates.UpdateLog(output, "ppo", settings, watch or Watch())
+        self.update_log = updates.UpdateLog(output, "ppo", settings, watch or alarms.Watch())
         self.figures: dict[str, float] = {}  # of the row of metrics.jsonl that is logged next
-        self.sums = None  # of `compute_loss`, over the passes of an update
+        self.sums = 0  # of `compute_loss`, over the passes of an update
         super().__init__(
             model=model,
             args=TrainingArguments(**decide_arguments(arguments, settings)),
@@ -474,9 +467,9 @@ class PPOTrainer(Trainer):
             reference.eval().requires_grad_(False).to(self.args.device)
         policy = base_of(model.policy)
         self.stops, self.pad_id = set(chat_stops(chat, policy)), chat.tokenizer.pad_token_id
-        self.slow_reason = slow_reason(policy)
+        self.slow_reason = decoding.slow_reason(policy)
         if self.slow_reason and self.is_world_process_zero():
-            cli.warn(slow_warning("the policy", self.slow_reason))
+            cli.warn(decoding.slow_warning("the policy", self.slow_reason))
 
     # ------------------------------------------------------------------------------------- one update
 
@@ -500,7 +493,7 @@ class PPOTrainer(Trainer):
         share = range(self.args.process_index, count, settings.processes)
 
         # 2. Sample a response to each. A row has its own seed, so that no process changes another's draws.
-        seeds = [hashed_seed(settings.seed, "rollout", update, row) for row in share]
+        seeds = [hashing.hashed_seed(settings.seed, "rollout", update, row) for row in share]
         responses, texts, ended = self.answer([prompts[row] for row in share], seeds)
         sampled = time.monotonic()
 
@@ -532,7 +525,6 @@ class PPOTrainer(Trainer):
 
         # 5. A reward for each token: the KL penalty, and the score at the last token.
         kl_coef = float(model.kl_coef)
-        log_ratio = torch.where(rollout.mask, rollout.old_logprobs - rollout.ref_logprobs, 0.0)
         kl = kl_penalty(rollout.old_logprobs, rollout.ref_logprobs, settings.kl_estimator)
         rewards = token_rewards(rollout.scores, kl, rollout.mask, kl_coef)
 
@@ -542,7 +534,7 @@ class PPOTrainer(Trainer):
 
         # 7. Figures (`updates.FIGURES`), alarms, and the KL coefficient of the next update, if it has a target.
         values, returns = (rollout.pick(name, list(range(count))) for name in ("old_values", "returns"))
-        response_kl = log_ratio.sum(1)
+        response_kl = torch.where(rollout.mask, rollout.old_logprobs - rollout.ref_logprobs, 0.0).sum(1)
         self.figures = {
             "update": update + 1,
             "episodes": (update + 1) * count,
@@ -599,10 +591,9 @@ class PPOTrainer(Trainer):
             for passes in itertools.chain.from_iterable(epochs):
                 tokens = sum(gather_object([sum(int(rollout.mask[rows].sum()) for rows in passes)]))
                 for rows in passes:
-                    targets = ("old_logprobs", "old_values", "advantages", "returns")
                     yield {
                         **rollout.batch(rows, self.pad_id),
-                        **{name: rollout.pick(name, rows) for name in targets},
+                        **{name: rollout.pick(name, rows) for name in TARGETS},
                         "minibatch_tokens": tokens,
                     }
 
@@ -621,8 +612,7 @@ class PPOTrainer(Trainer):
             update_kl = kl_penalty(inputs["old_logprobs"], logprobs, "k3")
             clipped = (ratio - 1).abs() > settings.clip_range
             columns = (torch.ones_like(ratio), surrogate, error, clipped, ratio, update_kl)
-            sums = torch.stack([column.sum() for column in columns])
-            self.sums = sums if self.sums is None else self.sums + sums
+            self.sums = self.sums + torch.stack([column.sum() for column in columns])
         return (loss, (logprobs, values)) if return_outputs else loss
 
     # ------------------------------------------------------------------------------- parts of an update
@@ -641,56 +631,26 @@ class PPOTrainer(Trainer):
         """A response to each prompt (token ids in and out), with its end token if it came to one."""
         model = self.accelerator.unwrap_model(self.model)
         settings, responses = self.settings, [None] * len(prompts)
-        sampling = Sampling(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature)
-        generate = self._generate if self.slow_reason else self._decode
+        sampling = engine.Sampling(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature)
         model.eval()
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), settings.generation_batch_size):
             rows = order[start : start + settings.generation_batch_size]
-            batch = ([prompts[i] for i in rows], [seeds[i] for i in rows])
+            sampler = decoding.RowSampler(sampling, [seeds[i] for i in rows])
+            # Each prompt is drawn once, so that little is shared: a template's beginning is not worth its own pass.
+            generated = decoding.generate_tokens(
+                base_of(model.policy),
+                [prompts[i].tolist() for i in rows],
+                sampler,
+                stop_ids=self.stops,
+                pad_id=self.pad_id,
+            )
             with torch.no_grad(), self.accelerator.autocast():
-                for i, response in generate(model.policy, *batch, sampling):
+                for i, response in generated:
                     responses[rows[i]] = torch.tensor(response)
+            sampler.check("the policy")
         model.train()
         return responses
-
-    def _decode(self, policy, prompts: list[Tensor], seeds: list[int], sampling: Sampling):
-        """Generate one batch with our own loop: (row, new tokens), not in order."""
-        policy, ids, sampler = base_of(policy), [prompt.tolist() for prompt in prompts], RowSampler(sampling, seeds)
-        yield from decode(
-            policy,
-            ids,
-            # Each prompt is drawn once, so that little is shared: a template's beginning is not worth its own pass.
-            Prefixes(policy, ids, self.pad_id, share=False),
-            sampler,
-            max_new_tokens=sampling.max_new_tokens,
-            stop_ids=self.stops,
-            pad_id=self.pad_id,
-        )
-        sampler.check("the policy")
-
-    def _generate(self, policy, prompts: list[Tensor], seeds: list[int], sampling: Sampling):
-        """The same with transformers' `generate`, for models whose cache is not one of keys and values per token."""
-        base, ids = base_of(policy), nn.utils.rnn.pad_sequence([p.flip(0) for p in prompts], True, self.pad_id).flip(1)
-        width = ids.shape[1]
-        mask = (torch.arange(width) >= width - torch.tensor([len(p) for p in prompts]).unsqueeze(1)).long()
-        sampler = RowSampler(sampling, seeds, width)
-        saved = base.generation_config
-        # Our own configuration: a checkpoint's sampling settings would act in addition to ours.
-        base.generation_config = GenerationConfig(
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=self.pad_id,
-            eos_token_id=sorted(self.stops) or None,
-            max_new_tokens=sampling.max_new_tokens,
-        )
-        device = self.args.device
-        rows = policy.generate(input_ids=ids.to(device), attention_mask=mask.to(device), logits_processor=[sampler])
-        base.generation_config = saved
-        sampler.check("the policy")
-        for i, response in enumerate(rows[:, width:].tolist()):
-            length = next((n + 1 for n, token in enumerate(response) if token in self.stops), len(response))
-            yield i, response[:length]
 
     def score(self, conversations: list[list[dict]], texts: list[str]) -> list[dict[str, float | None]]:
         """For each response its score, the parts of it if the reward has several, and the judge's score."""
@@ -737,20 +697,21 @@ class PPOTrainer(Trainer):
         """Trainer's optimizer, with a separate learning rate for the value model."""
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            rate = self.settings.learning_rate
-            rates = {"policy.": rate, "value.": self.settings.value_learning_rate or rate}
+            policy_rate = self.settings.learning_rate
+            rates = {"policy.": policy_rate, "value.": self.settings.value_learning_rate or policy_rate}
             trained = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
             groups = [
-                {"params": [p for name, p in trained if name.startswith(part)], "lr": rates[part]} for part in rates
+                {"params": [p for name, p in trained if name.startswith(part)], "lr": rate}
+                for part, rate in rates.items()
             ]
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One row per update: Trainer's figures and ours."""
-        if self.sums is not None:
+        if torch.is_tensor(self.sums):
             tokens, *sums = self.accelerator.reduce(self.sums, "sum").tolist()
-            self.sums = None
+            self.sums = 0
             names = ("policy_loss", "value_loss", "clip_fraction", "ratio", "update_kl")
             self.figures |= {name: total / tokens for name, total in zip(names, sums, strict=True)}
             self.figures["seconds_training"] = time.monotonic() - self._clock
@@ -769,8 +730,7 @@ class PPOTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             save_file(model.trained_state(), folder / "model.safetensors", metadata={"format": "pt"})
-            model.policy.save_pretrained(folder / "policy")
-            self.chat.tokenizer.save_pretrained(folder / "policy")
+            common.save_checkpoint(model.policy, self.chat.tokenizer, folder / "policy", merge=False)
             self.update_log.save_alarms(folder)
 
     def check_finite(self, model: PolicyAndValue) -> None:
@@ -786,7 +746,7 @@ class PPOTrainer(Trainer):
             return
         share = range(self.args.process_index, len(prompts), self.settings.processes)
         # The same draws for every candidate, so that only the policies differ.
-        seeds = [hashed_seed(self.settings.seed, "selection", row) for row in share]
+        seeds = [hashing.hashed_seed(self.settings.seed, "selection", row) for row in share]
         _, texts, _ = self.answer([prompts[row] for row in share], seeds)
         reward, name = (self.judge, "the judge") if self.judge else (self.reward, "the reward")
         scores = compute_scores(reward, name, [prompts[row].messages for row in share], texts)
@@ -804,17 +764,13 @@ class PPOTrainer(Trainer):
         Returns:
             {selected_update} if there are candidates.
         """
-        wrapper, tokenizer = self.accelerator.unwrap_model(self.model), self.chat.tokenizer
+        wrapper = self.accelerator.unwrap_model(self.model)
         selected = self.candidates.best() if self.candidates.prompts else None
         if selected is not None:
             wrapper.load_state_dict(load_file(self.candidates.weights(selected)))
         self.check_finite(wrapper)
         if self.is_world_process_zero():
-            if merge:
-                common.save_checkpoint(wrapper.policy, tokenizer, output)
-            else:
-                wrapper.policy.save_pretrained(output)
-                tokenizer.save_pretrained(output)
+            common.save_checkpoint(wrapper.policy, self.chat.tokenizer, output, merge=merge)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             common.delete_states(output)

@@ -6,17 +6,12 @@ prompts = encode_prompts(rows, chat, policy, max_new_tokens=256)
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from cai.base.errors import InputError, shorten
-from cai.data.dialogue import as_messages
-from cai.data.rounds import text_of_round
-from cai.data.sources import Source
+from cai.data import dialogue, rounds, sources
 from cai.models.chat import Chat
 from cai.models.decoding import context_length
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MAKE_REFERENCES = "Make them: python scripts/generate.py --model MODEL --input PROMPTS --output FILE"
 
@@ -26,7 +21,7 @@ class Prompt:
     """A conversation that ends with the user, its token ids up to where the assistant begins, and its kind if known."""
 
     messages: list[dict]
-    ids: "Tensor"
+    ids: Any  # a tensor
     kind: str | None = None
 
 
@@ -41,10 +36,11 @@ def encode_prompts(rows: Sequence[dict], chat: Chat, policy, max_new_tokens: int
     """
     import torch
 
-    prompts = []
-    for row in rows:
-        messages = as_messages(row["prompt"])
-        prompts.append(Prompt(messages, torch.tensor(chat.encode(chat.render(messages))), row.get("kind")))
+    conversations = [dialogue.as_messages(row["prompt"]) for row in rows]
+    prompts = [
+        Prompt(messages, torch.tensor(chat.encode(chat.render(messages))), row.get("kind"))
+        for row, messages in zip(rows, conversations, strict=True)
+    ]
     context = context_length(policy)
     longest = max(prompts, key=lambda prompt: len(prompt.ids), default=None)
     if context and longest is not None and len(longest.ids) + max_new_tokens > context:
@@ -57,7 +53,7 @@ def encode_prompts(rows: Sequence[dict], chat: Chat, policy, max_new_tokens: int
     return prompts
 
 
-def read_references(against: str, source: Source) -> tuple[list[list[str]], str]:
+def read_references(against: str, source: sources.Source) -> tuple[list[list[str]], str]:
     """The responses of a file to the prompts of another.
 
     Returns:
@@ -65,9 +61,9 @@ def read_references(against: str, source: Source) -> tuple[list[list[str]], str]
     Raises:
         InputError: a prompt has no response.
     """
-    answers, by_prompt = Source([against], require=("prompt", "response")), {}
+    answers, by_prompt = sources.Source([against], require=("prompt", "response")), {}
     for row in answers:
-        by_prompt.setdefault(_conversation_key(row), []).append(text_of_round(row))
+        by_prompt.setdefault(_conversation_key(row), []).append(rounds.text_of_round(row))
     unanswered = [row for row in source if _conversation_key(row) not in by_prompt]
     if unanswered:
         raise InputError(
@@ -81,4 +77,4 @@ def read_references(against: str, source: Source) -> tuple[list[list[str]], str]
 
 def _conversation_key(row: dict) -> str:
     """The prompt of a row as a string, the same for a text and for its messages."""
-    return json.dumps(as_messages(row["prompt"]), sort_keys=True)
+    return json.dumps(dialogue.as_messages(row["prompt"]), sort_keys=True)

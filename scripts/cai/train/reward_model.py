@@ -12,15 +12,14 @@ config.json as `score_temperature`. Leaves out ensembles of reward models, and m
 import json
 import math
 import os
+import statistics
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from cai.base import files
+from cai.base import files, hashing
 from cai.base.errors import InputError
-from cai.base.hashing import hashed_seed
-from cai.data import preferences
-from cai.data.dialogue import as_messages, prompt_text
+from cai.data import dialogue, preferences
 from cai.models import loading, scorer
 from cai.models.chat import encode
 from cai.stats import calibration, drawing, intervals, tables
@@ -90,7 +89,7 @@ def read_sources(weights: dict[str, float], options) -> tuple[list[dict], dict, 
 
 def is_held_out(prompt, share: float, seed: int) -> bool:
     """Whether a prompt's pairs are held out: by hashing, so that the pairs of a prompt stay together."""
-    return hashed_seed("holdout", seed, prompt_text(prompt)) < share * 2**63
+    return hashing.hashed_seed("holdout", seed, dialogue.prompt_text(prompt)) < share * 2**63
 
 
 def split_holdout(pairs: list[dict], share: float, seed: int) -> dict[str, list[dict]]:
@@ -112,10 +111,10 @@ def tokenize(pairs: list[dict], chat, max_length: int) -> tuple[list[dict], int]
     """
     rows, overlong = [], 0
     for pair in pairs:
-        messages = as_messages(pair["prompt"])
+        messages = dialogue.as_messages(pair["prompt"])
         row = {
             "p_chosen": pair["p_chosen"],
-            "prompt": prompt_text(pair["prompt"]),
+            "prompt": dialogue.prompt_text(pair["prompt"]),
             "source": pair.get("source", ""),
             "weight": pair.get("weight", 1.0),
         }
@@ -214,7 +213,6 @@ def make_trainer(
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
-    callbacks = [common.MetricsLog(output, "reward model"), *([EarlyStoppingCallback(patience)] if patience else [])]
     arguments = {**arguments, **decide_evaluations(eval_steps, patience)}
     return SoftRewardTrainer(
         model=model,
@@ -226,7 +224,7 @@ def make_trainer(
         # Every column is used: by default, Trainer drops those that the model does not know by name.
         # No maximum length: TRL would drop pairs silently, and `tokenize` has counted them.
         args=RewardConfig(**arguments, max_length=None, disable_dropout=True, remove_unused_columns=False),
-        callbacks=callbacks,
+        callbacks=[common.MetricsLog(output, "reward model"), *([EarlyStoppingCallback(patience)] if patience else [])],
     )
 
 
@@ -234,19 +232,14 @@ def make_dataset(rows: Sequence[dict]):
     """The columns of `tokenize` that TRL and the loss read."""
     from datasets import Dataset
 
-    columns = ("chosen_ids", "rejected_ids", "p_chosen")
-    return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
+    return Dataset.from_list([{name: row[name] for name in ("chosen_ids", "rejected_ids", "p_chosen")} for row in rows])
 
 
 def decide_evaluations(eval_steps: int, patience: int) -> dict:
     """Trainer's arguments for evaluating, and for keeping the best weights with `patience`."""
     if not eval_steps:
         return {}
-    evaluating = {"eval_strategy": "steps", "eval_steps": eval_steps}
-    if not patience:
-        return evaluating
-    return {
-        **evaluating,
+    keeping = {
         "save_strategy": "steps",
         "save_steps": eval_steps,
         "load_best_model_at_end": True,
@@ -255,6 +248,7 @@ def decide_evaluations(eval_steps: int, patience: int) -> dict:
         # The count of evaluations that were not better is saved too: a resumed run stops where an unbroken one does.
         "restore_callback_states_from_checkpoint": True,
     }
+    return {"eval_strategy": "steps", "eval_steps": eval_steps, **(keeping if patience else {})}
 
 
 def measure_holdout(trainer, rows: Sequence[dict]) -> dict:
@@ -272,8 +266,12 @@ def score_pairs(trainer, rows: Sequence[dict]) -> list[float]:
     Each process scores all of them: a sharded model needs every process in each forward pass.
     """
     sequences = [row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
-    size = 2 * trainer.args.per_device_train_batch_size
-    return scorer.score_sequences(trainer.model_wrapped, trainer.processing_class.pad_token_id, sequences, size)
+    return scorer.score_sequences(
+        trainer.model_wrapped,
+        trainer.processing_class.pad_token_id,
+        sequences,
+        2 * trainer.args.per_device_train_batch_size,
+    )
 
 
 def subtract(scores: Sequence[float]) -> list[float]:
@@ -301,7 +299,7 @@ def measure(scores: Sequence[float], rows: Sequence[dict]) -> dict:
     """
     margins, labels = subtract(scores), [row["p_chosen"] for row in rows]
     scaled = scale_across_halves(margins, rows)
-    ece, scaled_ece = calibrate(margins, labels), calibrate(scaled, labels)
+    ece, scaled_ece = (calibration.calibrate_margins(each, labels) for each in (margins, scaled))
     lengths = [row[f"{side}_length"] for side in ("chosen", "rejected") for row in rows]
     return {
         "pairs": len(rows),
@@ -359,24 +357,12 @@ def length_difference(row: dict) -> float:
 
 def log_loss(margins: Sequence[float], rows: Sequence[dict]) -> float:
     """Mean of `calibration.soft_loss` over the rows."""
-    losses = [calibration.soft_loss(d, row["p_chosen"]) for d, row in zip(margins, rows, strict=True)]
-    return math.fsum(losses) / len(rows)
-
-
-def calibrate(margins: Sequence[float], labels: Sequence[float]) -> dict:
-    """Calibration of the side that the scores prefer: whether it is the better one as often as they say.
-
-    With the chosen side's own probability the labels would all be above one half, and say which side is which.
-    """
-    return calibration.calibration(
-        [calibration.sigmoid(abs(d)) for d in margins],
-        [p if d > 0 else 1 - p for d, p in zip(margins, labels, strict=True)],
-    )
+    return statistics.fmean(calibration.soft_loss(d, row["p_chosen"]) for d, row in zip(margins, rows, strict=True))
 
 
 def scale_across_halves(margins: Sequence[float], rows: Sequence[dict]) -> list[float]:
     """The margins, those of each half of the prompts divided by the temperature fitted on the other half."""
-    halves = [hashed_seed("half", row["prompt"]) % 2 for row in rows]
+    halves = [hashing.hashed_seed("half", row["prompt"]) % 2 for row in rows]
     temperatures = [1.0, 1.0]
     for half in set(halves) if len(set(halves)) == 2 else ():
         others = [i for i, other in enumerate(halves) if other != half]
@@ -401,12 +387,11 @@ def write_holdout(measures: dict, output: str | Path) -> dict:
 
 def show_holdout(summary: dict) -> dict:
     """The summary for people: rates with their intervals instead of nested objects."""
-    measures = summary.get("holdout", {})
     lines = {
         f"held-out {name.replace('_', ' ')}": tables.show(value)
         if name in ("accuracy", "longer")
         else tables.show_number(value)
-        for name, value in measures.items()
+        for name, value in summary.get("holdout", {}).items()
         if name != "pairs"
     }
     return {name: value for name, value in summary.items() if name != "holdout"} | lines

@@ -20,11 +20,9 @@ from pathlib import Path
 from cai.base import hashing
 from cai.base.errors import CaiError, InputError, shorten
 from cai.constitution.templates import load_template
-from cai.models import loading
+from cai.models import choice, loading, scorer
 from cai.models.chat import Chat
-from cai.models.choice import choose, probabilities
 from cai.models.engine import Engine, Request
-from cai.models.scorer import Scorer, check_reward_model, load_scorer
 from cai.train.prompts import Prompt
 
 Reward = Callable[[Sequence[list[dict]], Sequence[str]], Sequence[float | None]]
@@ -55,7 +53,7 @@ class Judge:
             for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
         ]
         scores = [0.0] * len(requests)
-        for request, logprobs in choose(self.engine, requests, LETTERS):
+        for request, logprobs in choice.choose(self.engine, requests, LETTERS):
             if logprobs is None:
                 raise CaiError(
                     f"the judge ({self.engine.name}) has no choice for a response: it is too long for the judge, or "
@@ -63,7 +61,7 @@ class Judge:
                     "log-probabilities, or lower --max-new-tokens"
                 )
             right = LETTERS.index(RIGHT[self.kinds[str(prompts[request.key])]])
-            scores[request.key] = probabilities(logprobs)[right]
+            scores[request.key] = choice.probabilities(logprobs)[right]
         return scores
 
 
@@ -106,7 +104,7 @@ def compute_scores(
     scores = list(reward(list(prompts), list(responses)))
     if len(scores) != len(responses):
         raise CaiError(f"{name} returned {len(scores)} scores for {len(responses)} responses")
-    may_be_none = isinstance(reward, Scorer | Total)
+    may_be_none = isinstance(reward, scorer.Scorer | Total)
     try:
         numbers = [None if score is None and may_be_none else float(score) for score in scores]
     except (TypeError, ValueError) as error:
@@ -167,8 +165,8 @@ def identify(spec: str) -> str | dict:
     """What a manifest knows a reward or a judge by: a model's identity; a function's name and its module's source."""
     if not is_function(spec):
         return hashing.identity(spec)
-    source = inspect.getsource(sys.modules[load_function(spec).__module__])
-    return {"function": spec, "sha256": hashing.sha256_text(source)}
+    module = sys.modules[load_function(spec).__module__]
+    return {"function": spec, "sha256": hashing.sha256_text(inspect.getsource(module))}
 
 
 # --- rewards and judges by their names ------------------------------------------------------------------------
@@ -192,7 +190,7 @@ def read_rewards(specs: Sequence[str], weights: Sequence[float], value_head: boo
         if is_function(spec):
             load_function(spec)
         else:
-            check_reward_model(spec)
+            scorer.check_reward_model(spec)
     if not value_head and all(map(is_function, specs)):
         raise InputError(
             "a value model can't begin as a function",
@@ -220,7 +218,7 @@ def load_reward(spec: str, chat: Chat | None = None, **loading_options) -> Rewar
         return load_function(spec)
     if chat is not None:
         check_tokenizer(spec, chat)
-    return load_scorer(spec, **loading_options)
+    return scorer.load_scorer(spec, **loading_options)
 
 
 def load_total(weights: Mapping[str, float], chat: Chat, **loading_options) -> Total:

@@ -11,9 +11,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from cai.base import hashing, paths
 from cai.base.errors import InputError, shorten
-from cai.base.hashing import hashed_seed
-from cai.base.paths import TINY
 from cai.data import outputs, readers, sources
 from cai.data.kinds import AXES, KINDS
 from cai.train.prompts import Prompt
@@ -37,8 +36,8 @@ def read_prompts(select: str, source: sources.Source, seed: int) -> list[dict]:
     if select == FROM_INPUT:
         where = ", ".join(source.inputs)
         rows = [row for row in source if row.get("kind") is not None]
-        rows.sort(key=lambda row: hashed_seed("select", seed, row["id"]))
-    elif Path(select).resolve() == (TINY / "prompts" / "heldout.jsonl").resolve():
+        rows.sort(key=lambda row: hashing.hashed_seed("select", seed, row["id"]))
+    elif Path(select).resolve() == (paths.TINY / "prompts" / "heldout.jsonl").resolve():
         raise InputError(
             "these prompts are for the evaluation",
             where=select,
@@ -140,19 +139,15 @@ class Candidates:
         from safetensors.torch import save_file
 
         before = self.best(update)
-        rows = [row for row in self.rows() if row["update"] < update]
-        rows.append({"update": update, **axis_means(self.kinds, scores), "scores": scores})
-        outputs.write_jsonl(self.path, rows)
+        new = {"update": update, **axis_means(self.kinds, scores), "scores": scores}
+        outputs.write_jsonl(self.path, [*(row for row in self.rows() if row["update"] < update), new])
         best = self.best()
         self.states.mkdir(parents=True, exist_ok=True)
         if best == update:
             save_file(read_state(), self.weights(update), metadata={"format": "pt"})
         # The best of the state before stays until this one is saved: a killed run continues from there.
-        kept = [self.weights(best), self.weights(before)]
-        for file in self.states.glob("candidate-*.safetensors"):
-            if file not in kept:
-                file.unlink()
+        for file in {*self.states.glob("candidate-*.safetensors")} - {self.weights(best), self.weights(before)}:
+            file.unlink()
 
     def weights(self, update: int | None) -> Path:
-        """The file of a candidate's weights."""
         return self.states / f"candidate-{update}.safetensors"

@@ -19,8 +19,7 @@ from cai.base.errors import CaiError, InputError
 from cai.data import outputs, readers
 from cai.models import estimate, loading
 from cai.stats import drawing
-from cai.train import common
-from cai.train.alarms import Alarm, Watch
+from cai.train import alarms, common
 
 SAMPLES, CURVES, ALARMS = "samples.jsonl", "curves.png", "alarms.json"
 
@@ -156,10 +155,10 @@ class UpdateLog(common.MetricsLog):
         raised: alarm -> the update in which it was first raised.
     """
 
-    def __init__(self, output: str | Path, label: str, settings, watch: Watch):
+    def __init__(self, output: str | Path, label: str, settings, watch: alarms.Watch):
         super().__init__(output, label)
         self.settings, self.watch = settings, watch
-        self.alarms: list[Alarm] = []
+        self.alarms: list[alarms.Alarm] = []
         self.raised: dict[str, int] = {}
 
     def on_train_begin(self, args, state, control, **_):
@@ -173,18 +172,16 @@ class UpdateLog(common.MetricsLog):
         return super().is_current(row, step) and row.get("update", 0) <= step // self.settings.steps_per_update
 
     def on_log(self, args, state, control, logs=None, **_):
-        if not logs or "score" not in logs:
-            super().on_log(args, state, control, logs)
-            return
-        if self.alarms:  # added here, because the trackers take numbers only
+        is_update = bool(logs) and "score" in logs
+        if is_update and self.alarms:  # added here, because the trackers take numbers only
             logs = {**logs, "alarms": [alarm.name for alarm in self.alarms]}
         super().on_log(args, state, control, logs)
-        if self.bar is not None:
+        if is_update and self.bar is not None:
             names = {"score": "score", "kl": "kl", "length": "response_length"}
             postfix = {short: f"{logs[name]:.3g}" for short, name in names.items() if name in logs}
             self.bar.set_postfix(postfix, refresh=self.bar.fp.isatty())
 
-    def check(self, figures: dict, prompts: Sequence, responses: Sequence[str]) -> Alarm | None:
+    def check(self, figures: dict, prompts: Sequence, responses: Sequence[str]) -> alarms.Alarm | None:
         """Raise the alarms of an update, each with a warning the first time.
 
         Args:
@@ -201,7 +198,7 @@ class UpdateLog(common.MetricsLog):
             self.raised.setdefault(alarm.name, figures["update"])
         return self.watch.stops(self.alarms)
 
-    def stop(self, alarm: Alarm, update: int, states: str | Path) -> NoReturn:
+    def stop(self, alarm: alarms.Alarm, update: int, states: str | Path) -> NoReturn:
         """Raise `Stopped`, which names the newest saved policy in the folder `states`."""
         if self.bar is not None:
             self.bar.close()
