@@ -93,11 +93,6 @@ class Picture:
         return svg.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
 
 
-def is_number(value: object) -> bool:
-    """Whether the value is a finite number that can be drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value - value == 0
-
-
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """Which points (more is better in both) no other point beats: at least as good in both, better in one."""
     return [i for i, (x, y) in enumerate(points) if not any(a >= x and b >= y and (a > x or b > y) for a, b in points)]
@@ -185,8 +180,14 @@ def plane(name: str, title: str, rows: Sequence[Mapping], *, x: str, y: str, say
     front = pareto(points)
     with _canvas(3.7) as (canvas, ((axes,),)):
         _plot(canvas, axes, rows, linestyle="", markersize=6, elinewidth=1.2)
-        best = sorted(points[i] for i in front)
-        axes.plot(*zip(*best, strict=True), linestyle="--", linewidth=1, color=INK, alpha=0.5, zorder=0)
+        axes.plot(
+            *zip(*sorted(points[i] for i in front), strict=True),
+            linestyle="--",
+            linewidth=1,
+            color=INK,
+            alpha=0.5,
+            zorder=0,
+        )
         axes.set(xlabel=x, ylabel=y, **limits)
         axes.locator_params(axis="x", nbins=6, integer=True)
         names = ", ".join(rows[i]["series"] for i in front)
@@ -333,7 +334,9 @@ def panels(
 
 
 def _points(rows: Iterable[Mapping], along: str, field: str) -> list[tuple[float, float]]:
-    return [(row[along], row[field]) for row in rows if along in row and is_number(row.get(field))]
+    """(along, field) of the rows that have both, except values that can not be drawn: infinite ones, and no numbers."""
+    values = ((row[along], row.get(field)) for row in rows if along in row)
+    return [(x, y) for x, y in values if type(y) in (int, float) and y - y == 0]
 
 
 def _plot_curve(axes, points: Sequence[tuple[float, float]], colour: str) -> None:
