@@ -34,14 +34,18 @@ def check(path: Path, repository: str) -> str:
     kind, commands = ("model", TRAINING) if path.is_dir() else ("dataset", ("judge",))
     manifest = read_manifest(path) or {}
     if manifest.get("command") not in commands or manifest.get("status") != "done":
-        expected = "the folder of a finished training, or the preferences of judge.py, with the manifest beside it"
-        raise InputError("not a finished output", where=path, expected=expected)
+        raise InputError(
+            "not a finished output",
+            where=path,
+            expected="the folder of a finished training, or the preferences of judge.py, with the manifest beside it",
+        )
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        problem = f"{shorten(repository)!r} is not a valid name of a repository"
-        expected = "NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'"
-        raise InputError(problem, expected=expected) from error
+        raise InputError(
+            f"{shorten(repository)!r} is not a valid name of a repository",
+            expected="NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'",
+        ) from error
     if constants.HF_HUB_OFFLINE:
         raise InputError("HF_HUB_OFFLINE is set", remedy="Unset it")
     if get_token() is None:

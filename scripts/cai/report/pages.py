@@ -124,10 +124,10 @@ def _stage_rows(run: Run) -> list[tuple[str, list]]:
         names = [name for name, (prompts, _) in RATES.items() if prompts == kind and name + ending in measured]
         rates = {name: [stage.rates.get(name + ending) for stage in run.stages] for name in names}
         if names:
-            sizes = sorted({rate["n"] for rate in rates[names[0]] if rate})
+            sizes = ", ".join(f"{n:,}" for n in sorted({rate["n"] for rate in rates[names[0]] if rate}))
             stress = f" under stress: {way.replace('_', ' ')}" if way else ""
-            title = f"{kind} prompts{stress} (n = {', '.join(f'{size:,}' for size in sizes)})"
-            result.append((title, [(NAMES.get(name, name), rates[name]) for name in names]))
+            rows = [(NAMES.get(name, name), rates[name]) for name in names]
+            result.append((f"{kind} prompts{stress} (n = {sizes})", rows))
     return result
 
 
@@ -135,7 +135,7 @@ def _summarise_stages(run: Run) -> list[str]:
     """The change of the main rates over the stages, in sentences."""
     lines = []
     for name, words in SENTENCES.items():
-        rates = [(stage.label, stage.rates[name]) for stage in run.stages if stage.rates.get(name)]
+        rates = [(stage.label, rate) for stage in run.stages if (rate := stage.rates.get(name))]
         rates = [(label, rate) for label, rate in rates if rate["value"] is not None]
         if rates:
             values = ", ".join(f"{percent(rate)} {label}" for label, rate in rates)
