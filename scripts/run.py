@@ -23,8 +23,8 @@ from cai.base.paths import TINY
 from cai.constitution.files import load_constitution
 from cai.data.sources import Source
 from cai.evaluate import smoke as signs_of_life
-from cai.evaluate.stages import read_stages, spread_over_seeds, spread_table, stage_table
-from cai.models.loading import check_model
+from cai.evaluate import stages
+from cai.models import loading
 from cai.stats import tables
 from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
 
@@ -101,17 +101,15 @@ def main(output, seeds, smoke, seed, as_json, dry_run, **options):
     if dry_run:
         print_plan([step for seed, folder in folders.items() for step in make_plan(choices, folder, seed)], as_json)
         return
-    from cai.models.loading import choose_device
-
     # Once for all steps: in one process the GPU can't be chosen again after the first step has used it.
-    choose_device(choices.device)
+    loading.choose_device(choices.device)
     if choices.device and choices.device.startswith("cuda"):
         choices = replace(choices, device="cuda")
     runs, some_failed = [], False
     for seed, folder in folders.items():
         started, steps = time.monotonic(), make_plan(choices, folder, seed)
         some_failed |= run_steps(steps)
-        result = read_stages({step.name: step.output for step in steps})
+        result = stages.read_stages({step.name: step.output for step in steps})
         runs.append({**result, "seconds": round(time.monotonic() - started, 1), "output": folder})
     if smoke:
         print_signs(steps, choices.device, as_json)
@@ -138,7 +136,7 @@ def choose(*, model, inputs, heldout, preset, **options) -> Choices:
 
 def check_inputs(choices: Choices) -> None:
     """Refuse bad input now, rather than hours later when its step comes."""
-    check_model(choices.model)
+    loading.check_model(choices.model)
     load_constitution(choices.constitution)
     Source(choices.inputs, limit=choices.limit)
     Source(choices.heldout, require=("prompt", "kind"), limit=choices.limit)
@@ -221,11 +219,11 @@ def _peak_megabytes() -> str:
 def print_rates(runs: list[dict], output: str, as_json: bool) -> None:
     """Print the rates of a run, or mean and range over several seeds, as a table or as one JSON object."""
     if len(runs) == 1:
-        [result], table = runs, stage_table(runs[0]["stages"])
+        [result], table = runs, stages.stage_table(runs[0]["stages"])
         summary = f"rates with 95 % intervals · {runs[0]['seconds']:.0f} s"
     else:
-        spread = spread_over_seeds([run["stages"] for run in runs])
-        result, table = {"stages": spread, "runs": runs, "output": output}, spread_table(spread)
+        spread = stages.spread_over_seeds([run["stages"] for run in runs])
+        result, table = {"stages": spread, "runs": runs, "output": output}, stages.spread_table(spread)
         summary = f"mean and range in % over {len(runs)} seeds"
     if as_json:
         click.echo(json.dumps(result, ensure_ascii=False))

@@ -152,7 +152,7 @@ def _plot(canvas, axes, rows: Iterable[Mapping], **style) -> None:
 
 def ranges(name: str, title: str, rows: Sequence[Mapping], *, x: str, says: str) -> Picture:
     """Percentages with their intervals as dots, one line per `label` of the rows, one colour per series."""
-    labels, series = list(dict.fromkeys(row["label"] for row in rows)), list(_by_series(rows))
+    labels, series = (list(dict.fromkeys(row[field] for row in rows)) for field in ("label", "series"))
     dots = [
         {
             "series": row["series"],
@@ -216,10 +216,8 @@ def lines(
 
 
 def _words(rows: Iterable[Mapping]) -> str:
-    points = (
-        f"{row['series']}, {row.get('label') or format(row['x'], '.3g')}: {tables.show_number(row)}" for row in rows
-    )
-    return f"{'; '.join(points)}."
+    points = ((row["series"], row.get("label") or format(row["x"], ".3g"), tables.show_number(row)) for row in rows)
+    return f"{'; '.join(f'{series}, {label}: {number}' for series, label, number in points)}."
 
 
 def histogram(name: str, title: str, values: Sequence[float], edges: Sequence[float], *, x: str, y: str) -> Picture:
@@ -261,8 +259,7 @@ def reliability(path: str | Path, calibration: Mapping, title: str) -> None:
         calibration: of `calibration.calibration`; bins without rows are left out. Bars are the bins' 95 % intervals;
             below are the numbers of rows.
     """
-    bins = [entry for entry in calibration["bins"] if entry["outcome"]["n"]]
-    ece = calibration["ece"]
+    bins, ece = [entry for entry in calibration["bins"] if entry["outcome"]["n"]], calibration["ece"]
     label = f"ECE {tables.show_number(ece)}, n = {ece['n']:,}"
     rows = [{"series": label, "x": entry["probability"], **entry["outcome"]} for entry in bins]
     with _canvas(5.5, 4.5, rows=2, sharex=True, height_ratios=(4, 1)) as (canvas, ((above,), (below,))):
@@ -349,7 +346,17 @@ def curves(path: str | Path, rows: Sequence[Mapping], title: str) -> None:
     Args:
         rows: those of metrics.jsonl that have `update`. An update with `alarms` is marked.
     """
-    alarms = [row["update"] for row in rows if row.get("alarms")]
-    shape = {"columns": 3, "width": 11, "beside": {"score": "judge"}, "heading": title}
-    if picture := panels("curves", title, rows, _UPDATES, along="update", alarms=alarms, **shape):
+    picture = panels(
+        "curves",
+        title,
+        rows,
+        _UPDATES,
+        along="update",
+        alarms=[row["update"] for row in rows if row.get("alarms")],
+        columns=3,
+        width=11,
+        beside={"score": "judge"},
+        heading=title,
+    )
+    if picture:
         picture.save_png(path)

@@ -43,8 +43,6 @@ _NARROW = {
 
 _MANNERS = {"plain-refusal": "preachy", "not-evasive": "evasive"}
 
-_TEMPLATES = ("critique", "critique_cot", "revise", "preference", "preference_cot", "classify")
-
 _FAULTS = {"preachy": "scolds instead of answering with respect", "evasive": "dodges the question"}
 
 
@@ -170,7 +168,10 @@ class Demonstrations:
         self.act_words = self.object_words | {verb.split()[0] for verb in verbs}
         self.other_order: list[tuple] = []
         self.marks: list[tuple[str, list[Mark]]] = []
-        self.templates = {name: load_template(name) for name in _TEMPLATES}
+        self.templates = {
+            name: load_template(name)
+            for name in ("critique", "critique_cot", "revise", "preference", "preference_cot", "classify")
+        }
 
     def draw(self, task: str) -> tuple[list[dict], str, list]:
         """(messages, target, marks); marks: texts of the messages, each with what the probe is to read in it."""
