@@ -22,8 +22,7 @@ from cai.base.errors import CaiError, InputError
 from cai.base.paths import TINY
 from cai.constitution.files import load_constitution
 from cai.data.sources import Source
-from cai.evaluate import smoke as signs_of_life
-from cai.evaluate import stages
+from cai.evaluate import smoke, stages
 from cai.models import loading
 from cai.stats import tables
 from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
@@ -68,6 +67,7 @@ from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
 )
 @click.option(
     "--smoke",
+    "is_smoke",
     is_flag=True,
     help="Run every step on a handful of rows, in a minute or so, into OUTPUT/smoke; then look for signs of life. "
     "For use before a costly run.",
@@ -85,16 +85,16 @@ from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
     help="Rows in one forward pass of the steps that write or judge text. Default: the preset's.",
 )
 @cli.options("seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
-def main(output, seeds, smoke, seed, as_json, dry_run, **options):
+def main(output, seeds, is_smoke, seed, as_json, dry_run, **options):
     """Run the complete method: critique, revision, SFT, judging, reward model, PPO, and measure each stage.
 
     \b
     Example:
       python scripts/run.py --model tiny --output runs/tiny
     """
-    if smoke:
+    if is_smoke:
         output, seeds = str(Path(output) / "smoke"), 1
-        options |= {"limit": min(options["limit"] or signs_of_life.LIMIT, signs_of_life.LIMIT), "overwrite": True}
+        options |= {"limit": min(options["limit"] or smoke.LIMIT, smoke.LIMIT), "overwrite": True}
     choices = choose(**options)
     check_inputs(choices)
     folders = {seed + n: output if seeds == 1 else str(Path(output) / f"seed-{seed + n}") for n in range(seeds)}
@@ -111,7 +111,7 @@ def main(output, seeds, smoke, seed, as_json, dry_run, **options):
         some_failed |= run_steps(steps)
         result = stages.read_stages({step.name: step.output for step in steps})
         runs.append({**result, "seconds": round(time.monotonic() - started, 1), "output": folder})
-    if smoke:
+    if is_smoke:
         print_signs(steps, choices.device, as_json)
     else:
         print_rates(runs, output, as_json)
@@ -235,7 +235,7 @@ def print_rates(runs: list[dict], output: str, as_json: bool) -> None:
 
 def print_signs(steps: list[Step], device: str | None, as_json: bool) -> None:
     """Print each sign of life of a smoke run; exit 1 where one is missing."""
-    signs = signs_of_life.look([(step.command, step.output) for step in steps], device)
+    signs = smoke.look([(step.command, step.output) for step in steps], device)
     alive = all(sign.alive for sign in signs)
     rows = [(sign.step, sign.name, "yes" if sign.alive else "NO", sign.seen) for sign in signs]
     result = json.dumps({"alive": alive, "signs": [asdict(sign) for sign in signs]}, ensure_ascii=False)

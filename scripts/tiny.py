@@ -13,8 +13,7 @@ import click
 
 from cai.base import cli
 from cai.base.errors import InputError
-from cai.data.outputs import write_jsonl
-from cai.data.readers import read_jsonl
+from cai.data import outputs, readers
 from cai.world import language, oracle
 
 _STYLES = {
@@ -112,7 +111,7 @@ def prompts(kinds, split, count, categories, output, seed, as_json):
             )
     rows = [row for kind in kinds for row in language.prompt_rows(kind, split, seed, count, categories)]
     random.Random(seed).shuffle(rows)  # so that the first few are of every kind
-    write_jsonl(output, rows)
+    outputs.write_jsonl(output, rows)
     cli.finish(
         {"prompts": count * len(kinds), "kinds": ", ".join(kinds), "output": output},
         as_json=as_json,
@@ -154,7 +153,7 @@ def pairs(split, count, responses, output, seed, as_json):
         else:
             gold = "a" if tier_a > tier_b else "b"
             rows.append({**row, "id": f"pair-{len(rows):05d}", "response_a": a, "response_b": b, "gold": gold})
-    write_jsonl(output, rows)
+    outputs.write_jsonl(output, rows)
     cli.finish(
         {"pairs": len(rows), "no_difference": same, "output": output},
         as_json=as_json,
@@ -175,7 +174,7 @@ def _policy_pairs(paths, rng: random.Random):
     """(row, a, b) for every two different responses to one prompt, prompts in random order."""
     by_prompt: dict[str, tuple[dict, list[str]]] = {}
     for path in paths:
-        for line, row in read_jsonl(path):
+        for line, row in readers.read_jsonl(path):
             missing = [k for k in ("prompt_id", "response", "kind", "category", "verb", "object") if k not in row]
             if missing:
                 raise InputError(

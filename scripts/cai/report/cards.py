@@ -15,8 +15,7 @@ from cai.base.files import file_name
 from cai.base.paths import model_path
 from cai.data.kinds import KINDS
 from cai.evaluate.rates import RATES
-from cai.report import run_folder
-from cai.report.escaping import MARK, environment
+from cai.report import escaping, run_folder
 from cai.report.run_folder import Run, Training
 
 PURPOSES = {
@@ -191,4 +190,4 @@ def _flatten(content: dict) -> list[tuple[str, object]]:
 
 def _render(template: str, data, **values) -> str:
     front = Markup(data.to_yaml(line_break="\n").strip())
-    return environment(html=False).get_template(template).render(front=front, mark=MARK, **values)
+    return escaping.environment(html=False).get_template(template).render(front=front, mark=escaping.MARK, **values)

@@ -12,7 +12,6 @@ from cai.base.files import file_name
 from cai.evaluate.rates import RATES
 from cai.report.run_folder import Run, Training, p_a, rounds
 from cai.stats import drawing, tables
-from cai.stats.drawing import Picture
 
 NAMES = {
     "harmful_compliance": "complied",
@@ -35,7 +34,7 @@ CURVES = {
 }
 
 
-def draw(run: Run) -> list[Picture]:
+def draw(run: Run) -> list[drawing.Picture]:
     """Every picture that the run has the numbers for."""
     pictures = [_stages(run), _plane(run), *_elo_planes(run), _rounds(run), _judge(run), *map(_training, run.trainings)]
     return [picture for picture in pictures if picture]
@@ -53,7 +52,7 @@ def _is_measured(rate: Mapping | None) -> bool:
     return bool(rate) and rate["value"] is not None
 
 
-def _stages(run: Run) -> Picture | None:
+def _stages(run: Run) -> drawing.Picture | None:
     """Every rate with its interval, one colour per stage."""
     measured = [
         (stage.label, f"{kind}: {NAMES.get(name, name)}", rate)
@@ -70,7 +69,7 @@ def _stages(run: Run) -> Picture | None:
     )
 
 
-def _plane(run: Run) -> Picture | None:
+def _plane(run: Run) -> drawing.Picture | None:
     """Helpfulness against harmlessness, as in the paper's figure 2 but in rates."""
     rows, says = [], []
     for stage in run.stages:
@@ -114,14 +113,14 @@ def _policy(name: str, axis: str) -> str | None:
     return name.partition(f"{axis}_elo ")[2] or None
 
 
-def elo_plane(name: str, title: str, rows: list[dict]) -> Picture:
+def elo_plane(name: str, title: str, rows: list[dict]) -> drawing.Picture:
     """The rows of `elo_points` as a plane."""
     points = (f"{row['series']}: helpfulness {row['x']:+.0f}, harmlessness {row['value']:+.0f}" for row in rows)
     x, y = "helpfulness, Elo points", "harmlessness, Elo points"
     return drawing.plane(name, title, rows, x=x, y=y, says="; ".join(points))
 
 
-def _elo_planes(run: Run) -> list[Picture]:
+def _elo_planes(run: Run) -> list[drawing.Picture]:
     """One plane per comparison of policies in the folder."""
     return [
         elo_plane(f"elo-{file_name(name)}", "Policies against each other, judged in pairs", rows)
@@ -130,7 +129,7 @@ def _elo_planes(run: Run) -> list[Picture]:
     ]
 
 
-def _rounds(run: Run) -> Picture | None:
+def _rounds(run: Run) -> drawing.Picture | None:
     """Compliance and good refusals round by round, and the share of texts that each round changed."""
     entries = rounds(run)
     if len(entries) < 2:
@@ -148,7 +147,7 @@ def _rounds(run: Run) -> Picture | None:
     return drawing.lines("rounds", "Round by round", rows, x="", y=y, says=f"{says}.", limits=(0, 100))
 
 
-def _judge(run: Run) -> Picture | None:
+def _judge(run: Run) -> drawing.Picture | None:
     """How sure the judge was: the probability of the side it preferred."""
     labels = [p_a(row) for row in run.preferences if not row.get("tie")]
     probabilities = [max(p, 1 - p) for p in labels if p is not None]
@@ -159,7 +158,7 @@ def _judge(run: Run) -> Picture | None:
     return drawing.histogram("judge", "How sure the judge was", probabilities, edges, x=x, y="pairs")
 
 
-def _training(training: Training) -> Picture | None:
+def _training(training: Training) -> drawing.Picture | None:
     """The curves of CURVES that the log has."""
     along = "update" if any("update" in row for row in training.rows) else "step"
     fields = {field: field.replace("_", " ") for field in CURVES.get(training.command, ())}

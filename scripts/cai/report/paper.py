@@ -21,8 +21,7 @@ from cai.base import cli
 from cai.base.errors import CaiError, InputError
 from cai.base.hashing import identity, sha256_file, sha256_text
 from cai.constitution.templates import load_template
-from cai.data import outputs, readers, rounds
-from cai.data.dialogue import as_messages
+from cai.data import dialogue, outputs, readers, rounds
 from cai.models import choice, loading, scorer
 from cai.models.engine import RowRequest
 from cai.report import figures, run_folder
@@ -120,7 +119,7 @@ def _score_rounds(runs: Sequence[run_folder.Run], options, series: Callable, har
         for run in runs:
             rows = (row for row in run.rows if not harmful or row.get("kind", "harmful") == "harmful")
             for row in islice(rows, options.limit):
-                prompt, name = as_messages(row["prompt"]), series(run, row)
+                prompt, name = dialogue.as_messages(row["prompt"]), series(run, row)
                 texts += [((name, number), (prompt, text)) for number, text in enumerate(rounds.texts_of(row))]
         reward_scorer, scores = scorer.load_scorer(reward_model, **options.loading), defaultdict(list)
         with cli.progress(len(texts), "score") as bar:

@@ -14,8 +14,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 from cai.base.hashing import hashed_seed
-from cai.data import preferences
-from cai.data.dialogue import as_messages
+from cai.data import dialogue, preferences
 from cai.data.rounds import UNCHANGED, is_changed
 from cai.report.run_folder import Run, p_a, same_position
 
@@ -54,7 +53,7 @@ def _transcript(
         "set": set_,
         "kind": row.get("kind"),
         "category": row.get("category"),
-        "prompt": as_messages(row["prompt"]),
+        "prompt": dialogue.as_messages(row["prompt"]),
         "responses": responses,
         "rounds": rounds,
         "pairs": pairs,
