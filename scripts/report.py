@@ -70,8 +70,11 @@ def check_targets(paths: list[Path], overwrite: bool) -> None:
     """InputError if a file that would be replaced was not written by this command."""
     for path in paths:
         if path.is_dir() or (path.exists() and not overwrite and escaping.MARK.encode() not in path.read_bytes()):
-            remedy = "Name another --output, or replace it with --overwrite"
-            raise InputError("it exists, and this command did not write it", where=path, remedy=remedy)
+            raise InputError(
+                "it exists, and this command did not write it",
+                where=path,
+                remedy="Name another --output, or replace it with --overwrite",
+            )
 
 
 if __name__ == "__main__":

@@ -93,12 +93,6 @@ def model_card(run: Run, training: Training) -> str:
     from huggingface_hub import ModelCardData
 
     is_scorer = training.command == "reward_model"
-    data = ModelCardData(
-        base_model=hub_id(run.model),
-        library_name="transformers" if training.step["fingerprint"].get("lora_rank") is None else "peft",
-        pipeline_tag="text-classification" if is_scorer else "text-generation",
-        tags=["constitutional-ai", "rlaif", training.command.replace("_", "-")],
-    )
     measured = [stage for stage in run.stages if Path(stage.model).name == training.name]
     stages = [stage for stage in run.stages if stage.model == run.model or stage in measured] if measured else []
     rows = [
@@ -108,7 +102,12 @@ def model_card(run: Run, training: Training) -> str:
     ]
     return _render(
         "model_card.md.jinja",
-        data,
+        ModelCardData(
+            base_model=hub_id(run.model),
+            library_name="transformers" if training.step["fingerprint"].get("lora_rank") is None else "peft",
+            pipeline_tag="text-classification" if is_scorer else "text-generation",
+            tags=["constitutional-ai", "rlaif", training.command.replace("_", "-")],
+        ),
         title=f"{run.name}/{training.name}",
         purpose=PURPOSES[training.command],
         made=_list_facts(run, training.step),
@@ -136,12 +135,13 @@ def dataset_card(run: Run, name: str, kind: str) -> str:
 
     [step] = [step for step in run.steps if step["name"] == name]
     rows = list(run.read(name))
-    data = DatasetCardData(
-        tags=["constitutional-ai", "rlaif", kind], pretty_name=f"{run.name} {kind}", task_categories=["text-generation"]
-    )
     return _render(
         "dataset_card.md.jinja",
-        data,
+        DatasetCardData(
+            tags=["constitutional-ai", "rlaif", kind],
+            pretty_name=f"{run.name} {kind}",
+            task_categories=["text-generation"],
+        ),
         title=f"{run.name}/{name}",
         purpose=PURPOSES[kind],
         made=_list_facts(run, step),

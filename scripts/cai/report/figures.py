@@ -36,7 +36,7 @@ CURVES = {
 
 def draw(run: Run) -> list[drawing.Picture]:
     """Every picture that the run has the numbers for."""
-    pictures = [_stages(run), _plane(run), *_elo_planes(run), _rounds(run), _judge(run), *map(_training, run.trainings)]
+    pictures = (_stages(run), _plane(run), *_elo_planes(run), _rounds(run), _judge(run), *map(_training, run.trainings))
     return [picture for picture in pictures if picture]
 
 
@@ -143,8 +143,9 @@ def _rounds(run: Run) -> drawing.Picture | None:
         for series, number, rate in rates
     ]
     says = "; ".join(f"{series}, round {number} {tables.show(rate)}" for series, number, rate in rates)
-    y = "per cent of training rows"
-    return drawing.lines("rounds", "Round by round", rows, x="", y=y, says=f"{says}.", limits=(0, 100))
+    return drawing.lines(
+        "rounds", "Round by round", rows, x="", y="per cent of training rows", says=f"{says}.", limits=(0, 100)
+    )
 
 
 def _judge(run: Run) -> drawing.Picture | None:
@@ -154,8 +155,9 @@ def _judge(run: Run) -> drawing.Picture | None:
     if not probabilities:
         return None
     edges = [0.5 + 0.05 * i for i in range(11)]
-    x = "probability of the preferred side"
-    return drawing.histogram("judge", "How sure the judge was", probabilities, edges, x=x, y="pairs")
+    return drawing.histogram(
+        "judge", "How sure the judge was", probabilities, edges, x="probability of the preferred side", y="pairs"
+    )
 
 
 def _training(training: Training) -> drawing.Picture | None:

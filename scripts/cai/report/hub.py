@@ -83,6 +83,6 @@ def _upload(path: Path, repository: str, kind: str) -> str:
             readme.write_text(card, encoding="utf-8")
         api.upload_folder(folder_path=path, ignore_patterns=_EXCLUDED, **target)
     else:
-        files = [CommitOperationAdd(path.name, path), CommitOperationAdd("README.md", card.encode())]
-        api.create_commit(operations=files, **target)
+        operations = [CommitOperationAdd(path.name, path), CommitOperationAdd("README.md", card.encode())]
+        api.create_commit(operations=operations, **target)
     return str(address)

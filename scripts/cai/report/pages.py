@@ -80,8 +80,8 @@ def render_html(run: Run, pictures: Sequence[Picture]) -> tuple[str, dict]:
 
 
 def render_markdown(run: Run, pictures: Sequence[Picture]) -> str:
-    text = escaping.environment(html=False).get_template("report.md.jinja").render(**_tables(run, pictures))
-    return re.sub(r"\n{3,}", "\n\n", text)
+    template = escaping.environment(html=False).get_template("report.md.jinja")
+    return re.sub(r"\n{3,}", "\n\n", template.render(**_tables(run, pictures)))
 
 
 def _tables(run: Run, pictures: Sequence[Picture]) -> dict:

@@ -106,13 +106,6 @@ def _score_rounds(runs: Sequence[run_folder.Run], options, series: Callable, har
     for run in runs:
         if not any(row.get("rounds") for row in run.rows):
             raise InputError("no revised rows in it", where=run.folder, remedy="Run critique.py and revise.py")
-    settings = {
-        "rows": [sha256_file(run.path(run.rows_file)) for run in runs],
-        "limit": options.limit,
-        "names": [run.name for run in runs],
-        "reward_model": identity(reward_model),
-        "dtype": options.dtype,
-    }
 
     def make() -> list[dict]:
         texts = []
@@ -131,6 +124,13 @@ def _score_rounds(runs: Sequence[run_folder.Run], options, series: Callable, har
                     bar.update()
         return [{"series": name, "x": number, **intervals.mean(each)} for (name, number), each in scores.items()]
 
+    settings = {
+        "rows": [sha256_file(run.path(run.rows_file)) for run in runs],
+        "limit": options.limit,
+        "names": [run.name for run in runs],
+        "reward_model": identity(reward_model),
+        "dtype": options.dtype,
+    }
     return settings, make
 
 

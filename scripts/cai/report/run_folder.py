@@ -184,8 +184,7 @@ def _words(step: dict) -> list[str]:
 
 def argument(step: dict, flag: str) -> str | None:
     """What follows the flag on the step's command line, or None."""
-    words = _words(step)
-    return next((value for word, value in pairwise(words) if word == flag), None)
+    return next((value for word, value in pairwise(_words(step)) if word == flag), None)
 
 
 def _base_model(steps: Iterable[dict]) -> str | None:

@@ -369,8 +369,10 @@ class _Training:
         for index, row in enumerate(rows):
             ids[index, : len(row.ids)] = torch.tensor(row.ids)
             weights[index, : len(row.ids)] = torch.tensor(row.weights)
-            layers = self.settings["layers"]
-            probes += [(min(PROBED_LAYERS[kind], layers), index, position, kind) for position, kind in row.probes]
+            probes += [
+                (min(PROBED_LAYERS[kind], self.settings["layers"]), index, position, kind)
+                for position, kind in row.probes
+            ]
         return ids, weights, torch.tensor(probes, dtype=torch.long).reshape(-1, 4).T
 
     def probe_rates(self) -> list[float]:

@@ -425,9 +425,8 @@ class Demonstrations:
     def _judge_cot(self):
         row, rule, a, b, label = self._compared()
         self._mark(row, a, b, scope=rule.preference_scope)
-        reasoning = self._reasoned(row, rule, a, b, label)
-        messages = self._render("preference", row, rule, response_a=a, response_b=b, reasoning=reasoning)
-        return messages, f"{DECISION}{label})"
+        texts = {"response_a": a, "response_b": b, "reasoning": self._reasoned(row, rule, a, b, label)}
+        return self._render("preference", row, rule, **texts), f"{DECISION}{label})"
 
     def _classify(self):
         act, row = self._scene(harmful=0.5, benign=0.25)
@@ -472,11 +471,8 @@ class Demonstrations:
         response = language.respond(self.rng, act, style) if self.rng.random() < 0.3 else self._slip(act, style)
         self._mark(row, response)
         verdicts = [f"{DECISION} {'yes' if fits else 'no'}," for fits in oracle.sentences_on_topic(act, response)]
-        messages = [
-            *_ask(row["prompt"]),
-            {"role": "assistant", "content": response},
-            *_ask("Is that to the point, sentence by sentence?"),
-        ]
+        question = _ask("Is that to the point, sentence by sentence?")
+        messages = [*_ask(row["prompt"]), {"role": "assistant", "content": response}, *question]
         return messages, f"Here:{''.join(verdicts).rstrip(',')}."
 
     def _scope(self):
