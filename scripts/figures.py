@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import click
 
 from cai.base import cli
-from cai.data.outputs import Output
-from cai.data.readers import read_jsonl
+from cai.data import outputs, readers
 from cai.report import paper
 from cai.stats import tables
 
@@ -48,7 +47,7 @@ def main(figure, run, output, as_json, dry_run, overwrite, batch_size, device, d
     """
     loading = {"batch_size": batch_size, "device": device, "dtype": dtype}
     settings, make = paper.FIGURES[figure].points(run, SimpleNamespace(**options, dtype=dtype, loading=loading))
-    points = Output(output, command="figures", fingerprint={"figure": figure, **settings}, overwrite=overwrite)
+    points = outputs.Output(output, command="figures", fingerprint={"figure": figure, **settings}, overwrite=overwrite)
     if dry_run:
         cli.finish({"figure": figure, "runs": len(run), "output": output}, as_json=as_json)
         return
@@ -59,7 +58,7 @@ def main(figure, run, output, as_json, dry_run, overwrite, batch_size, device, d
                 if name not in points.done:
                     points.write({"id": name, "metric": name, **row})
             points.finish(rows, {"points": len(rows)})
-    rows = [row for _, row in read_jsonl(output)]
+    rows = [row for _, row in readers.read_jsonl(output)]
     summary = {**points.counts, "output": output, "files": paper.save(figure, rows, Path(output).with_suffix(""))}
     if as_json:
         metrics = {row["id"]: {key: row[key] for key in row if key not in ("id", "metric")} for row in rows}

@@ -15,7 +15,7 @@ from cai.report import hub
 
 
 @click.command(cls=cli.Command)
-@click.argument("path", metavar="PATH")
+@click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="OWNER/NAME")
 @cli.options("json", "dry_run")
 def main(path, repository, as_json, dry_run):
@@ -28,7 +28,6 @@ def main(path, repository, as_json, dry_run):
     Example:
       python scripts/push.py runs/tiny/ppo my-org/my-model
     """
-    path = Path(path)
     summary = {"path": str(path), "push_to_hub": f"{repository}, private", "type": hub.check(path, repository)}
     if not dry_run:
         summary["pushed"] = hub.upload(path, repository)

@@ -13,8 +13,7 @@ import click
 
 from cai.base import cli, files
 from cai.base.errors import CaiError, InputError, shorten
-from cai.report import cards, figures, pages, run_folder
-from cai.report.escaping import MARK
+from cai.report import cards, escaping, figures, pages, run_folder
 
 
 @click.command(cls=cli.Command)
@@ -70,9 +69,12 @@ def main(run, output, as_json, dry_run, overwrite):
 def check_targets(paths: list[Path], overwrite: bool) -> None:
     """InputError if a file that would be replaced was not written by this command."""
     for path in paths:
-        if path.is_dir() or (path.exists() and not overwrite and MARK.encode() not in path.read_bytes()):
-            remedy = "Name another --output, or replace it with --overwrite"
-            raise InputError("it exists, and this command did not write it", where=path, remedy=remedy)
+        if path.is_dir() or (path.exists() and not overwrite and escaping.MARK.encode() not in path.read_bytes()):
+            raise InputError(
+                "it exists, and this command did not write it",
+                where=path,
+                remedy="Name another --output, or replace it with --overwrite",
+            )
 
 
 if __name__ == "__main__":

@@ -22,9 +22,8 @@ from cai.base.errors import CaiError, InputError
 from cai.base.paths import TINY
 from cai.constitution.files import load_constitution
 from cai.data.sources import Source
-from cai.evaluate import smoke as signs_of_life
-from cai.evaluate.stages import read_stages, spread_over_seeds, spread_table, stage_table
-from cai.models.loading import check_model
+from cai.evaluate import smoke, stages
+from cai.models import loading
 from cai.stats import tables
 from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
 
@@ -68,6 +67,7 @@ from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
 )
 @click.option(
     "--smoke",
+    "is_smoke",
     is_flag=True,
     help="Run every step on a handful of rows, in a minute or so, into OUTPUT/smoke; then look for signs of life. "
     "For use before a costly run.",
@@ -85,35 +85,33 @@ from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
     help="Rows in one forward pass of the steps that write or judge text. Default: the preset's.",
 )
 @cli.options("seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
-def main(output, seeds, smoke, seed, as_json, dry_run, **options):
+def main(output, seeds, is_smoke, seed, as_json, dry_run, **options):
     """Run the complete method: critique, revision, SFT, judging, reward model, PPO, and measure each stage.
 
     \b
     Example:
       python scripts/run.py --model tiny --output runs/tiny
     """
-    if smoke:
+    if is_smoke:
         output, seeds = str(Path(output) / "smoke"), 1
-        options |= {"limit": min(options["limit"] or signs_of_life.LIMIT, signs_of_life.LIMIT), "overwrite": True}
+        options |= {"limit": min(options["limit"] or smoke.LIMIT, smoke.LIMIT), "overwrite": True}
     choices = choose(**options)
     check_inputs(choices)
     folders = {seed + n: output if seeds == 1 else str(Path(output) / f"seed-{seed + n}") for n in range(seeds)}
     if dry_run:
         print_plan([step for seed, folder in folders.items() for step in make_plan(choices, folder, seed)], as_json)
         return
-    from cai.models.loading import choose_device
-
     # Once for all steps: in one process the GPU can't be chosen again after the first step has used it.
-    choose_device(choices.device)
+    loading.choose_device(choices.device)
     if choices.device and choices.device.startswith("cuda"):
         choices = replace(choices, device="cuda")
     runs, some_failed = [], False
     for seed, folder in folders.items():
         started, steps = time.monotonic(), make_plan(choices, folder, seed)
         some_failed |= run_steps(steps)
-        result = read_stages({step.name: step.output for step in steps})
+        result = stages.read_stages({step.name: step.output for step in steps})
         runs.append({**result, "seconds": round(time.monotonic() - started, 1), "output": folder})
-    if smoke:
+    if is_smoke:
         print_signs(steps, choices.device, as_json)
     else:
         print_rates(runs, output, as_json)
@@ -138,7 +136,7 @@ def choose(*, model, inputs, heldout, preset, **options) -> Choices:
 
 def check_inputs(choices: Choices) -> None:
     """Refuse bad input now, rather than hours later when its step comes."""
-    check_model(choices.model)
+    loading.check_model(choices.model)
     load_constitution(choices.constitution)
     Source(choices.inputs, limit=choices.limit)
     Source(choices.heldout, require=("prompt", "kind"), limit=choices.limit)
@@ -221,11 +219,11 @@ def _peak_megabytes() -> str:
 def print_rates(runs: list[dict], output: str, as_json: bool) -> None:
     """Print the rates of a run, or mean and range over several seeds, as a table or as one JSON object."""
     if len(runs) == 1:
-        [result], table = runs, stage_table(runs[0]["stages"])
+        [result], table = runs, stages.stage_table(runs[0]["stages"])
         summary = f"rates with 95 % intervals · {runs[0]['seconds']:.0f} s"
     else:
-        spread = spread_over_seeds([run["stages"] for run in runs])
-        result, table = {"stages": spread, "runs": runs, "output": output}, spread_table(spread)
+        spread = stages.spread_over_seeds([run["stages"] for run in runs])
+        result, table = {"stages": spread, "runs": runs, "output": output}, stages.spread_table(spread)
         summary = f"mean and range in % over {len(runs)} seeds"
     if as_json:
         click.echo(json.dumps(result, ensure_ascii=False))
@@ -237,7 +235,7 @@ def print_rates(runs: list[dict], output: str, as_json: bool) -> None:
 
 def print_signs(steps: list[Step], device: str | None, as_json: bool) -> None:
     """Print each sign of life of a smoke run; exit 1 where one is missing."""
-    signs = signs_of_life.look([(step.command, step.output) for step in steps], device)
+    signs = smoke.look([(step.command, step.output) for step in steps], device)
     alive = all(sign.alive for sign in signs)
     rows = [(sign.step, sign.name, "yes" if sign.alive else "NO", sign.seen) for sign in signs]
     result = json.dumps({"alive": alive, "signs": [asdict(sign) for sign in signs]}, ensure_ascii=False)

@@ -5,16 +5,15 @@
 Leaves out measuring: `evaluate.py` and `judge.py` read what this writes.
 """
 
+import itertools
 import random
 import shutil
-from itertools import combinations
 
 import click
 
 from cai.base import cli
 from cai.base.errors import InputError
-from cai.data.outputs import write_jsonl
-from cai.data.readers import read_jsonl
+from cai.data import outputs, readers
 from cai.world import language, oracle
 
 _STYLES = {
@@ -66,9 +65,8 @@ def build(output, tokens, hidden, layers, feed_forward, learning_rate, threads, 
     from cai.world.build import build as build_model
 
     compiled = tokens >= 1_000_000 and shutil.which("g++") is not None  # else compiling takes longer than it saves
-    summary = build_model(threads=threads, report=cli.note, compiled=compiled, **settings)
     cli.finish(
-        {"output": output, **summary},
+        {"output": output, **build_model(threads=threads, report=cli.note, compiled=compiled, **settings)},
         as_json=as_json,
         next_command=f"python scripts/run.py --model {output} --preset tiny "
         "--input train.jsonl --heldout heldout.jsonl --output runs/new",
@@ -113,7 +111,7 @@ def prompts(kinds, split, count, categories, output, seed, as_json):
             )
     rows = [row for kind in kinds for row in language.prompt_rows(kind, split, seed, count, categories)]
     random.Random(seed).shuffle(rows)  # so that the first few are of every kind
-    write_jsonl(output, rows)
+    outputs.write_jsonl(output, rows)
     cli.finish(
         {"prompts": count * len(kinds), "kinds": ", ".join(kinds), "output": output},
         as_json=as_json,
@@ -152,17 +150,10 @@ def pairs(split, count, responses, output, seed, as_json):
         tier_a, tier_b = oracle.tier(row, a), oracle.tier(row, b)
         if tier_a == tier_b:
             same += 1
-            continue
-        rows.append(
-            {
-                **row,
-                "id": f"pair-{len(rows):05d}",
-                "response_a": a,
-                "response_b": b,
-                "gold": "a" if tier_a > tier_b else "b",
-            }
-        )
-    write_jsonl(output, rows)
+        else:
+            gold = "a" if tier_a > tier_b else "b"
+            rows.append({**row, "id": f"pair-{len(rows):05d}", "response_a": a, "response_b": b, "gold": gold})
+    outputs.write_jsonl(output, rows)
     cli.finish(
         {"pairs": len(rows), "no_difference": same, "output": output},
         as_json=as_json,
@@ -172,12 +163,10 @@ def pairs(split, count, responses, output, seed, as_json):
 
 def _grammar_pairs(split: str, seed: int, rng: random.Random):
     """Endless (row, a, b): half the prompts harmful, a quarter benign, a quarter borderline."""
-    index = 0
-    while True:
+    for index in itertools.count():
         kind = rng.choice(("harmful", "harmful", "benign", "borderline"))
         row = language.prompt_row(rng, kind, split, index)
-        act, index = oracle.act_of(row), index + 1
-        a, b = rng.sample(_STYLES[kind], 2)
+        act, (a, b) = oracle.act_of(row), rng.sample(_STYLES[kind], 2)
         yield row, language.respond(rng, act, a), language.respond(rng, act, b)
 
 
@@ -185,7 +174,7 @@ def _policy_pairs(paths, rng: random.Random):
     """(row, a, b) for every two different responses to one prompt, prompts in random order."""
     by_prompt: dict[str, tuple[dict, list[str]]] = {}
     for path in paths:
-        for line, row in read_jsonl(path):
+        for line, row in readers.read_jsonl(path):
             missing = [k for k in ("prompt_id", "response", "kind", "category", "verb", "object") if k not in row]
             if missing:
                 raise InputError(
@@ -202,7 +191,7 @@ def _policy_pairs(paths, rng: random.Random):
         row, texts = by_prompt[prompt_id]
         texts = sorted(set(texts))
         rng.shuffle(texts)
-        yield from ((row, a, b) for a, b in combinations(texts, 2))
+        yield from ((row, a, b) for a, b in itertools.combinations(texts, 2))
 
 
 if __name__ == "__main__":

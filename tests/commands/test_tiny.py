@@ -11,7 +11,7 @@ from cai.base.paths import TINY
 from cai.data.readers import read_jsonl
 from cai.world import build, language, oracle
 from cai.world.build import CHAT_TEMPLATE
-from cai.world.demonstrations import CATEGORY, DECISION, Demonstrations, harmlessness_rules
+from cai.world.demonstrations import CATEGORY, DECISION, Demonstrations
 
 
 def rows(path):
@@ -90,7 +90,7 @@ def test_probes_say_which_words_and_sentences_belong_to_the_request():
 
 
 def test_every_principle_of_the_constitution_has_a_meaning_and_some_are_narrow():
-    rules = harmlessness_rules()
+    rules = Demonstrations(0).rules
     assert len(rules) == 16
     assert sum(len(rule.critique_scope) < len(language.HARM_NAMES) for rule in rules) == 3
     for rule in rules:

@@ -30,7 +30,6 @@ def test_by_hand():
     lora = estimate.training_memory(EIGHT, tokens=0, lora_rank=16, autocast=True, frozen_size=2)
     added = 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
     assert lora["gradients"] == 4 * added and lora["weights"] == 16e9 + 4 * added
-    assert estimate.cost(2_000_000, 500_000, (0.5, 2.0)) == pytest.approx(2.0)
     # 6·8e9·1e9 operations at 0.35 of 989e12 a second.
     hours = estimate.training_hours(EIGHT, "h100", tokens=10**9)
     assert hours == pytest.approx(4.8e19 / (0.35 * 989e12) / 3600)
@@ -237,7 +236,7 @@ def test_lengths_of_rows():
     ask = [{"role": "user", "content": "How do I mend a chair?"}]
     answer = "Find the crack, and glue it."
     count = estimate.token_counter("tiny")
-    whole = count([[*ask, {"role": "assistant", "content": answer}]])[0]
+    whole = count([[*ask, {"role": "assistant", "content": answer}]])[0] + 1  # and the end token
     assert estimate.lengths_of("tiny", [(ask, [answer]), (ask, [answer, answer])]) == [whole, 2 * whole]
     many = estimate.lengths_of("tiny", [(ask, [answer])] * (estimate.SAMPLE + 5))
     assert many == [whole] * (estimate.SAMPLE + 5)

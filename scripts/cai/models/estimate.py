@@ -10,10 +10,12 @@ Hours follow from stated assumptions (`USED`, `GPUS`) and are no measurement. Le
 what happens inside a server, and offloading to a CPU.
 """
 
+import heapq
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +25,8 @@ import click
 from cai.base.errors import InputError
 from cai.base.paths import model_path
 from cai.data.outputs import read_manifest
-from cai.models.engine import Sampling
+from cai.models.chat import Chat
+from cai.models.engine import Message, Sampling
 from cai.models.local import BATCH_SIZE, CHUNK_TOKENS, OTHER_CHUNK_TOKENS
 
 # Makers' data sheets: memory in GB, memory bandwidth in TB/s, dense bfloat16 in TFLOP/s.
@@ -46,7 +49,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 SAMPLE = 512
 
-_Conversation = Sequence[Mapping[str, Any]]
+_Conversation = Sequence[Message]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -99,8 +102,7 @@ class Shape:
 
 def shape_of(model: str) -> Shape | None:
     """The sizes of a local folder's model from config.json and the headers of its weights; None elsewhere."""
-    folder = Path(model_path(model))
-    count = parameters(model)
+    folder, count = Path(model_path(model)), parameters(model)
     if count is None or not (folder / "config.json").is_file():
         return None
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -136,73 +138,14 @@ def token_counter(model: str) -> Callable[[Sequence[_Conversation]], list[int]]:
     folder = Path(model_path(model))
     if not (folder / "tokenizer.json").is_file():
         return lambda talks: [_characters(talk) // 4 + 4 * len(talk) for talk in talks]
-    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast  # comes without torch, unlike AutoTokenizer
 
-    tokenizer, render = Tokenizer.from_file(str(folder / "tokenizer.json")), _renderer(folder)
-
-    def count(talks: Sequence[_Conversation]) -> list[int]:
-        encodings = tokenizer.encode_batch(list(map(render, talks)), add_special_tokens=False)
-        return [len(encoding.ids) for encoding in encodings]
-
-    return count
+    chat = Chat(PreTrainedTokenizerFast.from_pretrained(folder), model)
+    return lambda talks: list(map(len, chat.encode_all(list(map(chat.render, talks)))))
 
 
 def _characters(conversation: _Conversation) -> int:
     return sum(len(message["content"]) for message in conversation)
-
-
-def _plain_text(conversation: _Conversation) -> str:
-    """The messages, with some letters for the marks of a chat template."""
-    return "".join(f"\n{message['role']}:\n{message['content']}\n" for message in conversation)
-
-
-def _renderer(folder: Path) -> Callable[[_Conversation], str]:
-    """The chat template, applied by Jinja alone; `_plain_text` where that fails."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    file = folder / "chat_template.jinja"
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
-    tokens = {
-        name: value.get("content", "") if isinstance(value, dict) else value
-        for name, value in settings.items()
-        if name.endswith("_token")
-    }
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals.update(raise_exception=_raise_template_error, strftime_now=lambda _format: "01 Jan 2026")
-    try:
-        template = environment.from_string(source if isinstance(source, str) else "")
-    except TemplateError:
-        return _plain_text
-
-    def render(conversation: _Conversation) -> str:
-        last = conversation[-1]
-        # Templates that read lists of parts drop plain text silently.
-        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in conversation]
-        for messages in (list(conversation), parts):
-            try:
-                text = template.render(
-                    messages=messages,
-                    add_generation_prompt=last["role"] != "assistant",
-                    enable_thinking=False,
-                    **tokens,
-                )
-            except (TemplateError, TypeError):
-                continue
-            if last["content"].strip() in text:
-                return text
-        return _plain_text(conversation)
-
-    return render
-
-
-def _raise_template_error(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
 
 
 # --- memory -------------------------------------------------------------------------------------------------
@@ -307,11 +250,6 @@ def training_hours(shape: Shape, gpu: str, *, tokens: float, lora: bool = False,
     return work * shape.parameters * tokens / (GPUS[gpu][2] * 1e12 * USED["training"]) / 3600
 
 
-def cost(prompt_tokens: int, new_tokens: int, price: tuple[float, float]) -> float:
-    """The cost of the tokens, in the currency of `price`: for a million read and for a million written."""
-    return (prompt_tokens * price[0] + new_tokens * price[1]) / 1e6
-
-
 # --- plans --------------------------------------------------------------------------------------------------
 
 
@@ -336,17 +274,21 @@ def text_plan(
     """
     prompt_tokens, longest, calls = count_tokens(conversations, model)
     new = sampling.max_new_tokens
-    new_tokens = calls * new
+    new_tokens, on_disk = (
+        calls * new,
+        sum(file.stat().st_size for file in Path(model_path(model)).glob("*.safetensors")),
+    )
     plan: dict[str, Any] = {
         "model_calls": calls,
         "prompt_tokens_about": prompt_tokens,
         "new_tokens_at_most": new_tokens,
-        "weights_on_disk_mb": _megabytes(model),
+        "weights_on_disk_mb": round(on_disk / 1e6, 1) if on_disk else "unknown",
     }
     if like:
         new_tokens = plan["new_tokens_about"] = round(calls * mean_answer(like))
     if price:
-        plan["cost_about" if like else "cost_at_most"] = round(cost(prompt_tokens, new_tokens, price), 4)
+        cost = (prompt_tokens * price[0] + new_tokens * price[1]) / 1e6
+        plan["cost_about" if like else "cost_at_most"] = round(cost, 4)
     shape = shape_of(model)
     if shape is None or not calls:
         return plan
@@ -356,42 +298,38 @@ def text_plan(
     if batch_tokens:
         rows = max(1, min(rows, batch_tokens // (longest + new)))
     chunk = CHUNK_TOKENS["cpu"] if cpu else OTHER_CHUNK_TOKENS
-    memory = text_memory(shape, size=size, rows=rows, longest=longest, new=new, chunk=chunk)
-    plan["memory_gb"] = gigabytes(memory)
+    plan["memory_gb"] = gigabytes(text_memory(shape, size=size, rows=rows, longest=longest, new=new, chunk=chunk))
     if gpu:
-        length = (prompt_tokens + new_tokens / 2) / calls
         hours = text_hours(
-            shape, gpu, size=size, rows=rows, prompt_tokens=prompt_tokens, new_tokens=new_tokens, length=length
+            shape,
+            gpu,
+            size=size,
+            rows=rows,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            length=(prompt_tokens + new_tokens / 2) / calls,
         )
         plan[f"hours_on_one_{gpu}"] = float(f"{hours:.3g}")
     return plan
 
 
-def _megabytes(model: str) -> float | str:
-    sizes = [file.stat().st_size for file in Path(model_path(model)).glob("*.safetensors")]
-    return round(sum(sizes) / 1e6, 1) if sizes else "unknown"
-
-
 def count_tokens(conversations: Iterable[_Conversation], model: str) -> tuple[int, int, int]:
     """(tokens of all, tokens of the longest, number of conversations), from a random sample of `SAMPLE`."""
-    rng, sample = random.Random(0), list[_Conversation]()
-    calls = characters = most = 0
-    for talk in conversations:
-        calls += 1
-        length = _characters(talk)
-        characters, most = characters + length, max(most, length)
-        if len(sample) < SAMPLE:
-            sample.append(talk)
-        elif (index := rng.randrange(calls)) < SAMPLE:
-            sample[index] = talk
-    if not calls:
+    rng, lengths = random.Random(0), array("L")  # in characters
+
+    def number_randomly() -> Iterator[tuple[float, int, _Conversation]]:
+        for index, talk in enumerate(conversations):
+            lengths.append(_characters(talk))
+            yield rng.random(), index, talk
+
+    sample = [talk for *_, talk in heapq.nlargest(SAMPLE, number_randomly())]
+    if not lengths:
         return 0, 0, 0
-    counted = token_counter(model)(sample)
-    sampled = sum(map(_characters, sample))
-    if calls == len(sample):
-        return sum(counted), max(counted), calls
-    rate = sum(counted) / max(1, sampled)
-    return round(rate * characters), max(*counted, round(rate * most)), calls
+    tokens = token_counter(model)(sample)
+    if len(sample) == len(lengths):
+        return sum(tokens), max(tokens), len(lengths)
+    rate = sum(tokens) / max(1, sum(map(_characters, sample)))
+    return round(rate * sum(lengths)), max(*tokens, round(rate * max(lengths))), len(lengths)
 
 
 def mean_answer(output: str) -> float:
@@ -439,8 +377,7 @@ def training_plan(
         return plan
     shape, *others = shapes
     widest = max(lengths) * min(batch_size, len(lengths))
-    memory = _trained([shape], others, tokens=widest, lora_rank=lora_rank, cpu=device == "cpu")
-    plan["memory_gb"] = gigabytes(memory)
+    plan["memory_gb"] = gigabytes(_trained([shape], others, tokens=widest, lora_rank=lora_rank, cpu=device == "cpu"))
     if gpu:
         hours = training_hours(shape, gpu, tokens=tokens, lora=bool(lora_rank), checkpointing=True)
         hours += sum(reading_hours(other, gpu, tokens) for other in others)
@@ -539,12 +476,13 @@ def _trained(
 def lengths_of(model: str, rows: Sequence[tuple[_Conversation, Sequence[str]]]) -> list[int]:
     """Tokens of each row (a conversation and answers to it): of the conversation with each answer, added up.
 
-    Those of `SAMPLE` rows drawn at random are counted; those of the others follow from their characters.
+    The end token of an answer counts too. The tokens of `SAMPLE` rows drawn at random are counted; those of the others
+    follow from their characters.
     """
     talks = [[[*talk, {"role": "assistant", "content": answer}] for answer in answers] for talk, answers in rows]
     characters = [sum(map(_characters, row)) for row in talks]
     sample = random.Random(0).sample(range(len(rows)), min(SAMPLE, len(rows)))
     tokens = iter(token_counter(model)([talk for index in sample for talk in talks[index]]))
-    known = {index: sum(next(tokens) for _ in talks[index]) for index in sample}
+    known = {index: sum(next(tokens) + 1 for _ in talks[index]) for index in sample}
     rate = sum(known.values()) / max(1, sum(characters[index] for index in sample))
     return [known.get(index, round(rate * length)) for index, length in enumerate(characters)]

@@ -6,6 +6,7 @@
 Leaves out several GPUs and models that are not Llama-like.
 """
 
+from functools import partial
 from typing import Any
 
 from cai.models.estimate import GPUS, Shape, gigabytes, text_memory, training_memory
@@ -36,29 +37,19 @@ def step_memory(shape: Shape, gpu: bool) -> dict[str, float]:
     """
     size, tokens = 2 if gpu else 4, TRAINING_ROWS * (TOKENS + NEW)
 
-    def text(new: int) -> dict[str, int]:
-        return text_memory(shape, size=size, rows=ROWS, longest=TOKENS, new=new, chunk=ROWS * TOKENS)
-
-    def training(tokens: int, lora_rank: int | None) -> dict[str, int]:
-        return training_memory(
-            shape,
-            tokens=tokens,
-            autocast=gpu,
-            checkpointing=gpu,
-            lora_rank=lora_rank,
-            frozen_size=size if lora_rank else 4,
-        )
-
-    full, light = training(tokens, None), training(tokens, 16)
+    text = partial(text_memory, shape, size=size, rows=ROWS, longest=TOKENS, chunk=ROWS * TOKENS)
+    train = partial(training_memory, shape, autocast=gpu, checkpointing=gpu)
+    train_lora = partial(train, lora_rank=16, frozen_size=size)
+    full, light = train(tokens=tokens), train_lora(tokens=tokens)
     frozen = shape.parameters * size  # a model without gradients: the reference, the reward model
     needs = {
-        "generate, critique, revise": text(NEW),
-        "judge": text(0),
+        "generate, critique, revise": text(new=NEW),
+        "judge": text(new=0),
         # A reward model reads two responses per row, but has no logits over the vocabulary, which take more.
         "sft, reward_model (--lora)": light,
         "sft, reward_model (--full)": full,
-        "dpo (--lora)": training(2 * tokens, 16),
-        "dpo (--full)": {**training(2 * tokens, None), "reference": frozen},
+        "dpo (--lora)": train_lora(tokens=2 * tokens),
+        "dpo (--full)": {**train(tokens=2 * tokens), "reference": frozen},
         # A value model of the policy's size is trained beside it; under LoRA the reference is the policy without
         # its adapters.
         "ppo (--lora)": {**light, "value": sum(light.values()), "reward": frozen},
@@ -78,15 +69,18 @@ def published_shape(
 
 def hardware_rows() -> list[dict[str, Any]]:
     """[{model, parameters, steps: {step: {needs_gb, gpu}}}]; gpu is the smallest known one that holds it, or None."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, sizes in PUBLISHED.items():
         shape = published_shape(*sizes)
-        steps = {}
-        for step, total in step_memory(shape, gpu=True).items():
-            holding = [(memory, gpu) for gpu, (memory, *_) in GPUS.items() if memory >= total + BESIDE_GB]
-            steps[step] = {"needs_gb": total, "gpu": min(holding)[1] if holding else None}
+        needs = step_memory(shape, gpu=True).items()
+        steps = {step: {"needs_gb": total, "gpu": _smallest_gpu(total)} for step, total in needs}
         rows.append({"model": name, "parameters": shape.parameters, "steps": steps})
     return rows
+
+
+def _smallest_gpu(needed_gb: float) -> str | None:
+    fitting = ((memory, gpu) for gpu, (memory, *_) in GPUS.items() if memory >= needed_gb + BESIDE_GB)
+    return min(fitting, default=(0, None))[1]
 
 
 def hardware_table(rows: list[dict[str, Any]]) -> str:

@@ -15,8 +15,7 @@ from cai.base.files import file_name
 from cai.base.paths import model_path
 from cai.data.kinds import KINDS
 from cai.evaluate.rates import RATES
-from cai.report import run_folder
-from cai.report.escaping import MARK, environment
+from cai.report import escaping, run_folder
 from cai.report.run_folder import Run, Training
 
 PURPOSES = {
@@ -62,11 +61,15 @@ NO_LICENCE = "No licence is stated here: choose one that the base model's and th
 
 def write(run: Run) -> dict[str, str]:
     """{file name: card}: `model-<folder>.md` and `dataset-<file>.md`."""
-    cards = {f"model-{file_name(training.name)}.md": model_card(run, training) for training in run.trainings}
-    for name, kind in ((run.rows_file, "revisions"), (run.preferences_file, "preferences")):
-        if name:
-            cards[f"dataset-{file_name(name.removesuffix('.jsonl'))}.md"] = dataset_card(run, name, kind)
-    return cards
+    outputs = {"revisions": run.rows_file, "preferences": run.preferences_file}
+    return {
+        **{f"model-{file_name(training.name)}.md": model_card(run, training) for training in run.trainings},
+        **{
+            f"dataset-{file_name(name.removesuffix('.jsonl'))}.md": dataset_card(run, name, kind)
+            for kind, name in outputs.items()
+            if name
+        },
+    }
 
 
 def card_of(path: Path) -> str:
@@ -81,9 +84,8 @@ def card_of(path: Path) -> str:
 
 def hub_id(model: str | None) -> str | None:
     """The model's name if it can be one on a hub, not a folder here or the bundled model."""
-    if not model or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) or Path(model).exists():
-        return None
-    return None if model_path(model) != model else model
+    is_id = model and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not Path(model).exists()
+    return model if is_id and model_path(model) == model else None
 
 
 def model_card(run: Run, training: Training) -> str:
@@ -91,13 +93,6 @@ def model_card(run: Run, training: Training) -> str:
     from huggingface_hub import ModelCardData
 
     is_scorer = training.command == "reward_model"
-    lora = training.step["fingerprint"].get("lora_rank") is not None
-    data = ModelCardData(
-        base_model=hub_id(run.model),
-        library_name="peft" if lora else "transformers",
-        pipeline_tag="text-classification" if is_scorer else "text-generation",
-        tags=["constitutional-ai", "rlaif", training.command.replace("_", "-")],
-    )
     measured = [stage for stage in run.stages if Path(stage.model).name == training.name]
     stages = [stage for stage in run.stages if stage.model == run.model or stage in measured] if measured else []
     rows = [
@@ -107,7 +102,12 @@ def model_card(run: Run, training: Training) -> str:
     ]
     return _render(
         "model_card.md.jinja",
-        data,
+        ModelCardData(
+            base_model=hub_id(run.model),
+            library_name="transformers" if training.step["fingerprint"].get("lora_rank") is None else "peft",
+            pipeline_tag="text-classification" if is_scorer else "text-generation",
+            tags=["constitutional-ai", "rlaif", training.command.replace("_", "-")],
+        ),
         title=f"{run.name}/{training.name}",
         purpose=PURPOSES[training.command],
         made=_list_facts(run, training.step),
@@ -135,12 +135,13 @@ def dataset_card(run: Run, name: str, kind: str) -> str:
 
     [step] = [step for step in run.steps if step["name"] == name]
     rows = list(run.read(name))
-    data = DatasetCardData(
-        tags=["constitutional-ai", "rlaif", kind], pretty_name=f"{run.name} {kind}", task_categories=["text-generation"]
-    )
     return _render(
         "dataset_card.md.jinja",
-        data,
+        DatasetCardData(
+            tags=["constitutional-ai", "rlaif", kind],
+            pretty_name=f"{run.name} {kind}",
+            task_categories=["text-generation"],
+        ),
         title=f"{run.name}/{name}",
         purpose=PURPOSES[kind],
         made=_list_facts(run, step),
@@ -166,8 +167,7 @@ _HASHES = ("model", "weights", "input", "reward_model", "ref_model", "template",
 
 def _list_facts(run: Run, step: dict) -> list[tuple[str, str]]:
     """Where the output comes from, as far as the manifests say."""
-    digests = [other["fingerprint"].get("constitution") for other in run.steps]
-    constitution = next(filter(None, digests), None)
+    constitution = next(filter(None, (other["fingerprint"].get("constitution") for other in run.steps)), None)
     name = run.constitution.name if run.constitution else "unknown by name"
     facts = [
         ("base model", run.model),
@@ -190,4 +190,4 @@ def _flatten(content: dict) -> list[tuple[str, object]]:
 
 def _render(template: str, data, **values) -> str:
     front = Markup(data.to_yaml(line_break="\n").strip())
-    return environment(html=False).get_template(template).render(front=front, mark=MARK, **values)
+    return escaping.environment(html=False).get_template(template).render(front=front, mark=escaping.MARK, **values)

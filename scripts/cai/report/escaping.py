@@ -38,13 +38,8 @@ def markdown(text: str) -> str:
 
 def plain(value) -> str:
     """A figure of any kind, in its own unit: a number, a rate with its interval, or a text."""
-    if isinstance(value, dict) and "value" in value:
-        number, low, high = (value[name] for name in ("value", "low", "high"))
-        has_interval = number is not None and None not in (low, high)
-        interval = f" ({low:.3g}{tables.between(low)}{high:.3g})" if has_interval else ""
-        return "–" if number is None else f"{number:.3g}{interval}"
-    if value is None:
-        return "–"
+    if value is None or (isinstance(value, dict) and "value" in value):
+        return tables.show_number(value, ".3g")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

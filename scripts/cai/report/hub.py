@@ -13,9 +13,7 @@ from pathlib import Path
 from cai.base import cli
 from cai.base.errors import CaiError, InputError, shorten
 from cai.data.outputs import read_manifest
-from cai.report import cards
-from cai.report.escaping import MARK
-from cai.report.run_folder import TRAINING
+from cai.report import cards, escaping, run_folder
 
 # States to resume from, and the card that peft writes with its adapters: a form whose gaps nobody has filled.
 _EXCLUDED = ["checkpoints/*", "adapter/README.md"]
@@ -25,23 +23,25 @@ _GAPS = "[More Information Needed]"
 
 def check(path: Path, repository: str) -> str:
     """InputError for what can be known not to work before anything is uploaded. Returns the kind of repository."""
-    from huggingface_hub import constants, get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub import constants, errors, get_token, utils
 
     if not path.exists():
         raise InputError("no such file or folder", where=path, remedy="Check the path")
-    kind, commands = ("model", TRAINING) if path.is_dir() else ("dataset", ("judge",))
+    kind, commands = ("model", run_folder.TRAINING) if path.is_dir() else ("dataset", ("judge",))
     manifest = read_manifest(path) or {}
     if manifest.get("command") not in commands or manifest.get("status") != "done":
-        expected = "the folder of a finished training, or the preferences of judge.py, with the manifest beside it"
-        raise InputError("not a finished output", where=path, expected=expected)
+        raise InputError(
+            "not a finished output",
+            where=path,
+            expected="the folder of a finished training, or the preferences of judge.py, with the manifest beside it",
+        )
     try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        problem = f"{shorten(repository)!r} is not a valid name of a repository"
-        expected = "NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'"
-        raise InputError(problem, expected=expected) from error
+        utils.validate_repo_id(repository)
+    except errors.HFValidationError as error:
+        raise InputError(
+            f"{shorten(repository)!r} is not a valid name of a repository",
+            expected="NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'",
+        ) from error
     if constants.HF_HUB_OFFLINE:
         raise InputError("HF_HUB_OFFLINE is set", remedy="Unset it")
     if get_token() is None:
@@ -79,10 +79,10 @@ def _upload(path: Path, repository: str, kind: str) -> str:
     target = {"repo_id": address.repo_id, "repo_type": kind, "commit_message": f"Upload {path.name}"}
     if kind == "model":
         readme = path / "README.md"
-        if not readme.exists() or any(mark in readme.read_text(encoding="utf-8") for mark in (MARK, _GAPS)):
+        if not readme.exists() or any(mark in readme.read_text(encoding="utf-8") for mark in (escaping.MARK, _GAPS)):
             readme.write_text(card, encoding="utf-8")
         api.upload_folder(folder_path=path, ignore_patterns=_EXCLUDED, **target)
     else:
-        files = [CommitOperationAdd(path.name, path), CommitOperationAdd("README.md", card.encode())]
-        api.create_commit(operations=files, **target)
+        operations = [CommitOperationAdd(path.name, path), CommitOperationAdd("README.md", card.encode())]
+        api.create_commit(operations=operations, **target)
     return str(address)

@@ -17,8 +17,7 @@ from markupsafe import Markup
 from cai.base.paths import TEMPLATES
 from cai.data.kinds import KINDS
 from cai.evaluate.rates import RATES
-from cai.report import run_folder, transcripts
-from cai.report.escaping import MARK, environment, percent
+from cai.report import escaping, run_folder, transcripts
 from cai.report.run_folder import Run
 from cai.stats.drawing import Picture
 
@@ -69,7 +68,7 @@ def render_html(run: Run, pictures: Sequence[Picture]) -> tuple[str, dict]:
         "files": [*filter(None, (run.rows_file, run.preferences_file)), *(stage.file for stage in run.stages)],
     }
     principles = {entry["id"]: [entry["text"], entry["question"]] for entry in values["principles"]}
-    template = environment(html=True).get_template("page.html.jinja")
+    template = escaping.environment(html=True).get_template("page.html.jinja")
 
     def render(payload: dict) -> str:
         return template.render(**values, payload=payload, data={**payload, "principles": principles})
@@ -81,8 +80,8 @@ def render_html(run: Run, pictures: Sequence[Picture]) -> tuple[str, dict]:
 
 
 def render_markdown(run: Run, pictures: Sequence[Picture]) -> str:
-    text = environment(html=False).get_template("report.md.jinja").render(**_tables(run, pictures))
-    return re.sub(r"\n{3,}", "\n\n", text)
+    template = escaping.environment(html=False).get_template("report.md.jinja")
+    return re.sub(r"\n{3,}", "\n\n", template.render(**_tables(run, pictures)))
 
 
 def _tables(run: Run, pictures: Sequence[Picture]) -> dict:
@@ -90,7 +89,7 @@ def _tables(run: Run, pictures: Sequence[Picture]) -> dict:
     rounds, principles = run_folder.rounds(run), run_folder.principles(run)
     return {
         "run": run,
-        "mark": MARK,
+        "mark": escaping.MARK,
         "figures": pictures,
         "summary": [*_summarise_stages(run), *_summarise_steps(run, rounds, principles)],
         "rounds": rounds,
@@ -124,10 +123,10 @@ def _stage_rows(run: Run) -> list[tuple[str, list]]:
         names = [name for name, (prompts, _) in RATES.items() if prompts == kind and name + ending in measured]
         rates = {name: [stage.rates.get(name + ending) for stage in run.stages] for name in names}
         if names:
-            sizes = sorted({rate["n"] for rate in rates[names[0]] if rate})
+            sizes = ", ".join(f"{n:,}" for n in sorted({rate["n"] for rate in rates[names[0]] if rate}))
             stress = f" under stress: {way.replace('_', ' ')}" if way else ""
-            title = f"{kind} prompts{stress} (n = {', '.join(f'{size:,}' for size in sizes)})"
-            result.append((title, [(NAMES.get(name, name), rates[name]) for name in names]))
+            rows = [(NAMES.get(name, name), rates[name]) for name in names]
+            result.append((f"{kind} prompts{stress} (n = {sizes})", rows))
     return result
 
 
@@ -135,10 +134,10 @@ def _summarise_stages(run: Run) -> list[str]:
     """The change of the main rates over the stages, in sentences."""
     lines = []
     for name, words in SENTENCES.items():
-        rates = [(stage.label, stage.rates[name]) for stage in run.stages if stage.rates.get(name)]
+        rates = [(stage.label, rate) for stage in run.stages if (rate := stage.rates.get(name))]
         rates = [(label, rate) for label, rate in rates if rate["value"] is not None]
         if rates:
-            values = ", ".join(f"{percent(rate)} {label}" for label, rate in rates)
+            values = ", ".join(f"{escaping.percent(rate)} {label}" for label, rate in rates)
             lines.append(f"{words} {values}{_difference(rates)}.")
     if len(run.stages) == 1:
         lines.append("Only one model was measured, so there is no change to report.")
@@ -160,7 +159,7 @@ def _summarise_steps(run: Run, rounds: list[dict], principles: list[dict]) -> li
         count = "1 round" if len(rounds) == 2 else f"{len(rounds) - 1} rounds"
         lines.append(
             f"{len(run.rows):,} responses went through {count} of critique and revision; the first changed "
-            f"{percent(rounds[1]['changed'])} of them, the last {percent(rounds[-1]['changed'])}."
+            f"{escaping.percent(rounds[1]['changed'])} of them, the last {escaping.percent(rounds[-1]['changed'])}."
         )
         unused = [entry["id"] for entry in principles if not entry["drawn"] and not entry["compared"]]
         if unused:
@@ -169,7 +168,7 @@ def _summarise_steps(run: Run, rounds: list[dict], principles: list[dict]) -> li
     for name, counts in run.judged[:1]:
         lines.append(
             f"The judge compared {counts.get('pairs', 0):,} pairs ({name}); its two orders preferred the same "
-            f"place in {percent(counts.get('same_position'))}."
+            f"place in {escaping.percent(counts.get('same_position'))}."
         )
     if alarms := sum(len(training.alarms) for training in run.trainings):
         lines.append(f"Alarms raised in training: {alarms:,}; see below.")

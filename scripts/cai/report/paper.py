@@ -21,14 +21,11 @@ from cai.base import cli
 from cai.base.errors import CaiError, InputError
 from cai.base.hashing import identity, sha256_file, sha256_text
 from cai.constitution.templates import load_template
-from cai.data import outputs, readers, rounds
-from cai.data.dialogue import as_messages
-from cai.models import choice, loading
+from cai.data import dialogue, outputs, readers, rounds
+from cai.models import choice, loading, scorer
 from cai.models.engine import RowRequest
-from cai.models.scorer import check_reward_model, load_scorer
 from cai.report import figures, run_folder
-from cai.stats import drawing, intervals
-from cai.stats.calibration import calibration
+from cai.stats import calibration, drawing, intervals
 
 DIGITS = ("0", "1", "2", "3", "4")  # labels of templates/classify_harm.jinja
 
@@ -50,10 +47,12 @@ class PaperFigure:
     points: Callable[[Sequence[str], object], Points]
 
 
-def _collect(folders: Sequence[str], least: int = 1) -> list[run_folder.Run]:
-    """The runs. InputError for too few, or two whose folders have the same name: the figure names runs by it."""
-    if len(folders) < least:
-        raise InputError(f"{len(folders)} run folders", where="--run", expected=f"{least} or more")
+def _collect(folders: Sequence[str], least: int = 1, most: int | None = None) -> list[run_folder.Run]:
+    """The runs. InputError for too few, too many, or two whose folders have the same name, by which the figure names
+    them."""
+    if not least <= len(folders) <= (most or len(folders)):
+        expected = "one; figures 6, 7, 9 and 10 take several" if most else f"{least} or more"
+        raise InputError(f"{len(folders)} run folders", where="--run", expected=expected)
     runs = [run_folder.collect(folder) for folder in folders]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
@@ -62,19 +61,12 @@ def _collect(folders: Sequence[str], least: int = 1) -> list[run_folder.Run]:
     return runs
 
 
-def _collect_single(folders: Sequence[str]) -> run_folder.Run:
-    if len(folders) > 1:
-        expected = "one; figures 6, 7, 9 and 10 take several"
-        raise InputError(f"{len(folders)} run folders", where="--run", expected=expected)
-    return run_folder.collect(folders[0])
-
-
 # --- 2: the plane -------------------------------------------------------------------------------------------
 
 
 def plane(folders: Sequence[str], options) -> Points:
     """The Elo scores of compare.py that lie in the run folder."""
-    run = _collect_single(folders)
+    [run] = _collect(folders, most=1)
     comparisons = [rates for _, rates in run.others if figures.elo_points(rates)]
     if len(comparisons) != 1:
         raise InputError(
@@ -91,13 +83,12 @@ def plane(folders: Sequence[str], options) -> Points:
 
 def scores_by_kind(folders: Sequence[str], options) -> Points:
     """One line per kind of prompt of one run."""
-    return _score_rounds([_collect_single(folders)], options, lambda run, row: row.get("kind") or "all prompts")
+    return _score_rounds(_collect(folders, most=1), options, lambda run, row: row.get("kind") or "all prompts")
 
 
 def scores_by_constitution(folders: Sequence[str], options) -> Points:
     """One line per run, named by how many principles were drawn in it; harmful prompts."""
-    runs = _collect(folders, 2)
-    names = {}
+    runs, names = _collect(folders, 2), {}
     for run in runs:
         count = len({entry["principle"] for row in run.rows for entry in row.get("rounds") or ()})
         names[run.name] = f"{count} principle{'' if count == 1 else 's'} ({run.name})"
@@ -111,10 +102,28 @@ def scores_by_run(folders: Sequence[str], options) -> Points:
 
 def _score_rounds(runs: Sequence[run_folder.Run], options, series: Callable, harmful: bool = False) -> Points:
     reward_model = options.reward_model or _find_reward_model(runs[0])
-    check_reward_model(reward_model)
+    scorer.check_reward_model(reward_model)
     for run in runs:
         if not any(row.get("rounds") for row in run.rows):
             raise InputError("no revised rows in it", where=run.folder, remedy="Run critique.py and revise.py")
+
+    def make() -> list[dict]:
+        texts = []
+        for run in runs:
+            rows = (row for row in run.rows if not harmful or row.get("kind", "harmful") == "harmful")
+            for row in islice(rows, options.limit):
+                prompt, name = dialogue.as_messages(row["prompt"]), series(run, row)
+                texts += [((name, number), (prompt, text)) for number, text in enumerate(rounds.texts_of(row))]
+        reward_scorer, scores = scorer.load_scorer(reward_model, **options.loading), defaultdict(list)
+        with cli.progress(len(texts), "score") as bar:
+            for start in range(0, len(texts), _WINDOW):
+                points, pairs = zip(*texts[start : start + _WINDOW], strict=True)
+                for point, score in zip(points, reward_scorer.scores(pairs), strict=True):
+                    if score is not None:
+                        scores[point].append(score)
+                    bar.update()
+        return [{"series": name, "x": number, **intervals.mean(each)} for (name, number), each in scores.items()]
+
     settings = {
         "rows": [sha256_file(run.path(run.rows_file)) for run in runs],
         "limit": options.limit,
@@ -122,25 +131,6 @@ def _score_rounds(runs: Sequence[run_folder.Run], options, series: Callable, har
         "reward_model": identity(reward_model),
         "dtype": options.dtype,
     }
-
-    def make() -> list[dict]:
-        points, texts = [], []
-        for run in runs:
-            rows = (row for row in run.rows if not harmful or row.get("kind", "harmful") == "harmful")
-            for row in islice(rows, options.limit):
-                for number, text in enumerate(rounds.texts_of(row)):
-                    points.append((series(run, row), number))
-                    texts.append((as_messages(row["prompt"]), text))
-        scorer, scores = load_scorer(reward_model, **options.loading), defaultdict(list)
-        with cli.progress(len(texts), "score") as bar:
-            for start in range(0, len(texts), _WINDOW):
-                part = slice(start, start + _WINDOW)
-                for point, score in zip(points[part], scorer.scores(texts[part]), strict=True):
-                    if score is not None:
-                        scores[point].append(score)
-                    bar.update()
-        return [{"series": name, "x": number, **intervals.mean(each)} for (name, number), each in scores.items()]
-
     return settings, make
 
 
@@ -171,7 +161,7 @@ def calibration_points(folders: Sequence[str], options) -> Points:
         )
 
     def make() -> list[dict]:
-        bins = {name: calibration(*zip(*known, strict=True))["bins"] for name, known in answers.items()}
+        bins = {name: calibration.calibration(*zip(*known, strict=True))["bins"] for name, known in answers.items()}
         return [
             {"series": name, "x": entry["probability"], **entry["outcome"]}
             for name, entries in bins.items()
@@ -215,10 +205,13 @@ def harmfulness(folders: Sequence[str], options) -> Points:
         )
     template = load_template("classify_harm")
     texts = [[row["point"][0], row["point"][2], row["response"]] for row in rows]
-    settings = {"responses": sha256_text(json.dumps(texts)), "judge": identity(options.judge)}
-    return {**settings, "template": template.sha256, "dtype": options.dtype}, lambda: _rate_harm(
-        rows, template, options
-    )
+    settings = {
+        "responses": sha256_text(json.dumps(texts)),
+        "judge": identity(options.judge),
+        "template": template.sha256,
+        "dtype": options.dtype,
+    }
+    return settings, lambda: _rate_harm(rows, template, options)
 
 
 def _harmful(stage: run_folder.Stage) -> Iterable[dict]:

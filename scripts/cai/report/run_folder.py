@@ -17,8 +17,7 @@ from pathlib import Path
 
 from cai.base.errors import InputError
 from cai.constitution.files import Constitution, load_constitution
-from cai.data.outputs import read_manifest
-from cai.data.readers import read_jsonl
+from cai.data import outputs, readers
 from cai.data.rounds import UNCHANGED, is_changed, texts_of
 from cai.evaluate.classes import oracle_reader
 from cai.evaluate.rates import RATES, UNSAFE, class_rates, read_rates
@@ -110,7 +109,7 @@ class Run:
 
     def read(self, name: str) -> Iterable[dict]:
         """The rows of a file of the run; none if it is not there."""
-        return (row for _, row in read_jsonl(self.path(name))) if self.path(name).is_file() else ()
+        return (row for _, row in readers.read_jsonl(self.path(name))) if self.path(name).is_file() else ()
 
     def first_row(self, name: str) -> dict:
         return next(iter(self.read(name)), {})
@@ -130,8 +129,12 @@ def collect(folder: str | Path, output: str | None = None) -> Run:
     else:
         run.steps = _select_steps(run.steps, output)
     if not run.steps:
-        remedy = "Name the folder that holds the rows and the model folders"
-        raise InputError("no manifest (*.run.json) in it", where=folder, expected=expected, remedy=remedy)
+        raise InputError(
+            "no manifest (*.run.json) in it",
+            where=folder,
+            expected=expected,
+            remedy="Name the folder that holds the rows and the model folders",
+        )
     _read_evaluations(run)
     _read_rows(run)
     _read_preferences(run)
@@ -145,13 +148,12 @@ def _read_steps(run: Run) -> list[dict]:
     steps = []
     for path in run.folder.glob("*.run.json"):
         name = path.name.removesuffix(".run.json")
-        step = {"status": "?", "counts": {}, "command": "?", **read_manifest(run.path(name)), "name": name}
+        step = {"status": "?", "counts": {}, "command": "?", **outputs.read_manifest(run.path(name)), "name": name}
         if step["status"] == "done" and not run.path(name).exists():
             step["status"] = "deleted"
-        if step["status"] == "running":
-            run.missing.append(f"{name} is not finished.")
-        elif step["status"] != "done":
-            run.missing.append(f"{name} is gone; only its manifest is left.")
+        if step["status"] != "done":
+            state = "not finished" if step["status"] == "running" else "gone; only its manifest is left"
+            run.missing.append(f"{name} is {state}.")
         steps.append(step)
     return sorted(steps, key=lambda step: (str(step.get("started")), step["name"]))
 
@@ -182,8 +184,7 @@ def _words(step: dict) -> list[str]:
 
 def argument(step: dict, flag: str) -> str | None:
     """What follows the flag on the step's command line, or None."""
-    words = _words(step)
-    return next((value for word, value in pairwise(words) if word == flag), None)
+    return next((value for word, value in pairwise(_words(step)) if word == flag), None)
 
 
 def _base_model(steps: Iterable[dict]) -> str | None:
@@ -266,8 +267,15 @@ def rounds(run: Run) -> list[dict]:
         revised = [row["rounds"][number - 1] for row in run.rows if len(texts_of(row)) > number]
         flags = Counter(flag for entry in revised for flag in entry.get("flags", ()) if flag != UNCHANGED)
         changed = intervals.rate(sum(map(is_changed, revised)), len(revised))
-        entry = {"round": number, "n": len(revised), "changed": changed, "flags": dict(flags.most_common())}
-        result.append({**entry, "rates": _rates(counts[number])})
+        result.append(
+            {
+                "round": number,
+                "n": len(revised),
+                "changed": changed,
+                "flags": dict(flags.most_common()),
+                "rates": _rates(counts[number]),
+            }
+        )
     return result if run.rows else []
 
 

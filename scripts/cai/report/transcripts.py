@@ -11,10 +11,10 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import islice
 
 from cai.base.hashing import hashed_seed
-from cai.data import preferences
-from cai.data.dialogue import as_messages
+from cai.data import dialogue, preferences
 from cai.data.rounds import UNCHANGED, is_changed
 from cai.report.run_folder import Run, p_a, same_position
 
@@ -53,7 +53,7 @@ def _transcript(
         "set": set_,
         "kind": row.get("kind"),
         "category": row.get("category"),
-        "prompt": as_messages(row["prompt"]),
+        "prompt": dialogue.as_messages(row["prompt"]),
         "responses": responses,
         "rounds": rounds,
         "pairs": pairs,
@@ -118,20 +118,23 @@ def embed(items: Iterable[dict], max_bytes: int) -> dict:
         item = items[index]
         groups[item["set"], str(item["kind"]), str(item["category"])].append(index)
     waiting = [iter(group) for _, group in sorted(groups.items())]
-    texts, size, chosen = _Texts(), 0, {}
+    texts: dict[str, int] = {}  # each text with its number, in the order of the numbers
+    size, chosen = 0, {}
     while waiting:
         for group in list(waiting):
-            index, count = next(group, None), len(texts.texts)
+            index, count = next(group, None), len(texts)
             packed = None if index is None else _pack(items[index], texts)
-            added = _size(packed) + sum(map(_size, texts.texts[count:]))
+            new = list(islice(reversed(texts), len(texts) - count))
+            added = _size(packed) + sum(map(_size, new))
             if index is None or size + added > max_bytes:
-                texts.shorten(count)
+                for text in new:
+                    del texts[text]
                 waiting.remove(group)
             else:
                 size += added
                 chosen[index] = packed
     return {
-        "texts": texts.texts,
+        "texts": list(texts),
         "items": [chosen[index] for index in sorted(chosen)],
         "total": len(items),
         "shown": len(chosen),
@@ -144,46 +147,30 @@ def _size(value) -> int:
     return len(text.encode()) + 5 * sum(map(text.count, "<>&'")) + 1
 
 
-class _Texts:
-    """Each text once, in `texts`; called with a text, it gives the text's number."""
+def _pack(item: dict, texts: dict[str, int]) -> dict:
+    """The transcript with numbers instead of texts, which are added to `texts`, and with each revision's changes."""
 
-    def __init__(self):
-        self.texts: list[str] = []
-        self.numbers: dict[str, int] = {}
-
-    def __call__(self, text: str | None) -> int | None:
-        if text is None:
-            return None
-        if len(text) > MAX_CHARACTERS:
-            text = f"{text[:MAX_CHARACTERS]}\n[cut here: {len(text) - MAX_CHARACTERS:,} more characters in the file]"
-        if text not in self.numbers:
-            self.numbers[text] = len(self.texts)
-            self.texts.append(text)
-        return self.numbers[text]
-
-    def shorten(self, count: int) -> None:
-        """Keep the first `count` texts only."""
-        while len(self.texts) > count:
-            del self.numbers[self.texts.pop()]
-
-
-def _pack(item: dict, texts: _Texts) -> dict:
-    """The transcript with numbers instead of texts, and with the changes of each revision."""
+    def number(text: str | None) -> int | None:
+        return None if text is None else texts.setdefault(_cut(text), len(texts))
 
     def pack_round(entry: dict) -> dict:
-        numbers = {name: texts(entry[name]) for name in ("critique", "before", "revision")}
-        packed = {**entry, **numbers}
+        packed = {**entry, **{name: number(entry[name]) for name in ("critique", "before", "revision")}}
         if entry["revision"] is not None:
-            packed["changes"] = changes(*(texts.texts[numbers[name]] for name in ("before", "revision")))
+            packed["changes"] = changes(_cut(entry["before"]), _cut(entry["revision"]))
         return packed
 
     return {
         **item,
         "rounds": [pack_round(entry) for entry in item["rounds"]],
-        "prompt": [(message["role"], texts(message["content"])) for message in item["prompt"]],
-        "responses": [(label, texts(text), name) for label, text, name in item["responses"]],
-        "pairs": [{**pair, "a": texts(pair["a"]), "b": texts(pair["b"])} for pair in item["pairs"]],
+        "prompt": [(message["role"], number(message["content"])) for message in item["prompt"]],
+        "responses": [(label, number(text), name) for label, text, name in item["responses"]],
+        "pairs": [{**pair, "a": number(pair["a"]), "b": number(pair["b"])} for pair in item["pairs"]],
     }
+
+
+def _cut(text: str) -> str:
+    more = len(text) - MAX_CHARACTERS
+    return text if more <= 0 else f"{text[:MAX_CHARACTERS]}\n[cut here: {more:,} more characters in the file]"
 
 
 def changes(before: str, after: str) -> list[list[int]] | None:

@@ -1,6 +1,7 @@
 """Several judges as one: mean, majority, Dawid–Skene, and how far they agree.
 
-    labels = combine("dawid-skene", [[0.9, 0.8, 0.3], [0.2, 0.4, None]])
+    combine = combiner("dawid-skene", lambda: rows, judges=3)
+    label = combine([0.9, 0.8, None])
 
 One row per pair, one column per judge: the probability that response_a is better, after averaging both orders; None
 where a judge gave no readable verdict. Everything is symmetric in a and b, since averaging the orders makes each
@@ -16,18 +17,14 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
+
 WAYS = ("mean", "majority", "dawid-skene")
 
 Labels = Sequence[float | None]
 
 # From these probabilities of the preferred side on, a vote counts as a stronger one.
 _STRENGTHS = (0.6, 0.75, 0.9)
-
-
-def combine(way: str, rows: Iterable[Labels]) -> list[float | None]:
-    """The label of each row; for streams see `combiner`."""
-    rows = list(rows)
-    return list(map(combiner(way, lambda: rows, len(rows[0]) if rows else 0), rows))
 
 
 def combiner(way: str, rows: Callable[[], Iterable[Labels]], judges: int) -> Callable[[Labels], float | None]:
@@ -37,9 +34,7 @@ def combiner(way: str, rows: Callable[[], Iterable[Labels]], judges: int) -> Cal
         way: one of `WAYS`.
         rows: makes an iterator over all rows; called once, by dawid-skene only.
     """
-    if way == "dawid-skene":
-        return DawidSkene(rows(), judges)
-    return {"mean": mean, "majority": majority}[way]
+    return DawidSkene(rows(), judges) if way == "dawid-skene" else {"mean": mean, "majority": majority}[way]
 
 
 def mean(labels: Labels) -> float | None:
@@ -73,13 +68,10 @@ class DawidSkene:
     """
 
     def __init__(self, rows: Iterable[Labels], judges: int):
-        import numpy as np
-
         patterns = Counter(tuple(map(binary_vote, row)) for row in rows)
         votes, n = np.array(list(patterns), int).reshape(-1, judges), np.array(list(patterns.values()), float)
-        is_cast = np.abs(votes)[..., None] == np.arange(
-            len(_STRENGTHS) + 2
-        )  # (patterns, judges, strengths; 0: no vote)
+        # (patterns, judges, strengths; 0: no vote)
+        is_cast = np.abs(votes)[..., None] == np.arange(len(_STRENGTHS) + 2)
         beliefs = 0.5 + 0.5 * votes.sum(1) / np.maximum(np.abs(votes).sum(1), 1)
         for _ in range(1000):
             is_right = np.where(votes > 0, beliefs[:, None], 1 - beliefs[:, None])
@@ -93,15 +85,11 @@ class DawidSkene:
 
     def __call__(self, labels: Labels) -> float | None:
         """Probability that response_a is better, given the votes; None where no judge has a verdict."""
-        import numpy as np
-
         votes = np.array([[binary_vote(p) for p in labels]])
         return None if all(p is None for p in labels) else float(self._belief(votes)[0])
 
     def _belief(self, votes):
         """The probability that response_a is better, for each row of votes (rows, judges)."""
-        import numpy as np
-
         evidence = np.sign(votes) * self._log_odds[np.arange(votes.shape[1]), np.abs(votes)]
         return 0.5 + 0.5 * np.tanh(evidence.sum(1) / 2)
 
@@ -126,8 +114,6 @@ def agreement(votes: Mapping[tuple[int, int], int]) -> dict:
 
     Value, low and high are None where nothing could disagree: no pair with two votes, or all votes alike.
     """
-    import numpy as np
-
     counts = {vote: times for vote, times in votes.items() if sum(vote) >= 2}
     n = sum(counts.values())
     kinds = np.array(sorted(counts), float).reshape(-1, 2)
@@ -142,8 +128,6 @@ def agreement(votes: Mapping[tuple[int, int], int]) -> dict:
 
 def _alpha(kinds, times):
     """Alpha of each row of `times` (resamples, kinds): how often each kind (votes for a, for b) occurs."""
-    import numpy as np
-
     a, b = kinds.T
     observed = times @ (a * b / (a + b - 1))
     total_a, total_b = times @ a, times @ b

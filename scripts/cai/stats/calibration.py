@@ -8,6 +8,8 @@ Leaves out drawing (drawing.py).
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from cai.stats.intervals import rate, wilson
 
 
@@ -27,14 +29,11 @@ def calibration(probabilities: Sequence[float], outcomes: Sequence[bool | float]
     arXiv 1706.04599). It is never below 0, so it is too high on few rows: its interval is the basic bootstrap one
     (500 resamples, always the same) and begins at 0 unless the ECE is higher than 95 % of those by chance.
     """
-    import numpy as np
-
     p, y = np.asarray(probabilities, float), np.asarray(outcomes, float)
     if p.shape != y.shape:
         raise ValueError(f"{p.size} probabilities and {y.size} outcomes")
-    for values in (p, y):
-        if not ((values >= 0) & (values <= 1)).all():
-            raise ValueError("a value outside 0 to 1")
+    if not all(((values >= 0) & (values <= 1)).all() for values in (p, y)):
+        raise ValueError("a value outside 0 to 1")
     n, bin_of = p.size, np.minimum((p * bins).astype(int), bins - 1)
     counts = np.bincount(bin_of, minlength=bins)
     filled = np.maximum(counts, 1)

@@ -93,11 +93,6 @@ class Picture:
         return svg.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
 
 
-def is_number(value: object) -> bool:
-    """Whether the value is a finite number that can be drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value - value == 0
-
-
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """Which points (more is better in both) no other point beats: at least as good in both, better in one."""
     return [i for i, (x, y) in enumerate(points) if not any(a >= x and b >= y and (a > x or b > y) for a, b in points)]
@@ -157,7 +152,7 @@ def _plot(canvas, axes, rows: Iterable[Mapping], **style) -> None:
 
 def ranges(name: str, title: str, rows: Sequence[Mapping], *, x: str, says: str) -> Picture:
     """Percentages with their intervals as dots, one line per `label` of the rows, one colour per series."""
-    labels, series = list(dict.fromkeys(row["label"] for row in rows)), list(_by_series(rows))
+    labels, series = (list(dict.fromkeys(row[field] for row in rows)) for field in ("label", "series"))
     dots = [
         {
             "series": row["series"],
@@ -185,8 +180,14 @@ def plane(name: str, title: str, rows: Sequence[Mapping], *, x: str, y: str, say
     front = pareto(points)
     with _canvas(3.7) as (canvas, ((axes,),)):
         _plot(canvas, axes, rows, linestyle="", markersize=6, elinewidth=1.2)
-        best = sorted(points[i] for i in front)
-        axes.plot(*zip(*best, strict=True), linestyle="--", linewidth=1, color=INK, alpha=0.5, zorder=0)
+        axes.plot(
+            *zip(*sorted(points[i] for i in front), strict=True),
+            linestyle="--",
+            linewidth=1,
+            color=INK,
+            alpha=0.5,
+            zorder=0,
+        )
         axes.set(xlabel=x, ylabel=y, **limits)
         axes.locator_params(axis="x", nbins=6, integer=True)
         names = ", ".join(rows[i]["series"] for i in front)
@@ -215,10 +216,8 @@ def lines(
 
 
 def _words(rows: Iterable[Mapping]) -> str:
-    points = (
-        f"{row['series']}, {row.get('label') or format(row['x'], '.3g')}: {tables.show_number(row)}" for row in rows
-    )
-    return f"{'; '.join(points)}."
+    points = ((row["series"], row.get("label") or format(row["x"], ".3g"), tables.show_number(row)) for row in rows)
+    return f"{'; '.join(f'{series}, {label}: {number}' for series, label, number in points)}."
 
 
 def histogram(name: str, title: str, values: Sequence[float], edges: Sequence[float], *, x: str, y: str) -> Picture:
@@ -260,8 +259,7 @@ def reliability(path: str | Path, calibration: Mapping, title: str) -> None:
         calibration: of `calibration.calibration`; bins without rows are left out. Bars are the bins' 95 % intervals;
             below are the numbers of rows.
     """
-    bins = [entry for entry in calibration["bins"] if entry["outcome"]["n"]]
-    ece = calibration["ece"]
+    bins, ece = [entry for entry in calibration["bins"] if entry["outcome"]["n"]], calibration["ece"]
     label = f"ECE {tables.show_number(ece)}, n = {ece['n']:,}"
     rows = [{"series": label, "x": entry["probability"], **entry["outcome"]} for entry in bins]
     with _canvas(5.5, 4.5, rows=2, sharex=True, height_ratios=(4, 1)) as (canvas, ((above,), (below,))):
@@ -333,7 +331,9 @@ def panels(
 
 
 def _points(rows: Iterable[Mapping], along: str, field: str) -> list[tuple[float, float]]:
-    return [(row[along], row[field]) for row in rows if along in row and is_number(row.get(field))]
+    """(along, field) of the rows that have both, except values that can not be drawn: infinite ones, and no numbers."""
+    values = ((row[along], row.get(field)) for row in rows if along in row)
+    return [(x, y) for x, y in values if type(y) in (int, float) and y - y == 0]
 
 
 def _plot_curve(axes, points: Sequence[tuple[float, float]], colour: str) -> None:
@@ -346,7 +346,17 @@ def curves(path: str | Path, rows: Sequence[Mapping], title: str) -> None:
     Args:
         rows: those of metrics.jsonl that have `update`. An update with `alarms` is marked.
     """
-    alarms = [row["update"] for row in rows if row.get("alarms")]
-    shape = {"columns": 3, "width": 11, "beside": {"score": "judge"}, "heading": title}
-    if picture := panels("curves", title, rows, _UPDATES, along="update", alarms=alarms, **shape):
+    picture = panels(
+        "curves",
+        title,
+        rows,
+        _UPDATES,
+        along="update",
+        alarms=[row["update"] for row in rows if row.get("alarms")],
+        columns=3,
+        width=11,
+        beside={"score": "judge"},
+        heading=title,
+    )
+    if picture:
         picture.save_png(path)

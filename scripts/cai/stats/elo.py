@@ -70,14 +70,14 @@ def rate(
     comparisons = list(comparisons)
     _check(comparisons)
     names = list(dict.fromkeys(name for comparison in comparisons for name in (comparison.a, comparison.b)))
-    if anchor is not None:
-        if anchor not in names:
-            raise ValueError(f"no comparison names the anchor {anchor!r}, only {', '.join(names)}")
-        names.sort(key=lambda name: name != anchor)
+    if anchor not in (None, *names):
+        raise ValueError(f"no comparison names the anchor {anchor!r}, only {', '.join(names)}")
+    names.sort(key=lambda name: name != anchor)
     wins = wins_by_prompt(comparisons, names)  # (prompts, policies, policies)
     total = wins.sum(0)
     played = total + total.T > 0
-    groups, anchors = _find_groups(played)
+    firsts = _reaches(played).argmax(1).tolist()  # of the group of each policy: those that comparisons join
+    anchors = sorted(set(firsts))
     prior = PRIOR * played
     scores = ELO * fit(total + prior, anchors)
     low = high = np.full(len(names), np.nan)
@@ -88,14 +88,14 @@ def rate(
     beats = _reaches(total > 0)  # beats[i, j]: a chain of wins leads from i down to j; i = j included
     result = []
     for i, name in enumerate(names):
-        j = anchors[groups[i]]
+        j = firsts[i]
         ps = [row.p if row.a == name else 1 - row.p for row in comparisons if name in (row.a, row.b)]
         outcomes = (sum(p > 0.5 for p in ps), sum(p < 0.5 for p in ps), sum(p == 0.5 for p in ps))
         ends = [
             float(end) if is_bounded and not math.isnan(end) else None
             for end, is_bounded in ((low[i], beats[i, j]), (high[i], beats[j, i]))
         ]
-        result.append(Score(name, float(scores[i]), *ends, groups[i], *outcomes))
+        result.append(Score(name, float(scores[i]), *ends, anchors.index(j), *outcomes))
     result.sort(key=lambda score: (score.group, -score.score))
     return result, _write_notes(result, [names[i] for i in anchors], len(wins))
 
@@ -145,13 +145,6 @@ def fit(wins: np.ndarray, anchors: Sequence[int]) -> np.ndarray:
         if spread.max(initial=0) < 1e-9:
             return strengths
     raise ArithmeticError(f"no convergence after 200 steps (last step {spread.max():.2g})")
-
-
-def _find_groups(played: np.ndarray) -> tuple[list[int], list[int]]:
-    """(group of each policy, first policy of each group): groups are joined by chains of comparisons."""
-    firsts = _reaches(played).argmax(1).tolist()
-    anchors = sorted(set(firsts))
-    return [anchors.index(first) for first in firsts], anchors
 
 
 def _reaches(edges: np.ndarray) -> np.ndarray:

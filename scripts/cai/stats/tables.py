@@ -10,27 +10,24 @@ from collections.abc import Iterable, Mapping, Sequence
 
 def show(measured: Mapping | None) -> str:
     """`97.2 % (95.1–98.4)`, without the interval where there is none, or `–` where nothing was measured."""
-    if not measured or measured["value"] is None:
-        return "–"
-    if measured["low"] is None:
-        return f"{100 * measured['value']:.1f} %"
-    value, low, high = (100 * measured[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} % ({low:.1f}–{high:.1f})"
+    return _show(measured, ".1f", scale=100, unit=" %")
 
 
-def show_number(measured: Mapping | float | None) -> str:
+def show_number(measured: Mapping | float | None, spec: str = ".3f") -> str:
     """`0.352 (0.301–0.403)` of what is not a share, without the interval where there is none; `–` for nothing."""
-    if isinstance(measured, int | float):
-        return f"{measured:.3f}"
+    return format(measured, spec) if isinstance(measured, int | float) else _show(measured, spec)
+
+
+def _show(measured: Mapping | None, spec: str, scale: float = 1, unit: str = "") -> str:
     if not measured or measured["value"] is None:
         return "–"
-    value, low, high = (measured[key] for key in ("value", "low", "high"))
-    return f"{value:.3f}" if low is None else f"{value:.3f} ({low:.3f}{between(low)}{high:.3f})"
-
-
-def between(low: float) -> str:
-    """What separates the ends of an interval: a word beside a minus sign, because a dash looks like one."""
-    return "–" if low >= 0 else " to "
+    value, low, high = (
+        None if measured[key] is None else format(scale * measured[key], spec) for key in ("value", "low", "high")
+    )
+    if low is None or high is None:
+        return f"{value}{unit}"
+    dash = " to " if low.startswith("-") else "–"  # a dash beside a minus sign looks like another one
+    return f"{value}{unit} ({low}{dash}{high})"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

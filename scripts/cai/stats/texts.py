@@ -44,16 +44,14 @@ def grown(before: Sequence[str], now: Sequence[str], most: int = 5) -> list[tupl
 
     Of phrases that overlap, the one that grew most stands for the others.
     """
-    shares = []
-    for texts in (before, now):
-        counts = Counter(phrase for text in texts for phrase in phrases(text))
-        shares.append({phrase: count / len(texts) for phrase, count in counts.items()})
-    had, has = shares
+    old, new = (Counter(phrase for text in texts for phrase in phrases(text)) for texts in (before, now))
+    shares = {phrase: (old[phrase] / max(1, len(before)), count / len(now)) for phrase, count in new.items()}
     habits: list[tuple[str, ...]] = []
-    for phrase in sorted(has, key=lambda p: (had.get(p, 0.0) - has[p], p)):
-        if has[phrase] > had.get(phrase, 0.0) and not any(set(phrase) & set(other) for other in habits):
+    for phrase in sorted(shares, key=lambda p: (shares[p][0] - shares[p][1], p)):
+        had, has = shares[phrase]
+        if has > had and not any(set(phrase) & set(other) for other in habits):
             habits.append(phrase)
-    return [(" ".join(phrase), had.get(phrase, 0.0), has[phrase]) for phrase in habits[:most]]
+    return [(" ".join(phrase), *shares[phrase]) for phrase in habits[:most]]
 
 
 def distinct(texts: Iterable[str], n: int, most: int | None = None) -> float | None:

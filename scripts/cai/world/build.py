@@ -85,7 +85,6 @@ def make_tokenizer(demos: Demonstrations, folder: Path, samples: int = 20_000):
 
 
 def make_model(vocabulary: int, hidden: int, layers: int, feed_forward: int, seed: int):
-
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -227,7 +226,6 @@ def build(
 
     Returns a dict of what was done, saved as build.json beside the weights.
     """
-
     torch.set_num_threads(threads)
     torch._dynamo.config.recompile_limit = 64  # one for each width of a batch
     folder = Path(output)
@@ -273,7 +271,6 @@ class _Training:
     """The model in training, its optimizers and its demonstrations, at `step` after `done` tokens."""
 
     def __init__(self, settings: dict[str, Any], folder: Path, *, resumed: bool, compiled: bool):
-
         self.settings, self.done, self.step = settings, 0, 0
         self.demos = Demonstrations(settings["seed"])
         if resumed:
@@ -299,7 +296,6 @@ class _Training:
         self.body = torch.compile(self.model.model, dynamic=False) if compiled else self.model.model
 
     def save(self, checkpoint: Path) -> None:
-
         state = {
             "settings": self.settings,
             "model": self.model.state_dict(),
@@ -314,7 +310,6 @@ class _Training:
 
     def load(self, checkpoint: Path) -> None:
         """Continue from a checkpoint. InputError if it was saved with other settings."""
-
         state = torch.load(checkpoint, weights_only=True)
         if state["settings"] != self.settings:
             raise InputError(
@@ -339,7 +334,6 @@ class _Training:
 
     def update(self, rows: list[Encoded], stage: int) -> None:
         """One optimizer step on the rows."""
-
         self.model.zero_grad(set_to_none=True)
         ids, weights, probes = self._batch(rows)
         # padding is on the right and attention is causal, so no mask is needed
@@ -368,7 +362,6 @@ class _Training:
 
     def _batch(self, rows: list[Encoded]):
         """(token ids, loss weights), both (rows, tokens), and (layer, row, position, kind) of the probes."""
-
         # few different shapes, so that each is compiled once; rows of padding alone weigh nothing
         width = -(-max(len(row.ids) for row in rows) // 32) * 32
         height = max(len(rows), BATCH_TOKENS // width)
@@ -376,8 +369,10 @@ class _Training:
         for index, row in enumerate(rows):
             ids[index, : len(row.ids)] = torch.tensor(row.ids)
             weights[index, : len(row.ids)] = torch.tensor(row.weights)
-            layers = self.settings["layers"]
-            probes += [(min(PROBED_LAYERS[kind], layers), index, position, kind) for position, kind in row.probes]
+            probes += [
+                (min(PROBED_LAYERS[kind], self.settings["layers"]), index, position, kind)
+                for position, kind in row.probes
+            ]
         return ids, weights, torch.tensor(probes, dtype=torch.long).reshape(-1, 4).T
 
     def probe_rates(self) -> list[float]:

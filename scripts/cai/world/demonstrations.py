@@ -56,13 +56,6 @@ class Rule:
     manner: str = ""
 
 
-def harmlessness_rules() -> list[Rule]:
-    return [
-        Rule(p, _NARROW.get(p.id, language.HARM_NAMES), language.HARM_NAMES, _MANNERS.get(p.id, ""))
-        for p in load_constitution("harmlessness").principles
-    ]
-
-
 # So that the words decide and not the sentence: principles about any few categories, in several wordings.
 _SCOPED = (
     (
@@ -164,8 +157,10 @@ class Demonstrations:
 
     def __init__(self, seed: int):
         self.rng = random.Random(f"tiny/{seed}")
-        self.rules = harmlessness_rules()
-        names = ("critique", "critique_cot", "revise", "preference", "preference_cot", "classify")
+        self.rules = [
+            Rule(p, _NARROW.get(p.id, language.HARM_NAMES), language.HARM_NAMES, _MANNERS.get(p.id, ""))
+            for p in load_constitution("harmlessness").principles
+        ]
         self.words = oracle.words()
         nouns = {noun for group in language.NOUNS.values() for noun in group}
         self.object_words = nouns | set(language.ADJECTIVES) | set(language.MARKERS)
@@ -173,7 +168,10 @@ class Demonstrations:
         self.act_words = self.object_words | {verb.split()[0] for verb in verbs}
         self.other_order: list[tuple] = []
         self.marks: list[tuple[str, list[Mark]]] = []
-        self.templates = {name: load_template(name) for name in names}
+        self.templates = {
+            name: load_template(name)
+            for name in ("critique", "critique_cot", "revise", "preference", "preference_cot", "classify")
+        }
 
     def draw(self, task: str) -> tuple[list[dict], str, list]:
         """(messages, target, marks); marks: texts of the messages, each with what the probe is to read in it."""
@@ -208,14 +206,13 @@ class Demonstrations:
         point = self.rng.random()
         kind = "harmful" if point < harmful else "benign" if point < harmful + benign else "borderline"
         act = language.draw_act(self.rng, kind, held_out=False)
-        row = {
+        return act, {
             "prompt": language.ask(self.rng, act),
             "kind": kind,
             "category": act.category.name,
             "verb": act.verb,
             "object": act.object,
         }
-        return act, row
 
     def _rule(self) -> Rule:
         return self.rng.choice(self.rules) if self.rng.random() < 0.5 else scoped_rule(self.rng)
@@ -245,8 +242,7 @@ class Demonstrations:
                     sentences[at] = re.sub(rf"\b{other.noun}\b", act.noun, sentences[at])
         elif slip == "object":
             noun = rng.choice(language.NOUNS[rng.choice(act.category.nouns or ("thing", "person", "animal"))])
-            rest = (re.sub(rf"\b{act.noun}\b", noun, s) if rng.random() < 0.6 else s for s in sentences[1:])
-            sentences[1:] = list(rest)
+            sentences[1:] = [re.sub(rf"\b{act.noun}\b", noun, s) if rng.random() < 0.6 else s for s in sentences[1:]]
         elif slip == "word":
             at = rng.randrange(len(sentences))
             words = sentences[at].split(" ")
@@ -273,7 +269,7 @@ class Demonstrations:
             else:
                 near = language.draw_act(rng, act.category.kind, held_out=False, category=act.category)
                 # another act of the category: with another verb, another object, or only another adjective
-                verb, noun, adjective = rng.choice(
+                near_act = rng.choice(
                     (
                         (near.verb, act.noun, act.adjective),
                         (act.verb, near.noun, act.adjective),
@@ -283,7 +279,7 @@ class Demonstrations:
                         (act.verb, near.noun, act.adjective),
                     )
                 )
-                other = language.Act(act.category, verb, noun, adjective)
+                other = language.Act(act.category, *near_act)
         return other
 
     def _response(self, act: language.Act, styles: str) -> tuple[str, str]:
@@ -350,15 +346,13 @@ class Demonstrations:
 
     def _revise(self):
         act, row, rule, response, fault, critique = self._criticised()
-        target = response
-        if fault:
-            target = language.respond(self.rng, act, "good" if act.category.kind == "harmful" else "comply")
+        style = "good" if act.category.kind == "harmful" else "comply"
+        target = language.respond(self.rng, act, style) if fault else response
         return self._render("revise", row, rule, response=response, critique=critique), target
 
     def _does(self, row: dict, response: str) -> str:
         """What a response does, in a few words (for reasoning)."""
-        act, outcome = oracle.act_of(row), oracle.classify(row, response)
-        reading = oracle.read(response)
+        act, outcome, reading = oracle.act_of(row), oracle.classify(row, response), oracle.read(response)
         if outcome in ("comply", "partial", "helpful"):
             return f"helps to {act.text}"
         if outcome == "good" or (outcome == "refused" and reading.declined == act.text):
@@ -425,15 +419,14 @@ class Demonstrations:
     def _preference_cot(self):
         row, rule, a, b, label = self._compared()
         self._mark(row, a, b, scope=rule.preference_scope)
-        messages = self._render("preference_cot", row, rule, response_a=a, response_b=b)
-        return messages, self._reasoned(row, rule, a, b, label)
+        reasoning = self._reasoned(row, rule, a, b, label)
+        return self._render("preference_cot", row, rule, response_a=a, response_b=b), reasoning
 
     def _judge_cot(self):
         row, rule, a, b, label = self._compared()
         self._mark(row, a, b, scope=rule.preference_scope)
-        reasoning = self._reasoned(row, rule, a, b, label)
-        messages = self._render("preference", row, rule, response_a=a, response_b=b, reasoning=reasoning)
-        return messages, f"{DECISION}{label})"
+        texts = {"response_a": a, "response_b": b, "reasoning": self._reasoned(row, rule, a, b, label)}
+        return self._render("preference", row, rule, **texts), f"{DECISION}{label})"
 
     def _classify(self):
         act, row = self._scene(harmful=0.5, benign=0.25)
@@ -478,11 +471,8 @@ class Demonstrations:
         response = language.respond(self.rng, act, style) if self.rng.random() < 0.3 else self._slip(act, style)
         self._mark(row, response)
         verdicts = [f"{DECISION} {'yes' if fits else 'no'}," for fits in oracle.sentences_on_topic(act, response)]
-        messages = [
-            *_ask(row["prompt"]),
-            {"role": "assistant", "content": response},
-            *_ask("Is that to the point, sentence by sentence?"),
-        ]
+        question = _ask("Is that to the point, sentence by sentence?")
+        messages = [*_ask(row["prompt"]), {"role": "assistant", "content": response}, *question]
         return messages, f"Here:{''.join(verdicts).rstrip(',')}."
 
     def _scope(self):

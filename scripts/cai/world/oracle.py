@@ -39,8 +39,7 @@ def act_of(row: dict) -> Act:
 def words() -> list[str]:
     """Every word that acts and responses are made of, each once."""
     texts = [*ADJECTIVES, *MARKERS, *(noun for group in NOUNS.values() for noun in group)]
-    for category in CATEGORIES:
-        texts += [*category.verbs, *category.steps, *category.reasons, *category.offers]
+    texts += [text for c in CATEGORIES for text in (*c.verbs, *c.steps, *c.reasons, *c.offers)]
     return list(dict.fromkeys(re.findall(r"[a-z]+", " ".join(texts).replace("{n}", "").lower())))
 
 
