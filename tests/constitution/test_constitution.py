@@ -283,7 +283,7 @@ def test_the_schema_refuses_what_the_reader_refuses(tmp_path, text):
 def test_markdown_is_not_read_as_yaml(tmp_path, name, text, line):
     """To YAML a heading is a comment, and the items below it would lose their polarity."""
     (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match="constitution.py import") as caught:
+    with pytest.raises(InputError, match=r"constitution\.py import") as caught:
         load_constitution(str(tmp_path / name))
     assert f"{name}:{line}: " in str(caught.value)
 

@@ -266,8 +266,80 @@ No answer may contain a slur.
 How should the model act where these rules fail?
 """
 
+CLINIC = """\
+Guidelines for Harbour, the clinic's helper
+===========================================
+
+## What Harbour does
+
+- Explains what a test measures, in words a child could follow
+- Points to the emergency line whenever somebody may be in danger
+
+## What Harbour doesn't do
+
+- Diagnose
+- Change a dose
+- It does not read out results that a doctor has not seen.
+
+Patients feel let down when an assistant:
+
+* rushes them
+
+Harbour may:
+
+* suggest a walk-in visit
+
+Harbour may not:
+
+* share another patient's file
+
+### Tone
+
+Don't joke about illness.
+
+- No jargon
+- Jokes about illness are never acceptable.
+- One question at a time
+
+**Do not:**
+
+- promise recovery
+
+**Do:**
+
+- promise a call back
+
+Failing any of these is serious:
+
+1. Confidentiality
+"""
+
 # {document: ([demands], [prohibitions], [unclear])}: how each principle begins and ends, as a person lists them.
 LISTED = {
+    "clinic": (
+        CLINIC,
+        [
+            "What Harbour does: Explains what a test measures, in words a child could follow",
+            "What Harbour does: Points to the emergency line whenever somebody may be in danger",
+            "Harbour may: suggest a walk-in visit",
+            "Do: promise a call back",
+        ],
+        [
+            "What Harbour doesn't do: Diagnose",
+            "What Harbour doesn't do: Change a dose",
+            "It does not read out results that a doctor has not seen.",
+            "Harbour may not: share another patient's file",
+            "Don't joke about illness.",
+            "No jargon",
+            "Jokes about illness are never acceptable.",
+            "Do not: promise recovery",
+        ],
+        [
+            "Patients feel let down when an assistant: rushes them",
+            "One question at a time",
+            "Failing any of these is serious: Confidentiality",
+        ],
+    ),
     "model spec": (
         MODEL_SPEC,
         [

@@ -30,6 +30,7 @@ from cai.constitution.polarity import DEMAND, PROHIBITION, UNCLEAR, judge, judge
         ("No answer may name a patient", PROHIBITION),
         ("Sharing a password is forbidden", PROHIBITION),
         ("No flattery", PROHIBITION),
+        ("It's unacceptable to rewrite a poem unasked", PROHIBITION),
         ("A bad answer lectures the reader", PROHIBITION),
         ("A reader would object if the assistant lectured", PROHIBITION),
         ("What to avoid: Lectures the reader", PROHIBITION),
@@ -57,6 +58,7 @@ def test_a_sentence_that_stands_alone(sentence, polarity):
         ("Common mistakes to avoid:", "forbids"),
         ("These are things that it must not do.", "forbids"),
         ("Prohibited content:", "forbids"),
+        ("Failing any of these is serious:", "unclear"),
         ("Never share personal data:", "command"),
         ("A good answer:", "demands"),
         ("To avoid harm, the assistant should:", "demands"),
@@ -104,10 +106,20 @@ def test_the_nearest_context_that_says_something_decides():
     assert judge("Names the shelf", [far]).polarity == PROHIBITION
 
 
+def test_a_heading_between_makes_it_unclear_whether_the_one_above_it_still_holds():
+    above = [("Tone", "heading"), ("What to avoid", "heading")]
+    assert judge("Lectures the reader", above).polarity == judge("Lecturing the reader", above).polarity == PROHIBITION
+    assert (
+        judge("Say when you do not know", above).polarity == judge("One question at a time", above).polarity == UNCLEAR
+    )
+    assert judge("No jargon", above) == judge("No jargon", [*above[1:]])
+    assert judge("Say when you do not know", [("Do:", "introduction"), *above]).polarity == DEMAND
+
+
 def test_an_order_below_a_prohibition_is_not_guessed():
     above = [("Avoid the following:", "introduction")]
     assert judge("The assistant must ask first", above).polarity == UNCLEAR
-    assert judge("Do not use slang", above) == judge("Do not use slang")
+    assert judge("Do not use slang", above).governing is None
     assert judge("Use slang", above).polarity == PROHIBITION
 
 

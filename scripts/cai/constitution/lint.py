@@ -368,7 +368,7 @@ def _demands(demand: str) -> tuple[list[frozenset], list[frozenset]]:
     """(what it asks for, what it forbids): the words of each clause that carry meaning."""
     demands: tuple[list[frozenset], list[frozenset]] = ([], [])
     verdict, (_, items) = polarity.judge_sentence(demand), polarity.split_label(demand)
-    is_forbidden = verdict == polarity.Verdict(polarity.PROHIBITION, 0)
+    is_forbidden = (verdict.polarity, verdict.governing) == (polarity.PROHIBITION, 0)
     for words in _clauses(items if is_forbidden else demand):
         demands[(sum(word in _FORBIDS for word in words) + is_forbidden) % 2].append(_content(words))
     return demands

@@ -73,13 +73,13 @@ def state(
     above = [*([(label, "label")] if label else []), *contexts]
     verdict = polarity.judge(core, above)
     governing = above[verdict.governing] if verdict.governing is not None else None
-    forbidden = any(polarity.signal(*context) == "forbids" for context in contexts)
     names = [name for name, role in contexts if (role == "introduction" and name.endswith(":")) or role == "label"]
-    if not governing and forbidden:  # “Never …” below “What to avoid:” stands for itself
+    if not governing and verdict.signal == "forbids":  # “Never …” below “What to avoid:” stands for itself
         names = []
-    if governing and governing[1] != "label" and governing[0] not in names:
+    is_decided = governing and verdict.polarity != polarity.UNCLEAR
+    if is_decided and governing[1] != "label" and governing[0] not in names:
         names.append(governing[0])
-    is_unclear = is_doubtful and not (governing or forbidden) and polarity.mood(core) == "command"
+    is_unclear = is_doubtful and not (governing or verdict.signal) and polarity.mood(core) == "command"
     return Statement(
         text=": ".join([*(name.rstrip(":. ") for name in reversed(names)), text]),
         file=file,
@@ -242,7 +242,7 @@ class _Reader:
                 if orders:
                     self._add(" ".join(sentences), _lines(node), [])
                 else:
-                    self._leave_out(node, "prose without an order or a prohibition", prose := " ".join(sentences))
+                    self._leave_out(node, "prose", prose := " ".join(sentences))
                     is_before = not self.document.statements and not self.document.unclear and len(self.headings) < 2
                     self.preamble += [prose] if is_before else []
 

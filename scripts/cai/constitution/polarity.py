@@ -18,10 +18,16 @@ _MOST = 1000  # characters: the words that decide are near the beginning of an i
 
 @dataclass(frozen=True)
 class Verdict:
-    """The polarity of a sentence, and which of its contexts decided it (None: its own words)."""
+    """The polarity of a sentence.
+
+    Attributes:
+        governing: the context that decided it; None: its own words.
+        signal: what the nearest context that says something says (see `signal`).
+    """
 
     polarity: str
     governing: int | None = None
+    signal: str | None = None
 
 
 def _pattern(words: str) -> re.Pattern:
@@ -122,7 +128,7 @@ _THIRD = re.compile(
 
 
 def _plain(text: str) -> str:
-    text = " ".join(text.lower().replace("’", "'").split())
+    text = re.sub(r"\b(it|that|there)'s\b", r"\1 is", " ".join(text.lower().replace("’", "'").split()))
     return re.sub(r"^\W+|^\W*\d[\d.]*[.)]? |[\s.;,:]+$", "", text)
 
 
@@ -199,7 +205,8 @@ _NEGATIVE = _pattern(
 
 _HARMLESS = _pattern(r"not only|whether or not|or not|no matter|if not|no doubt|no later than|why not|no less")
 
-_REFUSAL = _pattern(r"refuses?|refusing|refusals?|declines?|rejects?")
+# To refuse a thing, or to fail at it, does not tell whether what is listed below is wanted.
+_REFUSAL = _pattern(r"fail\w*|forget\w*|neglect\w*|refuses?|refusing|refusals?|declines?|rejects?")
 
 _ORDERS = _pattern(r"must|should|shall|ought to|needs? to|has to|have to|always")
 
@@ -210,15 +217,15 @@ _OPEN = re.compile(
     rf"(?:if|when|whenever|where|that|because|unless) {_SUBJECT}|it|you|we|they)$"
 )
 
-_POINTS = _pattern(r"these|this|following|things?|below|any of|items|list|behaviou?rs?|what")
+_POINTS = _pattern(r"these|this|following|things?|below|any of|items|list|behaviour|behaviours|behavior|behaviors|what")
 
 _KINDS = (
-    r"behaviou?rs?|conduct|content|answers?|response|responses|replies|practices?|actions?|habits|advice|style|words|"
+    r"behaviour|behaviours|behavior|behaviors|conduct|content|answers?|response|responses|replies|practices?|actions?|habits|advice|style|words|"
     r"uses|topics|language|things"
 )
 
 _FORBIDDING = re.compile(
-    r"^(?:what|things?|ways|how|behaviou?rs?|actions|topics|words|content|practices|habits|everything|anything|"
+    r"^(?:what|things?|ways|how|behaviour|behaviours|behavior|behaviors|actions|topics|words|content|practices|habits|everything|anything|"
     r"something)\b"
     r"(?:(?!\b(?:when|if|where|because)\b).)*?(?:\bavoid\b|\bnot to\b|\bnever\b(?! know)|"
     r"\b(?:must|should|shall|may|can|will|do|does|would)(?: not|n't)\b(?! (?:know|understand|remember|see))|"
@@ -300,7 +307,7 @@ def _forbids(clause: str, negatives: list[str], role: str, has_order: bool) -> s
         return "command" if re.fullmatch(r"(?:never|do not|don't|avoid) (\w+)", clause) and _names_act(clause) else None
     if has_order or _COMMAND_NOT.match(clause):
         return "command"
-    return "unclear" if _REFUSAL.fullmatch(negatives[0]) else "command"
+    return "unclear" if _REFUSAL.search(clause) else "command"
 
 
 def _names_act(clause: str) -> bool:
@@ -319,22 +326,46 @@ def judge(text: str, contexts: Sequence[tuple[str, str]] = ()) -> Verdict:
     """
     signals = ((number, signal(context, role)) for number, (context, role) in enumerate(contexts))
     governing, kind = next(((number, kind) for number, kind in signals if kind), (None, None))
+    roles = [role for _, role in contexts[: (governing or 0) + 1]]
     form = mood(text)
-    if form in ("command-not", "fault") or (form == "sentence-not" and kind != "unclear"):
-        return Verdict(PROHIBITION)
+    own = Verdict(PROHIBITION if form in ("command-not", "fault", "sentence-not", "no") else DEMAND, None, kind)
+    above = _above(form, kind, roles, text)
+    return own if above is None else Verdict(above, governing, kind)
+
+
+def _above(form: str, kind: str | None, roles: list[str], text: str) -> str | None:
+    """The polarity that an item of this form takes from what stands above it; None: its own words decide."""
+    is_far = roles.count("heading") > 1  # a heading stands between, so that a full sentence may be about something else
+    if form in ("command-not", "fault"):
+        return None
     if form == "no":
-        return Verdict(PROHIBITION, governing if kind in ("forbids", "topic") else None)
-    role = contexts[governing][1] if governing is not None else ""
+        return PROHIBITION if kind in ("forbids", "topic") and roles[-1] == "introduction" else None
+    if form == "sentence-not":
+        return UNCLEAR if kind == "unclear" else None
     if form == "fragment":
-        polarity = {"forbids": PROHIBITION, "topic": PROHIBITION, "command": PROHIBITION, "demands": DEMAND}.get(kind)
-        return Verdict(polarity or UNCLEAR, governing)
+        if is_far and not _is_continuation(text):
+            return UNCLEAR
+        return {"forbids": PROHIBITION, "topic": PROHIBITION, "command": PROHIBITION, "demands": DEMAND}.get(
+            kind, UNCLEAR
+        )
+    if form == "obliged":
+        return UNCLEAR if kind == "forbids" and not is_far else None
     if kind == "forbids":
-        return Verdict(UNCLEAR if form == "obliged" else PROHIBITION, governing)
-    if kind in ("topic", "unclear") and form != "obliged":
-        return Verdict(UNCLEAR, governing)
-    if kind == "command" and role == "introduction" and form == "command":
-        return Verdict(UNCLEAR, governing)
-    return Verdict(PROHIBITION if form == "sentence-not" else DEMAND)
+        return UNCLEAR if is_far else PROHIBITION
+    is_doubtful = kind in ("topic", "unclear") or (
+        kind == "command" and roles[-1] == "introduction" and form == "command"
+    )
+    return UNCLEAR if is_doubtful else None
+
+
+def _is_continuation(text: str) -> bool:
+    """Whether a fragment begins with a verb in the third person or in -ing."""
+    first = _plain(text[:_MOST]).partition(" ")[0]
+    return (
+        first in _THIRD_PERSON
+        or first.endswith("ing")
+        or bool(re.match(r"\w+[^s]s (?:the|an?|any|all)\b", _plain(text[:_MOST])))
+    )
 
 
 def split_label(text: str) -> tuple[str, str]:
