@@ -328,9 +328,9 @@ def judge(text: str, contexts: Sequence[tuple[str, str]] = ()) -> Verdict:
     governing, kind = next(((number, kind) for number, kind in signals if kind), (None, None))
     roles = [role for _, role in contexts[: (governing or 0) + 1]]
     form = mood(text)
-    own = Verdict(PROHIBITION if form in ("command-not", "fault", "sentence-not", "no") else DEMAND, None, kind)
+    by_words = Verdict(PROHIBITION if form in ("command-not", "fault", "sentence-not", "no") else DEMAND, None, kind)
     above = _above(form, kind, roles, text)
-    return own if above is None else Verdict(above, governing, kind)
+    return by_words if above is None else Verdict(above, governing, kind)
 
 
 def _above(form: str, kind: str | None, roles: list[str], text: str) -> str | None:
