@@ -106,29 +106,30 @@ def new(output, name, description, audience, sentences, base, as_json, overwrite
     multiple=True,
     required=True,
     metavar="FILE",
-    help="The paper's JSON files, llm-swarm's JSON, or a list in .md, .txt or .json. Repeatable.",
+    help="The paper's JSON files, llm-swarm's JSON, or a document in Markdown, text, JSON or YAML. Repeatable.",
 )
 @OUTPUT
 @NAME
+@click.option("--keep-unclear", is_flag=True, help="Keep sentences of unclear polarity verbatim, tagged `unclear`.")
 @cli.options("json", "overwrite")
-def import_(inputs, output, name, as_json, overwrite):
-    """Make a constitution from files in other formats, without losing a word.
+def import_(inputs, output, name, keep_unclear, as_json, overwrite):
+    """Make a constitution from files in other formats.
 
-    The paper's files belong together: critiques, preference questions and few-shot examples in one call. What a
-    format lacks (preference questions) is phrased and counted.
+    Of a document, list items and orders become principles, with the sentence that introduces them. The rest is listed
+    on stderr. Exits with 3 if a sentence was left out because it may be a demand or a prohibition.
 
     \b
     Example:
       python scripts/constitution.py import --input CritiqueRevisionInstructions.json \\
           --input RLMadisonInstructions.json --output paper.yaml
     """
-    constitution = importing.read_foreign(inputs, name or Path(output).stem)
-    phrased = sum(importing.PHRASED in principle.tags for principle in constitution.principles)
-    counts = {"examples": len(constitution.examples), "phrased_preferences": phrased}
-    _finish_new(output, constitution, overwrite, as_json, **counts)
+    report = {}
+    constitution = importing.read_foreign(inputs, name or Path(output).stem, report, keep_unclear=keep_unclear)
+    losses = rendering.report_losses(report, keep_unclear, as_json)
+    _finish_new(output, constitution, overwrite, as_json, **importing.count_parts(constitution), **losses)
 
 
-def _finish_new(output: str, constitution: files.Constitution, overwrite: bool, as_json: bool, **counts: int) -> None:
+def _finish_new(output, constitution, overwrite, as_json, **counts):
     rendering.save_constitution(output, constitution, overwrite)
     summary = {"output": output, "principles": len(constitution.principles), **counts}
     next_command = f"python scripts/constitution.py lint --constitution {shlex.quote(output)}"

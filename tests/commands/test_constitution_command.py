@@ -180,6 +180,22 @@ def test_import_llm_swarm_and_a_list(run, shared_data, tmp_path):
     assert "- Be kind\n- Be brief\n" in (tmp_path / "house.md").read_text()
 
 
+def test_import_lists_what_is_left_out_and_what_is_unclear(run, invoke, tmp_path):
+    text = "# Rules\n\nIt is wrong to:\n\n- Tell a secret\n\n```\n- code\n```\n\n## Privacy\n\n- Home addresses\n"
+    rules, output = written(tmp_path, text, "rules.md"), tmp_path / "rules.yaml"
+    summary = run("import", "--input", rules, "--output", output, code=3)
+    assert summary["principles"] == 1 and summary["failed"] == 1
+    assert summary["unclear"] == [{"file": str(rules), "line": 13, "text": "Home addresses"}]
+    assert [(part["line"], part["reason"]) for part in summary["left_out"]] == [(7, "a code block")]
+    assert summary["origins"][0]["lines"] == [5, 5] and summary["origins"][0]["polarity"] == "prohibition"
+    [principle] = load_constitution(str(output)).principles
+    assert principle.principle == "It is wrong to: Tell a secret"
+    result = invoke("constitution", "import", "--input", rules, "--output", output, "--overwrite")
+    assert f"{rules}:7: left out (a code block)" in result.stderr and f"{rules}:13: unclear whether" in result.stderr
+    kept = run("import", "--input", rules, "--output", output, "--overwrite", "--keep-unclear")
+    assert kept["principles"] == 2 and run("lint", "--constitution", output, code=3)["findings"][0]["rule"] == "unclear"
+
+
 def test_import_and_export_replace_nothing_unasked(invoke, tmp_path):
     rules = written(tmp_path, "Be kind\n", "rules.txt")
     mine = written(tmp_path, "mine", "house.md")

@@ -269,3 +269,35 @@ def test_the_schema_refuses_what_the_reader_refuses(tmp_path, text):
     # and both take what is right
     load_constitution(constitution_file(tmp_path, EXAMPLES))
     VALIDATOR.validate(yaml.safe_load(EXAMPLES))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("rules.md", "# Rules\n\n- Be kind\n", 1),
+        ("rules.txt", "The assistant must never:\n\n- Tell a secret\n", 1),
+        ("rules.yaml", "# Rules\n\nThe assistant must never:\n\n- Tell a secret\n", 3),
+        ("rules.yaml", "- Be kind\n# What to avoid\n- Lectures the reader\n", 2),
+    ],
+)
+def test_markdown_is_not_read_as_yaml(tmp_path, name, text, line):
+    """To YAML a heading is a comment, and the items below it would lose their polarity."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=r"constitution\.py import") as caught:
+        load_constitution(str(tmp_path / name))
+    assert f"{name}:{line}: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rules.txt", '{"principles": ["Be kind"]}'),
+        ("rules.md", "principles:\n- Be kind\n"),
+        ("rules.yaml", '["Be kind"]'),
+        ("rules.yaml", "# What to avoid\n- Never lie\n"),
+    ],
+)
+def test_a_constitution_is_recognised_by_its_content(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    [principle] = load_constitution(str(tmp_path / name)).principles
+    assert principle.id == "principle-1" and principle.critique.endswith(("Be kind.", "Never lie."))

@@ -115,17 +115,31 @@ Thanks to all who helped.
 
 
 def test_a_markdown_list(tmp_path):
-    made = through_yaml(read_foreign([written(tmp_path, "rules.md", MARKDOWN)], "rules"), tmp_path)
+    report = {}
+    made = through_yaml(read_foreign([written(tmp_path, "rules.md", MARKDOWN)], "rules", report), tmp_path)
     assert [(p.principle, p.tags) for p in made.principles] == [
         ("Say what you don't know.", ("Honesty",)),
         ("Name your sources, all of them.", ("Honesty",)),
         ("Harm nobody", ("Care",)),
         ("Offer another way", ("Care",)),
     ]
-    assert made.description == "House rules Nothing here yet What we ask of the assistant. Thanks to all who helped."
+    assert made.description == "House rules What we ask of the assistant."
     files, left_out = write_foreign(made, "markdown")
     numbers = Counter(["1", "2"])  # of the list: marks, no words
-    assert words(MARKDOWN) - words(files["rules.md"]) == numbers and not left_out
+    listed = words([part["text"] for part in report["left_out"]])
+    assert words(MARKDOWN) - words(files["rules.md"]) - listed == numbers and not left_out
+    assert [(part["line"], part["reason"]) for part in report["left_out"]] == [
+        (3, "prose"),
+        (11, "a heading without principles"),
+        (18, "prose"),
+    ]
+    assert report["origins"][1] == {
+        "id": "principle-2",
+        "file": str(tmp_path / "rules.md"),
+        "lines": (8, 9),
+        "polarity": "demand",
+        "introduction": "",
+    }
     again = read_foreign([written(tmp_path, "again.md", files["rules.md"])], "rules")
     assert [(p.principle, p.tags) for p in again.principles] == [(p.principle, p.tags) for p in made.principles]
 
@@ -143,6 +157,78 @@ def test_a_plain_list(tmp_path, name, content):
     made = read_foreign([written(tmp_path, name, content)], "plain")
     assert [p.principle for p in made.principles] == ["Be kind", "Be brief"]
     assert [p.id for p in made.principles] == ["principle-1", "principle-2"]
+
+
+# --- content that is not what the name says -------------------------------------------------------------------------
+
+LLM_SWARM = '{"constitutions": [{"critic": "Say where it lies.", "revision": "Rewrite it without the lie."}]}'
+OURS = "# For: a kitchen\nname: kitchen\nprinciples:\n- id: allergies\n  principle: Never play down an allergy\n"
+NEGATIVE = "# House rules\n\nThe assistant must never:\n\n- Tell a secret\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("rules.txt", '["Be kind", "Never lie"]', ["Be kind", "Never lie"]),
+        ("rules.md", '[\n  "Be kind",\n  "Never lie"\n]', ["Be kind", "Never lie"]),
+        ("rules.yaml", '["Be kind", "Never lie"]', ["Be kind", "Never lie"]),
+        ("rules.yaml", "- Be kind\n- Never lie\n", ["Be kind", "Never lie"]),
+        ("rules.md", OURS, ["Never play down an allergy"]),
+        ("rules.txt", '{"principles": ["Be kind"]}', ["Be kind"]),
+        ("rules.json", '[{"id": "a", "principle": "Be kind"}]', ["Be kind"]),
+        ("rules.txt", NEGATIVE, ["The assistant must never: Tell a secret"]),
+        ("rules.json", NEGATIVE, ["The assistant must never: Tell a secret"]),
+        ("rules.yaml", NEGATIVE, ["The assistant must never: Tell a secret"]),
+        ("rules.yml", "# What to avoid\n\n- Lectures the reader\n", ["What to avoid: Lectures the reader"]),
+        ("rules.md", "[ ] is a box to tick\n\n- Be kind\n", ["Be kind"]),
+        ("RULES", "- Be kind\n", ["Be kind"]),
+    ],
+)
+def test_the_content_tells_the_format(tmp_path, name, content, expected):
+    made = through_yaml(read_foreign([written(tmp_path, name, content)], "x"), tmp_path)
+    assert [p.principle for p in made.principles] == expected
+
+
+@pytest.mark.parametrize("name", ["swarm.txt", "swarm.md", "swarm.yaml"])
+def test_llm_swarms_json_under_another_name(tmp_path, name):
+    [principle] = read_foreign([written(tmp_path, name, LLM_SWARM)], "x").principles
+    assert principle.critique == "Say where it lies."
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line", "said"),
+    [
+        ("a.txt", '{"a": 1,\n "b": }', 2, "not JSON"),
+        ("a.md", '["Be kind",\n "Never lie"', 2, "not JSON"),
+        ("a.md", "name: x\nprinciples:\n- critque: y\n", 3, "critique"),
+        ("a.md", "# Title\n\n- Lectures the reader\n- Home addresses\n", 3, "line 4: 'Home addresses'"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name, content, line, said):
+    with pytest.raises(InputError, match=re.escape(said)) as caught:
+        read_foreign([written(tmp_path, name, content)], "x")
+    assert f"{name}:{line}: " in str(caught.value)
+
+
+def test_unclear_sentences_are_left_out_or_kept_with_a_tag(tmp_path):
+    file = written(tmp_path, "rules.md", "# Rules\n\n- Be kind\n- Lectures the reader\n")
+    report = {}
+    assert [p.principle for p in read_foreign([file], "x", report).principles] == ["Be kind"]
+    assert report["unclear"] == [{"file": str(file), "line": 4, "text": "Lectures the reader"}]
+    kept = read_foreign([file], "x", keep_unclear=True).principles
+    assert [(p.principle, p.tags) for p in kept] == [("Be kind", ()), ("Lectures the reader", ("unclear",))]
+
+
+def test_a_prohibition_stays_one_through_markdown(tmp_path):
+    """What is exported as a list and imported again has the same requests."""
+    text = (
+        "# What to avoid\n\n- Lectures the reader\n\nA reader would object if the assistant:\n\n- Guesses at an age\n"
+    )
+    made = read_foreign([written(tmp_path, "rules.md", text)], "rules")
+    files, _ = write_foreign(made, "markdown")
+    again = read_foreign([written(tmp_path, "again.md", files["rules.md"])], "rules")
+    assert [p.revision for p in again.principles] == [p.revision for p in made.principles]
+    assert all("forbids" in p.revision for p in made.principles)
 
 
 # --- ours in theirs -----------------------------------------------------------------------------------------

@@ -175,6 +175,63 @@ def test_a_question_that_names_a_place(question):
     assert ("names-a-place", ("p1",)) in rules((HARM[0], HARM[1], question))
 
 
+def with_requests(sentence, **requests):
+    texts = {**phrase(sentence), **requests}
+    return lint(Constitution("x", "x", "", (Principle("p1", **texts, principle=sentence, line=7),)))
+
+
+@pytest.mark.parametrize(
+    ("sentence", "requests"),
+    [
+        (
+            "Never reveal the name of a patient",
+            {"revision": "Rewrite the response so that it reveals the patient's name."},
+        ),
+        ("Name the source of each figure", {"critique": "Point out where the response names the source of a figure."}),
+        ("The assistant must never: Lecture the reader", {"preference": "Which response lectures the reader more?"}),
+        (
+            "What to avoid: Lectures the reader",
+            {"critique": "Say where the response does not follow this principle: Lectures the reader."},
+        ),
+        (
+            "A reader would object if the assistant: Lectures the reader",
+            {"revision": "Rewrite the response so that it follows this principle: Lectures the reader."},
+        ),
+    ],
+)
+def test_a_request_against_the_polarity_of_its_sentence(sentence, requests):
+    [found] = with_requests(sentence, **requests)
+    [name] = requests
+    assert found.rule == "negated" and found.line == 7 and f"the {name}" in found.message
+
+
+@pytest.mark.parametrize(
+    ("sentence", "requests"),
+    [
+        (
+            "Never reveal the name of a patient",
+            {
+                "critique": "Point out where the response reveals the patient's name.",
+                "revision": "Rewrite the response so that it does not reveal the patient's name.",
+            },
+        ),
+        (
+            "Name the source of each figure",
+            {"critique": "Point out where the response does not name the source of a figure."},
+        ),
+        ("What to avoid: Lectures the reader", {}),
+        ("The assistant must never: Lecture the reader", {}),
+    ],
+)
+def test_requests_that_agree_with_their_sentence(sentence, requests):
+    assert with_requests(sentence, **requests) == []
+
+
+def test_a_sentence_that_neither_demands_nor_prohibits():
+    [found] = with_requests("Lectures the reader of the answer")
+    assert found.rule == "unclear"
+
+
 def test_a_duty_that_no_principle_keeps():
     made = Constitution("x", "x", "", of("Be kind").principles, duties={"care": "Take care."})
     [found] = lint(made)

@@ -631,7 +631,9 @@ def test_long_lines_and_long_runs_of_one_character():
     assert len(dialogue.split_transcript("Human: a" + "\n" * many + "b\n\nAssistant: c")) == 2
     assert len(dialogue.split_transcript("Human: a" + "\n\n " * many + "b\n\nAssistant: c")) == 2
     assert neutralise("<" + " " * many) == "<" + " " * many
-    assert reading("in.md", b"# a" + b" " * many + b"x\n- one\n", lambda path: [importing.read_foreign([path], "x")])
+    assert reading(
+        "in.md", b"# a" + b" " * many + b"x\n- Be kind\n", lambda path: [importing.read_foreign([path], "x")]
+    )
     keys = json.dumps({f"k{n}": 1 for n in range(100_000)}).encode()
     assert reading("in.json", keys, lambda path: [importing.read_foreign([path], "x")]) is None
     begins = "\n\nHuman: Consider the following conversation between a human (H) and an assistant (A):\n\nH:"

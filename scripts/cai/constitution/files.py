@@ -17,6 +17,7 @@ import yaml
 from cai.base.errors import InputError, shorten
 from cai.base.hashing import hashed_seed
 from cai.base.paths import CONSTITUTIONS, find_file
+from cai.constitution import polarity
 
 REQUESTS = ("critique", "revision", "preference")
 
@@ -33,7 +34,7 @@ TOP_KEYS = {
     "description": "One sentence: what it asks for, and of whom.",
     "for": "Whom it is meant for.",
     "source": "Where the principles come from.",
-    "duties": "The duties that principles derive from, by name; a principle carries the name among its tags.",
+    "duties": "The duties that principles implement, by name; a principle carries the name among its tags.",
     "principles": "The principles: mappings, or plain sentences.",
     "examples": "Worked examples for all principles.",
 }
@@ -153,6 +154,7 @@ def load_constitution(name_or_path: str, problems: list[InputError] | None = Non
         raise InputError(f"{size} bytes", where=path, expected=f"at most {_MAX_BYTES}")
     raw = path.read_bytes()
     tree = _parse(raw, path)
+    _refuse_markdown(tree, raw, path)
     head: dict[str, yaml.Node] = {"principles": tree}
     if not isinstance(tree, yaml.SequenceNode):
         head = _mapping(tree, path, TOP_KEYS, "constitution")
@@ -249,6 +251,32 @@ def _parse(raw: bytes, path: Path) -> yaml.Node:
     if tree is None:
         raise InputError("an empty file", where=path, expected="a list of principles")
     return tree
+
+
+def _refuse_markdown(tree: yaml.Node, raw: bytes, path: Path) -> None:
+    """Raise InputError for what is YAML by accident: a document in Markdown, whose headings would be comments."""
+    remedy = f"For Markdown or plain text: constitution.py import --input {path} --output NAME.yaml"
+    is_text = path.suffix.lower() not in (".yaml", ".yml", ".json")
+    if isinstance(tree, yaml.MappingNode):
+        names = [key.value for key, _ in tree.value]
+        if not any(difflib.get_close_matches(str(name), TOP_KEYS, n=1) for name in names):
+            problem = f"not a constitution in YAML: it begins with {shorten(names[0] if names else '{}')!r}"
+            raise InputError(
+                problem, where=path, line=_line(tree), expected=f"keys out of: {', '.join(TOP_KEYS)}", remedy=remedy
+            )
+    if not isinstance(tree, yaml.SequenceNode):
+        return
+    sentences = [(_line(item), item.value) for item in tree.value if isinstance(item, yaml.ScalarNode)]
+    for number, line in enumerate(raw.decode("utf-8-sig").splitlines(), 1):
+        below = [text for start, text in sentences if start > number]
+        if not line.startswith("#") or not below:
+            continue
+        forbids = polarity.signal(line, "heading") in ("forbids", "topic")
+        if is_text or (
+            forbids and any(polarity.judge_sentence(text).polarity != polarity.PROHIBITION for text in below)
+        ):
+            problem = f"a list below {shorten(line)!r}, which is a comment to YAML: the items would lose what it says"
+            raise InputError(problem, where=path, line=number, expected="sentences that stand alone", remedy=remedy)
 
 
 def _check_unicode(text: str, path: Path, line: int) -> None:
@@ -351,6 +379,12 @@ def _turns(node: yaml.Node, path: Path) -> str | list[dict]:
 def phrase(sentence: str) -> dict[str, str]:
     """The three requests for a principle given as one plain sentence."""
     sentence = sentence.strip().rstrip(".")
+    if polarity.describes_fault(sentence):  # “What to avoid: lecturing” is nothing to follow
+        return {
+            "critique": f"Say where the response does what this principle forbids: {sentence}.",
+            "revision": f"Rewrite the response so that it does nothing that this principle forbids: {sentence}.",
+            "preference": f"Which response does less of what this principle forbids: {sentence}?",
+        }
     return {
         "critique": f"Say where the response does not follow this principle: {sentence}.",
         "revision": f"Rewrite the response so that it follows this principle: {sentence}.",

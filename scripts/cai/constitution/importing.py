@@ -3,20 +3,31 @@
     constitution = read_foreign(["CritiqueRevisionInstructions.json", "RLMadisonInstructions.json"], name="paper")
 
 The formats are the paper's prompt files (arXiv 2212.08073; its repository ConstitutionalHarmlessnessPaper), the JSON
-of Hugging Face's llm-swarm, and lists of sentences in Markdown, plain text or JSON. A file's content tells its format.
-Leaves out formats that mix principles with other matter: make a list of them first.
+of Hugging Face's llm-swarm, lists of sentences in JSON, and documents in Markdown or plain text (markdown.py). A
+file's content tells its format, whatever its name ends in. Leaves out tables and prose: they are listed, not read.
 """
 
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 from cai.base.errors import InputError, shorten
 from cai.base.files import file_name
-from cai.constitution.files import REQUESTS, Constitution, Principle, phrase
+from cai.constitution import polarity
+from cai.constitution.files import (
+    PRINCIPLE_KEYS,
+    REQUESTS,
+    TOP_KEYS,
+    Constitution,
+    Principle,
+    load_constitution,
+    phrase,
+)
+from cai.constitution.markdown import Document, Statement, read_markdown, state
 from cai.data.dialogue import as_messages
 from cai.data.readers import doubled, unique_keys
 
@@ -30,6 +41,20 @@ CRITIQUES, PREFERENCES = "CritiqueRevisionInstructions.json", "RLMadisonInstruct
 ROUNDS, PAIRS = "CritiqueRevisionFewShotPrompts.json", "RLMadisonFewShotPrompts.json"
 
 REASONED = "RLMadisonPrecogFewShotPrompts.json"
+
+_SUFFIXES = (".md", ".markdown", ".mdx", ".txt", ".text", ".json", ".yaml", ".yml", "")
+
+# JSON, and not a link or a box to tick of Markdown.
+_JSON = re.compile(r"\s*(?:\{\s*[\"}]|\[\s*(?:[\"\[{]|\]\s*$))")
+
+# The first key of a constitution in our own format, after comments.
+_OWN_YAML = re.compile(
+    rf"(?:\s*(?:#[^\n]*|---)\n)*\s*(?:(?:{'|'.join(TOP_KEYS)}):(?=.*^principles:)|principles:|"
+    rf"-\s+(?:{'|'.join(PRINCIPLE_KEYS)}):)",
+    re.DOTALL | re.MULTILINE,
+)
+
+_PAPER_ITEM = re.compile(r"\n\nCritiqueRequest:|Options:\s*$")
 
 _LABELS = re.compile(r"\n\n(Human|Assistant|CritiqueRequest|Critique|RevisionRequest|Revision):")
 
@@ -50,17 +75,24 @@ _GOLD = re.compile(r"\s*So the answer is: \((A|B)\)\s*")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant", "H": "user", "A": "assistant"}
 
 
-def read_foreign(paths: Iterable[str], name: str) -> Constitution:
+def read_foreign(
+    paths: Iterable[str], name: str, report: dict | None = None, *, keep_unclear: bool = False
+) -> Constitution:
     """One constitution of all the files together.
 
     The paper's preference questions are paired with its critiques by place. That is not in the paper, and
     changes nothing: each is drawn by itself. Where there are none, the question is phrased from the revision
     request, and the principle tagged `PHRASED`.
 
-    Raises InputError, naming the file and the item, for what is in none of the formats, and if a word of a file
-    would not be found again in what `write_foreign` makes of the result.
+    Args:
+        report: filled with `origins` (id, file, lines and polarity of each principle), `unclear` (sentences whose
+            polarity nothing tells, with file and line) and `left_out` (what is not a principle, with the reason).
+        keep_unclear: make principles of the unclear sentences as they are, tagged `unclear`; else they are left out.
+
+    Raises InputError, naming the file and the item, for what is in none of the formats, and if a word of a file in
+    JSON would not be found again in what `write_foreign` makes of the result.
     """
-    parts = _Parts()
+    parts = _Parts(keep_unclear)
     paths = [Path(path) for path in paths]
     for path in paths:
         parts.read(path)
@@ -72,6 +104,8 @@ def read_foreign(paths: Iterable[str], name: str) -> Constitution:
             raise InputError(
                 problem, where=path, remedy="Please report this file's format; meanwhile import it as a plain list"
             )
+    if report is not None:
+        report |= parts.report(constitution)
     return constitution
 
 
@@ -122,37 +156,75 @@ def write_foreign(constitution: Constitution, kind: str) -> tuple[dict[str, obje
 class _Parts:
     """What the files hold: parts of principles and examples, and every text with the format it came in."""
 
-    def __init__(self):
-        self.requests: list[tuple[str, str, str]] = []  # id, critique, revision
+    def __init__(self, keep_unclear: bool):
+        self.keep_unclear = keep_unclear
+        self.requests: list[tuple[str, str, str, Path]] = []  # id, critique, revision, file
         self.questions: list[str] = []
-        self.sentences: list[tuple[str, tuple[str, ...]]] = []  # sentence, tags
+        self.taken_over: list[tuple[Principle, Path]] = []
+        self.documents: list[Document] = []
         self.examples: list[dict] = []
+        self.duties: dict[str, str] = {}
         self.description = ""
         self.texts: dict[Path, tuple[str, list[str]]] = {}
 
     def read(self, path: Path) -> None:
+        """Add what the file holds; its content tells the format, whatever its name ends in."""
         text = _read_text(path)
-        if path.suffix == ".json":
-            tree = _read_json(text, path)
-            kind = self._read_json(tree, path)
-            texts = list(_strings(tree if kind == "paper" else [tree]))
-        elif path.suffix in (".md", ".markdown", ".txt"):
-            kind, texts = "markdown", [self._read_list(text, path)]
-        else:
+        if path.suffix.lower() not in _SUFFIXES:
             raise InputError(
-                f"unknown kind of file: {path.suffix or 'no suffix'!r}",
+                f"unknown kind of file: {path.suffix!r}",
                 where=path,
-                expected=".json, .md or .txt",
-                remedy="A constitution in YAML is read as it is",
+                expected="a text in Markdown, JSON or YAML",
+                remedy="Save it as text",
             )
-        self.texts[path] = (kind, texts)
+        is_json = _JSON.match(text) or (path.suffix == ".json" and re.match(r"\s*[\[{\"]", text))
+        tree = _read_json(text, path) if is_json else None
+        is_own = _is_own(tree) if is_json else bool(_OWN_YAML.match(text))
+        if is_json and not is_own:
+            kind = self._read_json(tree, path, text)
+            if kind:
+                self.texts[path] = (kind, list(_strings(tree if kind == "paper" else [tree])))
+        elif not (is_own or path.suffix in (".yaml", ".yml")) or not self._take_over(path, is_own):
+            self._add_document(read_markdown(text, path))
 
-    def _read_json(self, tree, path: Path) -> str:
-        """Add what the tree holds; returns the format."""
+    def _take_over(self, path: Path, is_own: bool) -> bool:
+        """Add the principles of a constitution in our own format; False if the file is none and `is_own` is unsure."""
+        try:
+            constitution = load_constitution(str(path))
+        except InputError:
+            if is_own:
+                raise
+            return False
+        shared = len(constitution.examples)
+        for principle in constitution.principles:
+            examples = principle.examples[: len(principle.examples) - shared]
+            self.taken_over.append((replace(principle, examples=examples), path))
+        self.duties |= constitution.duties
+        self.examples += constitution.examples
+        self.description = " ".join(filter(None, [self.description, constitution.description]))
+        return True
+
+    def _add_document(self, document: Document) -> None:
+        """Add a document; InputError, naming the sentences, if none of them is a principle."""
+        if not document.statements and not (self.keep_unclear and document.unclear):
+            unclear = [f"line {item.lines[0]}: {shorten(item.text, 60)!r}" for item in document.unclear[:20]]
+            raise InputError(
+                "no list in it, and no sentence that orders or forbids something"
+                + (f"; of {len(document.unclear)} sentences it is unclear: {'; '.join(unclear)}" if unclear else ""),
+                where=document.file,
+                line=document.unclear[0].lines[0] if unclear else None,
+                expected="one principle per line, or a Markdown list",
+                remedy="Write sentences (“Do …”, “Never …”), or introduce the list (“The assistant must never:”)",
+            )
+        self.documents.append(document)
+        self.description = " ".join(filter(None, [self.description, document.description]))
+
+    def _read_json(self, tree, path: Path, text: str) -> str:
+        """Add what the tree holds; returns the format, or "" for a list of sentences."""
         if isinstance(tree, dict) and "constitutions" in tree:
             for number, item in enumerate(_items(tree["constitutions"], path, "constitutions"), 1):
                 critique, revision = _fields(item, ("critic", "revision"), path, f"constitutions, item {number}")
-                self.requests.append((f"principle-{len(self.requests) + 1}", critique, revision))
+                self.requests.append((f"principle-{len(self.requests) + 1}", critique, revision, path))
             chats = tree.get("system_chat") or []
             if not isinstance(chats, list):
                 raise _unknown(chats, path, "system_chat", expected="a list of conversations")
@@ -167,11 +239,20 @@ class _Parts:
             for key, item in tree.items():
                 prompt, edit = _fields(item, ("prompt", "edit_request"), path, f"key {key!r}")
                 critique = _without(prompt, "CritiqueRequest:", "Critique:")
-                self.requests.append((key, critique, _without(edit, "RevisionRequest:", "Revision:")))
+                self.requests.append((key, critique, _without(edit, "RevisionRequest:", "Revision:"), path))
             return "paper"
+        sentences = Document(str(path))
         for number, item in enumerate(_items(tree, path, "the file"), 1):
-            self._read_item(item, path, f"item {number}")
-        return "markdown" if self.sentences else "paper"
+            if isinstance(item, str) and item.strip() and not _PAPER_ITEM.search(item):
+                offset = text.find(json.dumps(item, ensure_ascii=False))
+                line = text.count("\n", 0, max(offset, 0)) + 1
+                sentences.add(state(" ".join(item.split()), str(path), (line, line)))
+            else:
+                self._read_item(item, path, f"item {number}")
+        if not (sentences.statements or sentences.unclear):
+            return "paper"
+        self._add_document(sentences)
+        return ""
 
     def _read_item(self, item, path: Path, position: str) -> None:
         if isinstance(item, dict) and "corrects" in item:
@@ -187,46 +268,11 @@ class _Parts:
             raise _unknown(item, path, position)
         elif "\n\nCritiqueRequest:" in item:
             self.examples.append(_from_round(item, path, position))
-        elif item.rstrip().endswith("Options:"):
-            self.questions.append(_without(item, "", "Options:"))
         else:
-            self.sentences.append((" ".join(item.split()), ()))
-
-    def _read_list(self, text: str, path: Path) -> str:
-        """Add the items of a Markdown list, or the lines of a text that has none; returns all the words.
-
-        Headings below the first become tags, and other text the description.
-        """
-        headings, items, prose, before = [], [], [], ""
-        bullet = re.compile(r"\s*(?:[-*+•]|\d+[.)])\s+(.*)")
-        lines = text.splitlines()
-        has_bullets = any(map(bullet.match, lines))
-        for line in lines:
-            item = bullet.match(line)
-            if mark := re.match(r"\s{0,3}#+", line):
-                words = line[mark.end() :].strip().rstrip("#").rstrip()
-                headings += [words] if words or headings else []
-            elif item or (not has_bullets and line.strip()):
-                tags = tuple(filter(None, headings[1:][-1:]))
-                items.append((item[1] if item else line.strip(), tags))
-            elif line.strip() and items and line[:1].isspace() and before.strip():
-                items[-1] = (f"{items[-1][0]} {line.strip()}", items[-1][1])
-            elif line.strip():
-                prose.append(line.strip())
-            before = line
-        items = [(_unmarked(sentence), tags) for sentence, tags in items if _unmarked(sentence)]
-        if not items:
-            raise InputError(
-                "no list in it, and no lines", where=path, expected="one principle per line, or a Markdown list"
-            )
-        self.sentences += items
-        used = {tag for _, tags in items for tag in tags}
-        prose = [*headings[:1], *(heading for heading in headings[1:] if heading not in used), *prose]
-        self.description = " ".join(filter(None, [self.description, *map(_unmarked, prose)]))
-        return " ".join([*map(_unmarked, prose), *used, *(sentence for sentence, _ in items)])
+            self.questions.append(_without(item, "", "Options:"))
 
     def constitution(self, name: str, source: str) -> Constitution:
-        where = ", ".join(path.name for path in self.texts)
+        where = source.removeprefix("Imported from ")
         if self.questions and len(self.questions) != len(self.requests):
             raise InputError(
                 f"{len(self.questions)} preference questions and {len(self.requests)} critique requests",
@@ -245,19 +291,56 @@ class _Parts:
                 tags=() if question else (PHRASED,),
                 examples=examples,
             )
-            for (id, critique, revision), question in zip(self.requests, questions, strict=True)
+            for (id, critique, revision, _), question in zip(self.requests, questions, strict=True)
         ]
+        principles += [replace(item, examples=(*item.examples, *examples)) for item, _ in self.taken_over]
         principles += [
-            Principle(f"principle-{number}", **phrase(sentence), tags=tags, principle=sentence, examples=examples)
-            for number, (sentence, tags) in enumerate(self.sentences, len(principles) + 1)
+            Principle(
+                f"principle-{number}", **phrase(item.text), tags=_tags(item), principle=item.text, examples=examples
+            )
+            for number, item in enumerate(self._statements(), len(principles) + 1)
         ]
         if not principles:
             raise InputError("examples, and no principles", where=where, remedy=f"Give {CRITIQUES} with them")
         if (id := doubled(principle.id for principle in principles)) is not None:
             raise InputError(f"the principle {id!r} in two files", where=where, remedy="Import them one by one")
-        return Constitution(
-            name, "", "", tuple(principles), description=self.description, source=source, examples=examples
-        )
+        return Constitution(name, "", "", tuple(principles), self.description, "", source, self.duties, examples)
+
+    def _statements(self) -> list[Statement]:
+        """The sentences of all documents that become principles, in the order of the files."""
+        kept = [[*item.statements, *(item.unclear if self.keep_unclear else [])] for item in self.documents]
+        return [statement for statements in kept for statement in sorted(statements, key=lambda item: item.lines)]
+
+    def report(self, constitution: Constitution) -> dict:
+        """{origins, unclear, left_out}: where each principle comes from, and what became none."""
+        origins = [{"file": str(path)} for *_, path in self.requests]
+        origins += [{"file": str(path), "lines": (item.line, item.line)} for item, path in self.taken_over]
+        origins += [
+            {"file": item.file, "lines": item.lines, "polarity": item.polarity, "introduction": item.introduction}
+            for item in self._statements()
+        ]
+        unclear = [item for document in self.documents for item in document.unclear]
+        return {
+            "origins": [
+                {"id": principle.id, **origin}
+                for principle, origin in zip(constitution.principles, origins, strict=True)
+            ],
+            "unclear": [{"file": item.file, "line": item.lines[0], "text": item.text} for item in unclear],
+            "left_out": sorted(
+                (part for document in self.documents for part in document.left_out),
+                key=lambda part: (part["file"], part["line"]),
+            ),
+        }
+
+
+def _tags(statement: Statement) -> tuple[str, ...]:
+    return (*statement.tags, *((polarity.UNCLEAR,) if statement.polarity == polarity.UNCLEAR else ()))
+
+
+def count_parts(constitution: Constitution) -> dict[str, int]:
+    """How many worked examples an imported constitution has, and preference questions that no file held."""
+    phrased = sum(PHRASED in principle.tags for principle in constitution.principles)
+    return {"examples": len(constitution.examples), "phrased_preferences": phrased}
 
 
 def phrase_preference(revision: str) -> str:
@@ -288,6 +371,13 @@ def _read_json(text: str, path: Path):
         raise InputError(f"not JSON ({shorten(error)})", where=path, line=line) from None
 
 
+def _is_own(tree) -> bool:
+    """Whether JSON is a constitution in our own format."""
+    if isinstance(tree, dict):
+        return "principles" in tree
+    return isinstance(tree, list) and bool(tree) and isinstance(tree[0], dict) and set(tree[0]) <= set(PRINCIPLE_KEYS)
+
+
 def _items(tree, path: Path, position: str) -> list:
     if not isinstance(tree, list) or not tree:
         raise _unknown(tree, path, position)
@@ -315,11 +405,6 @@ def _unknown(item, path: Path, position: str, expected: str = "one of the known 
 
 def _without(text: str, before: str, after: str) -> str:
     return " ".join(text.strip().removeprefix(before).removesuffix(after).split())
-
-
-def _unmarked(text: str) -> str:
-    """The text without Markdown's emphasis, which is no part of the words."""
-    return " ".join(re.sub(r"\*\*|__|`", "", text).split())
 
 
 def _split(text: str, labels: re.Pattern = _LABELS) -> tuple[list[str], list[str]]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, pairwise
 
-from cai.constitution.files import REQUESTS, Constitution, Principle
+from cai.constitution import polarity
+from cai.constitution.files import REQUESTS, Constitution, Principle, phrase
 
 NOT_JUDGED = (
     "whether two principles say the same, or the opposite, in different words",
@@ -43,8 +44,10 @@ class Finding:
 def lint(constitution: Constitution) -> list[Finding]:
     """All findings, in the order of the file."""
     findings = list(_unserved_duties(constitution))
+    can_read = is_english(constitution)
     for principle in constitution.principles:
-        findings += [*_double_negatives(principle), *_compound(principle), *_labels(principle)]
+        findings += _unclear(principle) if can_read else []
+        findings += [*_double_negatives(principle), *_compound(principle), *_labels(principle), *_negated(principle)]
     for first, second in combinations(constitution.principles, 2):
         findings += _identical(first, second) or _contradiction(first, second) or _duplicate(first, second)
     return sorted(findings, key=lambda finding: finding.line)
@@ -216,6 +219,44 @@ def _labels(principle: Principle) -> Iterator[Finding]:
         )
 
 
+_WRAPPING = re.compile(r"^.*?\b(?:follows?|following) (?:this|the) principle(?: better)?: ", re.IGNORECASE)
+
+_FAULT_FINDING = re.compile(r"^(?:please )?(?:find|point out|name|list|quote|identify|say where)\b", re.IGNORECASE)
+
+
+def _negated(principle: Principle) -> Iterator[Finding]:
+    """Requests that ask for what the sentence forbids, or find fault with what it asks for."""
+    sentence = principle.principle
+    wanted, forbidden = _demands(sentence)
+    for name, phrased in phrase(sentence).items() if sentence else ():
+        if (text := getattr(principle, name)) == phrased:
+            continue
+        is_wrapped = bool(_WRAPPING.search(text))
+        is_fault = name == "critique" and not is_wrapped and bool(_FAULT_FINDING.search(text))
+        opposite = wanted if is_fault else forbidden if is_wrapped or name != "critique" else []
+        if any(_covers(a, b) for a in _demands(_WRAPPING.sub("", text))[0] for b in opposite):
+            problem = f"the {name} {'finds fault with' if is_fault else 'asks for'} what “{sentence}” "
+            yield _finding(
+                "negated",
+                (principle,),
+                f"{problem}{'asks for' if is_fault else 'forbids'}: {text}",
+                "Reword the request, or the sentence: a model is trained towards what the requests ask for",
+            )
+
+
+def _unclear(principle: Principle) -> Iterator[Finding]:
+    sentence = principle.principle
+    if sentence and polarity.judge_sentence(sentence).polarity == polarity.UNCLEAR:
+        problem = f"unclear whether it demands or prohibits what it names: {sentence}"
+        remedy = "Begin with what to do (“Name …”), or with “Never” or “Do not”"
+        yield _finding("unclear", (principle,), problem, remedy)
+
+
+def _covers(first: frozenset, second: frozenset) -> bool:
+    """Whether two clauses are about the same."""
+    return len(first & second) >= max(2, OPPOSED * min(len(first), len(second)))
+
+
 # --- two principles -----------------------------------------------------------------------------------------
 
 
@@ -316,7 +357,7 @@ def _contradiction(first: Principle, second: Principle) -> list[Finding]:
 
 def _wants_what_is_forbidden(principle: Principle, other: Principle) -> bool:
     return any(
-        len(wanted & unwanted) >= max(2, OPPOSED * min(len(wanted), len(unwanted)))
+        _covers(wanted, unwanted)
         for wanted in _demands(_demand(principle))[0]
         for unwanted in _demands(_demand(other))[1]
     )
@@ -326,8 +367,10 @@ def _wants_what_is_forbidden(principle: Principle, other: Principle) -> bool:
 def _demands(demand: str) -> tuple[list[frozenset], list[frozenset]]:
     """(what it asks for, what it forbids): the words of each clause that carry meaning."""
     demands: tuple[list[frozenset], list[frozenset]] = ([], [])
-    for words in _clauses(demand):
-        demands[sum(word in _FORBIDS for word in words) % 2].append(_content(words))
+    verdict, (_, items) = polarity.judge_sentence(demand), polarity.split_label(demand)
+    is_forbidden = (verdict.polarity, verdict.governing) == (polarity.PROHIBITION, 0)
+    for words in _clauses(items if is_forbidden else demand):
+        demands[(sum(word in _FORBIDS for word in words) + is_forbidden) % 2].append(_content(words))
     return demands
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cai.base import cli, files
-from cai.base.errors import InputError
+from cai.base.errors import InputError, shorten
 from cai.constitution import lint
 from cai.constitution.files import Constitution, Principle, load_constitution, phrase, to_yaml
 
@@ -117,6 +117,21 @@ def compose(
     source = f"principles of {', '.join(base.name for base in bases)}" if bases else ""
     duties = {duty: text for base in bases for duty, text in base.duties.items()}
     return Constitution(name, "", "", tuple(principles), description, audience, source, duties)
+
+
+def report_losses(report: dict, keep_unclear: bool, as_json: bool) -> dict:
+    """Print on stderr what `importing.read_foreign` reported as left out or unclear, one line each; returns the
+    entries of the summary: counts, or with `as_json` the lists themselves, and `failed` if a sentence is missing."""
+    for part in report["left_out"]:
+        cli.note(f"{part['file']}:{part['line']}: left out ({part['reason']}): {shorten(part['text'])}")
+    remedy = (
+        "kept as it is" if keep_unclear else "left out: begin with “Do” or “Never”, or introduce the list with either"
+    )
+    for sentence in report["unclear"]:
+        problem = f"unclear whether it demands or prohibits: {shorten(sentence['text'])!r}; {remedy}"
+        cli.warn(f"{sentence['file']}:{sentence['line']}: {problem}")
+    entries = report if as_json else {name: len(report[name]) for name in ("unclear", "left_out")}
+    return {**entries, "failed": len(report["unclear"])} if report["unclear"] and not keep_unclear else entries
 
 
 def check_free(path: str | Path, overwrite: bool) -> None:
