@@ -131,8 +131,8 @@ def import_(inputs, output, name, keep_unclear, as_json, overwrite):
 
 def _finish_new(output, constitution, overwrite, as_json, **counts):
     rendering.save_constitution(output, constitution, overwrite)
-    summary = {"output": output, "principles": len(constitution.principles), **counts}
     next_command = f"python scripts/constitution.py lint --constitution {shlex.quote(output)}"
+    summary = {"output": output, "principles": len(constitution.principles), **counts}
     cli.finish(summary, as_json=as_json, next_command=next_command)
 
 
@@ -171,10 +171,9 @@ def schema(output, overwrite):
       python scripts/constitution.py schema --output constitution.schema.json
     """
     text = json.dumps(files.json_schema(), indent=2)
-    if output:
-        rendering.save(output, f"{text}\n", overwrite)
-    else:
-        click.echo(text)
+    if not output:
+        return click.echo(text)
+    rendering.save(output, f"{text}\n", overwrite)
 
 
 @main.command(cls=cli.Command)
