@@ -38,6 +38,7 @@ def main(inputs, output, model, constitution, template, cot, settings):
         inputs,
         require=("prompt", "response"),
         limit=settings.limit,
+        reading=settings.reading,
         check=lambda row, where, line: check_rounds(row, where, line, critiqued=False),
     )
 

@@ -11,6 +11,7 @@ import click
 
 from cai.base import cli
 from cai.data.dialogue import as_messages
+from cai.data.preferences import OF_A_PAIR
 from cai.data.sources import Source
 from cai.steps import text
 
@@ -27,7 +28,8 @@ class Samples:
 
     def __iter__(self):
         for row in self.source:
-            row.pop("rounds", None)  # they belong to an earlier response
+            for name in ("rounds", *OF_A_PAIR):  # they belong to earlier responses
+                row.pop(name, None)
             for n in range(self.samples):
                 yield {**row, "id": f"{row['id']}/{n}", "prompt_id": row["id"], "sample": n}
 
@@ -45,7 +47,7 @@ def main(inputs, output, model, samples, system, settings):
       python scripts/generate.py --input scripts/cai/tiny/prompts/train.jsonl \\
           --model tiny --limit 100 --output responses.jsonl
     """
-    source = Source(inputs, limit=settings.limit)
+    source = Source(inputs, limit=settings.limit, reading=settings.reading)
     rows = Samples(source, samples)
     system_messages = [{"role": "system", "content": system}] if system else []
 

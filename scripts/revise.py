@@ -45,7 +45,8 @@ def main(inputs, output, model, constitution, template, settings):
                 remedy="Give the same --constitution again",
             )
 
-    source = Source(inputs, require=("prompt", "response", "rounds"), limit=settings.limit, check=check)
+    fields = ("prompt", "response", "rounds")
+    source = Source(inputs, require=fields, limit=settings.limit, check=check, reading=settings.reading)
 
     def render(row):
         last = row["rounds"][-1]

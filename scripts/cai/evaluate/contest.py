@@ -32,7 +32,7 @@ def measure_policies(options: SimpleNamespace) -> Measurement:
     """Every policy against every other, judged on harmlessness and on helpfulness."""
     policies = name_policies(options.policy)
     loading.check_model(loading.split_endpoint(options.judge)[0])
-    source, by_kind = tasks.read_rows(options.inputs, options.limit, classes.check_kind, form=options.form)
+    source, by_kind = tasks.read_rows(options.inputs, options.limit, classes.check_kind, reading=options.reading)
     questions = {
         axis: judging.Question(
             load_constitution(name),

@@ -11,16 +11,22 @@ from itertools import combinations, product
 
 from cai.base.errors import InputError, shorten
 from cai.base.hashing import hashed_seed, sha256_text
-from cai.data.preferences import GivenPairs, is_pair, prompt_key
+from cai.data.preferences import OF_A_PAIR, GivenPairs, is_pair, prompt_key
+from cai.data.reading import AS_THEY_ARE, Reading
 from cai.data.rounds import text_of_round
-from cai.data.sources import Source
+from cai.data.sources import Source, first_row
 
-# Fields that describe one response: a comparison of two rows leaves them out.
-_OF_ONE_RESPONSE = ("id", "response", "rounds", "sample", "finish")
+# Fields that describe one response, or a pair that rows have carried along: a comparison of two rows leaves them out.
+_OF_ONE_RESPONSE = ("id", "response", "rounds", "sample", "finish", *OF_A_PAIR)
 
 
 def read_comparisons(
-    inputs: Sequence[str], against: str | None, most: int | None, seed: int, limit: int | None
+    inputs: Sequence[str],
+    against: str | None,
+    most: int | None,
+    seed: int,
+    limit: int | None,
+    reading: Reading = AS_THEY_ARE,
 ) -> tuple["Pairs | GivenPairs", dict[str, str | None]]:
     """(comparisons, digests of the input files) from rows of pairs, or from rows of one response each.
 
@@ -28,18 +34,17 @@ def read_comparisons(
         against, most: for rows of one response, as `Pairs` takes them.
     Raises InputError if the rows are neither, or of both kinds.
     """
-    first = next(iter(Source(inputs, limit=1)))
-    if is_pair(first):
+    if is_pair(first_row(inputs, reading)):
         if against or most:
             raise InputError(
                 "--against or --pairs-per-prompt with rows that are pairs already",
                 where=", ".join(inputs),
                 remedy="Leave it out",
             )
-        pairs = GivenPairs(inputs, limit)
+        pairs = GivenPairs(inputs, limit, reading)
         return pairs, {"input": pairs.digest}
-    source = Source(inputs, require=("prompt", "response"), limit=limit)
-    others = Source([against], require=("prompt", "response")) if against else None
+    source = Source(inputs, require=("prompt", "response"), limit=limit, reading=reading)
+    others = Source([against], require=("prompt", "response"), reading=reading) if against else None
     digests = {"input": source.digest, "against": others and others.digest}
     return Pairs(source, others, most, seed), digests
 

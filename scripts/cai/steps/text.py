@@ -19,6 +19,7 @@ import click
 from cai.base import cli
 from cai.base.hashing import hashed_seed, identity
 from cai.data import outputs, processes, readers
+from cai.data.reading import Reading, reading_options
 from cai.models import estimate, loading
 from cai.models.engine import Engine, Generation, Message, RowRequest, Sampling
 from cai.steps.sharing import finish_output, share_progress, share_work
@@ -31,7 +32,7 @@ WAITING = 1000
 class Settings:
     """What the options of `options` say.
 
-    endpoints, loading: arguments of `load_engine`. plan: arguments of `text_plan`.
+    endpoints, loading: arguments of `load_engine`. plan: arguments of `text_plan`. reading: how rows are read.
     """
 
     sampling: Sampling
@@ -43,6 +44,7 @@ class Settings:
     as_json: bool
     dry_run: bool
     overwrite: bool
+    reading: Reading
 
 
 def options(function):
@@ -56,10 +58,11 @@ def options(function):
         sampling = Sampling(**take("max_new_tokens", "temperature", "top_p"))
         loading = take("batch_size", "batch_tokens", "device", "dtype")
         plan = {**take("like", "gpu", "price"), **loading}
-        others = take("endpoints", "seed", "limit", "as_json", "dry_run", "overwrite")
+        others = take("endpoints", "seed", "limit", "as_json", "dry_run", "overwrite", "reading")
         return function(settings=Settings(sampling=sampling, loading=loading, plan=plan, **others), **values)
 
     for option in (
+        reading_options,
         cli.options("device", "dtype", "json", "dry_run", "overwrite"),
         estimate.plan_options,
         click.option(
