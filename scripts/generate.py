@@ -11,7 +11,7 @@ import click
 
 from cai.base import cli
 from cai.data.dialogue import as_messages
-from cai.data.preferences import OF_A_PAIR
+from cai.data.preferences import without_responses
 from cai.data.sources import Source
 from cai.steps import text
 
@@ -28,8 +28,7 @@ class Samples:
 
     def __iter__(self):
         for row in self.source:
-            for name in ("rounds", *OF_A_PAIR):  # they belong to earlier responses
-                row.pop(name, None)
+            row = without_responses(row)
             for n in range(self.samples):
                 yield {**row, "id": f"{row['id']}/{n}", "prompt_id": row["id"], "sample": n}
 

@@ -24,10 +24,12 @@ ORDERS = ("ab", "ba")  # which response is shown first, and so under the label A
 
 
 # Fields of a pair and its verdict. A row of one response may carry them along from a file of pairs.
-OF_A_PAIR = (
-    *("response_a", "response_b", "gold", "chosen", "rejected"),
-    *("p_chosen", "p_a", "principle", "verdicts", "tie", "score_chosen", "score_rejected"),
-)
+OF_A_PAIR = ("response_a", "response_b", "gold", "chosen", "rejected", "p_chosen", "p_a", "verdicts", "tie")
+
+
+def without_responses(row: Row) -> Row:
+    """A prompt's row without what it says of earlier responses: a new one is about to be made."""
+    return {name: value for name, value in row.items() if name not in ("rounds", *OF_A_PAIR)}
 
 
 # --- preferences for training -------------------------------------------------------------------------------
