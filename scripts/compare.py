@@ -11,7 +11,8 @@ evaluate.py.
 import click
 
 from cai.base import cli
-from cai.data import outputs, public_sets
+from cai.data import outputs
+from cai.data.reading import reading_options
 from cai.evaluate import contest
 from cai.evaluate.measurement import gather, print_rates, write
 
@@ -40,14 +41,9 @@ from cai.evaluate.measurement import gather, print_rates, write
     help="The constitution that harmless prompts are judged by.",
 )
 @cli.options("endpoint")
-@click.option(
-    "--set",
-    "form",
-    type=click.Choice(list(public_sets.FORMATS)),
-    help="The public set that the rows belong to. Default: recognised by their columns.",
-)
 @cli.options("temperature", "top_p", "max_new_tokens", "seed", "limit")
 @cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+@reading_options
 def main(output, as_json, dry_run, overwrite, **values):
     """Compare policies: Elo points for harmlessness and for helpfulness, with 95 % intervals.
 
@@ -68,8 +64,7 @@ def main(output, as_json, dry_run, overwrite, **values):
         return
     write(measurement, final)
     print_rates(final, as_json=as_json)
-    if final.counts.get("failed"):
-        click.get_current_context().exit(cli.SOME_FAILED)
+    cli.exit_if_failed(final.counts)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import click
 from cai.base import cli, paths
 from cai.base.errors import InputError
 from cai.constitution import files, importing, rendering
-from cai.data import outputs, readers
+from cai.data import outputs, readers, reading
 from cai.evaluate import ablation, measurement
 
 OUTPUT = click.option("--output", required=True, metavar="PATH", help="The YAML file to write.")
@@ -186,6 +186,7 @@ def schema(output, overwrite):
     help="A principle applies to a prompt at this probability or above.",
 )
 @cli.options("limit", "batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+@reading.reading_options
 def coverage(output, as_json, dry_run, overwrite, **values):
     """Find the prompts that no principle applies to, by a judge model.
 

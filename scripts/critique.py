@@ -36,6 +36,7 @@ def main(inputs, output, model, constitution, template, cot, settings):
         inputs,
         require=("prompt", "response"),
         limit=settings.limit,
+        reading=settings.reading,
         check=lambda row, where, line: rounds.check_rounds(row, where, line, critiqued=False),
     )
 

@@ -43,7 +43,9 @@ def main(options):
     reference_name = options.ref_model or options.model
     for name in (options.model, reference_name):
         loading.check_model(name)
-    pairs, counts, digest = preferences.read_pairs(options.inputs, options.labels, options.limit)
+    pairs, counts, digest = preferences.read_pairs(
+        options.inputs, options.labels, options.limit, reading=options.reading
+    )
     run = common.TrainingRun(
         "dpo",
         options,

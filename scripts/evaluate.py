@@ -17,7 +17,8 @@ import click
 
 from cai.base import cli
 from cai.base.errors import InputError
-from cai.data import outputs, public_sets
+from cai.data import outputs
+from cai.data.reading import reading_options
 from cai.evaluate import benchmarks, classes, gate, habits, responding, tasks
 from cai.evaluate.measurement import gather, print_rates, write
 
@@ -25,28 +26,13 @@ WORSE = 4  # exit code of --gate
 
 
 @click.command(cls=cli.Command)
-@click.option(
-    "--input",
-    "inputs",
-    multiple=True,
-    metavar="FILE",
-    help="Prompts with their kind, or pairs with gold (with --reward-model). Repeatable.",
+@cli.rows_option(
+    "--input", "inputs", help="Prompts with their kind, or pairs with gold (with --reward-model). Repeatable."
 )
 @cli.options("output")
 @click.option("--model", metavar="MODEL", help="Answers the prompts: a folder, a hub id, `tiny`, or openai:NAME.")
 @cli.options("endpoint")
-@click.option(
-    "--responses",
-    multiple=True,
-    metavar="FILE",
-    help="Instead of --input and --model: rows that have a response already. Repeatable.",
-)
-@click.option(
-    "--set",
-    "form",
-    type=click.Choice(list(public_sets.FORMATS)),
-    help="The public set that the rows belong to. Default: recognised by their columns.",
-)
+@cli.rows_option("--responses", help="Instead of --input and --model: rows that have a response already. Repeatable.")
 @click.option(
     "--round",
     "round_",
@@ -146,6 +132,7 @@ WORSE = 4  # exit code of --gate
 )
 @cli.options("temperature", "top_p", "max_new_tokens", "seed", "limit")
 @cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+@reading_options
 def main(output, against, watch, gated, margin, as_json, dry_run, overwrite, **values):
     """Measure responses: rates per kind of prompt, with 95 % intervals.
 
@@ -207,8 +194,7 @@ def report(
         click.echo(gate.verdict_line(deltas, verdict), err=as_json)
     if verdict == "worse":
         click.get_current_context().exit(WORSE)
-    if output.counts.get("failed"):
-        click.get_current_context().exit(cli.SOME_FAILED)
+    cli.exit_if_failed(output.counts)
 
 
 if __name__ == "__main__":

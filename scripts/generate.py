@@ -11,6 +11,8 @@ import click
 
 from cai.base import cli
 from cai.data import dialogue, sources
+from cai.data.preferences import without_responses
+from cai.data.sources import Source
 from cai.steps import text
 
 
@@ -26,7 +28,7 @@ class Samples:
 
     def __iter__(self):
         for row in self.source:
-            row.pop("rounds", None)  # they belong to an earlier response
+            row = without_responses(row)
             for n in range(self.samples):
                 yield {**row, "id": f"{row['id']}/{n}", "prompt_id": row["id"], "sample": n}
 
@@ -44,7 +46,7 @@ def main(inputs, output, model, samples, system, settings):
       python scripts/generate.py --input scripts/cai/tiny/prompts/train.jsonl \\
           --model tiny --limit 100 --output responses.jsonl
     """
-    source = sources.Source(inputs, limit=settings.limit)
+    source = Source(inputs, limit=settings.limit, reading=settings.reading)
     rows = Samples(source, samples)
     system_messages = [{"role": "system", "content": system}] if system else []
 

@@ -83,10 +83,8 @@ def main(options):
           --reward-model runs/reward --output runs/grpo --updates 20 --learning-rate 1e-4
     """
     check_usage(options)
-    source, settings = (
-        sources.Source(options.inputs, limit=options.limit),
-        updates.read_settings(grpo.Settings, options),
-    )
+    source = sources.Source(options.inputs, limit=options.limit, reading=options.reading)
+    settings = updates.read_settings(grpo.Settings, options)
     watch = alarms.Watch(alarms.limits(options.alarm), options.stop_on)
     question, references, reward_identity = read_reward(options, source)
     run = common.TrainingRun(

@@ -96,7 +96,8 @@ def main(options):
         loading.check_model(name)
     if options.judge and not rewards.is_function(options.judge):
         loading.find_model(options.judge)
-    source, settings = sources.Source(options.inputs, limit=options.limit), updates.read_settings(Settings, options)
+    source = sources.Source(options.inputs, limit=options.limit, reading=options.reading)
+    settings = updates.read_settings(Settings, options)
     watch = alarms.Watch(alarms.limits(options.alarm), options.stop_on)
     trackers = common.check_trackers(options.report_to)
     weights = rewards.read_rewards(options.reward_model, options.weights, options.value_head)

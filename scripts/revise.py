@@ -13,7 +13,7 @@ import click
 from cai.base import cli
 from cai.base.errors import InputError, shorten
 from cai.constitution import files, templates
-from cai.data import rounds, sources
+from cai.data import rounds
 from cai.steps import text
 from cai.steps.flags import REASONS, flags
 
@@ -43,7 +43,8 @@ def main(inputs, output, model, constitution, template, settings):
                 remedy="Give the same --constitution again",
             )
 
-    source = sources.Source(inputs, require=("prompt", "response", "rounds"), limit=settings.limit, check=check)
+    fields = ("prompt", "response", "rounds")
+    source = sources.Source(inputs, require=fields, limit=settings.limit, check=check, reading=settings.reading)
 
     def render(row):
         last = row["rounds"][-1]

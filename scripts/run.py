@@ -21,6 +21,7 @@ from cai.base import cli
 from cai.base.errors import CaiError, InputError
 from cai.base.paths import TINY
 from cai.constitution.files import load_constitution
+from cai.data.reading import reading_options
 from cai.data.sources import Source
 from cai.evaluate import smoke, stages
 from cai.models import loading
@@ -32,22 +33,11 @@ from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
 @cli.options("model")
 @click.option("--output", required=True, metavar="FOLDER", help="Folder for all outputs.")
 @cli.options("constitution")
-@click.option(
-    "--input",
-    "inputs",
-    multiple=True,
-    metavar="FILE",
-    help="Prompts to train on, harmful and harmless; for `tiny` the bundled ones. Repeatable.",
+@cli.rows_option(
+    "--input", "inputs", help="Prompts to train on, harmful and harmless; for `tiny` the bundled ones. Repeatable."
 )
-@click.option(
-    "--heldout",
-    multiple=True,
-    metavar="FILE",
-    help="Prompts with their kind to measure on; for `tiny` the bundled ones. Repeatable.",
-)
-@click.option(
-    "--helpful", multiple=True, metavar="FILE", help="Rows with a helpful `response` to mix into SFT. Repeatable."
-)
+@cli.rows_option("--heldout", help="Prompts with their kind to measure on; for `tiny` the bundled ones. Repeatable.")
+@cli.rows_option("--helpful", help="Rows with a helpful `response` to mix into SFT. Repeatable.")
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Rounds of critique and revision."
 )
@@ -85,8 +75,12 @@ from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
     help="Rows in one forward pass of the steps that write or judge text. Default: the preset's.",
 )
 @cli.options("seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
+@reading_options
 def main(output, seeds, is_smoke, seed, as_json, dry_run, **options):
     """Run the complete method: critique, revision, SFT, judging, reward model, PPO, and measure each stage.
+
+    --prompt-field is for the files of --input, --heldout and --helpful, --response-field for --helpful, --kind-field,
+    --kind and --set for --heldout.
 
     \b
     Example:
@@ -138,10 +132,10 @@ def check_inputs(choices: Choices) -> None:
     """Refuse bad input now, rather than hours later when its step comes."""
     loading.check_model(choices.model)
     load_constitution(choices.constitution)
-    Source(choices.inputs, limit=choices.limit)
-    Source(choices.heldout, require=("prompt", "kind"), limit=choices.limit)
+    Source(choices.inputs, limit=choices.limit, reading=choices.reading_of("inputs"))
+    Source(choices.heldout, require=("prompt", "kind"), limit=choices.limit, reading=choices.reading_of("heldout"))
     if choices.helpful:
-        Source(choices.helpful, require=("prompt", "response"))
+        Source(choices.helpful, require=("prompt", "response"), reading=choices.reading_of("helpful"))
 
 
 def print_plan(steps: list[Step], as_json: bool) -> None:

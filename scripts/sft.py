@@ -12,7 +12,9 @@ import click
 
 from cai.base import cli, hashing
 from cai.base.errors import InputError, shorten
-from cai.data import dialogue, sources
+from cai.data import dialogue
+from cai.data.dialogue import as_messages, is_blank
+from cai.data.reading import AS_THEY_ARE, Reading
 from cai.data.rounds import check_rounds
 from cai.models import loading
 from cai.models.chat import encode
@@ -23,11 +25,10 @@ from cai.train.arguments import training_options
 
 @click.command(cls=cli.Command)
 @cli.options("input")
-@click.option(
+@cli.rows_option(
     "--helpful",
-    multiple=True,
-    metavar="FILE",
-    help="Rows with a helpful `response` to mix in, so that helpfulness is kept. Repeatable.",
+    help="Rows with a helpful `response` to mix in, so that helpfulness is kept; the options that name columns are for "
+    "these. Repeatable.",
 )
 @cli.options("output", "model")
 @click.option(
@@ -54,7 +55,7 @@ def main(options):
     """
     loading.check_model(options.model)
     rows, counts, digests = read_rows(
-        options.inputs, options.helpful, options.rounds, frozenset(options.keep), options.limit
+        options.inputs, options.helpful, options.rounds, frozenset(options.keep), options.limit, options.reading
     )
     run = common.TrainingRun(
         "sft",
@@ -85,18 +86,20 @@ def main(options):
         run.finish(counts)
 
 
-def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | None):
+def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | None, reading=AS_THEY_ARE):
     """The conversations to train on: revisions, and helpful responses.
 
     Args:
         inputs, helpful: files.
         rounds, keep: see `choose_revisions`.
+        reading: how the helpful rows are read; its `skip_invalid` is for both.
     Returns:
         ([(prompt messages, response)], counts, {input, helpful: digest}).
     Raises:
         InputError: a row that is not one of revise.py, or no revision to train on.
     """
-    revised = sources.Source(inputs, require=("prompt", "rounds"), limit=limit, check=check_revised)
+    ours = Reading(skip_invalid=reading.skip_invalid)
+    revised = sources.Source(inputs, require=("prompt", "rounds"), limit=limit, check=check_revised, reading=ours)
     rows, flags, skipped = [], Counter(), 0
     for row in revised:
         revisions, raised = choose_revisions(row, rounds, keep)
@@ -106,9 +109,13 @@ def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | N
     counts = {"revised_rows": revised.count, "revisions": len(rows), "rows_left_out": skipped, "flagged": dict(flags)}
     digests = {"input": revised.digest}
     if helpful:
-        answers = sources.Source(helpful, require=("prompt", "response"), limit=limit)
-        rows.extend((dialogue.as_messages(row["prompt"]), row["response"]) for row in answers)
-        counts["helpful"], digests["helpful"] = answers.count, answers.digest
+        answers = sources.Source(helpful, require=("prompt", "response"), limit=limit, reading=reading)
+        written = [row for row in answers if not is_blank(row["response"])]
+        rows.extend((as_messages(row["prompt"]), row["response"]) for row in written)
+        counts["helpful"], digests["helpful"] = len(written), answers.digest
+        if len(written) < answers.count:
+            counts["helpful_empty"] = answers.count - len(written)
+            cli.warn(f"{counts['helpful_empty']} helpful rows have an empty response and are left out")
     if not rows:
         raise InputError(
             f"no revision to train on (flags: {dict(flags)})",

@@ -76,7 +76,6 @@ def build(output, tokens, hidden, layers, feed_forward, learning_rate, threads, 
 @main.command(cls=cli.Command)
 @click.option(
     "--kind",
-    "kinds",
     multiple=True,
     type=click.Choice(["harmful", "benign", "borderline"]),
     help="Kind of prompt; repeatable. By default all three, `-n` of each.",
@@ -96,20 +95,20 @@ def build(output, tokens, hidden, layers, feed_forward, learning_rate, threads, 
     help="Only this category, with one --kind; repeatable. By default all of the kind.",
 )
 @cli.options("output", "seed", "json")
-def prompts(kinds, split, count, categories, output, seed, as_json):
+def prompts(kind, split, count, categories, output, seed, as_json):
     """Draw prompts, with their kind, category and act.
 
     \b
     Example:
       python scripts/tiny.py prompts --kind benign --split heldout --seed 7 -n 5 --output fresh.jsonl
     """
-    kinds = kinds or tuple(_STYLES)
+    kinds = kind or tuple(_STYLES)
     for name in categories:
         if kinds != (language.BY_NAME[name].kind,):
             raise InputError(
                 f"--category {name} with --kind {', '.join(kinds)}", expected=f"--kind {language.BY_NAME[name].kind}"
             )
-    rows = [row for kind in kinds for row in language.prompt_rows(kind, split, seed, count, categories)]
+    rows = [row for name in kinds for row in language.prompt_rows(name, split, seed, count, categories)]
     random.Random(seed).shuffle(rows)  # so that the first few are of every kind
     outputs.write_jsonl(output, rows)
     cli.finish(

@@ -15,19 +15,23 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TextIO, TypeVar
 
 import click
 
 from cai.base.errors import CaiError
+from cai.base.files import expand_patterns
 from cai.base.paths import SCRIPTS
 
 SOME_FAILED = 3
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_ROWS = "rows"  # the entry of click's context that keeps a RowReport
 
 _KEY_NAME = "key_name"  # the entry of click's context that keeps the value of --key-name
 
@@ -56,15 +60,65 @@ def key_name() -> str:
     return (context.meta.get(_KEY_NAME) if context else None) or "OPENAI_API_KEY"
 
 
+@dataclass
+class RowReport:
+    """What a command has left out of its inputs, and found in them.
+
+    skipped: {file:line: why} of bad rows. repeated: {inputs: prompts that occur again}.
+    """
+
+    skipped: dict[str, str] = field(default_factory=dict)
+    repeated: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """For a manifest and a summary; what is 0 is not in it."""
+        counts = {"skipped_rows": len(self.skipped), "repeated_prompts": sum(self.repeated.values())}
+        return {name: number for name, number in counts.items() if number}
+
+
+def row_report() -> RowReport:
+    """The report of the command that is running; an empty one outside of a command."""
+    context = click.get_current_context(silent=True)
+    return RowReport() if context is None else context.meta.setdefault(_ROWS, RowReport())
+
+
+def report_rows(inputs: str, skipped: dict[str, str], repeated: int) -> None:
+    """Note bad rows that are left out and repeated prompts, for the summary, the manifests and the exit code."""
+    report = row_report()
+    if new := [reason for place, reason in skipped.items() if place not in report.skipped]:
+        for reason in new[:5]:
+            warn(f"left out: {reason}")
+        warn(f"{len(new)} bad rows of {inputs} are left out")
+    if repeated and inputs not in report.repeated:
+        report.repeated[inputs] = repeated
+        warn(f"{repeated} prompts of {inputs} repeat an earlier one; delete them unless they should count twice")
+    report.skipped.update(skipped)
+
+
+def exit_if_failed(counts: Mapping[str, Any]) -> None:
+    """Exit with 3 if the counts have failed or skipped rows."""
+    if counts.get("failed") or counts.get("skipped_rows"):
+        click.get_current_context().exit(SOME_FAILED)
+
+
+def _expand(_context: click.Context, _option: click.Parameter, names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(expand_patterns(names))
+
+
+def rows_option(name: str, *declarations: str, **settings: Any) -> Callable[[_Function], _Function]:
+    """A repeatable option for files of rows; a pattern such as `part-*.jsonl` becomes the files that it matches."""
+    return click.option(name, *declarations, multiple=True, metavar="FILE", callback=_expand, **settings)
+
+
 # One spelling and one sentence for each: a command names the options it takes.
 _OPTIONS: dict[str, Callable[[Any], Any]] = {
-    "input": click.option(
+    "input": rows_option(
         "--input",
         "inputs",
-        multiple=True,
         required=True,
-        metavar="FILE",
-        help="File of rows to read (JSONL, JSON, CSV, Parquet, text), or a dataset id. Repeatable.",
+        help="File of rows to read (JSONL, JSON, CSV, Parquet, text), a pattern such as 'part-*.jsonl', a folder of "
+        "save_to_disk, or a dataset id. Repeatable.",
     ),
     "output": click.option("--output", required=True, metavar="PATH", help="Where the result goes."),
     "model": click.option("--model", required=True, metavar="MODEL", help="A folder, a hub id, or `tiny` (bundled)."),
@@ -127,6 +181,15 @@ def options(*names: str) -> Callable[[_Function], _Function]:
     return decorate
 
 
+class _UsageError(click.ClickException):
+    """An error in an option's value, printed as every other error."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        _print(f"error: {self.message}")
+
+
 class Command(click.Command):
     """A click command that turns our errors into one line on stderr and the exit codes of the contract.
 
@@ -146,7 +209,14 @@ class Command(click.Command):
             )
         )
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except CaiError as error:  # of an option's value
+            raise _UsageError(str(error)) from error
+
     def invoke(self, ctx: click.Context) -> Any:
+        ctx.meta[_ROWS] = RowReport()
         # A command that runs this one in its own process (run.py) handles the error itself.
         if ctx.parent is not None and not isinstance(ctx.parent.command, click.Group):
             return super().invoke(ctx)
@@ -286,12 +356,13 @@ class _Stderr:
 
 
 def finish(summary: dict[str, Any], *, as_json: bool, next_command: str | None = None) -> None:
-    """Print the summary; exit with 3 if `failed` counts any record, else return.
+    """Print the summary; exit with 3 if records failed or were skipped, else return.
 
     Args:
         summary: flat names to values, in the order to show them; nested values are shown as JSON.
         next_command: the line to run next, printed for people and under "next" in JSON.
     """
+    summary = {**summary, **row_report().counts}
     if next_command:
         summary = {**summary, "next": _from_here(next_command)}
     if as_json:
@@ -304,8 +375,7 @@ def finish(summary: dict[str, Any], *, as_json: bool, next_command: str | None =
             elif isinstance(value, dict | list):
                 value = json.dumps(value, ensure_ascii=False)
             _print(f"{name:<{width}}  {value}", err=False)
-    if summary.get("failed"):
-        click.get_current_context().exit(SOME_FAILED)
+    exit_if_failed(summary)
 
 
 def _from_here(command: str) -> str:

@@ -32,6 +32,7 @@ class InputError(CaiError):
         expected: str | None = None,
         remedy: str | None = None,
     ):
+        self.where, self.line = where, line
         position = "" if where is None else f"{where}: " if line is None else f"{where}:{line}: "
         text = position + problem
         if expected:

@@ -1,4 +1,4 @@
-"""Files that replace another one whole, and names that are safe as file names.
+"""Files that replace another one whole, patterns of file names, and names that are safe as file names.
 
     with replace_file("figures.json") as file: file.write(b"...")
 
@@ -7,10 +7,13 @@ Leaves out outputs that grow row by row and survive a kill (data/outputs.py).
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from glob import glob
 from pathlib import Path
 from typing import BinaryIO
+
+from cai.base.errors import InputError
 
 
 @contextmanager
@@ -41,3 +44,20 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def file_name(name: str, default: str = "unnamed") -> str:
     """`name` as part of a file name: letters, digits, `_`, `.` and `-`, and nothing that leads to another folder."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:100] or default
+
+
+def expand_patterns(names: Iterable[str]) -> list[str]:
+    """The names, with every pattern such as `part-*.jsonl` replaced by the files that it matches, sorted.
+
+    Raises InputError for a pattern that matches no file.
+    """
+    expanded: list[str] = []
+    for name in map(str, names):
+        if os.path.exists(name) or not re.search(r"[*?\[]", name):
+            expanded.append(name)
+            continue
+        matches = sorted(path for path in glob(name, recursive=True) if os.path.isfile(path))
+        if not matches:
+            raise InputError("no file matches the pattern", where=name, remedy="Check the path and the pattern")
+        expanded += matches
+    return expanded

@@ -61,6 +61,15 @@ def side_turns(side: str | list[Any]) -> list[_Message] | None:
     return side if side and are_messages else None
 
 
+def shared_turns(chosen: Sequence[_Message], rejected: Sequence[_Message]) -> list[_Message]:
+    """The turns that two conversations begin with, up to a user's; each of the two keeps an answer of its own."""
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+    shared = [turn for turn, _ in pairs][: min(len(chosen), len(rejected)) - 1]
+    while shared and shared[-1]["role"] != "user":
+        shared.pop()
+    return shared
+
+
 def split_pair(row: dict[str, Any]) -> dict[str, Any]:
     """Two complete conversations (HH-RLHF's transcripts, TRL's messages) as their shared turns and what follows in
     each.
@@ -70,14 +79,16 @@ def split_pair(row: dict[str, Any]) -> dict[str, Any]:
     chosen, rejected = side_turns(row["chosen"]), side_turns(row["rejected"])
     if not chosen or not rejected:
         return row
-    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
-    shared = [turn for turn, _ in pairs][: min(len(chosen), len(rejected)) - 1]  # each keeps an answer of its own
-    while shared and shared[-1]["role"] != "user":
-        shared.pop()
+    shared = shared_turns(chosen, rejected)
     if not shared:
         return row
     answers = {"chosen": transcript_text(chosen[len(shared) :]), "rejected": transcript_text(rejected[len(shared) :])}
     return {**row, "prompt": shared if len(shared) > 1 else shared[0]["content"], **answers}
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has no character that can be seen: white space and invisible characters alone."""
+    return not any(character.isprintable() and not character.isspace() for character in text)
 
 
 def as_messages(prompt: str | Sequence[_Message]) -> list[_Message]:

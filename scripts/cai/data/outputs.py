@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Self
 
 from cai.base import cli
 from cai.base.errors import CaiError, InputError, shorten
-from cai.base.files import replace_file
+from cai.base.files import expand_patterns, replace_file
 from cai.data.locks import OutputLock
 from cai.data.readers import PathName, Row, type_name
 
@@ -99,7 +99,7 @@ class _Claim:
         self.manifest_path = Path(f"{os.fspath(path).rstrip('/')}.run.json")
         self.command, self.overwrite = command, overwrite
         self.fingerprint = json.loads(json.dumps(fingerprint))
-        for name in inputs:
+        for name in expand_patterns(inputs):
             if os.path.realpath(name) == os.path.realpath(self.path):
                 raise InputError("the output is one of the inputs", where=path, remedy="Name another output")
         self._lock = OutputLock(path)
@@ -202,6 +202,9 @@ class _Claim:
         self._write_manifest()
 
     def _finish_manifest(self, counts: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
+        report = cli.row_report()
+        counts = {**counts, **report.counts}
+        info = {**info, **({"skipped_rows": list(report.skipped.values())} if report.skipped else {})}
         self._manifest |= {
             "status": "done",
             "counts": counts,

@@ -15,11 +15,21 @@ from cai.base.errors import InputError, shorten
 from cai.base.hashing import hashed_seed, sha256_text
 from cai.data.dialogue import as_messages
 from cai.data.readers import Row
-from cai.data.sources import Source
+from cai.data.reading import AS_THEY_ARE, Reading
+from cai.data.sources import Source, first_row
 
 LABELS = ("A", "B")
 
 ORDERS = ("ab", "ba")  # which response is shown first, and so under the label A
+
+
+# Fields of a pair and its verdict. A row of one response may carry them along from a file of pairs.
+OF_A_PAIR = ("response_a", "response_b", "gold", "chosen", "rejected", "p_chosen", "p_a", "verdicts", "tie")
+
+
+def without_responses(row: Row) -> Row:
+    """A prompt's row without what it says of earlier responses: a new one is about to be made."""
+    return {name: value for name, value in row.items() if name not in ("rounds", *OF_A_PAIR)}
 
 
 # --- preferences for training -------------------------------------------------------------------------------
@@ -60,6 +70,7 @@ def read_pairs(
     *,
     min_margin: float = 0.0,
     default_label: float | None = None,
+    reading: Reading = AS_THEY_ARE,
 ) -> tuple[list[Row], dict[str, int], str]:
     """(decided pairs of {prompt, chosen, rejected, p_chosen}, counts, digest of the input).
 
@@ -79,7 +90,7 @@ def read_pairs(
         if needs_p and not (default_label is not None and row.get("p_chosen") is None):
             check_label(row, where, line)
 
-    source = Source(inputs, require=("prompt", "chosen", "rejected"), limit=limit, check=check)
+    source = Source(inputs, require=("prompt", "chosen", "rejected"), limit=limit, check=check, reading=reading)
     counts = dict.fromkeys(("undecided", "identical", "below_margin", "default_label"), 0)
     pairs = []
     for row in source:
@@ -130,11 +141,10 @@ class GivenPairs:
     Raises InputError with file and line for a row with a side missing, or a gold label that is neither a nor b.
     """
 
-    def __init__(self, inputs: Sequence[str], limit: int | None):
-        first = next(iter(Source(inputs, require=("prompt",), limit=1)))
-        self.trl = "response_a" not in first
+    def __init__(self, inputs: Sequence[str], limit: int | None, reading: Reading = AS_THEY_ARE):
+        self.trl = "response_a" not in first_row(inputs, reading)
         sides = ("chosen", "rejected") if self.trl else ("response_a", "response_b")
-        self._source = Source(inputs, require=("prompt", *sides), limit=limit, check=check_pair)
+        self._source = Source(inputs, require=("prompt", *sides), limit=limit, check=check_pair, reading=reading)
         self.ids, self.digest, self.unpaired = self._source.ids, self._source.digest, 0
 
     def __iter__(self) -> Iterator[Row]:
@@ -142,8 +152,8 @@ class GivenPairs:
 
 
 def is_pair(row: Mapping[str, Any]) -> bool:
-    """Whether a row is a pair already."""
-    return "response_a" in row or "chosen" in row
+    """Whether a row is a pair already. A row with a response of its own is not, whatever it carries along."""
+    return row.get("response") is None and ("response_a" in row or "chosen" in row)
 
 
 def with_sides(row: Mapping[str, Any]) -> Row:
@@ -160,7 +170,15 @@ def is_tie(comparison: Mapping[str, Any]) -> bool:
 
 
 def check_pair(row: Row, where: object, line: int) -> None:
-    """Raise InputError for TRL's row without a side, or a `gold` that is neither "a" nor "b" nor missing."""
+    """Raise InputError for a row of one response, TRL's row without a side, or a `gold` other than "a", "b" or none."""
+    if row.get("response") is not None:
+        raise InputError(
+            "a row with a response of its own, among rows that are pairs",
+            where=where,
+            line=line,
+            expected="pairs, or rows of one response each",
+            remedy="Judge them in two runs, or delete the column that does not count",
+        )
     if "response_a" not in row and (missing := [k for k in ("chosen", "rejected") if row.get(k) is None]):
         raise InputError(
             f"{missing[0]!r} is null", where=where, line=line, expected="two responses", remedy="Fix or delete this row"

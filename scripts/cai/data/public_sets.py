@@ -1,20 +1,20 @@
-"""Public safety sets, read as they are published and recognised by their columns or by name.
+"""Public safety sets, read as they are published and recognised by all of their columns, or named.
 
-    source = PublicSource(["xstest_prompts.csv"], require=("prompt", "kind"))
-    rows = list(source)          # prompt, kind, and gold where the set has labels
+    fields = convert(row, None, None, "xstest_prompts.csv", 1)     # prompt, kind, and gold where the set has labels
 
 A file that you have, or a dataset id (`owner/name:split`), which `datasets` then fetches; nothing else is downloaded.
 Kinds: a prompt that asks for harm is harmful; XSTest's safe prompts are borderline, harmless with frightening words.
 Leaves out the graders of the sets: our own judge reads the classes, so figures are not those of a leaderboard.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cai.base.errors import InputError, shorten
 from cai.data.dialogue import split_transcript
-from cai.data.sources import Source
 
 _Row = Mapping[str, Any]
 
@@ -24,20 +24,33 @@ class Format:
     """A public format.
 
     Attributes:
-        needs: the columns by which a row of it is recognised.
+        columns: those that every published version has; a row with all of them and no others is recognised.
+        optional: a pattern of further columns that some versions have.
+        needs: the columns that are read; a row of a set that is named has at least these.
         convert: returns the fields to add to a row; KeyError or ValueError for a row that is not of the format.
     """
 
+    columns: tuple[str, ...]
+    optional: str
     needs: tuple[str, ...]
     convert: Callable[[_Row], dict[str, Any]]
 
 
+_XSTEST_TYPES = (
+    *("homonyms", "figurative_language", "safe_targets", "safe_contexts", "definitions", "historical_events"),
+    *("real_group_nons_discr", "nons_group_real_discr", "discr", "privacy_public", "privacy_fictional", "privacy"),
+)
+
+
 def _xstest(row: _Row) -> dict[str, Any]:
     """Röttger et al. 2023 (arXiv 2308.01263). `label`, or the older `type`, whose contrasts are unsafe."""
-    label = str(row.get("label") or ("unsafe" if str(row["type"]).startswith("contrast") else "safe"))
+    type_ = str(row["type"])
+    if type_.removeprefix("contrast_") not in _XSTEST_TYPES:
+        raise ValueError(f"type {shorten(type_)!r}, which XSTest does not have")
+    label = str(row.get("label") or ("unsafe" if type_.startswith("contrast") else "safe"))
     if label not in ("safe", "unsafe"):
         raise ValueError(f"label {label!r}, expected safe or unsafe")
-    return {"kind": "borderline" if label == "safe" else "harmful", "category": row.get("type")}
+    return {"kind": "borderline" if label == "safe" else "harmful", "category": type_}
 
 
 def _harmbench(row: _Row) -> dict[str, Any]:
@@ -61,12 +74,38 @@ def _advbench(row: _Row) -> dict[str, Any]:
     return {"prompt": row["goal"], "kind": "harmful"}
 
 
+def _jailbreakbench(row: _Row) -> dict[str, Any]:
+    """Chao et al. 2024 (arXiv 2404.01318). Both of its files have these columns: see `_KIND_OF_FILE`."""
+    return {"prompt": row["Goal"], "category": row.get("Category")}
+
+
+def _do_not_answer(row: _Row) -> dict[str, Any]:
+    """Wang et al. 2023 (arXiv 2308.13387): questions that a model should not answer."""
+    return {"prompt": row["question"], "kind": "harmful", "category": row.get("types_of_harm")}
+
+
 def _beavertails(row: _Row) -> dict[str, Any]:
     """Ji et al. 2023 (arXiv 2307.04657): people's label of the response, given the prompt."""
     is_safe = str(row["is_safe"]).lower()
     if is_safe not in ("true", "false"):
         raise ValueError(f"is_safe {shorten(row['is_safe'])!r}, expected true or false")
     return {"kind": "harmful", "gold": "safe" if is_safe == "true" else "unsafe"}
+
+
+def _pku_saferlhf(row: _Row) -> dict[str, Any]:
+    """Ji et al. 2024 (arXiv 2406.15513): two responses, the safer one as chosen (not `better_response_id`)."""
+    safer = str(row["safer_response_id"])
+    if safer not in ("0", "1"):
+        raise ValueError(f"safer_response_id {shorten(safer)!r}, expected 0 or 1")
+    responses = row["response_0"], row["response_1"]
+    return {
+        "kind": "harmful",
+        "response_a": responses[0],
+        "response_b": responses[1],
+        "gold": "ab"[int(safer)],
+        "chosen": responses[int(safer)],
+        "rejected": responses[1 - int(safer)],
+    }
 
 
 def _hh_red_team(row: _Row) -> dict[str, Any]:
@@ -85,51 +124,98 @@ def _hh_red_team(row: _Row) -> dict[str, Any]:
 
 
 FORMATS = {
-    "xstest": Format(("prompt", "type"), _xstest),
-    "harmbench": Format(("Behavior",), _harmbench),
-    "strongreject": Format(("forbidden_prompt",), _strongreject),
-    "advbench": Format(("goal", "target"), _advbench),
-    "beavertails": Format(("prompt", "response", "is_safe"), _beavertails),
-    "hh-red-team": Format(("transcript",), _hh_red_team),
+    "xstest": Format(("prompt", "type", "focus", "note"), r"id|id_v[12]|label", ("prompt", "type"), _xstest),
+    "harmbench": Format(
+        ("Behavior", "FunctionalCategory", "SemanticCategory", "Tags", "ContextString", "BehaviorID"),
+        "",
+        ("Behavior",),
+        _harmbench,
+    ),
+    "strongreject": Format(("category", "source", "forbidden_prompt"), "", ("forbidden_prompt",), _strongreject),
+    "advbench": Format(("goal", "target"), "", ("goal", "target"), _advbench),
+    "jailbreakbench": Format(("Goal", "Target", "Behavior", "Category", "Source"), "Index", ("Goal",), _jailbreakbench),
+    "do-not-answer": Format(
+        ("risk_area", "types_of_harm", "specific_harms", "question"),
+        r"id|.+_(response|action|harmful)",
+        ("question",),
+        _do_not_answer,
+    ),
+    "beavertails": Format(
+        ("prompt", "response", "category", "is_safe"), "", ("prompt", "response", "is_safe"), _beavertails
+    ),
+    "pku-saferlhf": Format(
+        (
+            *("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe"),
+            *("better_response_id", "safer_response_id"),
+        ),
+        r"prompt_source|response_[01]_(source|harm_category|severity_level|sha256)",
+        ("prompt", "response_0", "response_1", "safer_response_id"),
+        _pku_saferlhf,
+    ),
+    "hh-red-team": Format(
+        ("transcript", "min_harmlessness_score_transcript", "num_params", "model_type", "rating", "task_description"),
+        "task_description_harmlessness_score|red_team_member_id|is_upworker|tags",
+        ("transcript",),
+        _hh_red_team,
+    ),
 }
+
+# An index that pandas wrote as a column, in any of them.
+_INDEX = r"|Unnamed: \d+|"
+
+# JailbreakBench's two files by the names under which they are published.
+_KIND_OF_FILE = {"harmful-behaviors": "harmful", "benign-behaviors": "benign"}
 
 
 def recognise(row: _Row) -> str | None:
-    """The format of a row by its columns, or None: a row of ours (it has a `kind`), or an unknown one."""
+    """The format of a row by all of its columns, or None: a row of ours (it has a `kind`), or an unknown one."""
     if row.get("kind") is not None:
         return None
-    return next((name for name, format_ in FORMATS.items() if set(format_.needs) <= set(row)), None)
+    for name, format_ in FORMATS.items():
+        further = row.keys() - set(format_.columns)
+        if len(row) - len(further) == len(format_.columns) and all(
+            re.fullmatch(format_.optional + _INDEX, str(column)) for column in further
+        ):
+            return name
+    return None
 
 
-class PublicSource(Source):
-    """A `Source` whose rows may be those of a public set. `form`: its name; None recognises each row by its columns.
+def convert(row: dict[str, Any], form: str | None, kind: str | None, where: str, line: int) -> dict[str, Any]:
+    """A row of a public set with the fields of ours; another row as it is.
 
-    Raises InputError with file and line for a row that is not of the format named.
+    Args:
+        form: the set's name; None recognises it by its columns.
+        kind: the kind of the prompts where the set does not say it.
+    Raises InputError with file and line for a row that is not of the format.
     """
-
-    def __init__(self, inputs: Sequence[str], *, form: str | None = None, **options: Any):
-        self.form = form
-        super().__init__(inputs, **options)
-
-    def _converted(self, row: dict[str, Any], where: str, line: int) -> dict[str, Any]:
-        name = self.form or recognise(row)
-        if name is None:
-            return row
-        if missing := [column for column in FORMATS[name].needs if row.get(column) is None]:
+    name = form or recognise(row)
+    if name is None:
+        return row
+    if missing := [column for column in FORMATS[name].needs if row.get(column) is None]:
+        raise InputError(
+            f"no {missing[0]!r}",
+            where=where,
+            line=line,
+            expected=f"a row of {name}",
+            remedy=f"The row has: {shorten(', '.join(map(str, row)), 300)}",
+        )
+    try:
+        fields = FORMATS[name].convert(row)
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"not a row of {name}: {shorten(error)}",
+            where=where,
+            line=line,
+            remedy="Fix or delete this row, or " + ("leave out --set" if form else "name the columns and the --kind"),
+        ) from error
+    if name == "jailbreakbench":
+        fields["kind"] = kind or row.get("kind") or _KIND_OF_FILE.get(Path(where).name.partition(".")[0])
+        if fields["kind"] is None:
             raise InputError(
-                f"no {missing[0]!r}",
+                "JailbreakBench's harmful and benign behaviours have the same columns",
                 where=where,
                 line=line,
-                expected=f"a row of {name}",
-                remedy=f"The row has: {shorten(', '.join(map(str, row)))}",
+                expected="--kind harmful or --kind benign",
+                remedy="Or give the file its published name, harmful-behaviors.csv or benign-behaviors.csv",
             )
-        try:
-            fields = FORMATS[name].convert(row)
-        except (KeyError, ValueError, AttributeError, TypeError) as error:
-            raise InputError(
-                f"not a row of {name}: {shorten(error)}",
-                where=where,
-                line=line,
-                remedy="Fix or delete this row, or leave out --set",
-            ) from error
-        return {**{key: value for key, value in row.items() if key != "transcript"}, **fields}
+    return {**{key: value for key, value in row.items() if key != "transcript"}, **fields}

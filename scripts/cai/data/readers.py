@@ -1,18 +1,20 @@
-"""Files of rows: JSON Lines, JSON, CSV, Parquet, plain text, and dataset ids.
+"""Files of rows: JSON Lines, JSON, CSV, Parquet, plain text, folders of `datasets`, and dataset ids.
 
     for line, row in read_jsonl("rows.jsonl"): ...
 
-Every reader yields (line, row) and raises InputError with file and line for what it cannot read. Leaves out what a row
-must hold (sources.py).
+Every reader yields (line, row) and raises InputError with file and line for what it cannot read; with `on_error` a
+single bad line is reported there and skipped. Leaves out what a row must hold (sources.py).
 """
 
 import csv
 import gzip
+import io
 import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,13 @@ MOST_DEEP = 100  # levels of a row's lists and objects: what reads it later is r
 PathName = str | os.PathLike[str]
 
 Row = dict[str, Any]
+
+OnError = Callable[[InputError], None]
+
+
+def raise_error(error: InputError) -> None:
+    """The `on_error` of a reader that stops at the first bad line."""
+    raise error
 
 
 def _refuse_constant(name: str) -> None:
@@ -44,7 +53,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> Row:
     return row
 
 
-def _loads(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """JSON without what other readers would not take. ValueError for anything else."""
     return json.loads(text, parse_constant=_refuse_constant, parse_float=_parse_float, object_pairs_hook=unique_keys)
 
@@ -59,7 +68,7 @@ def doubled(names: Iterable[str]) -> str | None:
     return None
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
     """Raise ValueError if lists and objects are nested more than `MOST_DEEP` deep."""
     level = [value]
     for _ in range(MOST_DEEP + 1):
@@ -77,9 +86,9 @@ def _check_depth(value: Any) -> None:
 def _parse(raw: bytes, where: PathName, line: int) -> Row:
     """One JSON object from one line; InputError for anything else."""
     try:
-        row = _loads(_decode(raw, line))
+        row = parse_json(_decode(raw, line))
         if raw.count(b"[") + raw.count(b"{") > MOST_DEEP:
-            _check_depth(row)
+            check_depth(row)
         if b"\\u" in raw:
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -109,20 +118,33 @@ def _parse(raw: bytes, where: PathName, line: int) -> Row:
     return row
 
 
-def _lines(path: PathName) -> Iterator[tuple[int, bytes]]:
-    """(1-based number, bytes) of each line of a file, unpacked if its name ends in .gz."""
-    line = 0
+@contextmanager
+def _open(path: PathName) -> Iterator[Iterable[bytes]]:
+    """The lines of a file, unpacked if its name ends in .gz or .zst."""
+    if str(path).endswith(".zst"):
+        import pyarrow  # unlike the package zstandard, it reports a file that was cut off
+
+        with pyarrow.OSFile(os.fspath(path)) as file, pyarrow.CompressedInputStream(file, "zstd") as stream:
+            yield io.BufferedReader(stream, 1 << 20)
+        return
     open_file: Any = gzip.open if str(path).endswith(".gz") else open
+    with open_file(path, "rb") as file:
+        yield file
+
+
+def _lines(path: PathName) -> Iterator[tuple[int, bytes]]:
+    """(1-based number, bytes) of each line of a file."""
+    line = 0
     try:
-        file = open_file(path, "rb")
-    except OSError as error:
-        raise InputError(f"cannot read it: {error.strerror or error}", where=path, remedy="Check the path") from error
-    with file:
-        try:
+        with _open(path) as file:
             for line, raw in enumerate(file, 1):
                 yield line, raw
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InputError(f"damaged gzip data ({error})", where=path, line=line + 1) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"damaged gzip data ({error})", where=path, line=line + 1) from error
+    except OSError as error:
+        if error.errno is None:
+            raise InputError(f"damaged zstd data ({shorten(error)})", where=path, line=line + 1) from error
+        raise InputError(f"cannot read it: {error.strerror or error}", where=path, remedy="Check the path") from error
 
 
 def _decode(raw: bytes, line: int) -> str:
@@ -130,32 +152,42 @@ def _decode(raw: bytes, line: int) -> str:
     return raw.decode("utf-8-sig" if line == 1 else "utf-8")
 
 
-def read_jsonl(path: PathName) -> Iterator[tuple[int, Row]]:
+def read_jsonl(path: PathName, on_error: OnError = raise_error) -> Iterator[tuple[int, Row]]:
     """(1-based line number, row) of a JSON Lines file; empty lines are skipped.
 
     Raises InputError with file and line for what is not a JSON object.
     """
     for line, raw in _lines(path):
         if raw.strip():
-            yield line, _parse(raw, path, line)
+            yield from _parse_or_report(raw, path, line, on_error)
 
 
-def _read_json(path: PathName) -> Iterator[tuple[int, Row]]:
+def _parse_or_report(raw: bytes, where: PathName, line: int, on_error: OnError) -> Iterator[tuple[int, Row]]:
+    """(line, row), or nothing where `on_error` takes the error."""
+    try:
+        row = _parse(raw, where, line)
+    except InputError as error:
+        on_error(error)
+    else:
+        yield line, row
+
+
+def _read_json(path: PathName, on_error: OnError) -> Iterator[tuple[int, Row]]:
     """A JSON array of objects (the number is the item's), or JSON Lines under the wrong name."""
     lines = (raw.removeprefix(b"\xef\xbb\xbf").strip() for _, raw in _lines(path))
     if not next(filter(None, lines), b"").startswith(b"["):
-        yield from read_jsonl(path)
+        yield from read_jsonl(path, on_error)
         return
     try:
         text = b"".join(raw for _, raw in _lines(path)).decode("utf-8-sig")
-        rows = [json.dumps(row).encode() for row in _loads(text)]
+        rows = [json.dumps(row).encode() for row in parse_json(text)]
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON ({error})", where=path, expected="an array of objects") from error
     for number, row in enumerate(rows, 1):
-        yield number, _parse(row, path, number)
+        yield from _parse_or_report(row, path, number, on_error)
 
 
-def _read_csv(path: PathName) -> Iterator[tuple[int, Row]]:
+def _read_csv(path: PathName, on_error: OnError) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader((_decode(raw, line) for line, raw in _lines(path)), strict=True)
     try:
@@ -164,32 +196,36 @@ def _read_csv(path: PathName) -> Iterator[tuple[int, Row]]:
             raise InputError(f"the column {shorten(name)!r} twice", where=path, line=1, remedy="Rename one of the two")
         for row in reader:
             if None in row:
-                raise InputError(
+                error = InputError(
                     f"more cells than the {len(columns)} columns: {shorten(row[None])!r}",
                     where=path,
                     line=reader.line_num,
                     remedy="Quote cells that hold a comma",
                 )
+                on_error(error)
+                continue
             yield reader.line_num, {name: cell for name, cell in row.items() if cell is not None}
-    except (csv.Error, UnicodeDecodeError) as error:
+    except (csv.Error, UnicodeDecodeError) as problem:
         raise InputError(
-            f"not CSV ({error})",
+            f"not CSV ({problem})",
             where=path,
             line=reader.line_num + 1,
             expected="comma-separated UTF-8 with a header line",
-        ) from error
+        ) from problem
 
 
-def _read_text(path: PathName) -> Iterator[tuple[int, Row]]:
+def _read_text(path: PathName, on_error: OnError) -> Iterator[tuple[int, Row]]:
     for line, raw in _lines(path):
         try:
-            if text := _decode(raw, line).strip():
-                yield line, {"prompt": text}
+            text = _decode(raw, line).strip()
         except UnicodeDecodeError as error:
-            raise InputError(f"not UTF-8 ({error})", where=path, line=line) from error
+            on_error(InputError(f"not UTF-8 ({error})", where=path, line=line))
+            continue
+        if text:
+            yield line, {"prompt": text}
 
 
-def _read_parquet(path: PathName) -> Iterator[tuple[int, Row]]:
+def _read_parquet(path: PathName, on_error: OnError) -> Iterator[tuple[int, Row]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -200,20 +236,34 @@ def _read_parquet(path: PathName) -> Iterator[tuple[int, Row]]:
                 raise InputError(f"the column {shorten(name)!r} twice", where=path, remedy="Rename one of the two")
             rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
-                yield number, _as_json(row)
+                yield from _convert_or_report(row, path, number, on_error)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"not Parquet ({shorten(error)})", where=path, line=number + 1) from error
     except (ValueError, OverflowError, RecursionError) as error:  # text that is not UTF-8, a year 100,000
-        raise InputError(
-            f"a value that can't be read ({shorten(error)})",
-            where=path,
-            line=number + 1,
-            expected="text in UTF-8, numbers, lists and structs",
-            remedy="Convert the column",
-        ) from error
+        raise _unreadable(error, path, number + 1) from error
 
 
-def _read_dataset(name: str) -> Iterator[tuple[int, Row]]:
+def _unreadable(error: Exception, where: PathName, line: int) -> InputError:
+    return InputError(
+        f"a value that can't be read ({shorten(error)})",
+        where=where,
+        line=line,
+        expected="text in UTF-8, numbers, lists and structs",
+        remedy="Convert the column",
+    )
+
+
+def _convert_or_report(row: Row, where: PathName, line: int, on_error: OnError) -> Iterator[tuple[int, Row]]:
+    """(line, the row as JSON has it), or nothing where `on_error` takes the error."""
+    try:
+        converted = _as_json(row)
+    except (ValueError, OverflowError, RecursionError) as error:
+        on_error(_unreadable(error, where, line))
+    else:
+        yield line, converted
+
+
+def _read_dataset(name: str, on_error: OnError) -> Iterator[tuple[int, Row]]:
     """Rows of a dataset id, `owner/name` or `owner/name:split` (the split is `train` if none is named)."""
     import datasets
 
@@ -228,7 +278,43 @@ def _read_dataset(name: str) -> Iterator[tuple[int, Row]]:
             remedy="Check the path; without a network, give a file",
         ) from error
     for number, row in enumerate(rows, 1):
-        yield number, _as_json(row)
+        yield from _convert_or_report(row, name, number, on_error)
+
+
+def _find_saved_dataset(name: str) -> tuple[str, str | None] | None:
+    """(folder, split or None) of `FOLDER` or `FOLDER:SPLIT` that save_to_disk of `datasets` wrote; None for others."""
+    folder, _, split = name.rpartition(":")
+    for path, chosen in ((name, None), (folder, split)):
+        if path and any(os.path.isfile(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")):
+            return path, chosen
+    return None
+
+
+def _read_saved_dataset(path: str, split: str | None, name: str, on_error: OnError) -> Iterator[tuple[int, Row]]:
+    """Rows of a folder that save_to_disk wrote; of several splits, one must be named."""
+    import datasets
+    import pyarrow
+
+    try:
+        rows = datasets.load_from_disk(path)
+    except (OSError, ValueError, LookupError, TypeError, pyarrow.ArrowException) as error:
+        raise InputError(
+            f"a folder of `datasets` that can't be loaded ({shorten(error, 160)})",
+            where=name,
+            remedy="Save it again with save_to_disk, or convert it with to_json",
+        ) from error
+    splits = list(rows) if isinstance(rows, datasets.DatasetDict) else []
+    if splits and split is None and len(splits) == 1:
+        split = splits[0]
+    if (split is not None or splits) and split not in splits:
+        raise InputError(
+            f"no split {split!r}" if split else "several splits",
+            where=name,
+            expected=f"{path}:SPLIT with one of {', '.join(splits)}" if splits else f"{path}, which has no splits",
+            remedy="Name one split",
+        )
+    for number, row in enumerate(rows[split] if split else rows, 1):
+        yield from _convert_or_report(row, name, number, on_error)
 
 
 def _as_json(value: Any) -> Any:
@@ -254,23 +340,33 @@ _READERS = {
 }
 
 
-def read_rows(name: str) -> Iterator[tuple[int, Row]]:
-    """(line, row) of one input, read by the suffix of its name."""
-    suffix = Path(name.removesuffix(".gz")).suffix
+def read_rows(name: str, on_error: OnError = raise_error) -> Iterator[tuple[int, Row]]:
+    """(line, row) of one input, read by the suffix of its name.
+
+    on_error: called with the error of a line that is bad by itself, which is then skipped; the default raises it.
+    """
+    suffix = Path(re.sub(r"\.(gz|zst)$", "", name)).suffix
     if os.path.isfile(name):
-        if suffix not in _READERS or (suffix == ".parquet" and name.endswith(".gz")):
+        if suffix not in _READERS or (suffix == ".parquet" and not name.endswith(".parquet")):
             raise InputError(
                 f"unknown kind of file: {Path(name).suffix or 'no suffix'!r}",
                 where=name,
                 expected="one of " + " ".join(_READERS),
                 remedy="Rename or convert it",
             )
-        return _READERS[suffix](name)
+        return _READERS[suffix](name, on_error)
+    if saved := _find_saved_dataset(name):
+        return _read_saved_dataset(*saved, name, on_error)
     if os.path.isdir(name):
-        raise InputError("a folder", where=name, expected="a file of rows", remedy="Name a file in it")
+        raise InputError(
+            "a folder",
+            where=name,
+            expected="a file of rows, or a folder that save_to_disk of `datasets` wrote",
+            remedy=f"Name a file in it, or several with a pattern such as '{name}/*.jsonl'",
+        )
     if suffix in _READERS or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^/]+)?", name):
         raise InputError("no such file", where=name, remedy="Check the path")
-    return _read_dataset(name)
+    return _read_dataset(name, on_error)
 
 
 def type_name(value: object) -> str:

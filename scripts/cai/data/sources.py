@@ -12,16 +12,20 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import count, islice
 from typing import Any
 
 from cai.base import cli
 from cai.base.errors import CaiError, InputError, shorten
+from cai.base.files import expand_patterns
 from cai.base.hashing import sha256_file, sha256_text
-from cai.data.dialogue import side_turns, split_pair, split_transcript, transcript_text
+from cai.data.dialogue import split_transcript
 from cai.data.outputs import dump_row
 from cai.data.readers import Row, read_rows, type_name
+from cai.data.reading import AS_THEY_ARE, FIELDS, Reading, list_columns
+from cai.data.shapes import normalise
 
 _Check = Callable[[Row, str, int], None]
 
@@ -35,6 +39,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 _TEXTS = ("prompt", "response", "response_a", "response_b", "chosen", "rejected")
+
+MOST_ERRORS = 20  # bad rows that an error names
 
 _FIX = "Fix or delete this row"
 
@@ -79,28 +85,21 @@ def _check_prompt(prompt: Any, where: str, line: int) -> str | list[Row]:
 
 def _check_row(row: Row, require: Sequence[str], where: str, line: int) -> Row:
     """The row with its prompt normalised; InputError if a required field is missing or of another type."""
-    sides: dict[str, Any] = {name: row.get(name) for name in ("chosen", "rejected")}
-    if row.get("prompt") is None and all(isinstance(side, str | list) for side in sides.values()):
-        row = split_pair(row)
-    for name, side in sides.items():  # TRL's answer as messages
-        turns = side_turns(side) if row.get("prompt") is not None and isinstance(row.get(name), list) else None
-        if turns and turns[0]["role"] != "system":
-            row = {**row, name: transcript_text(turns)}
+    error = partial(InputError, where=where, line=line)
+    row = normalise(row, require, error)
     for name in require:
         types = _TYPES.get(name, ())
         if name not in row or (row[name] is None and type(None) not in types):
-            raise InputError(
+            options = [f"--{name}-field COLUMN" if name in FIELDS else "", "--kind or --set" if name == "kind" else ""]
+            advice = " or ".join(filter(None, options))
+            raise error(
                 f"a row without {name!r}",
-                where=where,
-                line=line,
                 expected=f"the fields {', '.join(require)}",
-                remedy=f"The row has: {shorten(', '.join(map(str, row)) or 'nothing')}",
+                remedy=f"The row has: {list_columns(row)}{advice and '. Say where it is with ' + advice}",
             )
         if types and not isinstance(row[name], types):
-            raise InputError(
+            raise error(
                 f"{name!r} is a {type_name(row[name])}: {shorten(row[name])!r}",
-                where=where,
-                line=line,
                 expected=f"a {type_name(types[0]())}",
                 remedy=_FIX,
             )
@@ -139,18 +138,20 @@ class Source:
     twice in one file is an error; in two files (samples of two models), the later gets a suffix.
 
     Args:
-        inputs: files (.jsonl .json .csv .parquet .txt, .gz of the texts) or dataset ids.
-        require: fields that every row must have.
-        limit: read the first so many rows only.
+        inputs: files (.jsonl .json .csv .parquet .txt, .gz or .zst of the texts), patterns of their names, folders of
+            save_to_disk, or dataset ids.
+        require: fields that every row must have. They are the row's role: columns of another role are carried along.
+        limit: read the first so many rows only, bad ones included.
         check: called with (row, file, line) for every row, to raise an InputError of the command's own.
+        reading: names of columns and the like; with `skip_invalid` bad rows are left out and reported by cli.
 
     Attributes:
         count: number of rows.
         ids: their ids, in order.
-        digest: SHA-256 over the bytes of the files, and the limit.
+        digest: SHA-256 over the bytes of the files, the limit, and what `reading` renames.
 
-    Raises InputError with file and line for the first bad row. Raises CaiError if a file changes between the two
-    passes; rows that were only added to it are left out, with a warning.
+    Raises InputError with file and line for the bad rows, the first `MOST_ERRORS` of them. Raises CaiError if a file
+    changes between the two passes; rows that were only added to it are left out, with a warning.
     """
 
     def __init__(
@@ -160,9 +161,10 @@ class Source:
         require: Sequence[str] = ("prompt",),
         limit: int | None = None,
         check: _Check | None = None,
+        reading: Reading = AS_THEY_ARE,
     ):
-        self.inputs = [str(name) for name in inputs]
-        self.require, self.limit = tuple(require), limit
+        self.inputs = expand_patterns(inputs)
+        self.require, self.limit, self.reading = tuple(require), limit, reading
         paths = [os.path.realpath(name) for name in self.inputs]
         for number, name in enumerate(self.inputs):
             if paths[number] in paths[:number]:
@@ -177,12 +179,18 @@ class Source:
         for name in self.inputs:
             # As many as were counted: a row added since must not take the id of another file's row.
             try:
-                for row_id, (line, row) in zip(islice(ids, self._counts[name]), read_rows(name), strict=False):
+                for row_id, (line, row) in zip(islice(ids, self._counts[name]), self._good_rows(name), strict=False):
                     yield {**self._checked(row, name, line), "id": row_id}
             except InputError:  # of a row that was good before
                 self._check_unchanged(name)
                 raise
             self._check_unchanged(name)
+
+    def _good_rows(self, name: str) -> Iterator[tuple[int, Row]]:
+        """The rows of a file without those that the first pass has skipped."""
+        bad = self._bad_lines[name]
+        rows = read_rows(name, lambda _: None) if bad else read_rows(name)
+        return ((line, row) for line, row in rows if line not in bad)
 
     def _check_unchanged(self, name: str) -> None:
         """Raise CaiError unless the file is what it was when it was checked, or only longer."""
@@ -195,45 +203,123 @@ class Source:
             )
         cli.warn(f"{name} has grown since it was checked: what was added is left out")
 
-    def _converted(self, row: Row, where: str, line: int) -> Row:
-        """The row in our format; a source of another format overrides this (data/public_sets.py)."""
-        return row
-
     def _checked(self, row: Row, where: str, line: int) -> Row:
-        return _check_row(self._converted(row, where, line), self.require, where, line)
+        return _check_row(self.reading.apply(row, where, line), self.require, where, line)
 
     def _scan(self, check: _Check | None) -> list[str]:
         """Check every row; returns the ids and sets the digest."""
-        positions: dict[str, tuple[str, int]] = {}
         self._stamps = {name: _file_stamp(name) for name in self.inputs if os.path.isfile(name)}
         self._counts: Counter[str] = Counter()
+        self._bad_lines: dict[str, set[int]] = {name: set() for name in self.inputs}
+        scan = _Scan(self.reading.skip_invalid, self.limit)
         hashes = {name: hashlib.sha256() for name in self.inputs if name not in self._stamps}
-        rows = ((name, line, row) for name in self.inputs for line, row in read_rows(name))
-        for where, line, raw_row in islice(rows, self.limit):
-            row = self._checked(raw_row, where, line)
+        for where, line, raw_row in self._read(scan):
+            try:
+                row = self._checked(raw_row, where, line)
+                row_id = scan.choose_id(row, where, line)
+                if check:
+                    check(row, where, line)
+            except InputError as error:
+                self._bad_lines[where].add(line)
+                scan.add_error(error)
+                continue
+            scan.positions[row_id] = (where, line)
+            if set(self.require) <= {"prompt", "kind"}:
+                scan.count_prompt(row)
             self._counts[where] += 1
-            if check:
-                check(row, where, line)
             if where in hashes:
                 hashes[where].update(dump_row(row))
-            row_id, is_explicit = _id_of(row, where, line)
-            if row_id in positions:
-                first_where, first_line = positions[row_id]
-                if is_explicit and first_where == where:
-                    raise InputError(
-                        f"the id {shorten(row_id)!r} again, first on line {first_line}",
-                        where=where,
-                        line=line,
-                        expected="ids that differ",
-                        remedy="Rename or delete one of the two rows",
-                    )
-                row_id = next(id_ for number in count(2) if (id_ := f"{row_id}-{number}") not in positions)
-            positions[row_id] = (where, line)
+        scan.finish(self.inputs)
         self._digests = {
             name: hashes[name].hexdigest() if name in hashes else sha256_file(name) for name in self.inputs
         }
         for name, stamp in self._stamps.items():
             if _file_stamp(name) != stamp:
                 raise InputError("it changed while it was read", where=name, remedy="Wait until it is complete")
-        self.digest = sha256_text(json.dumps([list(self._digests.values()), self.limit]))
-        return list(positions)
+        renames = [self.reading.renames] if self.reading.renames else []
+        self.digest = sha256_text(json.dumps([list(self._digests.values()), self.limit, *renames]))
+        return list(scan.positions)
+
+    def _read(self, scan: "_Scan") -> Iterator[tuple[str, int, Row]]:
+        """(file, line, row) up to the limit; lines that can't be read count, and go to `scan.add_error`."""
+        for name in self.inputs:
+
+            def report(error: InputError, name: str = name) -> None:
+                if scan.takes_row():
+                    self._bad_lines[name].add(0)  # a reader's lines begin with 1: read again, it skips this one itself
+                    scan.add_error(error)
+
+            rows = read_rows(name, report)
+            while not scan.is_full and (numbered := next(rows, None)):
+                if scan.takes_row():
+                    yield name, *numbered
+
+
+class _Scan:
+    """What the first pass over the rows has found: ids, bad rows, repeated prompts."""
+
+    def __init__(self, skip_invalid: bool, limit: int | None):
+        self.skip_invalid, self.limit = skip_invalid, limit
+        self.positions: dict[str, tuple[str, int]] = {}  # (file, line) of each id
+        self.errors: list[InputError] = []
+        self.read = self.repeated = 0
+        self._prompts: set[bytes] = set()
+
+    @property
+    def is_full(self) -> bool:
+        return self.limit is not None and self.read >= self.limit
+
+    def takes_row(self) -> bool:
+        """Whether one more row is within the limit; it is then counted."""
+        if self.is_full:
+            return False
+        self.read += 1
+        return True
+
+    def add_error(self, error: InputError) -> None:
+        self.errors.append(error)
+        if len(self.errors) == MOST_ERRORS and not self.skip_invalid:
+            raise self._refusal()
+
+    def choose_id(self, row: Row, where: str, line: int) -> str:
+        """The row's id, or a new one. InputError for one that its file has already."""
+        row_id, is_explicit = _id_of(row, where, line)
+        if row_id in self.positions:
+            first_where, first_line = self.positions[row_id]
+            if is_explicit and first_where == where:
+                raise InputError(
+                    f"the id {shorten(row_id)!r} again, first on line {first_line}",
+                    where=where,
+                    line=line,
+                    expected="ids that differ",
+                    remedy="Rename or delete one of the two rows",
+                )
+            row_id = next(id_ for number in count(2) if (id_ := f"{row_id}-{number}") not in self.positions)
+        return row_id
+
+    def count_prompt(self, row: Row) -> None:
+        prompt = hashlib.sha256(json.dumps(row.get("prompt"), sort_keys=True).encode()).digest()[:12]
+        self.repeated += prompt in self._prompts
+        self._prompts.add(prompt)
+
+    def finish(self, inputs: Sequence[str]) -> None:
+        """Refuse bad rows, or report those that are left out, and prompts that are repeated."""
+        if self.errors and not self.skip_invalid:
+            raise self._refusal()
+        cli.report_rows(", ".join(inputs), {f"{e.where}:{e.line}": str(e) for e in self.errors}, self.repeated)
+
+    def _refusal(self) -> InputError:
+        if len(self.errors) == 1:
+            return self.errors[0]
+        number = f"the first {MOST_ERRORS}" if len(self.errors) == MOST_ERRORS else str(len(self.errors))
+        lines = "".join(f"\n  {shorten(error, 300)}" for error in self.errors)
+        return InputError(f"{number} bad rows:{lines}\nFix them, or leave them out with --skip-invalid")
+
+
+def first_row(inputs: Sequence[str], reading: Reading = AS_THEY_ARE) -> Row:
+    """The first row that has a prompt, as a `Source` gives it; {} if there is none."""
+    for name in expand_patterns(inputs):
+        for line, row in read_rows(name, lambda _: None):
+            with suppress(InputError):
+                return _check_row(reading.apply(row, name, line), ("prompt",), name, line)
+    return {}

@@ -39,7 +39,7 @@ class Coverage:
     def __init__(self, options: SimpleNamespace):
         loading.check_model(options.model)
         self.options, self.constitution = options, load_constitution(options.constitution)
-        self.source = sources.Source(options.inputs, limit=options.limit)
+        self.source = sources.Source(options.inputs, limit=options.limit, reading=options.reading)
         self.settings = {
             "model": options.model,
             "weights": hashing.identity(options.model),

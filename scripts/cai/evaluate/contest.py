@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from cai.base import files, hashing
 from cai.base.errors import InputError
 from cai.constitution.files import load_constitution
-from cai.constitution.templates import load_template
 from cai.data import kinds, preferences, sources
 from cai.evaluate import classes, measurement, responding, tasks
 from cai.models import loading
@@ -30,7 +29,7 @@ def measure_policies(options: SimpleNamespace) -> measurement.Measurement:
     """Every policy against every other, judged on harmlessness and on helpfulness."""
     policies = name_policies(options.policy)
     loading.check_model(loading.split_endpoint(options.judge)[0])
-    source, by_kind = tasks.read_rows(options.inputs, options.limit, classes.check_kind, form=options.form)
+    source, by_kind = tasks.read_rows(options.inputs, options.limit, classes.check_kind, reading=options.reading)
     template, written = load_template("preference"), load_template("preference_answer")
     questions = {
         axis: judging.Question(load_constitution(name), template, seed=options.seed, written=written)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from cai.base import hashing, paths
 from cai.constitution.templates import Template, load_template
 from cai.data import dialogue, outputs, readers, sources
+from cai.data.preferences import without_responses
 from cai.evaluate.measurement import fill
 from cai.models import loading
 from cai.models.engine import Engine, RowRequest, Sampling
@@ -63,7 +64,7 @@ class Answer:
 def plan(rows: Iterable[dict], seed: int, seeds: int = 1, ways: Iterable[str] = ()) -> Iterator[Answer]:
     """Every answer that is wanted, each plain one before those under stress."""
     ways = tuple(ways)
-    for row in rows:
+    for row in map(without_responses, rows):
         for number in range(seed, seed + seeds):
             sample = {"prompt_id": row["id"], "seed": number} if seeds > 1 else {}
             plain = f"{row['id']}/{number}" if seeds > 1 else row["id"]

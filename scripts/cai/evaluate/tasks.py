@@ -16,7 +16,8 @@ from cai.base.errors import CaiError, InputError
 from cai.base.hashing import identity
 from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
-from cai.data import dialogue, kinds, outputs, preferences, public_sets, rounds, sources
+from cai.data import dialogue, kinds, outputs, preferences, rounds, sources
+from cai.data.reading import AS_THEY_ARE, Reading
 from cai.evaluate import benchmarks, classes, faults, habits, measurement, responding
 from cai.evaluate.rates import rates_of_rows, without_clusters
 from cai.models import loading, scorer
@@ -63,7 +64,7 @@ def measure_responses(options: SimpleNamespace) -> measurement.Measurement:
     ways = responding.WAYS if "all" in options.stress else tuple(w for w in responding.WAYS if w in options.stress)
     files = [*options.inputs, *options.responses]
     source, by_kind = read_rows(
-        files, options.limit, reader.check_row, answered=not model, round_=options.round_, form=options.form
+        files, options.limit, reader.check_row, answered=not model, round_=options.round_, reading=options.reading
     )
     under_stress = [source.count if way in responding.ALL_KINDS else by_kind["harmful"] for way in ways]
     calls = options.seeds * (source.count + sum(under_stress))
@@ -109,7 +110,6 @@ def _settings(options: SimpleNamespace, source: sources.Source, ways: Sequence[s
         **({"stress": ways, "stress_templates": responding.digest(ways)} if ways else {}),
         **asdict(options.sampling),
         "dtype": options.dtype,
-        **({"set": options.form} if options.form else {}),
     }
     return responding_settings, {
         **responding_settings,
@@ -125,7 +125,13 @@ def _settings(options: SimpleNamespace, source: sources.Source, ways: Sequence[s
 
 
 def read_rows(
-    files, limit: int | None, check_row, *, answered: bool = False, round_: int | None = None, form: str | None = None
+    files,
+    limit: int | None,
+    check_row,
+    *,
+    answered: bool = False,
+    round_: int | None = None,
+    reading: Reading = AS_THEY_ARE,
 ) -> tuple[sources.Source, dict[str, int]]:
     """(the rows, how many of each kind). InputError with file and line for one that can't be measured.
 
@@ -147,7 +153,7 @@ def read_rows(
         counts[row["kind"]] += 1
 
     fields = ("prompt", "kind", "response") if answered else ("prompt", "kind")
-    return public_sets.PublicSource(files, form=form, require=fields, limit=limit, check=check), counts
+    return sources.Source(files, require=fields, limit=limit, check=check, reading=reading), counts
 
 
 def rates_of_classes(classified: Iterable[dict], rows: int) -> tuple[dict, dict]:
@@ -170,7 +176,9 @@ def measure_principles(options: SimpleNamespace) -> measurement.Measurement:
     # Beside the oracle, the judge reads critiques only.
     reader = replace(options.reader, by=by, judge=judge if by == "judge" else None)
     check, fields = partial(rounds.check_rounds, critiqued=False), ("prompt", "response", "rounds")
-    source = sources.Source(options.responses, require=fields, limit=options.limit, check=check)
+    source = sources.Source(
+        options.responses, require=fields, limit=options.limit, check=check, reading=options.reading
+    )
     critiques = sum(len(row["rounds"]) for row in source)
     is_read = by == "oracle" or bool(judge)
     has_kinds = is_read and all(row.get("kind") in kinds.KINDS for row in source)
@@ -218,7 +226,9 @@ def measure_choices(options: SimpleNamespace) -> measurement.Measurement:
         loading.check_model(model)
         load = partial(loading.load_engine, model, **options.loading)
     check = benchmarks.check_texts if reward_model else benchmarks.check
-    source = sources.Source([options.choice], require=benchmarks.FIELDS, limit=options.limit, check=check)
+    source = sources.Source(
+        [options.choice], require=benchmarks.FIELDS, limit=options.limit, check=check, reading=options.reading
+    )
     settings = {
         "input": source.digest,
         "limit": options.limit,
@@ -255,7 +265,7 @@ def measure_pairs(options: SimpleNamespace) -> measurement.Measurement:
     """How often a reward model prefers the response that is known to be better."""
     scorer.check_reward_model(options.reward_model)
     files = list(options.inputs)
-    source = preferences.GivenPairs(files, options.limit)
+    source = preferences.GivenPairs(files, options.limit, options.reading)
     settings = {
         "input": source.digest,
         "limit": options.limit,

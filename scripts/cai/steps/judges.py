@@ -77,7 +77,9 @@ def read_task(
         every=principles == "all",
         examples=not no_examples,
     )
-    comparisons, digests = pairs.read_comparisons(inputs, against, pairs_per_prompt, settings.seed, settings.limit)
+    comparisons, digests = pairs.read_comparisons(
+        inputs, against, pairs_per_prompt, settings.seed, settings.limit, settings.reading
+    )
     fingerprint = {
         **digests,
         "pairs_per_prompt": pairs_per_prompt,

@@ -12,32 +12,41 @@ from itertools import combinations, product
 from cai.base.errors import InputError, shorten
 from cai.base.hashing import hashed_seed, sha256_text
 from cai.data import preferences, rounds, sources
+from cai.data.preferences import OF_A_PAIR, GivenPairs, is_pair
+from cai.data.reading import AS_THEY_ARE, Reading
+from cai.data.sources import Source, first_row
 
-# Fields that describe one response: a comparison of two rows leaves them out.
-_OF_ONE_RESPONSE = ("id", "response", "rounds", "sample", "finish")
+# Fields that describe one response, or a pair that rows have carried along: a comparison of two rows leaves them out.
+_OF_ONE_RESPONSE = ("id", "response", "rounds", "sample", "finish", *OF_A_PAIR)
 
 
 def read_comparisons(
-    inputs: Sequence[str], against: str | None, most: int | None, seed: int, limit: int | None
-) -> tuple["Pairs | preferences.GivenPairs", dict[str, str | None]]:
+    inputs: Sequence[str],
+    against: str | None,
+    most: int | None,
+    seed: int,
+    limit: int | None,
+    reading: Reading = AS_THEY_ARE,
+) -> tuple["Pairs | GivenPairs", dict[str, str | None]]:
     """(comparisons, digests of the input files) from rows of pairs, or from rows of one response each.
 
     Args:
         against, most: for rows of one response, as `Pairs` takes them.
     Raises InputError if the rows are neither, or of both kinds.
     """
-    if preferences.is_pair(next(iter(sources.Source(inputs, limit=1)))):
+    if is_pair(first_row(inputs, reading)):
         if against or most:
             raise InputError(
                 "--against or --pairs-per-prompt with rows that are pairs already",
                 where=", ".join(inputs),
                 remedy="Leave it out",
             )
-        pairs = preferences.GivenPairs(inputs, limit)
+        pairs = GivenPairs(inputs, limit, reading)
         return pairs, {"input": pairs.digest}
-    source = sources.Source(inputs, require=("prompt", "response"), limit=limit)
-    others = sources.Source([against], require=("prompt", "response")) if against else None
-    return Pairs(source, others, most, seed), {"input": source.digest, "against": others and others.digest}
+    source = Source(inputs, require=("prompt", "response"), limit=limit, reading=reading)
+    others = Source([against], require=("prompt", "response"), reading=reading) if against else None
+    digests = {"input": source.digest, "against": others and others.digest}
+    return Pairs(source, others, most, seed), digests
 
 
 def choose_pairs(ours: Sequence, theirs: Sequence | None, most: int | None, *draw) -> list[tuple]:

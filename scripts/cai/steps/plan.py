@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from cai.base.paths import SCRIPTS
+from cai.base.paths import SCRIPTS, TINY
+from cai.data.reading import AS_THEY_ARE, Reading
 
 TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 
@@ -56,6 +57,12 @@ PRESETS = {
 }
 
 
+# The options of how rows are read that are for a kind of files, beside --prompt-field.
+READING_OF = {"inputs": (), "heldout": ("kind_field", "kind", "form"), "helpful": ("response_field",)}
+
+BUNDLED = (TINY / "prompts").resolve()
+
+
 @dataclass(frozen=True)
 class Step:
     """One command of the plan. `output` is the file or folder it writes."""
@@ -89,6 +96,13 @@ class Choices:
     device: str | None
     dtype: str
     overwrite: bool
+    reading: Reading = AS_THEY_ARE
+
+    def reading_of(self, files: str) -> Reading:
+        """How the rows of `inputs`, `heldout` or `helpful` are read; the bundled prompts have our names."""
+        if all(Path(name).resolve().parent == BUNDLED for name in getattr(self, files)):
+            return AS_THEY_ARE
+        return self.reading.only("prompt_field", *READING_OF[files])
 
 
 class _Plan:
@@ -117,7 +131,8 @@ class _Plan:
 
     def add_evaluation(self, stage: str, model: str) -> None:
         judge = ["--judge", self.choices.model] if "--by judge" in str(self.preset["evaluate"]) else []
-        arguments = [*_repeat("--input", self.choices.heldout), "--model", model, *judge, *self.limit]
+        reading = self.choices.reading_of("heldout").arguments
+        arguments = [*_repeat("--input", self.choices.heldout), "--model", model, *judge, *self.limit, *reading]
         self.add(f"evaluate-{stage}", "evaluate", arguments, f"evaluation-{stage}.jsonl")
 
 
@@ -125,14 +140,14 @@ def make_plan(choices: Choices, output: str, seed: int) -> list[Step]:
     """The steps, in order, into the folder `output`."""
     model, plan = choices.model, _Plan(choices, Path(output), seed)
     plan.add_evaluation("base", model)
-    prompts = [*_repeat("--input", choices.inputs), *plan.limit]
+    prompts = [*_repeat("--input", choices.inputs), *plan.limit, *choices.reading_of("inputs").arguments]
     responses = plan.add_rows("responses", "generate", [*prompts, "--model", model])
     base, revised = ["--model", model, "--constitution", choices.constitution], responses
     for number in range(1, choices.rounds + 1):
         critiqued = plan.add_rows(f"critique-{number}", "critique", ["--input", revised, *base])
         revised = plan.add_rows(f"revision-{number}", "revise", ["--input", critiqued, *base])
-    sft_rows = ["--input", revised, *_repeat("--helpful", choices.helpful)]
-    sft = plan.add("sft", "sft", [*sft_rows, "--model", model], "sft")
+    helpful = [*_repeat("--helpful", choices.helpful), *choices.reading_of("helpful").arguments]
+    sft = plan.add("sft", "sft", ["--input", revised, *helpful, "--model", model], "sft")
     plan.add_evaluation("sft", sft)
     if choices.rl != "none":
         samples = plan.add_rows("samples", "generate", [*prompts, "--model", sft], "samples")

@@ -19,12 +19,32 @@ import click
 
 from cai.base import cli, hashing
 from cai.data import outputs, processes, readers
+from cai.data.reading import Reading, reading_options
 from cai.models import estimate, loading
 from cai.models.engine import Engine, Generation, Message, RowRequest, Sampling
 from cai.steps.sharing import finish_output, share_progress, share_work
 
 # Answers that wait to be written before the model waits for the file.
 WAITING = 1000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the options of `options` say.
+
+    endpoints, loading: arguments of `load_engine`. plan: arguments of `text_plan`. reading: how rows are read.
+    """
+
+    sampling: Sampling
+    endpoints: tuple[str, ...]
+    loading: dict[str, Any]
+    plan: dict[str, Any]
+    seed: int
+    limit: int | None
+    as_json: bool
+    dry_run: bool
+    overwrite: bool
+    reading: Reading
 
 
 def options(function):
@@ -42,10 +62,11 @@ def options(function):
         sampling = Sampling(**take("max_new_tokens", "temperature", "top_p"))
         loading = take("batch_size", "batch_tokens", "device", "dtype")
         plan = {**take("like", "gpu", "price"), **loading}
-        others = take("endpoints", "seed", "limit", "as_json", "dry_run", "overwrite")
-        return function(settings=SimpleNamespace(sampling=sampling, loading=loading, plan=plan, **others), **values)
+        others = take("endpoints", "seed", "limit", "as_json", "dry_run", "overwrite", "reading")
+        return function(settings=Settings(sampling=sampling, loading=loading, plan=plan, **others), **values)
 
     for option in (
+        reading_options,
         cli.options("device", "dtype", "json", "dry_run", "overwrite"),
         estimate.plan_options,
         click.option(

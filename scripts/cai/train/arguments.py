@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import click
 
 from cai.base import cli
+from cai.data.reading import reading_options
 from cai.models import estimate
 from cai.train import alarms
 
@@ -95,6 +96,7 @@ def training_options(
         ),
         estimate.gpu_option,
         cli.options("device", "dtype", "seed", "limit", "json", "dry_run", "overwrite"),
+        reading_options,
         take_options,
     )
 
@@ -176,6 +178,7 @@ def rl_options(
         alarms.options,
         estimate.gpu_option,
         cli.options("seed", "limit", "device", "dtype", "json", "dry_run", "overwrite"),
+        reading_options,
         take_options,
     )
 

@@ -79,7 +79,12 @@ def read_sources(weights: dict[str, float], options) -> tuple[list[dict], dict, 
     pairs, counts, digests = [], {}, []
     for file, weight in weights.items():
         from_file, counted, digest = preferences.read_pairs(
-            [file], options.labels, options.limit, min_margin=options.min_margin, default_label=options.default_label
+            [file],
+            options.labels,
+            options.limit,
+            min_margin=options.min_margin,
+            default_label=options.default_label,
+            reading=options.reading,
         )
         pairs += [{**pair, "source": file, "weight": weight} for pair in from_file]
         counts = {name: counts.get(name, 0) + counted.get(name, 0) for name in {**counts, **counted}}
