@@ -237,8 +237,7 @@ def ablate(output, as_json, dry_run, overwrite, **values):
     )
     summary = {"command": "ablate", "output": output}
     if dry_run:
-        cli.finish({**summary, **without.plan}, as_json=as_json)
-        return
+        return cli.finish({**summary, **without.plan}, as_json=as_json)
     measurement.write(without, final)
     rows = [row for _, row in readers.read_jsonl(output)]
     if not as_json:

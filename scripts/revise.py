@@ -13,7 +13,7 @@ import click
 from cai.base import cli
 from cai.base.errors import InputError, shorten
 from cai.constitution import files, templates
-from cai.data import rounds
+from cai.data import rounds, sources
 from cai.steps import text
 from cai.steps.flags import REASONS, flags
 

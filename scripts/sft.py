@@ -12,7 +12,7 @@ import click
 
 from cai.base import cli, hashing
 from cai.base.errors import InputError, shorten
-from cai.data import dialogue
+from cai.data import dialogue, sources
 from cai.data.dialogue import as_messages, is_blank
 from cai.data.reading import AS_THEY_ARE, Reading
 from cai.data.rounds import check_rounds

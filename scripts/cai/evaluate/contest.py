@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from cai.base import files, hashing
 from cai.base.errors import InputError
 from cai.constitution.files import load_constitution
+from cai.constitution.templates import load_template
 from cai.data import kinds, preferences, sources
 from cai.evaluate import classes, measurement, responding, tasks
 from cai.models import loading
