@@ -45,6 +45,7 @@ def test_the_judge_never_sees_the_question_inside_a_response(invoke, tmp_path):
     assert {second["response_a"], second["response_b"]} == {"It cools.", "Ask it."}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["reward_model", "dpo"])
 def test_training_reads_the_same_pairs(invoke, tmp_path, command):
     write_jsonl(tmp_path / "pairs.jsonl", [*WHOLE, {**WHOLE[0], "prompt": "Something else?"}])

@@ -2,8 +2,12 @@
 
 import gzip
 import json
+import os
+import re
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_sources import TWO, lines, source
 
 from cai.base.errors import InputError
@@ -83,6 +87,32 @@ def test_skipped_rows_leave_the_others_as_they_are(tmp_path, limit):
     skipping = source(tmp_path, lines(TWO[0], *BAD[:3], TWO[1]), limit=limit, reading=Reading(skip_invalid=True))
     expected = plain if limit in (None, 5) else plain[:1]
     assert list(skipping) == expected == list(skipping) and skipping.count == len(expected)
+
+
+GOOD_LINE = st.builds(lambda text: json.dumps({"prompt": f"Is it {text}?"}), st.text(max_size=5))
+BAD_LINE = st.sampled_from(["no", "[1]", '{"prompt": " "}', '{"prompt": []}', '{"q": "x"}', '{"prompt": NaN}', '"x"'])
+
+
+@settings(
+    max_examples=int(os.environ.get("SHAPES_EXAMPLES", "100")),
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(st.lists(st.tuples(st.booleans(), GOOD_LINE, BAD_LINE), min_size=1, max_size=12))
+def test_bad_rows_among_good_ones_never_change_these(tmp_path_factory, drawn):
+    """With --skip-invalid exactly the good rows are read; without it exactly the bad lines are named."""
+    folder = tmp_path_factory.mktemp("rows")
+    good = [line for is_good, line, _ in drawn if is_good]
+    bad = [number for number, (is_good, _, _) in enumerate(drawn, 1) if not is_good]
+    text = "\n".join(line if is_good else spoilt for is_good, line, spoilt in drawn)
+    if good:
+        alone = source(folder, "\n".join(good), "good.jsonl")
+        assert list(source(folder, text, reading=Reading(skip_invalid=True))) == list(alone)
+    if bad:
+        with pytest.raises(InputError) as error:
+            source(folder, text)
+        assert sorted(map(int, re.findall(r"in\.jsonl:(\d+):", str(error.value)))) == bad
 
 
 def test_rows_that_are_all_bad_are_no_rows(tmp_path):

@@ -259,13 +259,13 @@ def test_text_that_is_nearly_messages_is_refused(text):
 
 # --- drawn rows ---------------------------------------------------------------------------------------------
 
-EXAMPLES = int(os.environ.get("SHAPES_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("SHAPES_EXAMPLES", "80"))
 
 drawn = settings(
     max_examples=EXAMPLES,
     deadline=None,
     database=None,
-    derandomize=EXAMPLES == 150,
+    derandomize=EXAMPLES == 80,
     suppress_health_check=list(HealthCheck),
 )
 
