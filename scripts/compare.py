@@ -18,7 +18,7 @@ from cai.evaluate.measurement import gather, print_rates, write
 
 
 @click.command(cls=cli.Command)
-@cli.options("input", "output")
+@cli.options("input", "output", "date", "reasoning_tags")
 @click.option(
     "--policy",
     multiple=True,

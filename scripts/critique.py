@@ -6,11 +6,14 @@ A principle is drawn for each row and round (paper, section 3.1). Run it on revi
 Leaves out the revision (revise.py) and any check of the critique's text.
 """
 
+from collections import Counter
+
 import click
 
 from cai.base import cli
 from cai.constitution import files, templates
 from cai.data import rounds, sources
+from cai.models.reasoning import has_reasoning_tag
 from cai.steps import text
 
 
@@ -51,7 +54,13 @@ def main(inputs, output, model, constitution, template, cot, settings):
         return {**row, "rounds": [*(row.get("rounds") or ()), new_round]}
 
     def tally(answered):
-        return {"empty": sum(not row["rounds"][-1]["critique"] for row in answered)}
+        counts = Counter(empty=0)
+        for row in answered:
+            critique = row["rounds"][-1]["critique"]
+            counts["empty"] += not critique
+            if has_reasoning_tag(critique):
+                counts["leaked_tag"] += 1
+        return dict(counts)
 
     text.run(
         text.Step("critique", model, source, source.ids, render, answer),

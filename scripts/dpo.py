@@ -41,8 +41,8 @@ def main(options):
           --output runs/dpo --learning-rate 1e-5
     """
     reference_name = options.ref_model or options.model
-    for name in (options.model, reference_name):
-        loading.check_model(name)
+    loading.check_model(options.model, training=True)
+    loading.check_model(reference_name)
     pairs, counts, digest = preferences.read_pairs(
         options.inputs, options.labels, options.limit, reading=options.reading
     )
@@ -67,7 +67,8 @@ def main(options):
 
     chat = loading.load_chat(options.model)
     # Left out here, because TRL would cut long pairs and train on responses without an end.
-    rows, counts["overlong"] = common.drop_overlong(tokenize(pairs, chat), row_length, options)
+    longest = run.longest_row(reference_name)
+    rows, counts["overlong"] = common.drop_overlong(tokenize(pairs, chat), row_length, options, longest)
     policy, reference = run.load_policy(dropout=False), None
     for name in references:
         reference = run.load_policy(name, dropout=False)

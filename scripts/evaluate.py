@@ -29,7 +29,7 @@ WORSE = 4  # exit code of --gate
 @cli.rows_option(
     "--input", "inputs", help="Prompts with their kind, or pairs with gold (with --reward-model). Repeatable."
 )
-@cli.options("output")
+@cli.options("output", "date", "reasoning_tags")
 @click.option("--model", metavar="MODEL", help="Answers the prompts: a folder, a hub id, `tiny`, or openai:NAME.")
 @cli.options("endpoint")
 @cli.rows_option("--responses", help="Instead of --input and --model: rows that have a response already. Repeatable.")

@@ -13,7 +13,10 @@ from cai.base import cli
 from cai.data import dialogue, sources
 from cai.data.preferences import without_responses
 from cai.data.sources import Source
+from cai.models.reasoning import has_reasoning_tag
 from cai.steps import text
+
+LEAKED_TAG = "leaked_tag"  # the flag of a response in which a tag of reasoning is left
 
 
 class Samples:
@@ -54,12 +57,17 @@ def main(inputs, output, model, samples, system, settings):
         return system_messages + dialogue.as_messages(row["prompt"])
 
     def answer(row, generation):
-        return {**row, "response": generation.text, "model": model, "finish": generation.finish}
+        flags = {"flags": [LEAKED_TAG]} if has_reasoning_tag(generation.text) else {}
+        if row.get("flags") == [LEAKED_TAG]:
+            row = {name: value for name, value in row.items() if name != "flags"}  # they are of an earlier response
+        return {**row, "response": generation.text, "model": model, "finish": generation.finish, **flags}
 
     def tally(answered):
         counts = Counter(prompts=source.count, unfinished=0, empty=0)
         for row in answered:
             counts.update(unfinished=row["finish"] == "length", empty=not row["response"])
+            if row.get("flags") == [LEAKED_TAG]:
+                counts[LEAKED_TAG] += 1
         return dict(counts)
 
     text.run(

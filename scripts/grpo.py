@@ -149,7 +149,7 @@ def check_usage(options) -> None:
             where="--against",
             remedy=prompts.MAKE_REFERENCES,
         )
-    loading.check_model(options.model)
+    loading.check_model(options.model, training=True)
     if options.judge:
         loading.check_model(options.judge)
     else:

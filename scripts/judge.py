@@ -21,7 +21,7 @@ from cai.steps import judges, text
 
 
 @click.command(cls=cli.Command)
-@cli.options("input", "output")
+@cli.options("input", "output", "date")
 @click.option("--model", metavar="MODEL", help="The judge: a folder, a hub id, or `tiny` (bundled).")
 @click.option(
     "--judge", multiple=True, metavar="MODEL", help="A further judge. Repeatable; then --model may be left out."

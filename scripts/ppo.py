@@ -92,8 +92,9 @@ def main(options):
     """
     from cai.train.ppo import PPOTrainer, Settings
 
-    for name in filter(None, (options.model, options.ref_model)):
-        loading.check_model(name)
+    loading.check_model(options.model, training=True)
+    if options.ref_model:
+        loading.check_model(options.ref_model)
     if options.judge and not rewards.is_function(options.judge):
         loading.find_model(options.judge)
     source = sources.Source(options.inputs, limit=options.limit, reading=options.reading)
@@ -199,6 +200,8 @@ def load(run: common.TrainingRun, settings, weights: dict[str, float], rows: lis
     reward = rewards.load_total(weights, chat, **scoring)
     value_model = None if options.value_head else rewards.load_value_model(weights, options)
     reference = run.load_policy(options.ref_model or options.model) if has_reference(options) else None
+    for model in filter(None, (value_model, reference)):
+        prompts.check_context([*encoded, *candidates], model, settings.max_new_tokens)
     if options.lora:
         policy = get_peft_model(policy, run.adapters())
         if value_model is not None:

@@ -80,7 +80,7 @@ def main(options):
     """
     from transformers import set_seed
 
-    loading.check_model(options.model, classifier=True)
+    loading.check_can_score(options.model)
     weights = reward_model.read_weights(options.inputs, options.mix)
     pairs, counts, digests = reward_model.read_sources(weights, options)
     parts = reward_model.split_holdout(pairs, options.holdout, options.seed)
@@ -104,7 +104,7 @@ def main(options):
         return
 
     chat = loading.load_chat(options.model)
-    rows, test_rows, counts = reward_model.tokenize_parts(parts, counts, chat, options.max_length)
+    rows, test_rows, counts = reward_model.tokenize_parts(parts, counts, chat, run.longest_row(), options.max_length)
     order = reward_model.training_order(rows, options.batch_size, options.epochs, options.seed)
     eval_steps = reward_model.choose_eval_steps(options, len(order), test_rows)
     set_seed(options.seed)  # of the new head

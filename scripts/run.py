@@ -74,7 +74,7 @@ from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
     default=None,
     help="Rows in one forward pass of the steps that write or judge text. Default: the preset's.",
 )
-@cli.options("seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
+@cli.options("reasoning_tags", "seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
 @reading_options
 def main(output, seeds, is_smoke, seed, as_json, dry_run, **options):
     """Run the complete method: critique, revision, SFT, judging, reward model, PPO, and measure each stage.

@@ -53,7 +53,7 @@ def main(options):
       python scripts/sft.py --input revised.jsonl --helpful helpful.jsonl \\
           --model tiny --output runs/sft --learning-rate 1e-3
     """
-    loading.check_model(options.model)
+    loading.check_model(options.model, training=True)
     rows, counts, digests = read_rows(
         options.inputs, options.helpful, options.rounds, frozenset(options.keep), options.limit, options.reading
     )
@@ -76,7 +76,7 @@ def main(options):
 
     chat = loading.load_chat(options.model)
     token_rows, counts["overlong"] = common.drop_overlong(
-        tokenize(rows, chat), lambda row: len(row["input_ids"]), options
+        tokenize(rows, chat), lambda row: len(row["input_ids"]), options, run.longest_row()
     )
     policy = run.load_policy()
     with run.folder:

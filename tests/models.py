@@ -112,6 +112,39 @@ def build(family: str, where: Path, seed: int = 0, sentences=_SENTENCES, vocabul
     return where
 
 
+OLDER = ("gpt2", "neox", "opt", "falcon", "bloom", "mpt")
+
+
+def build_older(kind: str, where: Path, context: int = 256) -> Path:
+    """A random model of an older architecture, with the tokenizer of "llama", in the folder `where`.
+
+    context: of learned positions, or of what its configuration allows.
+    """
+    import torch
+    import transformers as hf
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder("llama"))
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    size, layers, heads = {"hidden_size": 32}, {"num_hidden_layers": 2}, {"num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = {
+        "gpt2": lambda: hf.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=context, **ids),
+        "neox": lambda: hf.GPTNeoXConfig(
+            intermediate_size=64, max_position_embeddings=context, **size, **layers, **heads, **ids
+        ),
+        "opt": lambda: hf.OPTConfig(
+            ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=context, **size, **layers, **heads, **ids
+        ),
+        "falcon": lambda: hf.FalconConfig(max_position_embeddings=context, **size, **layers, **heads, **ids),
+        "bloom": lambda: hf.BloomConfig(n_layer=2, n_head=2, **size, **ids),
+        "mpt": lambda: hf.MptConfig(d_model=32, n_layers=2, n_heads=2, max_seq_len=context, **ids),
+    }[kind]()
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(where)
+    tokenizer.save_pretrained(where)
+    return where
+
+
 def _config(family: str, **settings):
     from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 

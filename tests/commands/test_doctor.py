@@ -319,7 +319,7 @@ def test_models_that_cannot_be_used(invoke, tmp_path):
     (broken / "tokenizer.json").write_text("{")
     for model, problem in (
         (bare, "no chat template"),
-        (broken, "can't be loaded"),
+        (broken, "not JSON"),
         (tmp_path / "none", "no such model"),
         ("nobody/nothing-here", "neither a folder nor in the local cache"),
     ):

@@ -89,6 +89,10 @@ def test_a_spare_token_pads_where_there_is_one(tmp_path):
     chat.tokenizer.pad_token = None
     chat.tokenizer.add_special_tokens({"additional_special_tokens": ["<|reserved_0|>"]})
     chat.tokenizer.save_pretrained(folder)
+    assert loading.load_chat(str(folder)).tokenizer.pad_token == chat.tokenizer.eos_token  # it has no embedding
+    policy = loading.load_policy(str(folder))
+    policy.resize_token_embeddings(len(chat.tokenizer))
+    policy.save_pretrained(folder)
     assert loading.load_chat(str(folder)).tokenizer.pad_token == "<|reserved_0|>"
 
 

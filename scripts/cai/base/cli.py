@@ -23,6 +23,7 @@ from typing import Any, TextIO, TypeVar
 
 import click
 
+from cai.base import run_settings
 from cai.base.errors import CaiError
 from cai.base.files import expand_patterns
 from cai.base.paths import SCRIPTS
@@ -58,6 +59,12 @@ def key_name() -> str:
     """Name of the environment variable that holds a server's key, as given on the command line."""
     context = click.get_current_context(silent=True)
     return (context.meta.get(_KEY_NAME) if context else None) or "OPENAI_API_KEY"
+
+
+def _model(function: _Function) -> _Function:
+    """Add `--model`, and `--date` for its chat template."""
+    option = click.option("--model", required=True, metavar="MODEL", help="A folder, a hub id, or `tiny` (bundled).")
+    return option(run_settings.date_option(function))
 
 
 @dataclass
@@ -121,7 +128,9 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         "save_to_disk, or a dataset id. Repeatable.",
     ),
     "output": click.option("--output", required=True, metavar="PATH", help="Where the result goes."),
-    "model": click.option("--model", required=True, metavar="MODEL", help="A folder, a hub id, or `tiny` (bundled)."),
+    "model": _model,
+    "date": run_settings.date_option,
+    "reasoning_tags": run_settings.reasoning_option,
     "endpoint": _endpoint,
     "constitution": click.option(
         "--constitution",
@@ -217,6 +226,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         ctx.meta[_ROWS] = RowReport()
+        run_settings.forget_dated_template()
         # A command that runs this one in its own process (run.py) handles the error itself.
         if ctx.parent is not None and not isinstance(ctx.parent.command, click.Group):
             return super().invoke(ctx)

@@ -9,7 +9,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from cai.base.paths import model_path
+from cai.base.paths import model_path, named_base
 
 
 def sha256_text(text: str) -> str:
@@ -28,7 +28,8 @@ def sha256_file(path: str | os.PathLike[str], size: int | None = None) -> str:
 
 
 def identity(model: str) -> str:
-    """What identifies a model in a fingerprint: a hash of its folder's content, or a hub id itself.
+    """What identifies a model in a fingerprint: a hash of its folder's content (of an adapter, also of its base's), or
+    a hub id itself.
 
     The same folder with other weights is another model. Of a large file 64 samples of 64 KiB are hashed:
     training changes weights everywhere, and hashing seventy billion of them would take minutes.
@@ -45,6 +46,8 @@ def identity(model: str) -> str:
             for offset in range(0, size, max(1 << 16, size // 64)):
                 file.seek(offset)
                 digest.update(file.read(1 << 16))
+    if (base := named_base(folder)) is not None and Path(base).resolve() != folder.resolve():
+        digest.update(identity(base).encode())
     return digest.hexdigest()
 
 

@@ -3,6 +3,7 @@
 Leaves out outputs: those go where the caller says.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -17,6 +18,9 @@ CONSTITUTIONS = ROOT / "constitutions"
 SCRIPTS = ROOT / "scripts"
 
 TINY = SCRIPTS / "cai" / "tiny"
+
+# The file that makes a folder an adapter of another model (peft's name).
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def find_file(name_or_path: str, folder: Path, suffix: str) -> Path:
@@ -41,3 +45,28 @@ def find_file(name_or_path: str, folder: Path, suffix: str) -> Path:
 def model_path(name: str) -> str:
     """`tiny` becomes the bundled folder; any other name (folder or hub id) is passed through."""
     return str(TINY) if name == "tiny" else name
+
+
+def named_base(folder: Path) -> str | None:
+    """The model that an adapter folder names as its base: a folder as seen from here or from the adapter, else the
+    name itself; None for a folder that is no adapter.
+
+    Raises InputError if the adapter's file can't be read or names no base.
+    """
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file():
+        return None
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        name = settings["base_model_name_or_path"]
+        if not name or not isinstance(name, str):
+            raise ValueError(f"base_model_name_or_path is {name!r}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"an adapter that names no base ({error})",
+            where=file,
+            expected="base_model_name_or_path: the folder or hub id of its base",
+            remedy="Write it there",
+        ) from error
+    name = model_path(name)
+    return next((str(path) for path in (Path(name), folder / name) if path.is_dir()), name)

@@ -2,7 +2,8 @@
 
     split_transcript("\n\nHuman: Hello\n\nAssistant:")     # [{"role": "user", "content": "Hello"}, ...]
 
-Leaves out the chat templates of models (models/chat.py).
+Also where an answer ends that a server or a file gives with the control tokens in it (`cut_at_end_token`). Leaves out
+the chat templates of models (models/chat.py).
 """
 
 import re
@@ -101,3 +102,57 @@ def prompt_text(prompt: str | Sequence[_Message]) -> str:
     if isinstance(prompt, str):
         return prompt
     return str(prompt[0]["content"]) if len(prompt) == 1 else _transcript(prompt)
+
+
+# --- control tokens in a text ---------------------------------------------------------------------------------------
+
+# Control tokens that end an answer, as the families of models spell them: end of turn or of text, or the header of the
+# next turn where a model went on without an end.
+_END_TOKENS = re.compile(
+    r"<[|｜](?:im_end|im_start|eot_id|eom_id|eot|EOT|end|endoftext|end_of_text|end_of_turn|end_of_sentence|eos|EOS"
+    r"|eoa|eom|end_of_message|endofturn|endofassistant|return|call|separator|stop|start_header_id|header_start"
+    r"|begin_of_text|startoftext|bos|user|User|assistant|Assistant|system|System|observation|start_of_role|im_user"
+    r"|im_assistant|im_system|start|END_OF_TURN_TOKEN|START_OF_TURN_TOKEN|END_RESPONSE|end▁of▁sentence"
+    r"|begin▁of▁sentence|EOS_TOKEN|eod)[|｜]>"
+    r"|<(?:end_of_turn|start_of_turn|eos|bos|eot|eoa|eoh|EOT|eod|end_of_utterance|turn\||\|turn)>"
+    r"|<extra_id_1>|\[\|endofturn\|\]|\[/?INST\]|\[EOS\]|</s>|<s>\Z"
+)
+
+# The header of the assistant's own turn, which some servers repeat before the answer.
+_ANSWER_HEADER = re.compile(
+    r"(?:\s*(?:<\|(?:im_start|start|im_assistant|start_of_role)\|>\s*assistant\s*(?:<\|(?:im_middle|end_of_role)\|>)?"
+    r"|<\|(?:start_header_id|header_start)\|>\s*assistant\s*<\|(?:end_header_id|header_end)\|>"
+    r"|<start_of_turn>\s*(?:model|assistant)\b|<[|｜](?:assistant|Assistant|begin_of_text|startoftext|bos|start"
+    r"|begin▁of▁sentence|START_OF_TURN_TOKEN|CHATBOT_TOKEN|START_RESPONSE)[|｜]>|<s>|<bos>|\[/INST\]|<\|message\|>))+\s*"
+)
+
+_STRIKE = re.compile(r"<(/?)s>")
+
+
+def cut_at_end_token(text: str) -> str:
+    """A response up to the first control token that ends a turn, in the spelling of any known family of models.
+
+    Such a token in a text is a model's own end that a server, or whoever made a file, did not take out; trained on, it
+    would be broken up into pieces. The header of the answer's own turn in front is taken off. `</s>` after a `<s>` is
+    HTML's struck-out text and stays.
+    """
+    header = _ANSWER_HEADER.match(text)
+    start = header.end() if header else 0
+    for match in _END_TOKENS.finditer(text, start):
+        if match[0] == "</s>" and _is_strike(text[start : match.end()]):
+            continue
+        return text[start : match.start()].rstrip()
+    return text[start:]
+
+
+def is_end_token(text: str) -> bool:
+    """Whether a text is nothing but a control token that ends a turn."""
+    return _END_TOKENS.fullmatch(text) is not None
+
+
+def _is_strike(text: str) -> bool:
+    """Whether the `</s>` at the end of the text closes an `<s>` of HTML."""
+    depth = 0
+    for mark in _STRIKE.finditer(text):
+        depth = depth - 1 if mark[1] else depth + 1
+    return depth >= 0

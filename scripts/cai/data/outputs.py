@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from cai.base import cli
+from cai.base import cli, run_settings
 from cai.base.errors import CaiError, InputError, shorten
 from cai.base.files import expand_patterns, replace_file
 from cai.data.locks import OutputLock
@@ -129,9 +129,10 @@ class _Claim:
         self.complete, self.resuming = False, False
         self.counts: dict[str, Any] = {}
         self._manifest: dict[str, Any] = {}
+        manifest = None if self.overwrite else read_manifest(self.path)
+        self.fingerprint |= run_settings.identify(manifest["fingerprint"] if manifest else {})
         if self.overwrite:
             return
-        manifest = read_manifest(self.path)
         if manifest is None:
             if self._exists():
                 raise self._foreign_error()

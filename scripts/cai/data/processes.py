@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cai.base import run_settings
 from cai.data.outputs import Output, dump_row
 
 _Item = TypeVar("_Item")
@@ -64,9 +65,13 @@ class Team:
             elif not output.complete:
                 for path in _share_files(output):  # of a run with other settings
                     os.unlink(path)
-            state = self.tell(None if output.complete else (str(output.path), sorted(output.done)))
+            state = self.tell(
+                None if output.complete else (str(output.path), sorted(output.done), run_settings.run_date())
+            )
             return None if state is None else output
         state = self.tell()
+        if state is not None:
+            run_settings.fix_date(state[2])
         return None if state is None else _Share(Path(f"{state[0]}.partial.{self.rank}"), frozenset(state[1]))
 
     def gather(self, journal: Any, value: Any) -> list[Any] | None:

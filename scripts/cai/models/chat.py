@@ -7,22 +7,23 @@ Control tokens spelled out in a message are broken up, and reasoning blocks are 
 and tools.
 """
 
+import json
 import re
 from collections.abc import Sequence
+from datetime import date, datetime, time
+from functools import cache
 from typing import Any
 
+from cai.base import run_settings
 from cai.base.errors import InputError, shorten
+from cai.data.dialogue import cut_at_end_token
 from cai.models.engine import Message
+from cai.models.folders import TEMPLATE_REMEDY
+from cai.models.reasoning import closing_tag, strip_thinking
 
-# How models mark their reasoning: what opens it and what closes it.
-THINKING = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("[THINK]", "[/THINK]"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|channel>thought", "<channel|>"),
-    ("<|channel|>analysis", "<|channel|>final<|message|>"),
-)
+# A string of a template that may be a format of `strftime`. Looked for at every position, since an apostrophe may come
+# before it.
+_DATE_FORMAT = re.compile(r"(?=(['\"])((?:(?!\1)[^\n])*%[-#]?[A-Za-z](?:(?!\1)[^\n])*)\1)")
 
 # Stands for a text while a template is tried out. `trim` leaves it alone.
 _MARK = "Zx9MARKx9Z"
@@ -37,10 +38,13 @@ class Chat:
     Attributes:
         opened: closing tag of the reasoning block that the prompt itself opens, or None.
         stop_id, stop_text: the control token, or plain text, with which the template ends an assistant's turn.
+        date: for a template that writes the date (`--date`).
+        tags: further reasoning tags (`--reasoning-tags`).
     """
 
     def __init__(self, tokenizer: Any, name: str = "the model"):
-        self.tokenizer, self.name = tokenizer, name
+        self.tokenizer, self.name, self._opening = tokenizer, name, ""
+        self.adopt_run_settings()
         if not getattr(tokenizer, "chat_template", None):
             raise InputError("the tokenizer has no chat template", where=name, remedy=TEMPLATE_REMEDY)
         self._control = _control_pattern(tokenizer)
@@ -53,13 +57,18 @@ class Chat:
         # Some templates refuse a system role, others ignore it.
         system = {"role": "system", "content": _MARK}
         self._takes_system = _MARK in self._try([system, {**user, "content": "x"}])
-        opening = self._try([user]).rpartition(_MARK)[2].rstrip()
-        self.opened = next((closing for tag, closing in THINKING if opening.endswith(tag)), None)
+        self._opening = self._try([user]).rpartition(_MARK)[2]
+        self.opened = closing_tag(self._opening, self.tags)
         turns = [{**user, "content": "x"}, {"role": "assistant", "content": _MARK}]
         end = self._try(turns, False).rpartition(_MARK)[2]
         control = self._control.search(end) if self._control else None
         self.stop_text = (end[: control.start()] if control else end).strip() or None
         self.stop_id = tokenizer.convert_tokens_to_ids(control[0]) if control and not self.stop_text else None
+
+    def adopt_run_settings(self) -> None:
+        """Take the date and the reasoning tags of the running command: an engine outlives the command it is from."""
+        self.date, self.tags = run_settings.run_date(), run_settings.reasoning_tags()
+        self.opened = closing_tag(self._opening, self.tags)
 
     def render(self, conversation: Sequence[Message]) -> str:
         """The text that the model reads, up to where the assistant goes on.
@@ -109,8 +118,8 @@ class Chat:
         # Special tokens stay until the reasoning is cut out: in some models they alone mark it.
         text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         cuts = [at for at in (text.find(s) for s in self.stops(stop)) if at >= 0]
-        text = strip_thinking(text[: min(cuts, default=None)], opened=None if continued else self.opened)
-        return (self._control.sub("", text) if self._control else text).strip(), bool(cuts)
+        text = strip_thinking(text[: min(cuts, default=None)], None if continued else self.opened, self.tags)
+        return cut_at_end_token(self._control.sub("", text) if self._control else text).strip(), bool(cuts)
 
     def stops(self, stop: Sequence[str]) -> list[str]:
         """The stop strings of the caller and the template's own."""
@@ -130,10 +139,29 @@ class Chat:
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         # Reasoning is off where a template can switch it off: the answer alone is wanted, and these templates write
         # past turns without reasoning.
+        settings: dict[str, Any] = {"enable_thinking": False}
+        if "strftime_now" in str(self.tokenizer.chat_template):
+            settings["chat_template"] = fix_template_date(self.tokenizer.get_chat_template(), self.date)
         rendered = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **settings
         )
         return str(rendered)
+
+
+@cache
+def fix_template_date(template: str, day: date) -> str:
+    """A chat template whose `strftime_now` writes this day, at midnight.
+
+    The function is shadowed by a macro that knows every format in the template's strings: transformers takes no
+    function from its callers.
+    """
+    midnight = datetime.combine(day, time.min)
+    formats = {match[2] for match in _DATE_FORMAT.finditer(template)}
+    texts = json.dumps({layout: midnight.strftime(layout) for layout in sorted(formats)})
+    return (
+        f"{{% macro strftime_now(format) %}}{{{{ ({texts})[format] if format in ({texts}) "
+        "else raise_exception('a date in the format ' ~ format) }}{% endmacro %}\n"
+    ) + template
 
 
 def break_up(text: str, control: re.Pattern[str] | None) -> str:
@@ -161,25 +189,6 @@ def join_turns(
             content = f"{turns.pop()['content']}\n\n{content}"
         turns.append({"role": role, "content": content})
     return turns
-
-
-def strip_thinking(text: str, opened: str | None = None) -> str:
-    """`text` without the model's reasoning, also where the reasoning is cut off.
-
-    Args:
-        opened: closing tag of a block that the prompt opens; where `text` lacks it, all of it is reasoning.
-    """
-    if opened:
-        text = text.partition(opened)[2]
-    for opening, closing in THINKING:
-        text = re.sub(f"{re.escape(opening)}.*?(?:{re.escape(closing)}|\\Z)", "", text, flags=re.DOTALL)
-    return text.removeprefix("<|channel|>final<|message|>")  # the tag of an answer without reasoning
-
-
-TEMPLATE_REMEDY = (
-    "Take the instruction-tuned model, or put its chat template beside it as chat_template.jinja "
-    "(a Jinja file over `messages`, each with role and content)"
-)
 
 
 def _control_pattern(tokenizer: Any) -> re.Pattern[str] | None:
@@ -219,3 +228,37 @@ def chat_stops(chat: Chat, model: Any) -> set[int]:
     ]
     size = model.config.get_text_config().vocab_size
     return {int(token) for token in ends if token is not None and token < size}
+
+
+def unknown_tokens(chat: Chat, size: int) -> list[str]:
+    """The tokens beyond an embedding of `size` rows that a conversation or its end can hold.
+
+    Left out are control tokens that the chat template does not write, since they are broken up in every message, and
+    the padding token, in whose place another one is taken.
+    """
+    tokenizer = chat.tokenizer
+    unknown = {token: number for token, number in tokenizer.get_vocab().items() if number >= size}
+    if not unknown:
+        return []
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant", "user")]
+    written = {*chat.encode(chat.render(turns)), chat.stop_id, tokenizer.eos_token_id}
+    reachable = [token for token, number in unknown.items() if number in written or token not in special]
+    return sorted(reachable, key=unknown.__getitem__)
+
+
+def check_embedding(chat: Chat, size: int) -> None:
+    """Raise InputError for `unknown_tokens`.
+
+    Args:
+        size: rows of the model's embedding.
+    """
+    if unknown := unknown_tokens(chat, size):
+        names = ", ".join(map(repr, unknown[:4])) + (", ..." if len(unknown) > 4 else "")
+        raise InputError(
+            f"the tokenizer has tokens beyond the model's embedding of {size} rows: {names}",
+            where=chat.name,
+            expected="an embedding with a row per token",
+            remedy="Take the tokenizer that belongs to the weights, or add the rows and train them: "
+            "model.resize_token_embeddings(len(tokenizer)), then save both",
+        )

@@ -325,22 +325,24 @@ def _check_answers(findings: Findings, address: str, model: str, timeout: float)
 
 
 def check_local_model(findings: Findings, model: str, devices: _Report) -> _Report:
-    """Tokenizer, chat template and pad token of a model, and for each step whether it fits. Loads no weights."""
+    """Tokenizer, chat template, pad token and context of a model, and for each step whether it fits.
+
+    Loads no weights. Reward models are checked too.
+    """
     report: _Report = {"name": model}
     try:
-        from transformers import AutoTokenizer
-
+        from cai.models import folders
         from cai.models.chat import Chat
-        from cai.models.loading import check_model
+        from cai.models.loading import check_model, load_tokenizer
 
-        path = check_model(model)
+        path = check_model(model, classifier=True)
     except ImportError as error:
         findings.problem(f"the model can't be looked at: {shorten(error)}", "Install the packages first: pip install .")
         return report
     except InputError as error:
         findings.problem(str(error).rstrip("."), "Fix the folder as it says, or name another --model")
         return report
-    folder = _cached_folder(path)
+    folder = _cached_folder(folders.adapter_chain(path)[-1])
     if folder is None:
         findings.problem(
             f"{model} is neither a folder nor in the local cache",
@@ -348,7 +350,7 @@ def check_local_model(findings: Findings, model: str, devices: _Report) -> _Repo
         )
         return report
     try:
-        chat = Chat(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), model)
+        chat = Chat(load_tokenizer(path), model)
     except InputError as error:
         findings.problem(str(error).rstrip("."), "Take the instruction-tuned model, or add its chat template")
         return report
@@ -358,6 +360,7 @@ def check_local_model(findings: Findings, model: str, devices: _Report) -> _Repo
     fast_path = _check_fast_path(findings, folder)
     return {
         **report,
+        **_describe_files(findings, path, chat),
         **_describe_chat(findings, chat),
         "fast_path": fast_path,
         "fits": _check_memory(findings, folder, devices),
@@ -376,9 +379,43 @@ def _cached_folder(path: str) -> str | None:
         return None
 
 
+def _describe_files(findings: Findings, path: str, chat: Any) -> _Report:
+    """What the model's files say of it: the base of an adapter, quantisation, tokens and context."""
+    from cai.models import folders
+    from cai.models.hardware import NEW, TOKENS
+    from cai.models.loading import read_context
+
+    base, settings = folders.adapter_base(path), folders.quantisation(path)
+    if base is not None:
+        findings.note(f"an adapter of {base}: each command merges it in memory, which takes the memory of the base")
+    if settings is not None:
+        findings.note(
+            f"a quantised checkpoint ({folders.quantisation_name(settings)}): it answers, judges and is measured; "
+            "sft, reward_model, dpo, ppo and grpo refuse to train it"
+        )
+    size = folders.embedding_rows(path) or folders.vocabulary_size(path)
+    pad = chat.tokenizer.pad_token_id
+    if size is not None and pad is not None and pad >= size:
+        findings.note("the pad token is beyond the model's embedding: another one is taken in its place")
+    if "strftime_now" in folders.template_text(path):
+        findings.note("the chat template writes the date: a run keeps that of its first day, or that of --date")
+    context = read_context(path)
+    if context is not None and context < TOKENS:
+        findings.note(
+            f"the context is {context} tokens: longer rows are left out of training whatever --max-length says, and "
+            f"text steps fail where a prompt and --max-new-tokens ({NEW} by default) exceed it"
+        )
+    return {
+        "adapter_of": base,
+        "quantised": None if settings is None else folders.quantisation_name(settings),
+        "embedding": size,
+        "context": context,
+    }
+
+
 def _describe_chat(findings: Findings, chat: Any) -> _Report:
     """What the chat template does, and which tokens end and pad."""
-    from cai.models.chat import THINKING
+    from cai.models.reasoning import THINKING
 
     tokenizer = chat.tokenizer
     pad, end = tokenizer.pad_token, tokenizer.eos_token

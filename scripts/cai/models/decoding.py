@@ -141,8 +141,14 @@ def slow_reason(model: Any) -> str | None:
 
 def context_length(model: Any) -> int | None:
     """Tokens that the model's positions reach, None where it has no limit."""
-    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return length
+    return config_context(model.config)
+
+
+def config_context(config: Any) -> int | None:
+    """`context_length` by a model's configuration. MPT has its own name for it."""
+    config = config.get_text_config()
+    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 
 
 def slow_warning(name: str, reason: str) -> str:

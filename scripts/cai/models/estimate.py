@@ -25,6 +25,7 @@ import click
 from cai.base.errors import InputError
 from cai.base.paths import model_path
 from cai.data.outputs import read_manifest
+from cai.models import folders
 from cai.models.chat import Chat
 from cai.models.engine import Message, Sampling
 from cai.models.local import BATCH_SIZE, CHUNK_TOKENS, OTHER_CHUNK_TOKENS
@@ -102,7 +103,7 @@ class Shape:
 
 def shape_of(model: str) -> Shape | None:
     """The sizes of a local folder's model from config.json and the headers of its weights; None elsewhere."""
-    folder, count = Path(model_path(model)), parameters(model)
+    folder, count = _weights_folder(model), parameters(model)
     if count is None or not (folder / "config.json").is_file():
         return None
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -123,10 +124,15 @@ def shape_of(model: str) -> Shape | None:
         return None
 
 
+def _weights_folder(model: str) -> Path:
+    """The folder of a model's weights: of an adapter, its base's, which is what takes the memory."""
+    return Path(folders.adapter_chain(model_path(model))[-1])
+
+
 def parameters(model: str) -> int | None:
     """Number of parameters in a local folder's safetensors files, read from their headers; None elsewhere."""
     total = 0
-    for file in Path(model_path(model)).glob("*.safetensors"):
+    for file in _weights_folder(model).glob("*.safetensors"):
         with file.open("rb") as handle:
             header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
         total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
@@ -135,7 +141,7 @@ def parameters(model: str) -> int | None:
 
 def token_counter(model: str) -> Callable[[Sequence[_Conversation]], list[int]]:
     """A function from conversations to their numbers of tokens; by characters where the tokenizer is not on disk."""
-    folder = Path(model_path(model))
+    folder = Path(folders.tokenizer_folder(model_path(model)))
     if not (folder / "tokenizer.json").is_file():
         return lambda talks: [_characters(talk) // 4 + 4 * len(talk) for talk in talks]
     from transformers import PreTrainedTokenizerFast  # comes without torch, unlike AutoTokenizer

@@ -9,9 +9,8 @@ from itertools import chain, islice
 from typing import Any
 
 from cai.base.errors import InputError, shorten
-from cai.base.paths import model_path
 from cai.data.dialogue import as_messages
-from cai.models import chat, loading
+from cai.models import chat, folders, loading
 from cai.models.decoding import context_length
 from cai.models.engine import Message, RowRequest, Sampling
 from cai.models.local import LocalEngine
@@ -26,10 +25,13 @@ def safety_reader(name: str, unsafe: Sequence[str], **options: Any) -> "Classifi
     """
     from transformers import AutoConfig
 
+    path = loading.find_model(name)
+    folders.check_quantisation(path)
     try:
-        kinds = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False).architectures or []
+        kinds = folders.architectures(path) or AutoConfig.from_pretrained(path, trust_remote_code=False).architectures
     except (OSError, ValueError):
-        kinds = []  # the classifier reports what is wrong with it
+        kinds = None  # the classifier reports what is wrong with it
+    kinds = kinds or []
     if not any(kind.endswith("ForCausalLM") for kind in kinds):
         return Classifier(name, unsafe, **options)
     if unsafe:
@@ -93,6 +95,13 @@ class Classifier:
     ):
         from transformers import AutoModelForSequenceClassification
 
+        if (base := folders.adapter_base(loading.find_model(name))) is not None:
+            raise InputError(
+                f"an adapter of {base}: merge it first",
+                where=name,
+                expected="a complete classifier, with the names of its labels",
+                remedy="With peft: merge_and_unload, then save_pretrained with the tokenizer",
+            )
         device = device or loading.best_device(None)
         tokenizer = self.tokenizer = loading.load_tokenizer(name)
         weights_dtype = loading.inference_dtype(device, dtype)

@@ -3,27 +3,32 @@
     engine = load_engine("tiny")
     policy, chat = load_policy("tiny"), load_chat("tiny")
 
-Remote code is never run, and only safetensors weights are read. Weights are trained in float32 on a CPU; on a GPU the
-forward pass runs in bfloat16 over float32 weights (`precision`). Leaves out quantised loading.
+Remote code is never run, and only safetensors weights are read. An adapter is merged into its base in memory. Weights
+are trained in float32 on a CPU; on a GPU the forward pass runs in bfloat16 over float32 weights (`precision`). Leaves
+out training quantised weights.
 """
 
 import ctypes
-import json
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cai.base import cli
 from cai.base.errors import CaiError, InputError, shorten
 from cai.base.paths import model_path
-from cai.models.chat import TEMPLATE_REMEDY, Chat
-from cai.models.decoding import slow_warning
+from cai.models import folders
+from cai.models.chat import Chat, check_embedding
+from cai.models.decoding import config_context, slow_warning
+from cai.models.decoding import context_length as context_length  # for the callers of this module
 from cai.models.engine import Engine
+from cai.models.folders import find_model as find_model  # for the callers of this module
 from cai.models.local import LocalEngine
 
 
@@ -76,15 +81,16 @@ def load_engine(
             remedy="Name the model as the server calls it",
         )
     path = check_model(model)
-    folder = Path(path)
     key: tuple[Any, ...] = (path, device, dtype)
-    if folder.is_dir():  # files that were written again are another model
+    for folder in map(Path, filter(os.path.isdir, folders.adapter_chain(path))):
+        # Files that were written again are another model.
         key += (folder.resolve(), *sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir()))
     if key not in _loaded:
         release_engines()
         _loaded[key] = _load_local(model, device, dtype)
     engine = _loaded[key]
     engine.name = model
+    engine.chat.adopt_run_settings()
     engine.set_batches(batch_size, batch_tokens)
     return engine
 
@@ -94,73 +100,27 @@ def release_engines() -> None:
     _loaded.clear()
 
 
-def find_model(model: str) -> str:
-    """The folder or hub id that a name stands for, for every option that names a model.
+def check_model(model: str, *, classifier: bool = False, training: bool = False) -> str:
+    """`find_model`, and what can be checked without loading weights: `folders.check_folder`, and that the embedding
+    has every token.
 
-    Raises InputError if it names a folder that does not exist: a path, a name that is not a valid hub id, or a name
-    like `runs/sft` whose first part is a folder here, unless the hub's local cache has a model of that name.
-    """
-    path = str(model_path(model))
-    if model.startswith("openai:") or Path(path).is_dir():
-        return path
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) and not Path(path).exists()
-    if is_hub_id and "/" in path and Path(path).parent.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        is_hub_id = isinstance(try_to_load_from_cache(path, "config.json"), str)
-    if not is_hub_id:
-        raise InputError("no such model folder", where=path, remedy="Check the path, or give a hub id")
-    return path
-
-
-def check_model(model: str, *, classifier: bool = False) -> str:
-    """`find_model`, and the checks of a folder that need no loading.
-
-    classifier: accept a reward model as well.
-    Raises InputError naming the folder and the remedy.
+    Args:
+        classifier: accept a reward model as well.
+        training: the model is to be trained, which a quantised one can't be.
+    Raises:
+        InputError: naming the folder and the remedy.
     """
     path = find_model(model)
-    folder = Path(path)
-    if not folder.is_dir():
-        return path  # the files of a hub or a server are not here
-    names = {name for file in folder.iterdir() for name in (file.name, f"*{file.suffix}")}
-    for expected, problem, remedy in _FILES:
-        if not names & expected:
-            raise InputError(f"the model folder has no {problem}", where=path, remedy=remedy)
-    has_template = names & {"chat_template.jinja", "chat_template.json"}
-    if not has_template and not _read_json(folder, "tokenizer_config.json").get("chat_template"):
-        raise InputError("the model folder has no chat template", where=path, remedy=TEMPLATE_REMEDY)
-    kinds = _read_json(folder, "config.json").get("architectures") or []
-    if not classifier and kinds and all("ForSequenceClassification" in kind for kind in kinds):
-        raise InputError(
-            f"this is a classifier or a reward model ({kinds[0]})", where=path, expected="a causal language model"
-        )
+    if model.startswith("openai:"):
+        return path  # the files of a server are not here
+    folders.check_folder(path, classifier=classifier, training=training)
+    size = folders.vocabulary_size(path)
+    if folders.local_folder(path) is None or size is None or not folders.lists_tokens_beyond(path, size):
+        return path
+    tokenizer = load_tokenizer(path)
+    if getattr(tokenizer, "chat_template", None):
+        check_embedding(Chat(tokenizer, path), folders.embedding_rows(path) or size)
     return path
-
-
-# What a model folder must have: any of these files, what they are, and the remedy.
-_FILES = (
-    ({"config.json", "adapter_config.json"}, "config.json", "Give a folder written by save_pretrained()"),
-    ({"*.safetensors"}, "weights in safetensors", "Save them with save_pretrained(), which writes model.safetensors"),
-    (
-        {"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json"},
-        "tokenizer",
-        "Save the model's tokenizer into it: tokenizer.save_pretrained(folder)",
-    ),
-)
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON file of a model folder, {} if there is none."""
-    try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-        return content
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON: {error}", where=folder / name, remedy="Copy the folder again") from error
 
 
 @contextmanager
@@ -170,7 +130,9 @@ def _explain_errors(name: str, part: str = "model") -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not re.search("size mismatch|mismatched|quantiz", str(error)):
+            raise  # of the machine, not of the files
         raise InputError(
             f"the {part} can't be loaded: {shorten(error, 300)}",
             where=name,
@@ -183,39 +145,97 @@ def load_tokenizer(name: str) -> Any:
     """A model's tokenizer. Raises InputError if there is none."""
     from transformers import AutoTokenizer
 
+    path = str(model_path(name))
     with _explain_errors(name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folders.tokenizer_folder(path), trust_remote_code=False)
+    base = folders.adapter_base(path)
+    if base is not None and not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = load_tokenizer(base).chat_template
+    return tokenizer
 
 
-def load_weights(auto_class: Any, name: str, dtype: str, **arguments: Any) -> Any:
-    """A model on the CPU, from complete safetensors weights.
+def load_weights(auto_class: Any, name: str, dtype: str, *, new_head: bool = False, **arguments: Any) -> Any:
+    """A model on the CPU, from complete safetensors weights; an adapter is merged into its base.
 
     Args:
         auto_class: one of transformers' Auto classes. arguments: for its `from_pretrained`.
+        new_head: what the class puts on top of the model's body may be missing and is then drawn at random.
     Raises:
         InputError: no such model, or weights that lack a tensor.
     """
     import torch
     from transformers.utils import logging
 
+    path = str(model_path(name))
+    if (base := folders.adapter_base(path)) is not None:
+        body = load_weights(auto_class, base, dtype, new_head=new_head, **arguments)
+        return _merge_adapter(body, path)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    with _explain_errors(name):
+    with _explain_errors(name), _quiet_report() if new_head else nullcontext():
         model, info = auto_class.from_pretrained(
-            model_path(name),
+            path,
             dtype=getattr(torch, dtype),
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
             **arguments,
         )
-    if missing := sorted(info["missing_keys"]):
+    body = f"{model.base_model_prefix}."
+    missing = sorted(key for key in info["missing_keys"] if not new_head or key.startswith(body))
+    if missing:
         raise InputError(
             f"the weights lack {len(missing)} tensors, {missing[0]} among them",
             where=name,
             expected="a complete model of its architecture",
         )
     return model
+
+
+@contextmanager
+def _quiet_report() -> Iterator[None]:
+    """Without transformers' report of missing and unused weights, which a new head is expected to cause."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _merge_adapter(model: Any, path: str) -> Any:
+    """The base with an adapter merged into its weights. It is named after the adapter: an adapter trained on top of it
+    belongs to both.
+
+    Args:
+        model: the base of the adapter.
+        path: of the adapter.
+    Raises:
+        InputError: the adapter does not fit the base.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    folder, rows = str(folders.local_folder(path)), folders.embedding_rows(path)
+    if rows and rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except (UserWarning, KeyError, AttributeError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
+        raise InputError(
+            f"the adapter can't be merged into {folders.adapter_base(path)}: {shorten(error, 300)}",
+            where=path,
+            expected="an adapter that was trained on this base",
+            remedy="Check base_model_name_or_path in its adapter_config.json",
+        ) from error
+    merged.name_or_path = merged.config._name_or_path = path
+    for parameter in merged.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # peft froze the base
+    return merged
 
 
 def _load_local(name: str, device: str | None, dtype: str) -> LocalEngine:
@@ -228,9 +248,12 @@ def _load_local(name: str, device: str | None, dtype: str) -> LocalEngine:
     if device == "cpu":
         keep_freed_memory()
     tokenizer = load_tokenizer(name)
-    model = load_weights(AutoModelForCausalLM, name, inference_dtype(device, dtype))
+    is_quantised = folders.quantisation(str(model_path(name))) is not None
+    placement: dict[str, Any] = {"device_map": {"": device}} if is_quantised and device != "cpu" else {}
+    model = load_weights(AutoModelForCausalLM, name, inference_dtype(device, dtype), **placement)
+    check_embedding(Chat(tokenizer, name), model.get_input_embeddings().weight.shape[0])
     try:
-        model = model.to(device).eval()
+        model = (model if placement else model.to(device)).eval()
     except torch.OutOfMemoryError as error:
         raise CaiError(f"{name} does not fit the memory of {device}") from error
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
@@ -338,14 +361,22 @@ def load_chat(path: str) -> Chat:
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-text token", where=path, remedy="Set its eos_token")
     tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = _spare_token(tokenizer)
-    return Chat(tokenizer, path)
+    size = _config(path).get_text_config().vocab_size
+    size = folders.embedding_rows(str(model_path(path))) or size
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= size:
+        tokenizer.pad_token = _spare_token(tokenizer, size)
+    chat = Chat(tokenizer, path)
+    check_embedding(chat, size)
+    return chat
 
 
-def _spare_token(tokenizer: Any) -> str:
-    """A token to pad with that does not end an answer: a reward model reads its score before the padding."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+def _spare_token(tokenizer: Any, size: int) -> str:
+    """A token to pad with that does not end an answer: a reward model reads its score before the padding.
+
+    size: rows of the embedding, beyond which no token can be taken.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    special = [token.content for number, token in added if token.special and number < size]
     spare = [token for token in special if "pad" in token.lower() or "reserved" in token.lower()]
     return str([*spare, *filter(None, [tokenizer.unk_token, tokenizer.eos_token])][0])
 
@@ -360,35 +391,97 @@ def load_policy(
     from transformers import AutoModelForCausalLM
 
     check_model(path)
-    return _load_trainable(AutoModelForCausalLM, path, _config(path, dropout), precision(device, dtype, lora)[0])
+    load = partial(load_weights, AutoModelForCausalLM)
+    return _load_trainable(load, path, _config(path, dropout), precision(device, dtype, lora)[0])
 
 
 def load_reward_model(path: str, device: str | None = None, dtype: str = "auto", *, lora: bool = False) -> Any:
     """A sequence classifier with one output, one score per sequence, and without dropout.
 
     A causal language model's folder gives the body only: the head is new, drawn from torch's global generator (seed it
-    first). InputError if the folder holds neither or the head has another width.
+    first). InputError if the folder holds neither, the head has another width, or the architecture has no head.
     """
-    from transformers import AutoModelForSequenceClassification
-    from trl.trainer.reward_trainer import suppress_seqcls_warning
-
     config = _config(path, dropout=False)
-    if is_classifier(path) and config.num_labels != 1:
+    is_trained = is_classifier(path)
+    labels = folders.head_rows(str(model_path(path))) or config.num_labels
+    if is_trained and labels != 1:
         raise InputError(
-            f"a classifier with {config.num_labels} classes",
+            f"a classifier with {labels} classes",
             where=path,
             expected="one score (num_labels 1)",
             remedy="Use a reward model, or a causal language model",
         )
+    return _load_trainable(_load_scorer, path, config, precision(device, dtype, lora)[0])
+
+
+def _load_scorer(path: str, dtype: str, config: Any) -> Any:
+    """The weights of a sequence classifier with one output: a reward model's, or a language model's under a new head.
+
+    config: of the model, of an adapter that of its base.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
     config.num_labels = 1
-    with suppress_seqcls_warning():
-        weights_dtype, _ = precision(device, dtype, lora)
-        return _load_trainable(AutoModelForSequenceClassification, path, config, weights_dtype)
+    base = folders.adapter_base(str(model_path(path)))
+    if base is None:
+        new_head = not is_classifier(path)
+        return load_weights(AutoModelForSequenceClassification, path, dtype, new_head=new_head, config=config)
+    if folders.is_classifier_adapter(str(model_path(path))):
+        if folders.head_rows(str(model_path(path))) is None and not is_classifier(base):
+            raise InputError(
+                f"an adapter of {base} with no head for scores in it",
+                where=path,
+                expected="the head among its weights (modules_to_save)",
+                remedy="Train a reward model with reward_model.py",
+            )
+        return _merge_adapter(_load_scorer(base, dtype, config), path)
+    language_model = load_weights(AutoModelForCausalLM, path, dtype, config=_config(path, dropout=False))
+    model = AutoModelForSequenceClassification.from_config(config, dtype=language_model.dtype)
+    body = getattr(language_model, language_model.base_model_prefix)
+    getattr(model, model.base_model_prefix).load_state_dict(body.state_dict())
+    model.name_or_path = model.config._name_or_path = path
+    return model
+
+
+def load_merged(path: Path, dtype: Any) -> Any:
+    """An adapter that was just trained, merged into its base, on the CPU.
+
+    Args:
+        path: of the adapter, without a tokenizer.
+        dtype: of torch.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = str(dtype).removeprefix("torch.")
+    if not folders.is_classifier_adapter(str(path)):
+        return load_weights(AutoModelForCausalLM, str(path), name)
+    config = AutoConfig.from_pretrained(folders.adapter_chain(str(path))[-1], trust_remote_code=False)
+    return _load_scorer(str(path), name, config)
+
+
+def check_can_score(path: str) -> None:
+    """`check_model` of a model that a reward model is trained from.
+
+    Raises InputError unless transformers has a sequence classifier of its architecture.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    check_model(path, classifier=True, training=True)
+    config = _config(path)
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise InputError(
+            f"transformers has no sequence classifier of the kind {config.model_type}",
+            where=path,
+            expected="an architecture with a classification head, such as Llama, Qwen, Gemma, Mistral, GPT-2, OPT",
+            remedy="Train the reward model from another model with the same tokenizer, or use dpo.py, which needs none",
+        )
 
 
 def is_classifier(path: str) -> bool:
     """Whether a model is a sequence classifier. Raises InputError if there is no such model."""
-    return any("SequenceClassification" in name for name in _config(path).architectures or [])
+    check_model(path, classifier=True)
+    kinds = folders.architectures(str(model_path(path))) or _config(path).architectures or []
+    return any("SequenceClassification" in kind for kind in kinds)
 
 
 def _config(path: str, dropout: bool = True) -> Any:
@@ -396,7 +489,8 @@ def _config(path: str, dropout: bool = True) -> Any:
 
     check_model(path, classifier=True)
     with _explain_errors(path):
-        config = AutoConfig.from_pretrained(model_path(path), trust_remote_code=False)
+        base = folders.adapter_chain(str(model_path(path)))[-1]
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     if not dropout:  # in the configuration, because attention reads its rate there and is no module of its own
         for name, rate in vars(config).items():
             if "drop" in name and isinstance(rate, float):
@@ -404,8 +498,16 @@ def _config(path: str, dropout: bool = True) -> Any:
     return config
 
 
-def _load_trainable(auto_class: Any, path: str, config: Any, dtype: str) -> Any:
+def read_context(path: str) -> int | None:
+    """Tokens that a model's positions reach, by its configuration; None where it has no limit."""
+    return config_context(_config(path))
+
+
+def _load_trainable(load: Callable[..., Any], path: str, config: Any, dtype: str) -> Any:
+    """`load` of (path, dtype, config), with the memory for training made free."""
     release_engines()  # training needs the memory of a model that was kept for generating
     if on_cpu(None):
         keep_freed_memory()
-    return load_weights(auto_class, path, dtype, config=config)
+    # peft and TRL ask their models for it by its old name in transformers, and nobody here can change that.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    return load(path, dtype, config=config)

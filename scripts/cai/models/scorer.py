@@ -15,7 +15,7 @@ from typing import Any
 
 from cai.base import cli
 from cai.base.errors import CaiError, InputError
-from cai.models import loading
+from cai.models import folders, loading
 from cai.models.chat import Chat, encode
 from cai.models.decoding import context_length
 from cai.stats.calibration import sigmoid
@@ -27,9 +27,7 @@ TEMPERATURE = "score_temperature"
 def check_reward_model(name: str) -> None:
     """Raise InputError unless a folder or a hub id is a reward model: another model's head would be drawn at random."""
     if not loading.is_classifier(name):
-        from transformers import AutoConfig
-
-        architectures = AutoConfig.from_pretrained(loading.find_model(name)).architectures or ["no architecture named"]
+        architectures = folders.architectures(loading.find_model(name)) or ["no architecture named"]
         raise InputError(
             f"not a reward model ({', '.join(architectures)})",
             where=name,

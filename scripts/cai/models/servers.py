@@ -29,10 +29,12 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from cai.base import cli
+from cai.base import cli, run_settings
 from cai.base.errors import CaiError, InputError, shorten
-from cai.models.chat import THINKING, join_turns, strip_thinking
+from cai.data.dialogue import cut_at_end_token, is_end_token
+from cai.models.chat import join_turns
 from cai.models.engine import Generation, Message, Request, RequestT, Sampling, fold_prefill, label_instruction
+from cai.models.reasoning import strip_thinking
 
 IN_FLIGHT = 64  # requests at once by default
 
@@ -202,7 +204,7 @@ class ServerEngine:
         self.name, self.batch_size, self.timeout, self.patience = name, batch_size, timeout, patience
         self.model = name.removeprefix("openai:")
         self.replicas = [Replica(address) for address in addresses]
-        self._key, self._key_name = key, key_name
+        self._key, self._key_name, self._tags = key, key_name, run_settings.reasoning_tags()
         self._clients: dict[asyncio.AbstractEventLoop, dict[str, Any]] = {}
         # What the servers turned out to take and to give.
         self._dropped: set[str] = set()
@@ -283,15 +285,15 @@ class ServerEngine:
             return Generation("", "too_long" if refusal.is_too_long else "failed", 0, 0, str(refusal))
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         tokens = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-        if choice.get("finish_reason") == "content_filter":
-            return Generation("", "failed", *tokens, "the server's content filter")
+        finish, reason = read_finish(choice)
+        if finish == "failed":
+            return Generation("", finish, *tokens, self._safe(reason))
         text = _text(choice["message"].get("content"))
         cuts = [position for stop in sampling.stop if (position := text.find(stop)) >= 0]
-        text = without_thinking(text[: min(cuts, default=None)])
+        text = cut_at_end_token(without_thinking(text[: min(cuts, default=None)], self._tags)).strip()
         if request.prefill and not _CONTINUE.keys() <= body.keys():
             text = text.removeprefix(request.prefill.strip()).strip()
-        finish = "length" if choice.get("finish_reason") == "length" and not cuts else "stop"
-        return Generation(text, finish, *tokens)
+        return Generation(text, "stop" if cuts else finish, *tokens)
 
     async def _score(self, request: Request, labels: Sequence[str]) -> list[float] | None:
         body = await self._prepare(request, label_instruction(labels), 1)
@@ -299,7 +301,9 @@ class ServerEngine:
             answer = await self._ask_row({**body, **_LOGPROBS})
         except _RefusedError:
             return None
-        tokens = _top_logprobs(answer)
+        tokens, (finish, _) = _top_logprobs(answer), read_finish(answer["choices"][0])
+        if not tokens and finish == "failed":
+            return None
         if not tokens:  # a replica unlike the one that was tested
             raise CaiError(
                 f"{self.name}: a server gave no log-probabilities, though one did before. "
@@ -320,15 +324,19 @@ class ServerEngine:
         """Whether the server continues an assistant's message at the end. Tested once.
 
         By the count of tokens: one more than without the message, its own, if it is left open; at least the end
-        of a turn and the beginning of another besides, if it is closed.
+        of a turn and the beginning of another besides, if it is closed. A server that counts nothing, or always the
+        same, proves nothing.
         """
         if self._continues is None:
             turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
             try:
                 plain = await self._ask(_request(turns[:1], 1))
                 prefilled = await self._ask({**_request(turns, 1), **_CONTINUE})
-                before, after = ((answer.get("usage") or {}).get("prompt_tokens") for answer in (plain, prefilled))
-                continues = before is not None and after is not None and after - before <= 1
+                before, after = map(_prompt_tokens, (plain, prefilled))
+                continues = before > 0 and after > 0 and after - before <= 1
+                if continues and after <= before:  # does it count at all?
+                    longer = await self._ask(_request([{"role": "user", "content": "x " * 64}], 1))
+                    continues = _prompt_tokens(longer) > before
             except _RefusedError:
                 continues = False
             if self._continues is None:  # of several that test at once, the first decides
@@ -670,6 +678,42 @@ def _text(content: Any) -> str:
     return content or ""
 
 
+def _prompt_tokens(answer: _Body) -> int:
+    """The tokens of the prompt by an answer's usage; 0 where it has none."""
+    return (answer.get("usage") or {}).get("prompt_tokens") or 0
+
+
+# What servers call an answer that came to its end, and one that was cut at its longest length. Only these are answers:
+# an error, an abort, a filter or no reason at all leaves a text that nobody knows to be whole.
+_ENDED = {
+    *("stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "stop_token", "stop_str", "complete"),
+    *("completed", "finished", "eos_token_id", "end_of_text", "end_of_sequence"),
+}
+
+_CUT = {
+    *("length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "max_completion_tokens"),
+    *("model_length", "token_limit", "max_token", "limit", "model_context_window_exceeded", "max_tokens_reached"),
+}
+
+
+def read_finish(choice: _Body) -> tuple[str, str]:
+    """(finish, reason) of a choice: "stop", "length", or "failed" with the reason.
+
+    Only `stop`, its synonyms and an end token are a stop. Spellings differ by case, `-`, and the prefix
+    `FINISH_REASON_`.
+    """
+    raw = choice.get("finish_reason")
+    if isinstance(raw, str):
+        word = re.sub(r"[\s-]+", "_", raw.strip().lower()).removeprefix("finish_reason_").removeprefix("finishreason.")
+        if word in _ENDED or is_end_token(raw.strip()):
+            return "stop", ""
+        if word in _CUT:
+            return "length", ""
+    error = choice.get("error")
+    detail = f": {_error_text(error)}" if error else ""
+    return "failed", f"the server's finish reason is {json.dumps(raw, ensure_ascii=False)}{detail}"
+
+
 def _top_logprobs(answer: _Body) -> list[_Body]:
     """The likeliest first tokens with their log-probabilities; [] if the server gave none."""
     first = ((answer["choices"][0].get("logprobs") or {}).get("content") or [{}])[0]
@@ -691,13 +735,9 @@ def label_logprobs(tokens: Sequence[_Body], labels: Sequence[str]) -> list[float
     return [min(0.0, float(np.logaddexp.reduce(logprobs))) if logprobs else lowest for logprobs in by_label]
 
 
-def without_thinking(text: str) -> str:
+def without_thinking(text: str, tags: Sequence[tuple[str, str]] = ()) -> str:
     """An answer without reasoning, also where the prompt opened it and the answer has its end only."""
-    for opening, closing in THINKING:
-        before, closed, after = text.partition(closing)
-        if closed and opening not in before:
-            text = after
-    return strip_thinking(text).strip()
+    return strip_thinking(text, tags=tags).strip()
 
 
 def _error_text(body: object) -> str:

@@ -8,6 +8,8 @@ revision stays in its row; sft.py skips it unless `--keep` names the flag.
 
 import re
 
+from cai.models.reasoning import has_reasoning_tag
+
 # In the order in which a revision's flags are listed.
 REASONS = ("empty", "unfinished", "copy", "leaked_tag", "preamble", "repeated_tail", "bare_refusal")
 
@@ -67,7 +69,7 @@ def flags(response: str, revision: str, finish: str) -> list[str]:
     checks = {
         "unfinished": finish == "length",
         "copy": words == response.split(),
-        "leaked_tag": _LEAKED.search(revision),
+        "leaked_tag": _LEAKED.search(revision) or has_reasoning_tag(revision),
         "preamble": _PREAMBLE.match(revision),
         "repeated_tail": repeats(revision),
         "bare_refusal": len(words) <= _BARE_WORDS

@@ -81,7 +81,7 @@ def options(function):
             default=None,
             help="Most rows in one forward pass.  [default: 128]",
         ),
-        cli.options("endpoint", "temperature", "top_p", "max_new_tokens", "seed", "limit"),
+        cli.options("endpoint", "reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed", "limit"),
     ):
         command = option(command)
     return command

@@ -84,7 +84,8 @@ def training_options(
             type=POSITIVE,
             default=max_length,
             show_default=True,
-            help="Longest prompt and response, in tokens; longer rows are left out and counted.",
+            help="Longest prompt and response, in tokens, at most the model's context; longer rows are left out and "
+            "counted.",
         ),
         lora_options,
         click.option(
@@ -177,7 +178,7 @@ def rl_options(
         ),
         alarms.options,
         estimate.gpu_option,
-        cli.options("seed", "limit", "device", "dtype", "json", "dry_run", "overwrite"),
+        cli.options("reasoning_tags", "seed", "limit", "device", "dtype", "json", "dry_run", "overwrite"),
         reading_options,
         take_options,
     )

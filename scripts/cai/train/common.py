@@ -84,6 +84,14 @@ class TrainingRun:
             loading.choose_device(self.options.device)
         return self.options.dry_run or self.folder.complete
 
+    def longest_row(self, *others: str) -> int:
+        """Tokens of the longest row to train on: --max-length, or the context of the model if that is less.
+
+        others: models that read the rows as well.
+        """
+        contexts = [loading.read_context(name) for name in (self.options.model, *others)]
+        return min([self.options.max_length, *filter(None, contexts)])
+
     def estimate(self, rows: Sequence[tuple[Sequence[dict], Sequence[str]]], frozen: Sequence[str] = ()) -> dict:
         """Rows, steps, tokens, memory and hours of a training on (conversation, responses), for --dry-run."""
         options = self.options
@@ -227,20 +235,56 @@ def _repeat_by_weight(rows: Sequence[int], weights: Sequence[float], draw: rando
     return sampled
 
 
-def drop_overlong(rows: list[dict], length: Callable[[dict], int], options) -> tuple[list[dict], int]:
-    """The rows that are not longer than --max-length, in the order to train on, and how many are longer.
+def drop_overlong(
+    rows: list[dict], length: Callable[[dict], int], options, longest: int | None = None
+) -> tuple[list[dict], int]:
+    """The rows that are not too long, in the order to train on, and how many are longer.
 
     Args:
         length: of a row, in tokens.
         options: have max_length, batch_size, epochs and seed.
+        longest: of `TrainingRun.longest_row`; None: --max-length.
     Raises:
         InputError: no row is left.
     """
-    kept = [row for row in rows if length(row) <= options.max_length]
+    longest = options.max_length if longest is None else longest
+    kept = [row for row in rows if length(row) <= longest]
     if not kept:
-        raise InputError(f"all {len(rows)} rows are longer", where="--max-length", remedy="Raise --max-length")
+        raise all_overlong(f"all {len(rows)} rows", longest, options.max_length)
+    warn_of_context([length(row) for row in rows], longest, options.max_length)
     order = training_order(list(map(length, kept)), options.batch_size, options.epochs, options.seed)
     return [kept[i] for i in order], len(rows) - len(kept)
+
+
+def all_overlong(rows: str, longest: int, max_length: int) -> InputError:
+    """The error of a training without a row that is short enough.
+
+    Args:
+        rows: what is too long, in words.
+        longest, max_length: tokens, of `TrainingRun.longest_row` and of --max-length.
+    """
+    if longest < max_length:
+        return InputError(
+            f"{rows} are longer than the model's context of {longest} tokens",
+            where="--model",
+            remedy="Take a model with a longer context, or shorter rows",
+        )
+    return InputError(f"{rows} are longer", where="--max-length", remedy="Raise --max-length")
+
+
+def warn_of_context(lengths: Sequence[int], longest: int, max_length: int) -> None:
+    """Warn of rows that --max-length allows and the model's context does not.
+
+    Args:
+        lengths: tokens of each row.
+        longest, max_length: as for `all_overlong`.
+    """
+    beyond = sum(longest < length <= max_length for length in lengths)
+    if beyond:
+        cli.warn(
+            f"{beyond} of {len(lengths)} rows are longer than the model's context of {longest} tokens and are left out "
+            f"(--max-length allows {max_length})"
+        )
 
 
 def trainer_arguments(
@@ -430,19 +474,11 @@ def save_checkpoint(
     if merge and isinstance(model, PeftModel):
         model.save_pretrained(folder / ADAPTER, state_dict=state_dict)
         if state_dict is not None:  # the model in memory is a shard: load the base again with the adapter
-            model, state_dict = _load_adapter(folder / ADAPTER, model.dtype), None
-        model = model.merge_and_unload()
+            model, state_dict = loading.load_merged(folder / ADAPTER, model.dtype), None
+        else:
+            model = model.merge_and_unload()
     model.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)
-
-
-def _load_adapter(adapter: Path, dtype):
-    """The PeftModel of a saved adapter and its base, on the CPU."""
-    from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftConfig
-
-    if PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS":
-        return AutoPeftModelForSequenceClassification.from_pretrained(adapter, dtype=dtype, num_labels=1)
-    return AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype)
 
 
 def save_trained(trainer, tokenizer, folder: str | Path) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cai.base.errors import CaiError, InputError, shorten
+from cai.models import folders
 from cai.models.chat import Chat, chat_stops
 from cai.train import alarms, common, updates
 from cai.train.prompts import Prompt
@@ -249,6 +250,8 @@ def make_trainer(
     # NaN weights are to be reported by the loss, whose error names the remedy, and not by the sampling.
     sampling = {"stop_token_ids": sorted(stops)} if config.use_vllm else {"remove_invalid_values": True}
     config.generation_kwargs = {**(config.generation_kwargs or {}), **sampling}
+    if config.beta and adapters is None:
+        save_merged_reference(policy, config.output_dir)
     saved = policy.generation_config
     # Our own configuration: a checkpoint's sampling settings would act in addition to ours.
     policy.generation_config = GenerationConfig(eos_token_id=sorted(stops))
@@ -263,6 +266,22 @@ def make_trainer(
     )
     trainer.saved_generation_config = saved
     return trainer
+
+
+def save_merged_reference(policy, states: str | Path) -> None:
+    """Write a policy that is an adapter merged in memory beside the states to resume from, for the trainers of TRL.
+
+    They load the reference again by the name of the policy's model, and can't load an adapter.
+    """
+    from accelerate import PartialState
+
+    if folders.adapter_base(policy.name_or_path) is None:
+        return
+    folder = Path(states) / "reference"
+    if PartialState().is_main_process:
+        policy.save_pretrained(folder)
+    PartialState().wait_for_everyone()
+    policy.config._name_or_path = str(folder)
 
 
 def arrange_prompts(prompts: Sequence[Prompt], chat: Chat, settings: Settings) -> list[dict]:

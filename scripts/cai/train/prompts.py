@@ -36,21 +36,25 @@ def encode_prompts(rows: Sequence[dict], chat: Chat, policy, max_new_tokens: int
     """
     import torch
 
-    conversations = [dialogue.as_messages(row["prompt"]) for row in rows]
-    prompts = [
-        Prompt(messages, torch.tensor(chat.encode(chat.render(messages))), row.get("kind"))
-        for row, messages in zip(rows, conversations, strict=True)
-    ]
-    context = context_length(policy)
+    prompts = []
+    for row in rows:
+        messages = dialogue.as_messages(row["prompt"])
+        prompts.append(Prompt(messages, torch.tensor(chat.encode(chat.render(messages))), row.get("kind")))
+    check_context(prompts, policy, max_new_tokens)
+    return prompts
+
+
+def check_context(prompts: Sequence[Prompt], model, max_new_tokens: int) -> None:
+    """Raise InputError if a prompt leaves no room for `max_new_tokens` in the context of a model that reads it."""
+    context = context_length(model)
     longest = max(prompts, key=lambda prompt: len(prompt.ids), default=None)
     if context and longest is not None and len(longest.ids) + max_new_tokens > context:
         raise InputError(
             f"a prompt of {len(longest.ids)} tokens ({shorten(longest.messages[-1]['content'])!r}) and "
-            f"{max_new_tokens} new ones do not fit the model's context of {context}",
+            f"{max_new_tokens} new ones do not fit the model's context of {context} ({type(model).__name__})",
             where="--input",
             remedy="Leave out long prompts, or lower --max-new-tokens",
         )
-    return prompts
 
 
 def read_references(against: str, source: sources.Source) -> tuple[list[list[str]], str]:

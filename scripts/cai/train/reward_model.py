@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from cai.base import files, hashing
+from cai.base import cli, files, hashing
 from cai.base.errors import InputError
 from cai.data import dialogue, preferences
 from cai.models import loading, scorer
@@ -134,12 +134,20 @@ def tokenize(pairs: list[dict], chat, max_length: int) -> tuple[list[dict], int]
 
 
 def tokenize_parts(
-    parts: dict[str, list[dict]], counts: dict, chat, max_length: int
+    parts: dict[str, list[dict]], counts: dict, chat, longest: int, max_length: int
 ) -> tuple[list[dict], list[dict], dict]:
-    """(rows to train on, held-out rows, counts) of `split_holdout`. Raises InputError if no row is left to train on."""
-    (rows, overlong), (test_rows, test_overlong) = (tokenize(part, chat, max_length) for part in parts.values())
+    """(rows to train on, held-out rows, counts) of `split_holdout`. Raises InputError if no row is left to train on.
+
+    Args:
+        longest, max_length: tokens, of `TrainingRun.longest_row` and of --max-length.
+    """
+    (rows, overlong), (test_rows, test_overlong) = (tokenize(part, chat, longest) for part in parts.values())
     if not rows:
-        raise InputError(f"all {overlong} pairs are longer", where="--max-length", remedy="Raise it")
+        raise common.all_overlong(f"all {overlong} pairs", longest, max_length)
+    if longest < max_length and overlong + test_overlong:
+        cli.warn(
+            f"{overlong + test_overlong} pairs are longer than the model's context of {longest} tokens and are left out"
+        )
     return (
         rows,
         test_rows,

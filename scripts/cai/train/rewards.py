@@ -191,6 +191,8 @@ def read_rewards(specs: Sequence[str], weights: Sequence[float], value_head: boo
             load_function(spec)
         else:
             scorer.check_reward_model(spec)
+            if not value_head and spec == next(other for other in specs if not is_function(other)):
+                loading.check_model(spec, classifier=True, training=True)  # the value model begins as it
     if not value_head and all(map(is_function, specs)):
         raise InputError(
             "a value model can't begin as a function",
