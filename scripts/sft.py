@@ -13,7 +13,7 @@ import click
 from cai.base import cli, hashing
 from cai.base.errors import InputError, shorten
 from cai.data import dialogue, sources
-from cai.data.dialogue import as_messages, is_blank
+from cai.data.dialogue import is_blank
 from cai.data.reading import AS_THEY_ARE, Reading
 from cai.data.rounds import check_rounds
 from cai.models import loading
@@ -110,8 +110,13 @@ def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | N
     digests = {"input": revised.digest}
     if helpful:
         answers = sources.Source(helpful, require=("prompt", "response"), limit=limit, reading=reading)
-        written = [row for row in answers if not is_blank(row["response"])]
-        rows.extend((as_messages(row["prompt"]), row["response"]) for row in written)
+        # What follows an end token in an answer is no part of it (`cut_at_end_token`).
+        texts = [(row, dialogue.cut_at_end_token(row["response"])) for row in answers]
+        written = [(dialogue.as_messages(row["prompt"]), text) for row, text in texts if not is_blank(text)]
+        rows.extend(written)
+        if cut := sum(text != row["response"] for row, text in texts):
+            counts["helpful_cut"] = cut
+            cli.warn(f"{cut} helpful responses hold control tokens and end at the first that ends a turn")
         counts["helpful"], digests["helpful"] = len(written), answers.digest
         if len(written) < answers.count:
             counts["helpful_empty"] = answers.count - len(written)

@@ -193,6 +193,27 @@ def test_empty_helpful_answers_are_left_out_and_counted(invoke, tmp_path):
     assert "3 helpful rows have an empty response" in result.stderr
 
 
+def test_helpful_answers_end_at_their_end_token(invoke, tmp_path):
+    """An end token in the content, as servers leave it there: vLLM's `skip_special_tokens: false` is one way to it."""
+    write_jsonl(tmp_path / "revised.jsonl", REVISED)
+    answers = ["Glue it.<|im_end|>", "Wipe it.<|eot_id|><|start_header_id|>assistant", "<end_of_turn>", "Gladly."]
+    write_jsonl(tmp_path / "helpful.jsonl", [{"prompt": f"Help {n}?", "response": a} for n, a in enumerate(answers)])
+    result = invoke("sft", "--input", tmp_path / "revised.jsonl", "--helpful", tmp_path / "helpful.jsonl",
+                    "--model", "tiny", "--output", tmp_path / "m", "--dry-run", "--json")  # fmt: skip
+    summary = json.loads(result.stdout)
+    assert (summary["helpful"], summary["helpful_cut"], summary["helpful_empty"]) == (3, 3, 1)
+    assert "3 helpful responses hold control tokens" in result.stderr
+
+
+def test_measured_responses_end_at_their_end_token(invoke, tmp_path):
+    row = json.loads((TINY / "prompts" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    write_jsonl(tmp_path / "r.jsonl", [{**row, "response": "I can't help.<|im_end|>\nYes, here is how."}])
+    result = invoke("evaluate", "--responses", tmp_path / "r.jsonl", "--by", "oracle", "--output", tmp_path / "e.jsonl")
+    assert result.exit_code == 0, result.output
+    [classified] = rows_of(tmp_path / "e.classes.jsonl")
+    assert classified["response"] == "I can't help."
+
+
 def test_columns_of_helpful_rows_are_named_and_those_of_revisions_are_ours(invoke, tmp_path):
     write_jsonl(tmp_path / "revised.jsonl", REVISED)
     write_jsonl(tmp_path / "helpful.jsonl", [{"instruction": "Help?", "output": "Gladly."}])

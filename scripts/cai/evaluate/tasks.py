@@ -75,7 +75,10 @@ def measure_responses(options: SimpleNamespace) -> measurement.Measurement:
         if model:
             answers = responding.plan(source, options.seed, options.seeds, ways)
             rows = responding.respond(answers, claim("responses", responding_settings), model, options)
-        rows = [{**row, "response": rounds.text_of_round(row, options.round_)} for row in rows]
+        # A file's responses may hold the end token that a server did not take out.
+        rows = [
+            {**row, "response": dialogue.cut_at_end_token(rounds.text_of_round(row, options.round_))} for row in rows
+        ]
         classified = reader.write_classes(rows, claim("classes", settings))
         rates, counts = rates_of_classes(classified, calls if model else source.count)
         if options.drift_from:
