@@ -78,6 +78,11 @@ class Bench:
                 row = json.loads(line)
                 row["rounds"] = [{"principle": row["rounds"][0]["principle"], "critique": "It harms."}]
                 file.write(json.dumps(row) + "\n")
+        self.comparisons = folder / "comparisons.jsonl"  # for the judge: a row's own response would win over its pair
+        with open(self.comparisons, "w", encoding="utf-8") as file:
+            for line in self.rows.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                file.write(json.dumps({k: v for k, v in row.items() if k not in ("response", "rounds")}) + "\n")
         self.pairs = folder / "pairs.jsonl"
         with open(self.pairs, "w", encoding="utf-8") as file:
             for n in range(ROWS):
@@ -113,7 +118,8 @@ class Bench:
 
     def arguments(self, command: str, output: Path) -> list[str]:
         """The command's line on these inputs. Greedy where it samples; states saved at every step where it trains."""
-        source = {"revise": self.undone, "reward_model": self.pairs, "dpo": self.pairs}.get(command, self.rows)
+        sources = {"revise": self.undone, "judge": self.comparisons, "reward_model": self.pairs, "dpo": self.pairs}
+        source = sources.get(command, self.rows)
         line: list = ["--input", source, "--output", output, "--model", self.model, "--device", "cpu", "--json"]
         if command in TEXT:
             line += ["--batch-size", 2]

@@ -9,6 +9,7 @@ import pytest
 from cai.base import run_settings
 from cai.base.errors import InputError
 from cai.base.hashing import identity
+from cai.base.paths import TINY
 from cai.models import folders, loading
 from cai.models.chat import Chat, unknown_tokens
 
@@ -175,7 +176,7 @@ def test_a_quantised_checkpoint_answers_where_its_package_is_installed(invoke, t
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    source, folder = models.folder("llama"), tmp_path / "model"
+    source, folder = TINY, tmp_path / "model"  # the smaller ones have less than a block of 64 weights in a row
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     AutoModelForCausalLM.from_pretrained(source, quantization_config=settings).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)

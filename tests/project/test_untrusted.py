@@ -285,9 +285,7 @@ def test_no_key_of_a_server_in_any_command_that_asks_one(command, fault, tmp_pat
                 "id": str(n),
                 "prompt": f"A or B, {n}?",
                 "kind": "harmful",
-                "response": f"A, {n}.",
-                "response_a": f"A, {n}.",
-                "response_b": f"B, {n}.",
+                **({"response_a": f"A, {n}.", "response_b": f"B, {n}."} if command == "judge" else {"response": "A."}),
             }
             for n in range(2)
         ],
