@@ -25,10 +25,11 @@ def launch(script, *line, processes=2, **options):
         "--main_process_port",
         "0",
     ]
+    # --multi_gpu is how accelerate is told to start several; --device cpu is what makes them use the CPU.
     return subprocess.run(
         [*start, str(ROOT / "scripts" / f"{script}.py"), *map(str, line)],
         text=True,
         capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         **options,
     )

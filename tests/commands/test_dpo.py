@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import conftest
 import models
 import pytest
+from launcher import launch
 
 from cai.data import outputs, preferences, readers
 from cai.models import loading
@@ -373,31 +373,7 @@ def test_two_processes_train_what_one_does(invoke, tmp_path):
 
     path = many(tmp_path, 40)
     args = ["--input", path, "--model", models.folder("qwen"), *FAST]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        str(conftest.ROOT / "scripts" / "dpo.py"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*launch, *map(str, args), "--output", str(tmp_path / "two")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = launch("dpo", *args, "--output", tmp_path / "two", timeout=240)
     assert done.returncode == 0, done.stderr
     one = invoke("dpo", *args, "--output", tmp_path / "one", "--gradient-accumulation", "2")
     assert one.exit_code == 0, one.output

@@ -8,6 +8,7 @@ import sys
 import time
 
 import conftest
+import launcher
 import models
 import pytest
 
@@ -142,31 +143,7 @@ def test_two_processes_train_what_one_does(invoke, tmp_path):
         "9",
         "--json",
     ]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        str(conftest.ROOT / "scripts" / "reward_model.py"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*launch, *map(str, args), "--output", str(tmp_path / "two")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = launcher.launch("reward_model", *args, "--output", tmp_path / "two", timeout=240)
     assert done.returncode == 0, done.stderr
     one = invoke("reward_model", *args, "--output", tmp_path / "one", "--gradient-accumulation", "2")
     two, one = json.loads(done.stdout.splitlines()[-1]), json.loads(one.stdout)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import conftest
 import models
 import pytest
+from launcher import launch
 
 from cai.base.errors import InputError
 from cai.data import outputs, readers
@@ -329,11 +330,11 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def command(*args, launch=()):
+def command(*args):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     script = str(conftest.ROOT / "scripts" / "sft.py")
     return subprocess.Popen(
-        [*(launch or [sys.executable]), script, *map(str, args)],
+        [sys.executable, script, *map(str, args)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -400,28 +401,10 @@ def test_two_processes_train_what_one_does(invoke, tmp_path, revised, helpful):
         "2",
         "--json",
     ]
-    # --multi_gpu is how accelerate is told to start several; --device cpu is what makes them use the CPU.
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-    ]
-    process = command(*args, "--output", tmp_path / "two", launch=launch)
-    out, errors = process.communicate(timeout=240)  # where torch 2.8's gloo has its say first
-    assert process.returncode == 0, errors
+    done = launch("sft", *args, "--output", tmp_path / "two", timeout=240)
+    assert done.returncode == 0, done.stderr
     result = invoke("sft", *args, "--output", tmp_path / "one", "--gradient-accumulation", "2")
-    assert json.loads(out.splitlines()[-1])["steps"] == json.loads(result.stdout)["steps"] == 3
+    assert json.loads(done.stdout.splitlines()[-1])["steps"] == json.loads(result.stdout)["steps"] == 3
     two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
     start = weights(models.folder("qwen"))
     assert all(torch.allclose(two[name], one[name], atol=1e-5) for name in one)

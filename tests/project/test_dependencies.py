@@ -179,7 +179,7 @@ def moved(place: str, package: str) -> str:
     versions = next((str(one.specifier) for one in NEEDED if one.name == package), "what transformers needs")
     return (
         f"{place} is not in {installed(package)} (the project says {versions}): it was moved, renamed or removed. "
-        "Look for it in the release notes, mend its use, and narrow the range in pyproject.toml if need be."
+        "Look for it in the release notes, fix its use, and narrow the range in pyproject.toml if need be."
     )
 
 
