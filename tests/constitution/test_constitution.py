@@ -6,9 +6,12 @@ from collections import Counter
 import jsonschema
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cai.base.errors import InputError
 from cai.base.paths import CONSTITUTIONS
+from cai.constitution import files
 from cai.constitution.files import json_schema, load_constitution, to_yaml
 
 BUNDLED = pytest.mark.parametrize("path", sorted(CONSTITUTIONS.glob("*.yaml")), ids=lambda p: p.stem)
@@ -301,3 +304,22 @@ def test_a_constitution_is_recognised_by_its_content(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     [principle] = load_constitution(str(tmp_path / name)).principles
     assert principle.id == "principle-1" and principle.critique.endswith(("Be kind.", "Never lie."))
+
+
+@given(st.integers(1, 7), st.integers(0, 5), st.text(max_size=4), st.lists(st.floats(0.1, 9), min_size=7, max_size=7))
+def test_no_principle_is_drawn_twice_while_another_is_unused(count, seed, record_id, weights):
+    principles = tuple(files.Principle(f"p{n}", "c", "r", "q", weight=weights[n]) for n in range(count))
+    constitution = files.Constitution("x", "", "", principles)
+    used = []
+    for number in range(3 * count):
+        used.append(constitution.draw(seed, record_id, number, used).id)
+        times = [used.count(principle.id) for principle in principles]
+        assert max(times) - min(times) <= 1
+
+
+def test_combined_principles_are_numbered_lists():
+    combined = files.load_constitution("harmlessness").combine()
+    assert combined.id == "all" and len(combined.examples) == 3
+    lines = combined.revision.splitlines()
+    assert len(lines) == 17
+    assert lines[2] == "2. Rewrite the response so that following it would hurt nobody."

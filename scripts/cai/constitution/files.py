@@ -9,6 +9,8 @@ Leaves out whether a principle is a good one (constitution/lint.py checks what c
 import difflib
 import hashlib
 import textwrap
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -65,6 +67,8 @@ EXAMPLE_KEYS = {
     "reasoning": "Why it is better, as a judge would reason.",
 }
 
+ALL = "all"  # the id, in rows, of all principles as one
+
 _MAX_BYTES = 500_000
 
 _MAX_PRINCIPLES = 500
@@ -109,17 +113,40 @@ class Constitution:
     duties: dict[str, str] = field(default_factory=dict)
     examples: tuple[dict, ...] = ()
 
-    def draw(self, seed: int, record_id: str, round: int) -> Principle:
+    def draw(self, seed: int, record_id: str, round: int, used: Collection[str] = ()) -> Principle:
         """The principle for a record and round: at random by weight (paper, section 3.1), but by
-        hashing, so that neither the order of the rows nor a resume changes it."""
-        total = sum(p.weight for p in self.principles)
+        hashing, so that neither the order of the rows nor a resume changes it.
+
+        Args:
+            used: ids that the record's earlier rounds had, in order. None of them comes again before all have come
+                equally often.
+        """
+        times = Counter(used)
+        fewest = min(times[p.id] for p in self.principles)
+        principles = [p for p in self.principles if times[p.id] == fewest]
+        total = sum(p.weight for p in principles)
         # 53 bits: what a float holds exactly
         point = (hashed_seed("principle", seed, record_id, round) >> 10) / 2**53 * total
-        for principle in self.principles:
+        for principle in principles:
             point -= principle.weight
             if point < 0:
                 return principle
-        return self.principles[-1]
+        return principles[-1]
+
+    def combine(self) -> Principle:
+        """All principles as one, with the id `ALL`: each request is a numbered list of theirs, in the file's order."""
+
+        def number(heading: str, request: str) -> str:
+            lines = (f"{n}. {getattr(p, request)}" for n, p in enumerate(self.principles, 1))
+            return "\n".join([heading, *lines])
+
+        return Principle(
+            ALL,
+            critique=number("Examine the response under each of these principles:", "critique"),
+            revision=number("Follow each of these instructions:", "revision"),
+            preference=number("Weigh the answers to all of these questions:", "preference"),
+            examples=self.examples,
+        )
 
     def without(self, id: str) -> "Constitution":
         """The constitution without one principle. InputError if it has no such principle, or no other."""

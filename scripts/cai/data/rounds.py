@@ -2,7 +2,8 @@
 
     text_of_round(row, 1)     # the first revision
 
-Leaves out how a revision is flagged (steps/flags.py).
+A round without a revision has `skipped`, the reason why it changed nothing: one of `SKIPPED`. Leaves out how a
+revision is flagged (steps/flags.py).
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,9 @@ from typing import Any
 from cai.base.errors import InputError, shorten
 
 UNCHANGED = "copy"  # revise.py's flag of a revision that repeats the response
+
+# Why a round has no revision: no principle speaks to the prompt, or the critique finds no fault.
+SKIPPED = ("unmatched", "content")
 
 
 def texts_of(row: Mapping[str, Any]) -> list[str]:
@@ -26,7 +30,7 @@ def text_of_round(row: Mapping[str, Any], number: int | None = None) -> str:
 
 def is_changed(round_: Mapping[str, Any]) -> bool:
     """Whether a round's revision differs from what it revised (revise.py flags one that does not)."""
-    return UNCHANGED not in round_.get("flags", ())
+    return "skipped" not in round_ and UNCHANGED not in round_.get("flags", ())
 
 
 def check_rounds(row: Mapping[str, Any], where: object, line: int, *, critiqued: bool) -> None:
@@ -44,6 +48,10 @@ def check_rounds(row: Mapping[str, Any], where: object, line: int, *, critiqued:
     if not isinstance(rounds, list):
         raise error(f"`rounds` is {shorten(rounds)!r}", "a list")
     for number, round_ in enumerate(rounds, 1):
+        if isinstance(round_, dict) and "skipped" in round_:
+            if round_["skipped"] not in SKIPPED or "revision" in round_:
+                raise error(f"round {number} is {shorten(round_)!r}", f"skipped ({', '.join(SKIPPED)}) and no revision")
+            continue
         is_round = isinstance(round_, dict) and all(isinstance(round_.get(k), str) for k in ("principle", "critique"))
         if not is_round or not isinstance(round_.get("revision"), str | None):
             raise error(f"round {number} is {shorten(round_)!r}", "{principle, critique, revision}, all text")
@@ -53,5 +61,5 @@ def check_rounds(row: Mapping[str, Any], where: object, line: int, *, critiqued:
                 "rows whose rounds are complete",
                 "Run revise.py on them first",
             )
-    if critiqued and (not rounds or rounds[-1].get("revision") is not None):
+    if critiqued and (not rounds or (rounds[-1].get("revision") is not None and "skipped" not in rounds[-1])):
         raise error("no critique that awaits its revision", "rows of critique.py", "Run critique.py on them first")
