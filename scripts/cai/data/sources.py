@@ -42,7 +42,7 @@ _TEXTS = ("prompt", "response", "response_a", "response_b", "chosen", "rejected"
 
 MOST_ERRORS = 20  # bad rows that an error names
 
-_FIX = "Fix or delete this row"
+_FIX = "Fix or delete this row, or leave it out with --skip-invalid"
 
 
 def _check_prompt(prompt: Any, where: str, line: int) -> str | list[Row]:
@@ -148,7 +148,9 @@ class Source:
     Attributes:
         count: number of rows.
         ids: their ids, in order.
-        digest: SHA-256 over the bytes of the files, the limit, and what `reading` renames.
+        bad_rows: the errors of rows that `skip_invalid` leaves out, with file and line.
+        digests: {input: SHA-256 of its bytes}; of an input that is no file, of its rows.
+        digest: SHA-256 over the digests, the limit, and what `reading` renames.
 
     Raises InputError with file and line for the bad rows, the first `MOST_ERRORS` of them. Raises CaiError if a file
     changes between the two passes; rows that were only added to it are left out, with a warning.
@@ -175,12 +177,16 @@ class Source:
             raise InputError("no rows", where=", ".join(self.inputs), expected="at least one row")
 
     def __iter__(self) -> Iterator[Row]:
+        return (row for _, _, row in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[str, int, Row]]:
+        """(file, line, row) of each row."""
         ids = iter(self.ids)
         for name in self.inputs:
             # As many as were counted: a row added since must not take the id of another file's row.
             try:
                 for row_id, (line, row) in zip(islice(ids, self._counts[name]), self._good_rows(name), strict=False):
-                    yield {**self._checked(row, name, line), "id": row_id}
+                    yield name, line, {**self._checked(row, name, line), "id": row_id}
             except InputError:  # of a row that was good before
                 self._check_unchanged(name)
                 raise
@@ -196,7 +202,7 @@ class Source:
         """Raise CaiError unless the file is what it was when it was checked, or only longer."""
         if name not in self._stamps or _file_stamp(name) == self._stamps[name]:
             return
-        if sha256_file(name, self._stamps[name][0]) != self._digests[name]:
+        if sha256_file(name, self._stamps[name][0]) != self.digests[name]:
             raise CaiError(
                 f"{name}: it changed while it was read. Put it back as it was and run the same command "
                 "again, or start again with --overwrite."
@@ -230,14 +236,14 @@ class Source:
             if where in hashes:
                 hashes[where].update(dump_row(row))
         scan.finish(self.inputs)
-        self._digests = {
-            name: hashes[name].hexdigest() if name in hashes else sha256_file(name) for name in self.inputs
-        }
+        self.digests = {name: hashes[name].hexdigest() if name in hashes else sha256_file(name) for name in self.inputs}
         for name, stamp in self._stamps.items():
             if _file_stamp(name) != stamp:
                 raise InputError("it changed while it was read", where=name, remedy="Wait until it is complete")
+        self.bad_rows = scan.errors
+        cli.report_input(files=self.digests, require=list(self.require), limit=self.limit, reading=self.reading.renames)
         renames = [self.reading.renames] if self.reading.renames else []
-        self.digest = sha256_text(json.dumps([list(self._digests.values()), self.limit, *renames]))
+        self.digest = sha256_text(json.dumps([list(self.digests.values()), self.limit, *renames]))
         return list(scan.positions)
 
     def _read(self, scan: "_Scan") -> Iterator[tuple[str, int, Row]]:
