@@ -150,7 +150,7 @@ def test_an_empty_line_of_a_csv_file_with_one_column_is_an_empty_row(tmp_path):
     rows = source(tmp_path, text, "in.csv", reading=replace(reading, skip_invalid=True))
     assert [row["prompt"] for row in rows] == ["Is it late?", "Is it\nlate?"]
     assert [(error.line, "empty" in str(error)) for error in rows.bad_rows] == [(3, True)]
-    assert [(line, row["prompt"]) for _, line, row in rows.numbered()] == [(2, "Is it late?"), (5, "Is it\nlate?")]
+    assert [(line, row_id) for _, line, row_id in rows.positions()] == list(zip([2, 5], rows.ids, strict=True))
     assert [row["prompt"] for row in source(tmp_path, "id,prompt\na,One?\n\nb,Two?\n", "two.csv")] == ["One?", "Two?"]
 
 

@@ -84,13 +84,13 @@ def _trace(source: Source, command: str | None, visited: frozenset[str]) -> Line
     lineage = Lineage()
     lines: dict[tuple[str, int], list[Entry]] = {}
     for name in source.inputs:
-        earlier = _trace_output(name, lineage.notes, visited)
+        earlier = _trace_output(name, ids := _Ids(name, source), lineage.notes, visited)
         if earlier is None:
             lineage.origins.append(name)
             continue
         lineage.origins += [origin for origin in earlier.origins if origin not in lineage.origins]
         lineage.entries += earlier.entries
-        lines |= {(name, line): earlier.by_id[row_id] for line, row_id in _read_ids(name) if row_id in earlier.by_id}
+        lines |= {(name, line): earlier.by_id[row_id] for line, row_id in ids if row_id in earlier.by_id}
 
     def take(name: str, line: int) -> list[Entry]:
         """The row's entries; of an origin, and of a row that somebody has added to an output, a new one."""
@@ -100,10 +100,10 @@ def _trace(source: Source, command: str | None, visited: frozenset[str]) -> Line
             return lineage.entries[-1:]
         return lines.pop((name, line))
 
-    for name, line, row in source.numbered():
-        lineage.by_id[row["id"]] = take(name, line)
-        for entry in lineage.by_id[row["id"]]:
-            entry.id = row["id"]
+    for name, line, row_id in source.positions():
+        lineage.by_id[row_id] = take(name, line)
+        for entry in lineage.by_id[row_id]:
+            entry.id = row_id
     for error in source.bad_rows:
         where, line = str(error.where), error.line or 0
         for entry in take(where, line):
@@ -113,7 +113,7 @@ def _trace(source: Source, command: str | None, visited: frozenset[str]) -> Line
     return lineage
 
 
-def _trace_output(name: str, notes: list[str], visited: frozenset[str]) -> Lineage | None:
+def _trace_output(name: str, ids: "_Ids", notes: list[str], visited: frozenset[str]) -> Lineage | None:
     """The lineage of the rows of a command's output, by their ids in it; None where the rows begin with this file.
 
     Why an output is not followed further is added to `notes`.
@@ -131,7 +131,7 @@ def _trace_output(name: str, notes: list[str], visited: frozenset[str]) -> Linea
         notes.append(f"{name}: its rows are not followed further back: {error}")
         return None
     notes += parents.notes
-    return Lineage(parents.entries, _Children(name, manifest, parents).by_id, parents.origins)
+    return Lineage(parents.entries, _Children(name, ids, manifest, parents).by_id, parents.origins)
 
 
 def _read_inputs(name: str, manifest: Mapping[str, Any]) -> Source:
@@ -153,9 +153,20 @@ def _read_inputs(name: str, manifest: Mapping[str, Any]) -> Source:
     return source
 
 
-def _read_ids(name: str) -> Iterator[tuple[int, str]]:
-    """(line, id) of the rows of an output."""
-    return ((line, str(row.get("id"))) for line, row in read_jsonl(name, lambda _: None))
+class _Ids:
+    """(line, id) of all rows of an output, iterable again and again.
+
+    As a source has read it, or from the file itself where the source has left rows out or may have changed ids.
+    """
+
+    def __init__(self, name: str, source: Source):
+        self._name, self._source = name, source
+        self._is_whole = len(source.inputs) == 1 and source.limit is None and not source.bad_rows
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        if self._is_whole:
+            return ((line, row_id) for _, line, row_id in self._source.positions())
+        return ((line, str(row.get("id"))) for line, row in read_jsonl(self._name, lambda _: None))
 
 
 class _Children:
@@ -165,10 +176,10 @@ class _Children:
         by_id: {id of a row in the output: its entries}.
     """
 
-    def __init__(self, name: str, manifest: Mapping[str, Any], parents: Lineage):
+    def __init__(self, name: str, ids: _Ids, manifest: Mapping[str, Any], parents: Lineage):
         self.name, self.command, self.parents = name, manifest["command"], parents
         self._continued: set[str] = set()
-        self.by_id = {row_id: entries for _, row_id in _read_ids(name) if (entries := self._continue(row_id))}
+        self.by_id = {row_id: entries for _, row_id in ids if (entries := self._continue(row_id))}
         failed, skipped = manifest.get("failed_rows"), manifest.get("skipped_rows")
         reasons = failed if isinstance(failed, dict) else {}
         for row_id in reasons.keys() - self.by_id.keys():

@@ -10,11 +10,12 @@ anything is written, and memory holds ids, never rows. Leaves out what a row mea
 import hashlib
 import json
 import os
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice, repeat
 from typing import Any
 
 from cai.base import cli
@@ -177,20 +178,21 @@ class Source:
             raise InputError("no rows", where=", ".join(self.inputs), expected="at least one row")
 
     def __iter__(self) -> Iterator[Row]:
-        return (row for _, _, row in self.numbered())
-
-    def numbered(self) -> Iterator[tuple[str, int, Row]]:
-        """(file, line, row) of each row."""
         ids = iter(self.ids)
         for name in self.inputs:
             # As many as were counted: a row added since must not take the id of another file's row.
             try:
                 for row_id, (line, row) in zip(islice(ids, self._counts[name]), self._good_rows(name), strict=False):
-                    yield name, line, {**self._checked(row, name, line), "id": row_id}
+                    yield {**self._checked(row, name, line), "id": row_id}
             except InputError:  # of a row that was good before
                 self._check_unchanged(name)
                 raise
             self._check_unchanged(name)
+
+    def positions(self) -> Iterator[tuple[str, int, str]]:
+        """(file, line, id) of each row."""
+        names = chain.from_iterable(repeat(name, self._counts[name]) for name in self.inputs)
+        return zip(names, self._lines, self.ids, strict=True)
 
     def _good_rows(self, name: str) -> Iterator[tuple[int, Row]]:
         """The rows of a file without those that the first pass has skipped."""
@@ -241,6 +243,7 @@ class Source:
             if _file_stamp(name) != stamp:
                 raise InputError("it changed while it was read", where=name, remedy="Wait until it is complete")
         self.bad_rows = scan.errors
+        self._lines = array("Q", (line for _, line in scan.positions.values()))
         cli.report_input(files=self.digests, require=list(self.require), limit=self.limit, reading=self.reading.renames)
         renames = [self.reading.renames] if self.reading.renames else []
         self.digest = sha256_text(json.dumps([list(self.digests.values()), self.limit, *renames]))
