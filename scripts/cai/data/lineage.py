@@ -36,6 +36,7 @@ class Entry:
         step: the command that it ended in; None while it is in the last file.
         outcome: one of `LEFT_OUT`, `FAILED`, `INVALID`; None while it is in the last file.
         reason: of the outcome, as one sentence.
+        is_merged: it is the second sample of a pair, and the entry of the first stands for both.
     """
 
     file: str
@@ -44,6 +45,7 @@ class Entry:
     step: str | None = None
     outcome: str | None = None
     reason: str | None = None
+    is_merged: bool = False
 
     def end(self, step: str | None, outcome: str, reason: str) -> None:
         self.step, self.outcome, self.reason = step, outcome, reason
@@ -74,9 +76,11 @@ def trace(source: Source, command: str | None = None) -> Lineage:
     """
     lineage = _trace(source, command, frozenset())
     position = {name: number for number, name in enumerate(lineage.origins)}
-    # Two samples of one prompt that became a pair are one row, as is a bad row of a file that two commands have read.
-    entries = {(entry.file, entry.line, entry.id, entry.step): entry for entry in lineage.entries}
-    lineage.entries = sorted(entries.values(), key=lambda entry: (position[entry.file], entry.line))
+    entries = [entry for entry in lineage.entries if entry.id is not None and not entry.is_merged]
+    # A bad row of a file that two commands have read is one row.
+    bad_rows = {(entry.file, entry.line): entry for entry in lineage.entries if entry.id is None}
+    entries += bad_rows.values()
+    lineage.entries = sorted(entries, key=lambda entry: (position[entry.file], entry.line, entry.id or ""))
     return lineage
 
 
@@ -182,8 +186,8 @@ class _Children:
         self.by_id = {row_id: entries for _, row_id in ids if (entries := self._continue(row_id))}
         failed, skipped = manifest.get("failed_rows"), manifest.get("skipped_rows")
         reasons = failed if isinstance(failed, dict) else {}
-        for row_id in reasons.keys() - self.by_id.keys():
-            for entry in self._continue(row_id):
+        for row_id in reasons:
+            for entry in () if row_id in self.by_id else self._continue(row_id):
                 entry.end(self.command, FAILED, str(reasons[row_id]))
         for row_id in self._expected_ids(manifest["fingerprint"].get("samples")):
             if row_id not in self.by_id and row_id not in reasons:
@@ -204,8 +208,10 @@ class _Children:
                 self._copy(entry) if parent_id in self._continued else entry for entry in self.parents.by_id[parent_id]
             ]
             self._continued.add(parent_id)
+        positions: set[tuple[str, int]] = set()
         for entry in entries:
-            entry.id = row_id
+            entry.id, entry.is_merged = row_id, (entry.file, entry.line) in positions
+            positions.add((entry.file, entry.line))
         return entries
 
     def _copy(self, entry: Entry) -> Entry:
