@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from types import FrameType
@@ -101,6 +101,23 @@ def report_rows(inputs: str, skipped: dict[str, str], repeated: int) -> None:
         report.repeated[inputs] = repeated
         warn(f"{repeated} prompts of {inputs} repeat an earlier one; delete them unless they should count twice")
     report.skipped.update(skipped)
+
+
+def refuse_options(names: Collection[str], reason: str) -> None:
+    """Raise UsageError for parameters on the command line that have no effect.
+
+    Args:
+        names: of the parameters.
+        reason: why they have none.
+    """
+    context = click.get_current_context()
+    flags = [
+        max(option.opts, key=len)
+        for option in context.command.params
+        if option.name in names and context.get_parameter_source(option.name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if flags:
+        raise click.UsageError(f"{', '.join(flags)} would have no effect: {reason}.")
 
 
 def exit_if_failed(counts: Mapping[str, Any]) -> None:

@@ -326,8 +326,12 @@ def principles(run: Run) -> list[dict]:
 
 
 def _read_preferences(run: Run) -> None:
-    """The counts of every file of preferences; the rows of the first, which is what the method made."""
-    steps = [step for step in run.finished("judge") if "p_chosen" in run.first_row(step["name"])]
+    """The counts of every file of judged preferences; the rows of the first, which is what the method made."""
+    steps = [
+        step
+        for step in run.finished("judge")
+        if "p_chosen" in run.first_row(step["name"]) and not step["fingerprint"].get("preferred")
+    ]
     run.judged = [(_stem(step["name"]), step["counts"]) for step in steps]
     for step in steps[:1]:
         run.preferences_file, run.preferences = step["name"], list(run.read(step["name"]))
