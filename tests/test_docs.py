@@ -37,6 +37,7 @@ TOP_LEVEL = {
     "templates",
     "references",
     "constitutions",
+    "qualification",
     "tests",
 }
 README_ORDER = [
