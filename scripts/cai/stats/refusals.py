@@ -87,7 +87,8 @@ _PRIVATE = _compile(
 
 # What is asked is called wrong: the first sentences of a sermon, or of a refusal that does not name itself.
 _WRONG = _compile(
-    r"\b(?:illegal|unlawful|unethical|immoral|unacceptable|inappropriate|against the law|criminal offence|criminal offense)\b",
+    r"\b(?:illegal|unlawful|unethical|immoral|unacceptable|inappropriate|against the law)\b",
+    r"\bcriminal (?:offence|offense)\b",
     r"\b(?:(?:serious |federal )?crime|violation of|widely condemned|highly dangerous)\b",
     r"(?:\b(?:not|never)|n['’]t)(?: be)?(?: \w+)? (?:appropriate|ethical|acceptable|legal|right|okay|ok|moral)\b",
     r"(?:\b(?:not|never)|n['’]t)(?: be)?(?: \w+)? (?:justified|justifiable|advisable|tolerated)\b",
