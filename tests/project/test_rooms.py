@@ -27,6 +27,7 @@ ALLOWED = {
     "train": {"base", "stats", "data", "constitution", "models"},
     "world": {"base", "stats", "constitution"},
     "evaluate": {"base", "stats", "data", "constitution", "models", "steps", "world"},
+    "authoring": {"base", "stats", "data", "constitution", "models", "steps", "evaluate"},
     "report": {"base", "stats", "data", "constitution", "models", "evaluate"},
 }
 MOST_ARROWS = 40
