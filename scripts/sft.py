@@ -2,8 +2,9 @@
 
     python scripts/sft.py --input revised.jsonl --helpful helpful.jsonl --model tiny --output runs/sft
 
-The loss is taken on the response and the token that ends it, never on the prompt. Leaves out packing
-(two conversations in one sequence), and judging the quality of revisions: that is revise.py's gate.
+Without --input it trains on the responses of --helpful alone, such as those of generate.py --in-context. The loss is
+taken on the response and the token that ends it, never on the prompt. Leaves out packing (two conversations in one
+sequence), and judging the quality of revisions: that is revise.py's gate.
 """
 
 from collections import Counter
@@ -25,7 +26,12 @@ from cai.train.arguments import training_options
 
 
 @click.command(cls=cli.Command)
-@cli.options("input")
+@cli.rows_option(
+    "--input",
+    "inputs",
+    help="Revised rows (JSONL and the like), a pattern such as 'part-*.jsonl', a folder of save_to_disk, or a dataset "
+    "id. Repeatable. Without it the responses of --helpful alone are trained on.",
+)
 @cli.rows_option(
     "--helpful",
     help="Rows with a helpful `response` to mix in, so that helpfulness is kept; the options that name columns are for "
@@ -54,6 +60,10 @@ def main(options):
       python scripts/sft.py --input revised.jsonl --helpful helpful.jsonl \\
           --model tiny --output runs/sft --learning-rate 1e-3
     """
+    if not options.inputs:
+        if not options.helpful:
+            raise click.UsageError("--input is missing: the rows of revise.py. Or give --helpful alone.")
+        cli.refuse_options(["rounds", "keep"], "without --input there are no revisions")
     loading.check_model(options.model, training=True)
     rows, counts, digests = read_rows(
         options.inputs, options.helpful, options.rounds, frozenset(options.keep), options.limit, options.reading
@@ -91,24 +101,28 @@ def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | N
     """The conversations to train on: revisions, and helpful responses.
 
     Args:
-        inputs, helpful: files.
+        inputs, helpful: files; one of the two may be empty.
         rounds, keep: see `selection.choose_revisions`.
         reading: how the helpful rows are read; its `skip_invalid` is for both.
     Returns:
         ([(prompt messages, response)], counts, {input, helpful: digest}).
     Raises:
-        InputError: a row that is not one of revise.py, or no revision to train on.
+        InputError: a row that is not one of revise.py, or no text to train on.
     """
     ours = Reading(skip_invalid=reading.skip_invalid)
-    revised = sources.Source(inputs, require=("prompt", "rounds"), limit=limit, check=check_revised, reading=ours)
+    revised = inputs and sources.Source(
+        inputs, require=("prompt", "rounds"), limit=limit, check=check_revised, reading=ours
+    )
     rows, flags, skipped = [], Counter(), 0
     for row in revised:
         texts, raised = choose_revisions(row, rounds, keep)
         flags.update(raised)
         skipped += not texts
         rows.extend((dialogue.as_messages(row["prompt"]), text) for text in texts.values())
-    counts = {"revised_rows": revised.count, "revisions": len(rows), "rows_left_out": skipped, "flagged": dict(flags)}
-    digests = {"input": revised.digest}
+    counts, digests = {}, {}
+    if inputs:
+        counts = {"revised_rows": revised.count, "revisions": len(rows), "rows_left_out": skipped}
+        counts["flagged"], digests["input"] = dict(flags), revised.digest
     if helpful:
         answers = sources.Source(helpful, require=("prompt", "response"), limit=limit, reading=reading)
         # What follows an end token in an answer is no part of it (`cut_at_end_token`).
@@ -124,9 +138,11 @@ def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | N
             cli.warn(f"{counts['helpful_empty']} helpful rows have an empty response and are left out")
     if not rows:
         raise InputError(
-            f"no revision to train on (flags: {dict(flags)})",
-            where=", ".join(inputs),
-            remedy="Look at the revisions, or keep some flagged ones with --keep REASON",
+            f"no revision to train on (flags: {dict(flags)})" if inputs else "every response is empty",
+            where=", ".join(inputs or helpful),
+            remedy="Look at the revisions, or keep some flagged ones with --keep REASON"
+            if inputs
+            else "Give responses with text",
         )
     return rows, counts, digests
 

@@ -37,6 +37,7 @@ TOP_LEVEL = {
     "templates",
     "references",
     "constitutions",
+    "qualification",
     "tests",
 }
 README_ORDER = [
@@ -594,11 +595,12 @@ def test_the_variables_told_are_those_the_templates_take():
     told = dict(rows)
     assert set(told) == {path.stem for path in (ROOT / "templates").glob("*.jinja")}
     told["critique_cot"] = told["critique"]
-    values = {"principle": load_constitution("harmlessness")["harm"]}
+    constitution = load_constitution("harmlessness")
+    values = {"principle": constitution["harm"], "constitution": constitution}
     for name, variables in told.items():
         given = {one: values.get(one, f"the {one}") for one in re.findall(r"`(\w+)`", variables)}
-        text = str(load_template(name).render(**given))
-        assert all(f"the {one}" in text for one in given if one != "principle"), name
+        text = str(load_template(name, "system" if name == "in_context" else "user").render(**given))
+        assert all(f"the {one}" in text for one in given if one not in values), name
 
 
 def test_the_hardware_table_is_what_the_command_prints(invoke):

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from types import FrameType
@@ -111,6 +111,23 @@ def report_input(**description: Any) -> None:
         inputs.append(description)
 
 
+def refuse_options(names: Collection[str], reason: str) -> None:
+    """Raise UsageError for parameters on the command line that have no effect.
+
+    Args:
+        names: of the parameters.
+        reason: why they have none.
+    """
+    context = click.get_current_context()
+    flags = [
+        max(option.opts, key=len)
+        for option in context.command.params
+        if option.name in names and context.get_parameter_source(option.name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if flags:
+        raise click.UsageError(f"{', '.join(flags)} would have no effect: {reason}.")
+
+
 def exit_if_failed(counts: Mapping[str, Any]) -> None:
     """Exit with 3 if the counts have failed or skipped rows."""
     if counts.get("failed") or counts.get("skipped_rows"):
@@ -146,6 +163,13 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         show_default=True,
         metavar="NAME|FILE",
         help="A YAML file, or the name of one in constitutions/.",
+    ),
+    "principle": click.option(
+        "--principle",
+        "principles",
+        multiple=True,
+        metavar="ID",
+        help="Only this principle; repeatable.  [default: all]",
     ),
     "seed": click.option("--seed", default=0, show_default=True, help="Seed of every draw."),
     "limit": click.option("--limit", type=click.IntRange(min=1), default=None, help="Read only the first N rows."),

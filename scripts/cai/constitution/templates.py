@@ -65,8 +65,12 @@ class Template:
         return messages
 
 
-def load_template(name_or_path: str) -> Template:
-    """A template file, or the name of one in templates/. Raises InputError with file and line."""
+def load_template(name_or_path: str, block: str = "user") -> Template:
+    """A template file, or the name of one in templates/.
+
+    block: the block that it must have.
+    Raises InputError with file and line.
+    """
     path = find_file(name_or_path, TEMPLATES, ".jinja")
     try:
         source = path.read_text(encoding="utf-8")
@@ -78,8 +82,8 @@ def load_template(name_or_path: str) -> Template:
         raise InputError(shorten(error.message), where=path, line=error.lineno, remedy="Fix the template") from None
     except ValueError as error:  # a number of more digits than Python reads
         raise InputError(shorten(error), where=path, remedy="Fix the template") from None
-    if "user" not in template.blocks:
-        raise InputError("no `{% block user %}`", where=path, expected="blocks out of: " + ", ".join(_ROLES))
+    if block not in template.blocks:
+        raise InputError(f"no `{{% block {block} %}}`", where=path, expected="blocks out of: " + ", ".join(_ROLES))
     return Template(str(path), hashlib.sha256(source.encode()).hexdigest(), template)
 
 

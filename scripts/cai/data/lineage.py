@@ -238,6 +238,6 @@ class _Children:
             if problems:
                 entry.end(self.command, INVALID, problems[0])
             elif self.command == "judge":
-                entry.end(self.command, LEFT_OUT, "in no pair: nothing to compare it with")
+                entry.end(self.command, LEFT_OUT, f"in no pair of {self.name}")
             else:
                 entry.end(self.command, LEFT_OUT, f"not in {self.name}: it was removed there")

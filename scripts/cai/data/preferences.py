@@ -29,7 +29,7 @@ OF_A_PAIR = ("response_a", "response_b", "gold", "chosen", "rejected", "p_chosen
 
 def without_responses(row: Row) -> Row:
     """A prompt's row without what it says of earlier responses: a new one is about to be made."""
-    return {name: value for name, value in row.items() if name not in ("rounds", *OF_A_PAIR)}
+    return {name: value for name, value in row.items() if name not in ("rounds", "in_context", *OF_A_PAIR)}
 
 
 # --- preferences for training -------------------------------------------------------------------------------
