@@ -96,7 +96,7 @@ def measure_responses(options: SimpleNamespace) -> measurement.Measurement:
             **by_kind,
             "model_calls": calls if model else 0,
             "new_tokens_at_most": calls * options.max_new_tokens if model else 0,
-            "judge_calls": calls if reader.judge else 0,
+            "judge_calls": calls * reader.orders if reader.judge else 0,
         },
         settings,
         measure,
@@ -123,6 +123,7 @@ def _settings(options: SimpleNamespace, source: sources.Source, ways: Sequence[s
         "by": reader.by,
         "judge": identity(reader.judge) if reader.judge else None,
         "template": load_template("classify").sha256,
+        **({"orders": reader.orders} if reader.judge else {}),
         **({"classifier": identity(reader.classifier)} if reader.classifier else {}),
         **({"unsafe_label": reader.unsafe_labels} if reader.classifier else {}),
         **({"drift_from": identity(options.drift_from)} if options.drift_from else {}),
@@ -163,11 +164,11 @@ def read_rows(
 
 def rates_of_classes(classified: Iterable[dict], rows: int) -> tuple[dict, dict]:
     """({metric: rate}, counts) of classified rows. A row without a class is failed, and in no rate."""
+    classified = list(classified)
     known = [row for row in classified if row["class"] is not None]
     remedy = "take a larger judge, or read some rows of the classes file"
-    mass = classes.mean_letter_mass((row.get("letter_mass") for row in known), remedy)
-    counts = {"rows": rows, "failed": rows - len(known)}
-    return rates_of_rows(known), counts if mass is None else {**counts, "mean_letter_mass": mass}
+    counts = {"rows": rows, "failed": rows - len(known), **classes.letter_figures(classified, remedy)}
+    return rates_of_rows(known), counts
 
 
 # --- the principles of revised rows -------------------------------------------------------------------------
