@@ -7,10 +7,10 @@
         --against base.jsonl --gate
 
 Every response is put into one class, by the bundled world's oracle (prompts made by tiny.py only), by a judge model's
-forced choice between letters, or by a safety classifier. Also measured: a language model or a reward model on multiple
-choices (`--choice`), and a reward model on pairs whose better response is known. Leaves out policies against each other
-(compare.py), the paper's figures (figures.py), any score of how good a text is, and any rate over prompts without a
-kind.
+forced choice between letters, by a safety classifier, or by its phrases. Also measured: a language model or a reward
+model on multiple choices (`--choice`), and a reward model on pairs whose better response is known. Leaves out policies
+against each other (compare.py), the paper's figures (figures.py), any score of how good a text is, and any rate over
+prompts without a kind.
 """
 
 import click
@@ -42,10 +42,11 @@ NOT_PASSED = 4  # exit code of --gate
 )
 @click.option(
     "--by",
-    type=click.Choice(["oracle", "judge"]),
+    type=click.Choice(["oracle", "judge", "phrases"]),
     default="judge",
     show_default=True,
-    help="Who reads the responses: the rules of the bundled world, or a judge model.",
+    help="Who reads the responses: the rules of the bundled world, a judge model, or rules for the phrases in which "
+    "English responses decline, which need no model and tell refusals alone.",
 )
 @click.option(
     "--judge",

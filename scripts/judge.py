@@ -3,9 +3,9 @@
     python scripts/judge.py --input samples.jsonl --model tiny --output preferences.jsonl
 
 The judge answers a forced choice in both orders; the labels' log-probabilities are read and averaged (paper,
-section 4.1). A principle is drawn for each comparison, or all are used. Several judges run one after the other, each
-with its own file beside the output, and their labels are then combined. With --prefer-input no judge is asked: one file
-is preferred to the other. Leaves out any training.
+section 4.1). A principle is drawn for each comparison, or matched to its prompt, or all are used. Several judges run
+one after the other, each with its own file beside the output, and their labels are then combined. With --prefer-input
+no judge is asked: one file is preferred to the other. Leaves out any training.
 """
 
 import shlex
@@ -20,7 +20,7 @@ from cai.data.reading import Reading
 from cai.evaluate import audit
 from cai.models.loading import load_engine
 from cai.stats import agreement, tables
-from cai.steps import contrast, judges, pairs, text
+from cai.steps import contrast, judges, pairs, principles, text
 
 # The parameters that have an effect without a judge.
 WITHOUT_JUDGE = {
@@ -45,13 +45,8 @@ WITHOUT_JUDGE = {
     "way with --overwrite does not run the judges again.",
 )
 @cli.options("constitution")
-@click.option(
-    "--principles",
-    type=click.Choice(["drawn", "all"]),
-    default="drawn",
-    show_default=True,
-    help="drawn: one random principle per comparison. all: every principle, averaged by weight.",
-)
+@principles.principles_option("draw", "match", "all", "each")
+@principles.matches_option
 @click.option("--no-examples", is_flag=True, help="Do not show the judge the constitution's worked comparisons.")
 @click.option(
     "--against", metavar="FILE", help="Compare with these responses to the same prompts instead of among --input."
@@ -112,11 +107,12 @@ def main(inputs, output, model, judge, combine, audit_path, prefer_input, settin
         return
     servers = judges.read_judges([model, *judge] if model else judge, settings.endpoints)
     names = list(servers)
-    task = judges.read_task(inputs, settings, **task_options)
+    task = judges.read_task(inputs, settings, model=names[0], output=output, **task_options)
     loads = {name: partial(load_engine, name, endpoints=servers[name], **settings.loading) for name in names}
     team = processes.Team()
     if not team.first:
         if not (settings.dry_run or team.tell()):
+            judges.match_prompts(team, task, loads[names[0]])
             for load in loads.values():
                 judges.judge_output(team, None, task, load)
         return
@@ -129,6 +125,7 @@ def main(inputs, output, model, judge, combine, audit_path, prefer_input, settin
     if team.tell(final.complete):
         cli.note(f"{output} is done already; --overwrite makes it again")
     else:
+        judges.match_prompts(team, task, loads[names[0]])
         for name, load in loads.items():
             judges.judge_output(team, outputs[name], task, load)
         if len(names) > 1:

@@ -73,7 +73,10 @@ def test_oracle_rates_of_given_responses(measure, write, tmp_path):
         "off_topic": (0, 6),
         "benign_helpful": (3 / 4, 4),
         "benign_refused": (1 / 4, 4),
+        "benign_off_topic": (0, 4),
+        "borderline_helpful": (1 / 2, 2),
         "over_refusal": (1 / 2, 2),
+        "borderline_off_topic": (0, 2),
     }
     assert "33.3 % (9.7–70.0)" in result.stdout
     assert [row["class"] for row in rows_of(tmp_path / "e.classes.jsonl")][:6] == STYLES
@@ -707,5 +710,4 @@ def test_every_class_of_the_oracle_is_in_the_rates():
     for kind, names in RATES.values():
         by_kind[kind] |= set(names)
     assert set(classes.LETTERS.values()) | set(UNSAFE) == by_kind["harmful"]
-    assert set(classes.LETTERS_HARMLESS.values()) - {"off_topic"} == by_kind["benign"]
-    assert by_kind["borderline"] == {"refused"}
+    assert set(classes.LETTERS_HARMLESS.values()) == by_kind["benign"] == by_kind["borderline"]

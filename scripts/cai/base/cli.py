@@ -156,6 +156,13 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         metavar="NAME|FILE",
         help="A YAML file, or the name of one in constitutions/.",
     ),
+    "principle": click.option(
+        "--principle",
+        "principles",
+        multiple=True,
+        metavar="ID",
+        help="Only this principle; repeatable.  [default: all]",
+    ),
     "seed": click.option("--seed", default=0, show_default=True, help="Seed of every draw."),
     "limit": click.option("--limit", type=click.IntRange(min=1), default=None, help="Read only the first N rows."),
     "batch_size": click.option(

@@ -18,9 +18,15 @@ SKIPPED = ("unmatched", "content")
 
 
 def texts_of(row: Mapping[str, Any]) -> list[str]:
-    """The first response, then the revision of each completed round."""
-    revisions = (round_.get("revision") for round_ in row.get("rounds") or ())
-    return [row["response"], *(text for text in revisions if text is not None)]
+    """The first response, then the text after each completed round: its revision, or for a skipped round what it left
+    unchanged."""
+    texts = [row["response"]]
+    for round_ in row.get("rounds") or ():
+        if "skipped" in round_:
+            texts.append(texts[-1])
+        elif round_.get("revision") is not None:
+            texts.append(round_["revision"])
+    return texts
 
 
 def text_of_round(row: Mapping[str, Any], number: int | None = None) -> str:

@@ -299,6 +299,8 @@ def principles(run: Run) -> list[dict]:
     revised, pairs = defaultdict(list), defaultdict(list)
     for row in run.rows:
         for number, entry in enumerate(row.get("rounds") or (), 1):
+            if entry["principle"] is None:  # none spoke to the prompt
+                continue
             revised[entry["principle"]].append(entry.get("revision") is not None and is_changed(entry))
             classes = [run.classes.get((row["id"], round_)) for round_ in (number - 1, number)]
             if row.get("kind") == "harmful" and entry.get("revision") is not None and None not in classes:

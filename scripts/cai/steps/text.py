@@ -94,6 +94,10 @@ class Step:
 
     rows: with their ids in the output; iterable again and again. ids: the same ids, in the order of the output.
     render: the conversation for a row. answer: the row with the model's answer in it.
+    check: called with the engine before anything is written; raises what must not begin.
+    prepare: called in every process with the team and the engine before rows are rendered.
+    settle: the finished row of one that needs no answer, else None. After `prepare`.
+    plan: further entries of what `--dry-run` reports.
     """
 
     command: str
@@ -102,6 +106,10 @@ class Step:
     ids: list[str]
     render: Callable[[dict], list[Message]]
     answer: Callable[[dict, Generation], dict]
+    check: Callable[[Engine], None] = lambda _: None
+    prepare: Callable[[processes.Team, Engine], None] = lambda _team, _engine: None
+    settle: Callable[[dict], dict | None] = lambda _: None
+    plan: Callable[[], dict] = dict
 
 
 def run(
@@ -143,8 +151,10 @@ def run(
         if journal:
             cli.finish({**summary, **_plan(step, settings, journal)}, as_json=settings.as_json)
         return
-    load = partial(loading.load_engine, step.model, endpoints=settings.endpoints, **settings.loading)
-    with share_work(team, journal, load, partial(_answer_rows, step, settings)) as (engine, results):
+    with share_work(team, journal, partial(_load, step, settings), partial(_answer_rows, step, settings)) as (
+        engine,
+        results,
+    ):
         if results is not None:
             failed, tokens = {}, Counter()
             for share_failed, share_tokens in results:
@@ -163,12 +173,20 @@ def run(
         cli.finish({**summary, **journal.counts}, as_json=settings.as_json, next_command=line)
 
 
+def _load(step: Step, settings: SimpleNamespace) -> Engine:
+    engine = loading.load_engine(step.model, endpoints=settings.endpoints, **settings.loading)
+    step.check(engine)
+    return engine
+
+
 def _plan(step: Step, settings: SimpleNamespace, journal: outputs.Output) -> dict:
     """What `--dry-run` reports."""
     rows = () if journal.complete else (row for row in step.rows if row["id"] not in journal.done)
+    rows = (row for row in rows if step.settle(row) is None)
     return {
         "rows": len(step.ids),
         "done": len(step.ids) if journal.complete else len(journal.done),
+        **({} if journal.complete else step.plan()),
         **estimate.text_plan(map(step.render, rows), step.model, settings.sampling, **settings.plan),
     }
 
@@ -180,15 +198,21 @@ def _answer_rows(
     failed, tokens = {}, Counter(rows=0, prompt=0, new=0, unfinished=0)
     done, sampling = frozenset(journal.done), settings.sampling
     seed = partial(hashing.hashed_seed, step.command, settings.seed)
+    step.prepare(team, engine)
     requests = (
         RowRequest(row["id"], step.render(row), seed(row["id"], len(row.get("rounds") or ())), row=row)
         for row in team.share(step.rows)
+        if step.settle(row) is None
     )
 
     def write(row: dict, generation: Generation) -> None:
         journal.write(step.answer(row, generation))
 
     with share_progress(team, len(step.ids), len(done), step.command) as bar, ThreadPoolExecutor(1) as writer:
+        for row in team.share(step.rows):
+            if row["id"] not in done and (settled := step.settle(row)) is not None:
+                journal.write(settled)
+                bar.update(1)
         waiting = deque()
         for request, generation in engine.generate(requests, sampling, done):
             bar.update(1)
