@@ -389,7 +389,7 @@ def text_plan(
         plan["cost_about" if like else "cost_at_most"] = round(cost, 4)
     shape = shape_of(model)
     if shape is None or not calls:
-        return plan | _unknown_hours(gpu, [shape])
+        return plan | _unknown_hours(gpu, shape is not None)
     cpu = device == "cpu"
     size = BYTES[("float32" if cpu else "bfloat16") if dtype == "auto" else dtype]
     rows = min(batch_size or BATCH_SIZE, calls)
@@ -472,7 +472,7 @@ def training_plan(
     }
     shapes = _shapes([model, *frozen])
     if not shapes or not lengths:
-        return plan | _unknown_hours(gpu, shapes)
+        return plan | _unknown_hours(gpu, bool(shapes))
     shape, *others = shapes
     widest = max(lengths) * min(batch_size, len(lengths))
     plan["memory_gb"] = gigabytes(
@@ -516,7 +516,7 @@ def rl_plan(
     names = [name for name in (model, value_model) if name]
     shapes = _shapes([*names, *frozen])
     if not shapes or not count:
-        return plan | _unknown_hours(gpu, shapes)
+        return plan | _unknown_hours(gpu, bool(shapes))
     trained, others = shapes[: len(names)], shapes[len(names) :]
     cpu, rows = device == "cpu", min(sampled, episodes)
     sizes = {"batch_size": batch_size, "rows": rows, "longest": longest, "new": new_tokens}
@@ -528,13 +528,9 @@ def rl_plan(
     return plan
 
 
-def _unknown_hours(gpu: str | None, shapes: Sequence[Shape | None]) -> dict[str, str]:
-    """A field that says why --gpu has no effect: the sizes of a model are not on this machine."""
-    return (
-        {f"hours_on_one_{gpu}": "unknown: no local folder with the model's sizes"}
-        if gpu and not all([*shapes, shapes])
-        else {}
-    )
+def _unknown_hours(gpu: str | None, is_known: bool) -> dict[str, str]:
+    """A field that says why --gpu has no effect, where the sizes of a model are not known."""
+    return {} if is_known or not gpu else {f"hours_on_one_{gpu}": "unknown: no local folder with the model's sizes"}
 
 
 def _shapes(models: Sequence[str]) -> list[Shape]:
