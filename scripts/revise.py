@@ -16,14 +16,16 @@ from cai.base.errors import InputError, shorten
 from cai.constitution import files, templates
 from cai.data import rounds, sources
 from cai.steps import principles, text
+from cai.steps.examples import Examples, default_most
 from cai.steps.flags import REASONS, flags
 
 
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model", "constitution")
 @click.option("--template", metavar="NAME|FILE", default="revise", show_default=True, help="The prompt template.")
+@cli.options("examples")
 @text.options
-def main(inputs, output, model, constitution, template, settings):
+def main(inputs, output, model, constitution, template, most_examples, settings):
     """Have a model revise responses after their critique.
 
     \b
@@ -31,7 +33,8 @@ def main(inputs, output, model, constitution, template, settings):
       python scripts/revise.py --input critiques.jsonl --model tiny \\
           --constitution harmlessness --output revisions.jsonl
     """
-    reviser = Reviser(files.load_constitution(constitution), templates.load_template(template))
+    most = default_most(most_examples, model)
+    reviser = Reviser(files.load_constitution(constitution), templates.load_template(template), most)
     fields = ("prompt", "response", "rounds")
     source = sources.Source(
         inputs, require=fields, limit=settings.limit, check=reviser.check_row, reading=settings.reading
@@ -44,8 +47,9 @@ def main(inputs, output, model, constitution, template, settings):
             source.ids,
             reviser.render,
             reviser.answer,
-            check=lambda engine: reviser.check(engine, settings.sampling.max_new_tokens),
+            check=lambda engine: reviser.check(engine, settings.sampling.max_new_tokens, source),
             settle=lambda row: row if is_skipped(row) else None,
+            examples=reviser.examples,
         ),
         settings,
         tally=tally,
@@ -55,6 +59,7 @@ def main(inputs, output, model, constitution, template, settings):
             "input": source.digest,
             "constitution": reviser.constitution.sha256,
             "template": reviser.template.sha256,
+            "examples": most,
         },
         # A critique that finds no fault leads to a copy of the response; without copies SFT learns only to refuse.
         next_command=["sft", "--input", output, "--model", model, "--keep", "copy", "--output", "SFT"],
@@ -64,8 +69,9 @@ def main(inputs, output, model, constitution, template, settings):
 class Reviser:
     """What a model is asked about a row that has a critique, and the row with its revision."""
 
-    def __init__(self, constitution, template):
+    def __init__(self, constitution, template, most_examples=None):
         self.constitution, self.template = constitution, template
+        self.examples = Examples(constitution, template, "revision", most_examples)
         self.combined = principles.Chooser(constitution, files.ALL, seed=0)
         self.has_combined = False  # whether a critique was written under all principles
 
@@ -84,19 +90,24 @@ class Reviser:
                 remedy="Give the same --constitution again",
             )
 
-    def check(self, engine, new_tokens):
+    def check(self, engine, new_tokens, rows):
         if self.has_combined:
             self.combined.check_context(engine, new_tokens, self.template, prompt="", response="", critique="")
+        self.examples.fit(engine, new_tokens)
+        self.examples.check(self.ask(row) for row in rows if not is_skipped(row))
 
-    def render(self, row):
+    def ask(self, row):
+        """(the principle of the row's round, the question about the row alone)."""
         last = row["rounds"][-1]
         is_combined = last["principle"] == files.ALL
-        return self.template.render(
-            principle=self.combined.combined if is_combined else self.constitution[last["principle"]],
-            prompt=row["prompt"],
-            response=rounds.text_of_round(row),
-            critique=last["critique"],
+        principle = self.combined.combined if is_combined else self.constitution[last["principle"]]
+        response = rounds.text_of_round(row)
+        return principle, self.template.render(
+            principle=principle, prompt=row["prompt"], response=response, critique=last["critique"]
         )
+
+    def render(self, row):
+        return self.examples.add(*self.ask(row))
 
     def answer(self, row, generation):
         revision_flags = flags(rounds.text_of_round(row), generation.text, generation.finish)

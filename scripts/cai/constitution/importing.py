@@ -399,7 +399,7 @@ def _unknown(item, path: Path, position: str, expected: str = "one of the known 
         f"{position} is {shorten(json.dumps(item, ensure_ascii=False))}",
         where=path,
         expected=expected,
-        remedy="references/data-formats.md shows what is read",
+        remedy="references/constitution-files.md shows what is read",
     )
 
 

@@ -13,6 +13,8 @@ from cai.base.errors import InputError, shorten
 
 UNCHANGED = "copy"  # revise.py's flag of a revision that repeats the response
 
+REFUSED = "gate"  # revise.py's flag of a revision that its judge did not prefer to the text before it
+
 # Why a round has no revision: no principle speaks to the prompt, or the critique finds no fault.
 SKIPPED = ("unmatched", "content")
 
