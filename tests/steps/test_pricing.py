@@ -35,10 +35,10 @@ def test_calls_and_tokens_by_hand(price):
     requests = Requests("size:8b", load_constitution("harmlessness"), "draw")
     assert requests.chat == 4
     critique, revision = (
-        requests.of_round("critique", response=""),
-        requests.of_round("revise", response="", critique=""),
+        requests.of_round("critique", "critique", None),
+        requests.of_round("revise", "revision", None),
     )
-    choice = requests.of_comparison("preference", examples=True)
+    choice = requests.of_comparison("preference", None)
     read = {
         "evaluate-base": HELDOUT * (100 + requests.of_class() + 96 + 256),
         "responses": 1000 * 100,

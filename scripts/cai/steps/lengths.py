@@ -18,6 +18,7 @@ from cai.constitution.templates import load_template
 from cai.data.outputs import read_manifest
 from cai.models.engine import Message
 from cai.models.estimate import token_counter
+from cai.steps.examples import FIELDS, Examples, default_most
 from cai.steps.judging import Question
 
 
@@ -106,18 +107,20 @@ class Requests:
     """
 
     def __init__(self, model: str, constitution: Constitution, principles: str):
-        self._count = token_counter(model)
+        self._model, self._count = model, token_counter(model)
         self.constitution, self._principles = constitution, principles
         self.chat = self._mean([[{"role": "user", "content": ""}]])
 
-    def of_round(self, template: str, **texts: str) -> float:
-        """Of a critique or revision, averaged over the principles by weight."""
-        loaded = load_template(template)
-        return self._by_principle(lambda principle: loaded.render(principle=principle, prompt="", **texts))
+    def of_round(self, template: str, answer: str, most_examples: int | None) -> float:
+        """Of a critique or revision (a key of `FIELDS`), averaged over the principles by weight."""
+        loaded, most = load_template(template), default_most(most_examples, self._model)
+        examples = Examples(self.constitution, loaded, answer, most)
+        empty = dict.fromkeys(FIELDS[answer][:-1], "")
+        return self._by_principle(lambda each: examples.add(each, loaded.render(principle=each, **empty)))
 
-    def of_comparison(self, template: str, examples: bool) -> float:
+    def of_comparison(self, template: str, most_examples: int | None) -> float:
         """Of one order of a comparison."""
-        question = Question(self.constitution, load_template(template), examples=examples)
+        question = Question(self.constitution, load_template(template), most_examples=most_examples)
         empty = {"prompt": "", "response_a": "", "response_b": ""}
         return self._by_principle(lambda principle: question.choose(empty, "ab", principle))
 

@@ -195,7 +195,8 @@ class Estimator:
         read = self.lengths.prompts.get(name)
         if read is None:
             template = settings["template"] or "critique"
-            read = self.requests.of_round(template, response="") + self.prompt_text + before
+            request = self.requests.of_round(template, "critique", settings["most_examples"])
+            read = request + self.prompt_text + before
         answer = self.answers[name] = self.lengths.written(name, settings["max_new_tokens"])
         critiques = self._text(self.counted.prompts, read, answer, settings)
         if self.choices.principles != "match" or not name.endswith("-1"):
@@ -209,7 +210,7 @@ class Estimator:
         read = self.lengths.prompts.get(name)
         if read is None:
             texts = self.prompt_text + self.answers[self._before(name)] + self.answers[critique]
-            read = self.requests.of_round(settings["template"], response="", critique="") + texts
+            read = self.requests.of_round(settings["template"], "revision", settings["most_examples"]) + texts
         answer = self.answers[name] = self.lengths.written(name, settings["max_new_tokens"])
         return self._text(self.counted.prompts, read, answer, settings)
 
@@ -224,7 +225,7 @@ class Estimator:
         pairs = math.comb(responses, 2)
         pairs = min(pairs, settings["pairs_per_prompt"] or pairs)
         self.pairs = round(self.counted.prompts * pairs * self.lengths.distinct)
-        request = self.requests.of_comparison(settings["template"], not settings["no_examples"])
+        request = self.requests.of_comparison(settings["template"], settings["most_examples"])
         return self._text(2 * self.pairs, request + self.prompt_text + 2 * self._answer_of_pairs, 0, settings)
 
     @property
