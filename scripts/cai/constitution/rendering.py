@@ -79,6 +79,7 @@ def describe(constitution: Constitution, ids: Sequence[str]) -> dict:
                 "revision": principle.revision,
                 "preference": principle.preference,
                 "tags": principle.tags,
+                "source": asdict(principle.source) if principle.source else None,
                 "examples": principle.examples,
             }
             for principle in select(constitution, ids)
@@ -95,6 +96,8 @@ def description_as_text(description: dict) -> str:
         tags = f"  [{', '.join(principle['tags'])}]" if principle["tags"] else ""
         lines.append(f"\n{principle['id']}  ({principle['drawn']:.1%} of draws){tags}")
         lines += [f"  {name}: {principle[name]}" for name in ("critique", "revision", "preference")]
+        if source := principle["source"]:
+            lines.append(f"  source: {source['file']}:{source['lines'][0]}: {source['quote']}")
         lines += [f"  examples: {len(principle['examples'])}"] if principle["examples"] else []
     return "\n".join(lines)
 
