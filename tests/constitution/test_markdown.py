@@ -314,6 +314,8 @@ Failing any of these is serious:
 1. Confidentiality
 """
 
+PERMITTED = ["Harbour may: suggest a walk-in visit"]
+
 # {document: ([demands], [prohibitions], [unclear])}: how each principle begins and ends, as a person lists them.
 LISTED = {
     "clinic": (
@@ -321,7 +323,6 @@ LISTED = {
         [
             "What Harbour does: Explains what a test measures, in words a child could follow",
             "What Harbour does: Points to the emergency line whenever somebody may be in danger",
-            "Harbour may: suggest a walk-in visit",
             "Do: promise a call back",
         ],
         [
@@ -438,6 +439,8 @@ def test_the_principles_of_a_document_are_those_that_a_person_lists(name):
     by_polarity = {polarity: [s.text for s in document.statements if s.polarity == polarity] for polarity in POLARITIES}
     assert by_polarity == {"demand": demands, "prohibition": prohibitions}
     assert [statement.text for statement in document.unclear] == unclear
+    permitted = [s.text for s in document.statements if s.polarity not in POLARITIES]
+    assert permitted == (PERMITTED if name == "clinic" else [])
 
 
 POLARITIES = ("demand", "prohibition")

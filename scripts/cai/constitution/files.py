@@ -488,6 +488,16 @@ def phrase(sentence: str) -> dict[str, str]:
     }
 
 
+def phrase_permission(sentence: str) -> dict[str, str]:
+    """The three requests for a sentence that permits something, so that neither doing nor leaving it is a fault."""
+    sentence = sentence.strip().rstrip(".")
+    return {
+        "critique": f"Say where the response forbids, or demands, what this principle only permits: {sentence}.",
+        "revision": f"Rewrite the response so that it neither forbids nor demands what is only permitted: {sentence}.",
+        "preference": f"Which response leaves more open what this principle only permits: {sentence}?",
+    }
+
+
 def _mapping(node: yaml.Node, path: Path, known, what: str) -> dict[str, yaml.Node]:
     """The keys of a mapping node; InputError for one that is not `known` (None: any) or comes twice."""
     if not isinstance(node, yaml.MappingNode):
