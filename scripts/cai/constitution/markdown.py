@@ -270,18 +270,21 @@ class _Reader:
 
     def _add_sentences(self, text: str, lines: tuple[int, int], previous: prose.Reading | None = None) -> None:
         """Each sentence of a paragraph: a principle if it is a rule, or left out with the reason."""
-        before = ""
+        before, (start, end) = "", lines
         for sentence in prose.split_sentences(text):
             reading = prose.read_sentence(sentence, self.names, previous)
-            first, last = quotes.locate(sentence, self.source, *lines) or lines
+            place = quotes.locate(sentence, self.source, start, end) or lines
+            start = place[1] if place != lines else start
             if reading.kind and not _DEFINES.search(sentence):
-                text = prose.name_subject(sentence, reading, self.names)
-                self._keep(
-                    replace(self._state(text, (first, last), []), **_of_kind(reading.kind), introduction=before),
-                    sentence,
-                )
+                words = prose.name_subject(sentence, reading, self.names)
+                statement = self._state(words, place, [])
+                # a command takes its polarity from the heading above it, such as “What to avoid”
+                is_command = reading.is_command and polarity.mood(sentence) == "command"
+                if not is_command or statement.polarity == polarity.DEMAND:
+                    statement = replace(statement, **_of_kind(reading.kind), text=words, introduction=before)
+                self._keep(statement, sentence)
             else:
-                self._record(first, "a definition" if reading.kind else reading.reason, sentence, last)
+                self._record(place[0], "a definition" if reading.kind else reading.reason, sentence, place[1])
                 is_before = not self.document.statements and not self.document.unclear and len(self.headings) < 2
                 self.preamble += [sentence] if is_before and len(self.preamble) < 3 else []
             previous, before = reading, sentence
@@ -290,7 +293,8 @@ class _Reader:
         """An item of a list in prose: each of its sentences that is a rule by itself, or else a principle by its
         introduction, or by the heading above it."""
         introduction = contexts[0][0] if contexts else ""
-        above = prose.read_sentence(introduction.rstrip(":"), self.names) if introduction else prose.Reading()
+        above = prose.read_introduction(introduction, self.names) if introduction else prose.Reading()
+        text = re.sub(r"^\[[ xX]\] ", "", text)
         parts = prose.split_sentences(text)
         if "\ue000" in text or text.endswith("?"):
             self._record(lines[0], "a link" if "\ue000" in text else "a question", text, lines[1])

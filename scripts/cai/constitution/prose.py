@@ -56,6 +56,7 @@ class Reading:
         noun: the words of that subject in lower case, if it is the assistant.
         is_plural: whether `they` may refer to that subject.
         mentions_us: whether it names the assistant anywhere.
+        is_command: whether it is in the imperative, so that a heading such as “What to avoid” may turn it round.
     """
 
     kind: str = ""
@@ -64,6 +65,7 @@ class Reading:
     noun: str = ""
     is_plural: bool = False
     mentions_us: bool = False
+    is_command: bool = False
 
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+(?=[A-Z“\"(])|(?<=[.!?][”\"’)])\s+(?=[A-Z“\"(])")
@@ -87,6 +89,13 @@ def is_label(introduction: str, item: str) -> bool:
     """Whether an introduction without a verb is completed by the item: “A good answer:”, “names its source”."""
     is_sentence = re.match(rf"(?:{PRONOUN}|we|you)\b", item.lower())
     return bool(introduction) and not is_sentence and not FINITE.search(_plain(introduction.rstrip(": ")))
+
+
+def read_introduction(text: str, names: frozenset[str] = frozenset()) -> Reading:
+    """What the introduction of a list is: “The assistant always:” as if its items were there."""
+    text = text.rstrip(": ")
+    last = re.search(r"[\w']+$", text)
+    return read_sentence(f"{text} do it" if last and FINITE.fullmatch(last[0].lower()) else text, names)
 
 
 def read_sentence(text: str, names: frozenset[str] = frozenset(), previous: Reading | None = None) -> Reading:
@@ -158,8 +167,9 @@ _REPORTS = re.compile(
 REPORT = "what others say"
 
 _ADDRESSES_READER = re.compile(
-    r"^(?:(?:think of|suppose|imagine|picture|thank you|note|see|recall|compare|let us|let's|read on|notice|assume|"
-    r"contrast|consider (?:an?|the|two|three|how|what|why|someone|somebody|this|these|for)|"
+    r"^(?:(?:think of|suppose|imagine|picture|thank you|note|see|recall|let us|let's|read on|notice|assume|"
+    r"contrast|"
+    r"compare (?:this|these|the (?:two|following)|with)|consider (?:an?|the|two|three|how|what|why|someone|somebody|this|these|for)|"
     r"take (?:the (?:case|example|question)|for example|for instance|this)|say(?: that)? (?:an?|the|somebody|someone)|"
     r"(?:remember|bear in mind) that (?:this|these|we))\b)"
 )
@@ -203,13 +213,14 @@ class _Sentence:
 
     def __init__(self, words: str, names: frozenset[str], previous: Reading | None):
         self.words, self.names, self.previous = words, names, previous
-        self.subject, self.noun, self.is_plural = "", "", False
+        self.subject, self.noun, self.is_plural, self.is_command = "", "", False, False
         self.reason = DESCRIPTION
 
     def read(self) -> Reading:
         kind = min(filter(None, self._kinds()), key=_RANK.index, default="")
         ours = mentions_us(self.words, self.names)
-        return Reading(kind, "" if kind else self.reason, self.subject, self.noun, self.is_plural, ours)
+        reason = "" if kind else self.reason
+        return Reading(kind, reason, self.subject, self.noun, self.is_plural, ours, self.is_command)
 
     def _kinds(self) -> Iterator[str]:
         """The kind of each main clause, "" for one that is no rule."""
@@ -238,6 +249,7 @@ class _Sentence:
             if (kind := reader(clause)) is not None:
                 return kind
         if is_first and (kind := self._read_command(clause)) is not None:
+            self.is_command = True
             return kind
         return self._read_statement(clause)
 

@@ -8,6 +8,7 @@ Compared are words, so that marks, bullets and line breaks do not count. Leaves 
 import html
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from cai.constitution.files import Constitution, Principle
@@ -31,10 +32,15 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text)
 
 
+@lru_cache(maxsize=10_000)  # each line is compared with several sentences
+def _words_of_line(line: str) -> tuple[str, ...]:
+    return tuple(_words(strip_marks(line)))
+
+
 def locate(text: str, source: Sequence[str], first: int, last: int) -> tuple[int, int] | None:
     """The (first, last) line that the words of the text take among these lines, counted from 1; None if not there."""
     words = _words(text)
-    numbered = [(word, n) for n in range(first, last + 1) for word in _words(strip_marks(source[n - 1]))]
+    numbered = [(word, n) for n in range(first, last + 1) for word in _words_of_line(source[n - 1])]
     there = [word for word, _ in numbered]
     for start in range(len(there) - len(words) + 1):
         if words and there[start : start + len(words)] == words:
