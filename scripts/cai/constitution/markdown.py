@@ -70,7 +70,7 @@ _LISTS_EXAMPLES = re.compile(
     r"(?:^|[,;(]?\s*)\b(?:for example|for instance|examples?|e\.g\.|such as)[^.:]*:$", re.IGNORECASE
 )
 
-_DEFINES = re.compile(r"^[“\"'\w][^.:]{0,60} (?:means|refers to|denotes|stands for|is defined as)\b")
+_DEFINES = re.compile(r"^[“\"'\w][^.:]{0,60} (?:(?<!the )(?<!by )means|refers to|denotes|stands for|is defined as)\b")
 
 
 def _aside(state: StateBlock, start: int, end: int, silent: bool) -> bool:

@@ -55,7 +55,7 @@ _STATIVE = re.compile(
     r"take (?:precedence|priority|into|account|no|up|at)|prevail|apply|rest|cover|outweigh|yield|override|depend|last|"
     r"exceed|reflect|keep|have|lead|leave|give|make|add|hold|stand|go|serve|help|feel|carry|appear|mean|imply|become|"
     r"replace|cost|reveal|identify|mention|explain|account|hide|suggest|encourage|repeat|refer|respect|open|close|use|"
-    r"distract|undermine|aim|avoid|not)\b"
+    r"distract|undermine|aim|avoid|decide|determine|outrank|trump|excuse|justify|stop|prevent|not)\b"
 )
 
 _TREATED = re.compile(
@@ -154,11 +154,11 @@ def _read_refusal(whom: str, verb: str, rest: str) -> tuple[str, str]:
 def _read_duty(rest: str) -> tuple[str, str]:
     """What follows `must`, `should` and the like."""
     rest = _ADVERBS.sub("", rest)
-    if re.match(rf"(?:(?:not|never|nor)\b(?! only)(?! {HEEDS})|neither\b|(?:under|on|in|at|by) no \w+)", rest):
+    if re.match(rf"(?:(?:not|never|nor)\b(?! only)(?! {HEEDS})|neither\b|(?:under|on|in|at|by) no \w+|be no )", rest):
         return PROHIBITION, ""
-    if re.match(r"(?:avoid|refrain|abstain|stop|be (?:avoided|withheld)|steer clear|desist)\b", rest):
+    if re.match(r"(?:avoid|refrain|abstain|stop|be (?:avoided|withheld)|steer clear|desist|resist)\b", rest):
         return PROHIBITION, ""
-    if re.match(r"(?:be|feel) (?:free|welcome|at liberty|able)\b", rest):
+    if re.match(r"(?:be|feel) (?:free|welcome|at liberty)\b", rest):
         return PERMISSION, ""
     if re.match(r"(?:rather )?(?:prefer|favou?r|lean|err)\b|rather\b", rest):
         return PREFERENCE, ""

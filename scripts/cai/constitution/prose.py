@@ -143,7 +143,7 @@ _SUBORDINATE = re.compile(
     r"^(?!that (?:\w+ )?(?:must|should|shall|may|is|ought)\b)"  # “That part must …”
     r"(?:(?:and|or|but|even|just|only|especially|particularly|not|merely) )?(?:if|when|whenever|where|wherever|unless|"
     r"because|since|although|though|while|as|until|before|after|once|than|whether|whatever|whoever|whichever|that|"
-    r"which|who|whose|whom|so that|in order|to|no matter|lest|provided|given that|for)\b"
+    r"which|who|whose|whom|why|how|so that|in order|to|no matter|lest|provided|given that|for)\b"
 )
 
 _CLARIFIES = re.compile(
@@ -166,10 +166,13 @@ _REPORTS = re.compile(
 
 REPORT = "what others say"
 
+# What reads as a description and has such a word: the likeliest place of a rule that was not recognised.
+PERHAPS = "perhaps a rule"
+
 _ADDRESSES_READER = re.compile(
     r"^(?:(?:think of|suppose|imagine|picture|thank you|note|see|recall|let us|let's|read on|notice|assume|"
-    r"contrast|"
-    r"compare (?:this|these|the (?:two|following)|with)|consider (?:an?|the|two|three|how|what|why|someone|somebody|this|these|for)|"
+    r"contrast|compare (?:this|these|the (?:two|following)|with)|"
+    r"consider (?:an?|the|two|three|how|what|why|someone|somebody|this|these|for)|"
     r"take (?:the (?:case|example|question)|for example|for instance|this)|say(?: that)? (?:an?|the|somebody|someone)|"
     r"(?:remember|bear in mind) that (?:this|these|we))\b)"
 )
@@ -214,12 +217,14 @@ class _Sentence:
     def __init__(self, words: str, names: frozenset[str], previous: Reading | None):
         self.words, self.names, self.previous = words, names, previous
         self.subject, self.noun, self.is_plural, self.is_command = "", "", False, False
-        self.reason = DESCRIPTION
+        self.reason, self.is_about_authors = DESCRIPTION, False
 
     def read(self) -> Reading:
         kind = min(filter(None, self._kinds()), key=_RANK.index, default="")
         ours = mentions_us(self.words, self.names)
         reason = "" if kind else self.reason
+        if reason == DESCRIPTION and re.search(r"\b(?:must|should|shall|ought|never)\b", self.words):
+            reason = PERHAPS
         return Reading(kind, reason, self.subject, self.noun, self.is_plural, ours, self.is_command)
 
     def _kinds(self) -> Iterator[str]:
@@ -261,30 +266,35 @@ class _Sentence:
         """“Nor should it …”, “Under no circumstances may it …”, “No answer may …”."""
         inverted = re.match(
             r"(?:nor|never|under no circumstances|in no case|at no (?:point|time)|on no account|not once) "
-            r"(?:should|must|may|shall|can|will|does|is) (?P<subject>[^,]*)",
+            r"(?:should|must|may|shall|can|will|does) (?P<subject>[^,]*)",
             clause,
         )
         if inverted:
             return PROHIBITION if self._class_of(inverted["subject"]) in (OURS, THING, "") else ""
         none = re.match(
-            r"(?:no|none of|neither|nothing|nobody)\b(?P<subject>[^,]*?) ?\b"
+            r"(?:no|none of|neither|nothing|nobody(?:'s)?)\b(?P<subject>[^,]*?) ?\b"
             r"(?P<verb>may|must|should|shall|can|will|is|are)\b(?P<rest>.*)",
             clause,
         )
         if not none:
             return None
-        is_person = clause.startswith("nobody") or self._class_of(none["subject"].strip() or "nothing") == OTHER
+        is_person = clause.startswith("nobody ") or self._class_of(none["subject"].strip() or "nothing") == OTHER
         is_command = re.search(r"\b(?:instruction|argument|request|reason|claim|role|authority|operator|user)", none[1])
         if is_person and not (is_command or is_treatment(none["rest"].strip())):
             return self._leave_to_others()
         if none["verb"] in ("may", "must", "should", "shall") or (none["verb"] in ("can", "will") and is_command):
             self.subject = THING
-            return "" if re.search(r"\b(?:word|section|rule|document)s?\b", none[1]) else PROHIBITION
+            is_page = re.search(r"\b(?:section|rule|document)s?\b", none[1])
+            return "" if is_page else PROHIBITION
         return PROHIBITION if re.match(r" (?:ever )?(?:allowed|acceptable|permitted)\b", none["rest"]) else ""
 
     def _read_wish(self, clause: str) -> str | None:
         """“We want the assistant to …”, “We think that the assistant should …”."""
         belief = _BELIEVES.match(clause)
+        if re.match(r"we (?:do not|don't) (?:think|believe) (?:that )?(?:[\w ]{2,40}) (?:should|may|must)\b", clause):
+            return (
+                PROHIBITION if self._class_of(re.sub(r"^.*?(?:think|believe) (?:that )?", "", clause)) == OURS else ""
+            )
         if belief and self._class_of(belief["rest"]) == OURS:
             return self._read_statement(belief["rest"])
         wish = _WANTS.match(clause)
@@ -317,6 +327,8 @@ class _Sentence:
         about = re.match(r"(?:that|for|of) (.*)", rest)
         if about and self._class_of(about[1]) in (OTHER, PAGE, *([""] if rest.startswith("that") else [])):
             return ""
+        if " all right" in match[0]:
+            return PROHIBITION if is_negated else PERMISSION
         if _BAD.fullmatch(word):
             return PERMISSION if is_negated else PROHIBITION
         if _VITAL.fullmatch(word) and not (word == "right" and is_negated):
@@ -357,12 +369,13 @@ class _Sentence:
         clause = re.sub(r"^that (?=\w+ )", "the ", clause)
         for verb in FINITE.finditer(clause):
             subject = clause[: verb.start()].strip()
-            if is_inside_relative(subject) or re.search(r"(?:^|\s)to$", subject):
+            if is_inside_relative(subject, self.names) or re.search(r"(?:^|\s)to$", subject):
                 self.reason = REPORT if _REPORTS.search(subject) else self.reason
                 continue
             if LEXICAL.fullmatch(verb[0]) and (not subject or self._class_of(subject) != OURS):
                 continue
             whom = self._note_subject(subject) if subject else self.subject or self._refer("it")
+            self.is_about_authors = head_of(subject) in ("we", "i")  # the authors
             if _REPORTS.search(subject) and not re.match(r"(?:this|that) means", subject):
                 self.reason = REPORT
                 return ""
@@ -374,13 +387,13 @@ class _Sentence:
     def _read_predicate(self, whom: str, predicate: str) -> str:
         """The kind of a clause from its verb on, for a subject of this class."""
         kind, reason = read_predicate(whom, predicate)
-        self.reason = reason or self.reason
+        self.reason = reason if reason and reason != DESCRIPTION else self.reason
         if re.fullmatch(r"(?:is|are) not", predicate) and self.previous and self.previous.kind == PERMISSION:
             kind = PROHIBITION  # “Humour is fine. Sarcasm is not.”
         if whom == PAGE and kind:
             self.reason = "about the document"
             return ""
-        if whom == OTHER and kind and not is_treatment(predicate):
+        if whom == OTHER and kind and (self.is_about_authors or not is_treatment(predicate)):
             self.reason = ABOUT_OTHERS
             return ""
         return kind

@@ -17,6 +17,7 @@ from cai.base import cli, files
 from cai.base.errors import InputError, shorten
 from cai.constitution import lint
 from cai.constitution.files import Constitution, Principle, load_constitution, move_sources, phrase, to_yaml
+from cai.constitution.prose import PERHAPS
 
 
 def check_all(names: Sequence[str]) -> dict:
@@ -133,6 +134,8 @@ def report_losses(report: dict, keep_unclear: bool, as_json: bool) -> dict:
     for document in report["outline"]:
         kinds = Counter(item["kind"] for section in document["sections"] for item in section["sentences"])
         counts = ", ".join(f"{kinds[kind]} {kind or 'left out'}" for kind in (*KINDS, "") if kinds[kind])
+        reasons = [item.get("reason") for section in document["sections"] for item in section["sentences"]]
+        counts += f", of which {count} are perhaps rules" if (count := reasons.count(PERHAPS)) else ""
         cli.note(f"{document['file']}: read as {document['read_as']}: {counts}")
     report = {name: entries for name, entries in report.items() if name != "outline"}
     for part in report["left_out"]:

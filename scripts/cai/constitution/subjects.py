@@ -121,7 +121,7 @@ def head_of(subject: str) -> str:
     """The noun phrase at the beginning, without what follows its noun."""
     phrase = re.split(
         r" (?:that|which|who|whom|whose|of|in|on|at|about|for|from|with|to|by|between|where|when|if|under|over|like|"
-        r"without|against|than|as|is|are|was|must|should|may|can|will|shall|does|do|has|have|respects?|not|never|"
+        r"without|against|than|as|such|is|are|was|must|should|may|can|will|shall|does|do|has|have|respects?|not|never|"
         r"always|also|ought|outside|inside|per|within|across|during|towards?|because|while)\b|,",
         f" {OPENERS.sub('', subject.strip())}",
         maxsplit=1,
@@ -156,9 +156,12 @@ def class_of(subject: str, names: frozenset[str], refer: Callable[[str], str] = 
         return THING  # “a user's request”
     if re.fullmatch(_OUR_NOUN, last):
         return OURS
+    if re.match(rf"{re.escape(head)} who\b", OPENERS.sub("", subject.strip())):
+        return OTHER  # “a cook who …”
     if re.fullmatch(_OTHER_NOUN, last) and not (last == "one" and len(nouns) > 1):
         return OTHER
     is_any = first == "such" or (first in ("a", "an") and re.fullmatch("list|table|word|text|letter|test|change", last))
+    is_any = is_any or (last in ("result", "results") and first != "the")
     return PAGE if re.fullmatch(_PAGE_NOUN, last) and not is_any else THING
 
 
@@ -167,7 +170,7 @@ _RELATIVES = (
 )
 
 
-def is_inside_relative(subject: str) -> bool:
+def is_inside_relative(subject: str, names: frozenset[str] = frozenset()) -> bool:
     """Whether a verb after these words belongs to a clause inside the sentence: “the rules that the model [must]”."""
     parts = re.split(rf"(?:^| )(?:{_RELATIVES})(?: |$)", f" {subject} ")
     if len(parts) < 2:
@@ -176,6 +179,9 @@ def is_inside_relative(subject: str) -> bool:
     noun_end = 2 if words and re.fullmatch(r"the|an?|its|our|your|their|this", words[0]) else 1
     has_verb = any(map(_is_verb, words[noun_end:]))
     begins_with_verb = len(words) > 1 and (_is_verb(words[0]) or bool(re.search(r"[^s]s$", words[0])))
+    if len(words) == 1:  # “numbers that matter [must …]”, and not “rules that users [must …]”
+        is_noun = re.search(rf"^(?:{PRONOUN}|we|you|i|one|people)$|s$", words[0]) or words[0] in names
+        begins_with_verb = not is_noun
     return not (has_verb or begins_with_verb)
 
 
