@@ -235,6 +235,22 @@ def test_import_prose_with_an_outline_and_lint_finds_quotes_that_were_lost(run, 
     assert "nor anywhere" in lost[0]["message"] and "it is in lines 13 to 13" in lost[1]["message"]
 
 
+def test_sources_point_to_the_document_from_wherever_the_constitution_is_written(run, tmp_path):
+    document = written(tmp_path, PROSE, "rules.md")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    first, second, third = (
+        tmp_path / "first.yaml",
+        tmp_path / "deep" / "second.yaml",
+        tmp_path / "deep" / "er" / "3.yaml",
+    )
+    run("import", "--input", document, "--output", first)
+    run("new", "--base", first, "--sentence", "Be kind", "--output", second)
+    run("import", "--input", second, "--output", third)
+    for path, source in ((first, "rules.md"), (second, "../rules.md"), (third, "../../rules.md")):
+        assert load_constitution(str(path)).principles[0].source.file == source
+        assert not [item for item in run("lint", "--constitution", path)["findings"] if item["rule"] == "quote"]
+
+
 def test_import_prints_how_a_document_was_read(invoke, tmp_path):
     document = written(tmp_path, PROSE, "rules.md")
     result = invoke("constitution", "import", "--input", document, "--output", tmp_path / "a.yaml")
