@@ -55,7 +55,6 @@ def main(inputs, output, model, constitution, principles, matches, unmatched, te
         raise click.UsageError("--examples with --principles all --cot: no example names what is violated.")
     cot_template = "critique_all_cot" if names_violated else "critique_cot"
     template = templates.load_template(template or (cot_template if cot else "critique"))
-    constitution_option = [] if constitution == "harmlessness" else ["--constitution", constitution]
     constitution = files.load_constitution(constitution)
     source = sources.Source(
         inputs,
@@ -69,6 +68,8 @@ def main(inputs, output, model, constitution, principles, matches, unmatched, te
     most = 0 if names_violated else default_most(most_examples, model)
     examples = Examples(constitution, template, "critique", most)
     critic = Critic(chooser, template, examples, unmatched, names_violated)
+    shared_matches = ["--matches", kept.path] if kept else []
+    options = text.round_options(inputs)
     text.run(
         text.Step(
             "critique",
@@ -82,6 +83,7 @@ def main(inputs, output, model, constitution, principles, matches, unmatched, te
             settle=critic.settle,
             plan=lambda: chooser.plan(source),
             examples=examples,
+            info={"round_options": [*cli.given_options("principles", "unmatched", "template", "cot"), *shared_matches]},
         ),
         settings,
         tally=critic.tally,
@@ -94,7 +96,7 @@ def main(inputs, output, model, constitution, principles, matches, unmatched, te
             **({"unmatched": unmatched} if kept else {}),
             "examples": most,
         },
-        next_command=["revise", "--input", output, "--model", model, *constitution_option, "--output", "REVISIONS"],
+        next_command=text.next_step("revise", output, model, "REVISIONS", *text.OF_A_ROUND, options=options),
     )
 
 

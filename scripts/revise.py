@@ -39,6 +39,9 @@ def main(inputs, output, model, constitution, template, most_examples, settings)
     source = sources.Source(
         inputs, require=fields, limit=settings.limit, check=reviser.check_row, reading=settings.reading
     )
+    # A critique that finds no fault leads to a copy of the response; without copies SFT learns only to refuse.
+    train = ["sft", "--input", output, "--model", model, "--keep", "copy", "--output", "SFT"]
+    again = text.next_step("critique", output, model, "CRITIQUES", *text.OF_A_ROUND, options=text.round_options(inputs))
     text.run(
         text.Step(
             "revise",
@@ -50,6 +53,7 @@ def main(inputs, output, model, constitution, template, most_examples, settings)
             check=lambda engine: reviser.check(engine, settings.sampling.max_new_tokens, source),
             settle=lambda row: row if is_skipped(row) else None,
             examples=reviser.examples,
+            info={"round_options": cli.given_options("template")},
         ),
         settings,
         tally=tally,
@@ -61,8 +65,8 @@ def main(inputs, output, model, constitution, template, most_examples, settings)
             "template": reviser.template.sha256,
             "examples": most,
         },
-        # A critique that finds no fault leads to a copy of the response; without copies SFT learns only to refuse.
-        next_command=["sft", "--input", output, "--model", model, "--keep", "copy", "--output", "SFT"],
+        next_command=again if reviser.rounds == 1 else train,
+        alternative=train if reviser.rounds == 1 else None,
     )
 
 
@@ -74,9 +78,11 @@ class Reviser:
         self.examples = Examples(constitution, template, "revision", most_examples)
         self.combined = principles.Chooser(constitution, files.ALL, seed=0)
         self.has_combined = False  # whether a critique was written under all principles
+        self.rounds = 0  # the most that a row has
 
     def check_row(self, row, where, line):
         rounds.check_rounds(row, where, line, critiqued=True)
+        self.rounds = max(self.rounds, len(row["rounds"]))
         if is_skipped(row):
             return
         name = row["rounds"][-1]["principle"]
