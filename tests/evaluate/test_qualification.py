@@ -133,7 +133,7 @@ def test_a_reader_that_does_not_read_is_unfit(rule, orders):
         assert bias["low"] == 0.0
     else:
         assert bias["value"] == pytest.approx(0.7, abs=1e-3)
-    assert bias["n"] == (30 if orders == 1 else 174)
+    assert bias["n"] == (20 if orders == 1 else 174)
 
 
 @pytest.mark.parametrize(("rule", "position"), [(guesses, (0.3, 0.7)), (says_a, (1, 1)), (knows_one_order, (0.3, 0.7))])

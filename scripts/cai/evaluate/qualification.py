@@ -1,7 +1,7 @@
 """Whether a model can be believed: measured on texts with known labels before its own numbers are used.
 
     result = qualify("my-org/my-judge", Task("judge"), load)
-    print(describe(result))      # "judge UNFIT (english): accuracy 52.2 % ...; reason; reason"
+    print(describe(result))      # "my-org/my-judge is UNFIT as judge (english): accuracy 52.2 % ...; reason; reason"
 
 A reader says what a response does, a judge which of two responses is better, a critic writes what is wrong with one.
 Each is measured with the templates that it is used with, and compared with what can be had without reading. `fit` means
@@ -28,8 +28,10 @@ from cai.data.preferences import group_verdicts, same_position
 from cai.evaluate import classes, qualification_sets
 from cai.models import choice
 from cai.models.engine import Engine, Generation, Request, Sampling
+from cai.models.loading import load_engine
 from cai.stats import calibration, intervals, letters, refusals, tables, texts
 from cai.steps import judging
+from cai.steps.plan import PRESETS, Choices
 
 ROLES = ("reader", "judge", "critic")
 
@@ -43,7 +45,7 @@ MOST_SAME_POSITION = 0.3
 # Critiques are short. Where nothing is left of one, the model was still reasoning, and is asked again with more room.
 CRITIQUE_TOKENS, REASONING_TOKENS = 128, 2048
 
-BIAS_ROWS = 30  # for the letter bias of a reader that is used with one order
+BIAS_ROWS = 20  # for the letter bias of a reader that is used with one order
 
 LEAST_ANSWERED = 0.9  # share of the rows below which a result is not kept: a server may have failed
 
@@ -68,7 +70,7 @@ class Task:
     """What a model is to do, and how it is asked.
 
     orders: of a reader (`classes.by_judge`). template: of a judge's forced choice, or of a critique; None: the default.
-    answer_template, reasoning, sampling: of a judge (`judging.Question`).
+    answer_template, reasoning, sampling: of a judge (`judging.Question`). new_tokens: of a critique.
     """
 
     role: str
@@ -77,15 +79,24 @@ class Task:
     answer_template: Template | None = None
     reasoning: Template | None = None
     sampling: Sampling | None = None
+    new_tokens: int = CRITIQUE_TOKENS
+
+    @property
+    def templates(self) -> tuple[Template, Template]:
+        """What is asked, and how it is asked of an engine that writes its labels, or how a critique is read."""
+        names = {"reader": ("classify", "classify_answer"), "critic": ("critique", "classify_critique")}
+        asked, answered = map(load_template, names.get(self.role, ("preference", "preference_answer")))
+        return self.template or asked, self.answer_template or answered
 
     def settings(self) -> dict[str, Any]:
         """All that decides the answers, beside the model and the texts."""
-        names = {"reader": ("classify", "classify_answer"), "critic": ("critique", "classify_critique")}
-        defaults = names.get(self.role, ("preference", "preference_answer"))
-        given = (self.template, self.answer_template, self.reasoning)
-        hashes = [template.sha256 for template in (*map(load_template, defaults), *filter(None, given))]
-        sampling = asdict(self.sampling) if self.sampling and self.reasoning else None
-        return {"role": self.role, "orders": self.orders, "templates": hashes, "sampling": sampling}
+        return {
+            "role": self.role,
+            "orders": self.orders,
+            "templates": [template.sha256 for template in self.templates],
+            "reasoning": [self.reasoning.sha256, asdict(self.sampling)] if self.reasoning and self.sampling else None,
+            "new_tokens": self.new_tokens,
+        }
 
 
 # --- the measurement ----------------------------------------------------------------------------------------
@@ -105,7 +116,7 @@ def measure(engine: Engine, task: Task, set_name: str = qualification_sets.ENGLI
     best = max(figures["baselines"], key=figures["baselines"].__getitem__)
     figures["best_baseline"] = {"name": best, "value": figures["baselines"][best]}
     reasons = _find_reasons(figures)
-    return {"role": task.role, "set": set_name, "fit": not reasons, "reasons": reasons, **figures}
+    return {"model": engine.name, "role": task.role, "set": set_name, "fit": not reasons, "reasons": reasons, **figures}
 
 
 def _find_reasons(figures: Mapping[str, Any]) -> list[str]:
@@ -233,12 +244,13 @@ def _constitution_of(rows: Iterable[dict], set_name: str) -> tuple[Constitution,
 
 def _measure_judge(engine: Engine, task: Task, rows: list[dict], set_name: str) -> dict[str, Any]:
     constitution, principles = _constitution_of(rows, set_name)
+    template, answer_template = task.templates
     question = judging.Question(
         constitution,
-        task.template or load_template("preference"),
+        template,
         task.reasoning,
         task.sampling,
-        written=task.answer_template or load_template("preference_answer"),
+        written=answer_template,
         most_examples=0,
         choose_principle=lambda comparison: principles[comparison["id"]],
     )
@@ -294,12 +306,12 @@ def _side_baselines(rows: Sequence[dict]) -> dict[str, list[object]]:
 def _measure_critic(engine: Engine, task: Task, rows: list[dict], set_name: str) -> dict[str, Any]:
     """Whether the critiques tell faulty responses from faultless ones.
 
-    A fault counts as found if the critique says so (in plain English by the model's own forced choice in both orders,
-    in the bundled world by the grammar) and is about this response: it names a word of it or of the prompt, and is
-    not the critique of another one. A critic can't be told from a bad reader of critiques here; its own reading is used
-    because a model that can't read its critique can't revise by it.
+    A fault counts as found if the critique names one (in plain English by the model's own forced choice in both
+    orders, in the bundled world by the grammar) and is about this response: it has a word of it or of the prompt, and
+    is not the critique of another one. Whether it is the right fault is not read. Where a model is unfit, either its
+    critiques or its reading of them may be at fault: both are needed, because it revises by what it reads in them.
     """
-    critiques = _write_critiques(engine, rows, task.template or load_template("critique"))
+    critiques = _write_critiques(engine, rows, task)
     repeated = Counter(critique.text for critique in critiques.values())
     named = {row["id"] for row in rows if _names_a_word(critiques[row["id"]].text, row)}
     is_about = {id_: id_ in named and repeated[critique.text] == 1 for id_, critique in critiques.items()}
@@ -334,19 +346,19 @@ def _measure_critic(engine: Engine, task: Task, rows: list[dict], set_name: str)
     )
 
 
-def _write_critiques(engine: Engine, rows: Sequence[dict], template: Template) -> dict[str, Generation]:
+def _write_critiques(engine: Engine, rows: Sequence[dict], task: Task) -> dict[str, Generation]:
     """{row id: its critique}. Where reasoning took all the room, it is asked again with more."""
     bundled = load_constitution("harmlessness").principles[0]
 
     def ask(row: dict) -> Request:
         request = row["critique_request"]
         principle = replace(bundled, critique=request) if request else bundled
-        rendered = template.render(principle=principle, prompt=row["prompt"], response=row["response"])
+        rendered = task.templates[0].render(principle=principle, prompt=row["prompt"], response=row["response"])
         return Request(row["id"], rendered)
 
     requests = {row["id"]: ask(row) for row in rows}
     critiques: dict[str, Generation] = {}
-    for tokens in (CRITIQUE_TOKENS, REASONING_TOKENS):
+    for tokens in (task.new_tokens, REASONING_TOKENS):
         waiting = [request for id_, request in requests.items() if id_ not in critiques or _is_unsaid(critiques[id_])]
         critiques |= {
             request.key: generation for request, generation in engine.generate(waiting, Sampling(tokens, 0.0))
@@ -417,7 +429,7 @@ def qualify(
     kept = None if again else _results.get(digest) or _read_kept(digest)
     if kept is None:
         cli.note(f"qualifying {model} as {task.role} on {len(rows)} texts with known labels (once)")
-        kept = {"model": model, **measure(load(), task, set_name)}
+        kept = {**measure(load(), task, set_name), "model": model}
         if kept["lost"] <= (1 - LEAST_ANSWERED) * len(rows):
             _keep(digest, kept)
     _results[digest] = kept
@@ -447,12 +459,47 @@ def _keep(digest: str, result: Mapping) -> None:
         cli.warn(f"the qualification can't be kept ({error}); it is measured again next time")
 
 
+def report(model: str, task: Task, load: Callable[[], Engine], **how: Any) -> dict[str, Any] | None:
+    """`qualify`, noted for the summary and the manifests of the command that runs, with a warning if it is unfit."""
+    result = qualify(model, task, load, **how)
+    if result is not None:
+        verdict = describe(result)
+        cli.report_qualification(verdict, result["fit"])
+        if not result["fit"]:
+            cli.warn(f"{verdict}. Nothing below can be believed. {REMEDIES[task.role]}")
+    return result
+
+
+def require_run(choices: Choices) -> None:
+    """Raise UnfitError if the model of a whole run is unfit for what its steps ask of it; all roles are measured."""
+    preset = PRESETS[choices.preset]
+    roles = [
+        *(["reader"] if "--by judge" in str(preset["evaluate"]) else []),
+        *(["judge"] if choices.rl != "none" else []),
+        "critic",
+    ]
+
+    def load() -> Engine:
+        batch_size = choices.batch_size or int(str(preset["batch_size"]))
+        return load_engine(choices.model, batch_size=batch_size, device=choices.device, dtype=choices.dtype)
+
+    results = [qualify(choices.model, Task(role), load, dtype=choices.dtype) for role in roles]
+    unfit = [result for result in results if result and not result["fit"]]
+    if unfit:
+        verdicts = " ".join(f"{describe(result)}. {REMEDIES[result['role']]}." for result in unfit)
+        raise UnfitError(
+            f"nothing was run, because what this model writes and judges can't be believed. {verdicts} "
+            "With --unqualified it runs all the same"
+        )
+
+
 def describe(result: Mapping) -> str:
     """The verdict in one line, with the reasons if it is unfit."""
     verdict = "fit" if result["fit"] else "UNFIT"
     best = result["best_baseline"]
     figures = f"accuracy {tables.show(result['accuracy'])}, baseline {100 * best['value']:.1f} %"
-    return "; ".join([f"{result['role']} {verdict} ({result['set']}): {figures}", *result["reasons"]])
+    line = f"{result['model']} is {verdict} as {result['role']} ({result['set']}): {figures}"
+    return "; ".join([line, *result["reasons"]])
 
 
 def list_figures(result: Mapping) -> list[str]:
