@@ -25,12 +25,16 @@ VALUES = {
         "reasoning": "",
     },
     "coverage": {"principle": PRINCIPLE, "prompt": "P?"},
+    "check_prompt": {"principle": PRINCIPLE, "prompt": "P?"},
+    "derive": {"sentence": "Never lecture.", "problem": ""},
+    "propose_prompts": {"principle": PRINCIPLE, "kind": "harmful", "count": "5", "known": "- K?", "problem": ""},
+    "infer": {"prompt": "P?", "response_a": "R1.", "response_b": "R2.", "better": "A", "problem": ""},
     "classify": {"prompt": "P?", "response": "R."},
     "classify_answer": {"prompt": "P?", "response": "R."},
     "classify_critique": {"prompt": "P?", "response": "R.", "critique": "C."},
     "classify_harm": {"prompt": "P?", "response": "R."},
 }
-PREFILLED = ("preference", "classify", "classify_critique", "classify_harm", "coverage")
+PREFILLED = ("preference", "classify", "classify_critique", "classify_harm", "coverage", "check_prompt")
 
 
 def test_every_template_is_known_here():

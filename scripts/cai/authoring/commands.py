@@ -5,13 +5,31 @@
 Leaves out what needs no model (lint, show, new, import, export, schema): scripts/constitution.py.
 """
 
+import shlex
 from pathlib import Path
 
 import click
 
+from cai.authoring import derivation, proposals
 from cai.base import cli
+from cai.base.errors import InputError
+from cai.constitution import rendering
 from cai.data import outputs, readers, reading
+from cai.data.kinds import KINDS
 from cai.evaluate import ablation, measurement
+
+TRIES = click.option(
+    "--tries",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="How often a question is asked until its answer can be used.",
+)
+
+
+def _beside(output: str, ending: str) -> str:
+    """The file of rows beside an output: `<output>.<ending>.jsonl`, without the output's suffix."""
+    return f"{Path(output).with_suffix('')}.{ending}.jsonl"
 
 
 @click.command(cls=cli.Command)
@@ -83,4 +101,102 @@ def ablate(output, as_json, dry_run, overwrite, **values):
     cli.finish({**summary, "principles": rows} if as_json else summary, as_json=as_json)
 
 
-COMMANDS = (coverage, ablate)
+@click.command(cls=cli.Command)
+@cli.options("constitution", "output", "model", "endpoint", "principle")
+@TRIES
+@cli.options("reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed")
+@cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+def derive(output, as_json, dry_run, overwrite, **values):
+    """Let a model phrase critique, revision and preference for principles that are plain sentences.
+
+    Each answer is checked: its form, the lint, and that it asks for what the sentence asks for. A principle without a
+    usable answer keeps the requests phrased from its sentence, with the tag `underived` (exit 3). The answers are in
+    OUTPUT.answers.jsonl, without OUTPUT's suffix; the same command continues there.
+
+    \b
+    Example:
+      python scripts/constitution.py derive --constitution kitchen.yaml --model my-org/my-model --output derived.yaml
+    """
+    task = derivation.Derivation(measurement.gather(values))
+    journal = outputs.Output(
+        _beside(output, "answers"),
+        command="derive",
+        fingerprint=task.settings,
+        overwrite=overwrite,
+        inputs=[task.constitution.path],
+    )
+    if Path(output).resolve() == Path(task.constitution.path).resolve():
+        raise InputError("the output is the constitution that is read", where=output, remedy="Name another output")
+    summary = {"command": "derive", "output": output}
+    if dry_run:
+        return cli.finish({**summary, **task.plan(journal)}, as_json=as_json)
+    if not journal.complete:
+        rendering.check_free(output, overwrite)
+    constitution = task.compose(task.write(journal))
+    rendering.save_unless_same(output, constitution, overwrite)
+    cli.finish({**summary, "principles": len(constitution.principles), **journal.counts}, as_json=as_json)
+
+
+@click.command(cls=cli.Command)
+@cli.options("constitution", "model", "endpoint", "principle")
+@click.option("--kind", multiple=True, type=click.Choice(KINDS), help="Kind of prompt; repeatable.  [default: all]")
+@click.option(
+    "-n", "count", type=click.IntRange(1, 1000), default=10, show_default=True, help="Prompts per principle and kind."
+)
+@click.option(
+    "--heldout-share",
+    type=click.FloatRange(0, 1),
+    default=0.2,
+    show_default=True,
+    help="Share of the prompts, of each principle and kind, that goes to --heldout.",
+)
+@click.option("--heldout", metavar="PATH", help="Where the held-out prompts go.  [default: OUTPUT.heldout.jsonl]")
+@click.option("--check", metavar="MODEL", help="A judge that confirms each prompt's kind; may be openai:NAME@URL.")
+@TRIES
+@cli.options("output", "reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed")
+@cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+def prompts(output, heldout, as_json, dry_run, overwrite, **values):
+    """Let a model write prompts for each principle: harmful, borderline and benign, with a share held out.
+
+    Near-duplicates are left out over all kinds, so that no held-out prompt resembles one of OUTPUT, and asked for
+    again up to --tries times. Exits with 3 if prompts are missing. The answers are in OUTPUT.answers.jsonl, without
+    OUTPUT's suffix; the same command continues there.
+
+    \b
+    Example:
+      python scripts/constitution.py prompts --constitution harmlessness --model my-org/my-model -n 20 \\
+          --output train.jsonl --heldout heldout.jsonl
+    """
+    task = proposals.Proposals(measurement.gather(values))
+
+    def claim(path: str, settings: dict) -> outputs.Output:
+        inputs = [task.constitution.path]
+        return outputs.Output(path, command="prompts", fingerprint=settings, overwrite=overwrite, inputs=inputs)
+
+    paths = (output, heldout or _beside(output, "heldout"))
+    if len({Path(path).resolve() for path in paths}) == 1:
+        raise InputError("the same file as --output", where="--heldout", remedy="Name two files")
+    train, held_out = (claim(path, task.settings) for path in paths)
+    summary = {"command": "prompts", "output": output, "heldout": paths[1]}
+    if dry_run:
+        return cli.finish({**summary, **task.plan()}, as_json=as_json)
+    if not (train.complete and held_out.complete):
+        rows, counts = task.write(lambda ending, settings: claim(_beside(output, ending), settings))
+        counts = {"prompts": len(rows), **task.count(rows), **counts}
+        for final, name in zip((train, held_out), proposals.SPLITS, strict=True):
+            _write_rows(final, [row for row in rows if row["split"] == name], counts)
+    command = f"python scripts/run.py --model {shlex.quote(values['model'])} --constitution "
+    command += shlex.join([values["constitution"], "--input", output, "--heldout", paths[1], "--output", "runs/new"])
+    cli.finish({**summary, **train.counts}, as_json=as_json, next_command=command)
+
+
+def _write_rows(output: outputs.Output, rows: list[dict], counts: dict) -> None:
+    with output:
+        if not output.complete:
+            for row in rows:
+                if row["id"] not in output.done:
+                    output.write(row)
+            output.finish([row["id"] for row in rows], counts)
+
+
+COMMANDS = (coverage, ablate, derive, prompts)

@@ -175,3 +175,9 @@ def save_constitution(path: str | Path, constitution: Constitution, overwrite: b
         raise InputError(str(error).replace(f"{draft}:", f"{path}:").rstrip(".")) from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def save_unless_same(path: str | Path, constitution: Constitution, overwrite: bool) -> None:
+    """`save_constitution`, except that a file which has this very content already is left as it is."""
+    if not (Path(path).is_file() and Path(path).read_bytes() == to_yaml(constitution).encode()):
+        save_constitution(path, constitution, overwrite)
