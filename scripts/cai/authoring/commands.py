@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from cai.authoring import derivation, proposals
+from cai.authoring import derivation, inference, proposals
 from cai.base import cli
 from cai.base.errors import InputError
 from cai.constitution import rendering
@@ -199,4 +199,66 @@ def _write_rows(output: outputs.Output, rows: list[dict], counts: dict) -> None:
             output.finish([row["id"] for row in rows], counts)
 
 
-COMMANDS = (coverage, ablate, derive, prompts)
+@click.command(cls=cli.Command)
+@cli.options("input", "output", "model", "endpoint")
+@click.option("--judge", metavar="MODEL", help="The model that predicts held-out pairs.  [default: --model]")
+@click.option("--candidates", metavar="NAME|FILE", help="A constitution whose principles are scored too.")
+@click.option(
+    "--propose",
+    type=click.IntRange(min=0),
+    default=100,
+    show_default=True,
+    help="Pairs about which the model is asked why one response is better; 0: score --candidates only, on all pairs.",
+)
+@click.option(
+    "--clusters", type=click.IntRange(min=1), default=20, show_default=True, help="Proposals to score, at most."
+)
+@click.option("--best", type=click.IntRange(min=1), default=5, show_default=True, help="Principles in OUTPUT, at most.")
+@click.option(
+    "--heldout-share",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Share of the prompts whose pairs are predicted, and never shown to the model that proposes.",
+)
+@TRIES
+@cli.options("reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed", "limit")
+@cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+@reading.reading_options
+def infer(output, as_json, dry_run, overwrite, **values):
+    """Find principles behind preferences: candidates, and how many held-out pairs each predicts.
+
+    Reads pairs: chosen and rejected, or response_a, response_b and gold. OUTPUT is a constitution of the candidates
+    that predict more than the longer response, the shorter, either position, and a placebo; without any it is not
+    written (exit 3). All figures are in OUTPUT.scores.jsonl, without OUTPUT's suffix.
+
+    \b
+    Example:
+      python scripts/constitution.py infer --input preferences.jsonl --model my-org/my-model --output inferred.yaml
+    """
+    task = inference.Inference(measurement.gather(values))
+
+    def claim(ending: str, settings: dict) -> outputs.Output:
+        path, inputs = _beside(output, ending), values["inputs"]
+        return outputs.Output(path, command="infer", fingerprint=settings, overwrite=overwrite, inputs=inputs)
+
+    scores = claim("scores", task.settings)
+    summary = {"command": "infer", "output": output, "scores": str(scores.path)}
+    if dry_run:
+        return cli.finish({**summary, **task.plan()}, as_json=as_json)
+    if not scores.complete:
+        rendering.check_free(output, overwrite)
+    rows, counts, constitution = task.write(claim)
+    _write_rows(scores, rows, counts)
+    if constitution.principles:
+        rendering.save_unless_same(output, constitution, overwrite)
+    else:
+        cli.warn(f"no candidate predicts more than every baseline: {output} is not written")
+    if not as_json:
+        click.echo(inference.as_text(rows))
+    cli.finish({**summary, "principles": len(constitution.principles), **counts}, as_json=as_json)
+    if not constitution.principles:
+        click.get_current_context().exit(cli.SOME_FAILED)
+
+
+COMMANDS = (coverage, ablate, derive, prompts, infer)

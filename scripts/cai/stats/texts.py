@@ -1,7 +1,7 @@
 """Counts of texts: words, phrases, duplicates and repetition.
 
     duplicates(prompts, responses)     # share of responses that repeat the response to another prompt
-    cluster([set(words(text)) for text in sentences], 0.3)      # groups that share their rarer words
+    cluster([set(words(text)) for text in sentences], 0.5)      # groups of texts that share their words
 
 Languages written without spaces count a clause as one word.
 """
@@ -124,17 +124,11 @@ class NearDuplicates:
 
 
 def cosines(bags: Sequence[Set[str]]) -> np.ndarray:
-    """(n, n) cosines of n sets of words, each word weighted by its rarity: ln((n + 1) / sets that have it)."""
-    weights = {
-        word: math.log((len(bags) + 1) / n) for word, n in Counter(w for bag in bags for w in sorted(bag)).items()
-    }
-    columns = {word: number for number, word in enumerate(weights)}
+    """(n, n) cosines of n sets of words: the words that two share, by the geometric mean of their numbers of words."""
+    columns = {word: number for number, word in enumerate(dict.fromkeys(word for bag in bags for word in sorted(bag)))}
     matrix = np.zeros((len(bags), max(1, len(columns))))
     for row, bag in enumerate(bags):
-        for word in bag:
-            matrix[row, columns[word]] = weights[word]
-    lengths = np.linalg.norm(matrix, axis=1, keepdims=True)
-    matrix /= np.where(lengths == 0, 1, lengths)
+        matrix[row, [columns[word] for word in bag]] = 1 / math.sqrt(max(1, len(bag)))
     return matrix @ matrix.T
 
 
