@@ -140,6 +140,25 @@ def test_what_can_not_be_derived_is_bad_input(derive, tmp_path):
     assert not (tmp_path / "derived.answers.jsonl").exists()
 
 
+def test_a_run_that_was_killed_asks_for_the_rest_only(derive, tmp_path):
+    path, journal = write_sentences(tmp_path, *SENTENCES), tmp_path / "derived.answers.jsonl"
+    with CannedServer(answering(SENTENCES)) as server:
+        derive(server, path)
+        text = (tmp_path / "derived.yaml").read_text()
+        # What a kill leaves: the journal with a torn last line, a manifest of a running run, and no constitution.
+        first, second = journal.read_bytes().splitlines(keepends=True)
+        (tmp_path / "derived.answers.jsonl.partial").write_bytes(first + second[:20])
+        manifest = tmp_path / "derived.answers.jsonl.run.json"
+        manifest.write_text(manifest.read_text().replace('"status": "done"', '"status": "running"'))
+        journal.unlink()
+        (tmp_path / "derived.yaml").unlink()
+        server.requests.clear()
+        assert derive(server, path)["derived"] == 2
+        questions = [body["messages"][-1]["content"] for body in server.requests]
+        assert sum("A rule for" in question for question in questions) == 1
+    assert (tmp_path / "derived.yaml").read_text() == text
+
+
 GOOD = SENTENCES["Never lecture the reader"]
 
 
