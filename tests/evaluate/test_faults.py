@@ -36,6 +36,20 @@ def rows():
     ]
 
 
+def test_skipped_rounds_and_all_principles_at_once():
+    [first, *_] = rows()
+    skipped = {"principle": None, "critique": "", "skipped": "unmatched"}
+    content = {"principle": "harm", "critique": "No fault.", "skipped": "content"}
+    whole = {**first["rounds"][0], "principle": "all"}
+    critiqued = list(faults.critiques([{**first, "rounds": [skipped, whole, content]}]))
+    assert [(one["id"], one["principle"], one["response"], one["changed"]) for one in critiqued] == [
+        ("1#2", "all", "Force it.", True),
+        ("1#3", "harm", "I can't.", False),
+    ]
+    _, counts = faults.figures(critiqued, {}, {}, load_constitution("harmlessness"))
+    assert counts["drawn"] == {"all": 1, "harm": 1} and counts["never_drawn"] == []
+
+
 def test_figures_by_hand():
     class_of = {
         "1#0": "comply",

@@ -61,10 +61,11 @@ def test_a_template_renders_in_plain_jinja_as_in_ours_with_the_variables_told(na
     principle = tree["principles"][0]
     values = {one: f"the {one}" for one in re.findall(r"`(\w+)`", TOLD[name])}
     values |= {"principle": principle} if "principle" in values else {}
+    values |= {"constitution": tree} if "constitution" in values else {}
     values |= {"swapped": False} if "swapped" in values else {}
     made = rendered(plain(name), values)
     assert set(made) <= {"system", "user", "prefill"}
-    ours = load_template(name).render(**values)
+    ours = load_template(name, next(iter(made))).render(**values)
     assert list(made.values()) == [message["content"] for message in ours]
     for one, text in values.items():
         assert not isinstance(text, str) or text in str(made), one

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 from cai.authoring import asking
 from cai.base import hashing
 from cai.base.errors import InputError
 from cai.constitution import lint, polarity, templates
-from cai.constitution.files import Constitution, Principle, load_constitution, phrase
+from cai.constitution.files import Constitution, Principle, load_constitution, move_sources, phrase
 from cai.data import outputs, preferences, sources
 from cai.evaluate import measurement
 from cai.models import choice, loading
@@ -98,7 +99,7 @@ class Inference:
         Args:
             claim: the output of an ending and the settings that decide it.
         """
-        candidates = [Candidate(principle) for principle in self.given.principles] if self.given else []
+        candidates = [Candidate(principle) for principle in self._read_candidates()]
         counts = {"train": len(self.train), "heldout": len(self.heldout), **self.counts}
         if self.asked:
             proposed = self._propose(claim("proposals", self.proposing))
@@ -116,6 +117,11 @@ class Inference:
         rows = rank(self.heldout, {row["id"]: row["p"] for row in judged if row["p"]}, candidates)
         counts["beat_baselines"] = sum(row.get("beats_baselines", False) for row in rows)
         return rows, counts, compose(rows, candidates, self.options.best)
+
+    def _read_candidates(self) -> Sequence[Principle]:
+        """The principles of `--candidates`, the paths of their sources relative to the working folder."""
+        given = self.given
+        return move_sources(given.principles, Path(given.path).parent, ".") if given else ()
 
     def _propose(self, journal: outputs.Output) -> list[dict]:
         """Rows {id, sentence, problems}: what the model gives as the principle behind each pair; None if unusable."""

@@ -13,14 +13,22 @@ from cai.base.errors import InputError, shorten
 
 UNCHANGED = "copy"  # revise.py's flag of a revision that repeats the response
 
+REFUSED = "gate"  # revise.py's flag of a revision that its judge did not prefer to the text before it
+
 # Why a round has no revision: no principle speaks to the prompt, or the critique finds no fault.
 SKIPPED = ("unmatched", "content")
 
 
 def texts_of(row: Mapping[str, Any]) -> list[str]:
-    """The first response, then the revision of each completed round."""
-    revisions = (round_.get("revision") for round_ in row.get("rounds") or ())
-    return [row["response"], *(text for text in revisions if text is not None)]
+    """The first response, then the text after each completed round: its revision, or for a skipped round what it left
+    unchanged."""
+    texts = [row["response"]]
+    for round_ in row.get("rounds") or ():
+        if "skipped" in round_:
+            texts.append(texts[-1])
+        elif round_.get("revision") is not None:
+            texts.append(round_["revision"])
+    return texts
 
 
 def text_of_round(row: Mapping[str, Any], number: int | None = None) -> str:
@@ -49,8 +57,12 @@ def check_rounds(row: Mapping[str, Any], where: object, line: int, *, critiqued:
         raise error(f"`rounds` is {shorten(rounds)!r}", "a list")
     for number, round_ in enumerate(rounds, 1):
         if isinstance(round_, dict) and "skipped" in round_:
-            if round_["skipped"] not in SKIPPED or "revision" in round_:
-                raise error(f"round {number} is {shorten(round_)!r}", f"skipped ({', '.join(SKIPPED)}) and no revision")
+            is_skipped = isinstance(round_.get("critique"), str) and isinstance(round_.get("principle", 0), str | None)
+            if not is_skipped or round_["skipped"] not in SKIPPED or "revision" in round_:
+                raise error(
+                    f"round {number} is {shorten(round_)!r}",
+                    f"principle, critique, skipped ({' or '.join(SKIPPED)}) and no revision",
+                )
             continue
         is_round = isinstance(round_, dict) and all(isinstance(round_.get(k), str) for k in ("principle", "critique"))
         if not is_round or not isinstance(round_.get("revision"), str | None):

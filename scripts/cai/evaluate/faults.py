@@ -29,16 +29,21 @@ def steps(rows: Iterable[dict]) -> Iterator[dict]:
 
 
 def critiques(rows: Iterable[dict]) -> Iterator[dict]:
-    """One row per critique: {id, prompt, response (what it is about), critique, principle, changed}."""
+    """One row per critique: {id, prompt, response (what it is about), critique, principle, changed}.
+
+    A round that was skipped before it had a critique has no row.
+    """
     for row in rows:
         for number, (round_, text) in enumerate(zip(row.get("rounds") or (), rounds.texts_of(row), strict=False), 1):
+            if round_["principle"] is None:
+                continue
             yield {
                 "id": f"{row['id']}#{number}",
                 "prompt": row["prompt"],
                 "response": text,
                 "critique": round_["critique"],
                 "principle": round_["principle"],
-                "changed": round_["revision"].split() != text.split(),
+                "changed": round_.get("revision", text).split() != text.split(),
             }
 
 
@@ -100,4 +105,4 @@ def figures(
     }
     counts = {"critiques": drawn.total(), "principles": len(drawn), "drawn": dict(drawn.most_common())}
     never = [principle.id for principle in constitution.principles if principle.id not in drawn] if constitution else []
-    return rates, {**counts, "never_drawn": never}
+    return rates, {**counts, "never_drawn": [] if files.ALL in drawn else never}

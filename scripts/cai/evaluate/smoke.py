@@ -105,7 +105,7 @@ def revisions_differ(rows: Sequence[dict]) -> _Result:
 
 def revisions_in_form(rows: Sequence[dict]) -> _Result:
     """Revisions of which half or fewer are flagged (a copy is not a fault of form)."""
-    flagged = [set(row["rounds"][-1]["flags"]) - {"copy"} for row in rows]
+    flagged = [set(row["rounds"][-1].get("flags", ())) - {"copy"} for row in rows]
     count = sum(map(bool, flagged))
     reasons = Counter(reason for reasons in flagged for reason in reasons).most_common()
     details = f" ({', '.join(f'{reason} {n}' for reason, n in reasons)})" if reasons else ""

@@ -81,6 +81,8 @@ def measure_responses(options: SimpleNamespace) -> measurement.Measurement:
         ]
         classified = reader.write_classes(rows, claim("classes", settings))
         rates, counts = rates_of_classes(classified, calls if model else source.count)
+        if reader.by == "phrases":
+            counts["notes"] = [classes.PHRASES_NOTE]
         if options.drift_from:
             harmless = [row for row in rows if row["kind"] != "harmful" and not row.get("stress")]
             policy, base = (loading.load_named_engine(m, (), options.loading) for m in (model, options.drift_from))
@@ -182,7 +184,7 @@ def measure_principles(options: SimpleNamespace) -> measurement.Measurement:
     source = sources.Source(
         options.responses, require=fields, limit=options.limit, check=check, reading=options.reading
     )
-    critiques = sum(len(row["rounds"]) for row in source)
+    critiques = sum(1 for _ in faults.critiques(source))
     is_read = by == "oracle" or bool(judge)
     has_kinds = is_read and all(row.get("kind") in kinds.KINDS for row in source)
     if has_kinds:

@@ -32,7 +32,10 @@ NAMES = {
     "off_topic": "off topic",
     "benign_helpful": "helped",
     "benign_refused": "refused",
+    "benign_off_topic": "off topic",
+    "borderline_helpful": "helped",
     "over_refusal": "refused, though harmless",
+    "borderline_off_topic": "off topic",
 }
 JUDGE_NAMES = {
     "undecided": "undecided pairs",

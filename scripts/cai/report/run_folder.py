@@ -299,6 +299,8 @@ def principles(run: Run) -> list[dict]:
     revised, pairs = defaultdict(list), defaultdict(list)
     for row in run.rows:
         for number, entry in enumerate(row.get("rounds") or (), 1):
+            if entry["principle"] is None:  # none spoke to the prompt
+                continue
             revised[entry["principle"]].append(entry.get("revision") is not None and is_changed(entry))
             classes = [run.classes.get((row["id"], round_)) for round_ in (number - 1, number)]
             if row.get("kind") == "harmful" and entry.get("revision") is not None and None not in classes:
@@ -326,8 +328,12 @@ def principles(run: Run) -> list[dict]:
 
 
 def _read_preferences(run: Run) -> None:
-    """The counts of every file of preferences; the rows of the first, which is what the method made."""
-    steps = [step for step in run.finished("judge") if "p_chosen" in run.first_row(step["name"])]
+    """The counts of every file of judged preferences; the rows of the first, which is what the method made."""
+    steps = [
+        step
+        for step in run.finished("judge")
+        if "p_chosen" in run.first_row(step["name"]) and not step["fingerprint"].get("preferred")
+    ]
     run.judged = [(_stem(step["name"]), step["counts"]) for step in steps]
     for step in steps[:1]:
         run.preferences_file, run.preferences = step["name"], list(run.read(step["name"]))
