@@ -1,6 +1,10 @@
 """The direction of requests: what asks for the opposite of a sentence, or for something else, is never accepted."""
 
+import re
+
 import pytest
+import yaml
+from conftest import ROOT
 
 from cai.constitution.direction import find_problem
 
@@ -73,6 +77,20 @@ def test_the_opposite_is_refused(sentence, turned):
     assert find_problem(sentence, right | turned)
 
 
+@pytest.mark.parametrize(
+    ("sentence", "revision"),
+    [
+        ("It must not delete such records", "deletes such records."),
+        ("Never replace a word of the user", "replaces a word of the user."),
+        ("They should name at least one book on paper", "does not name at least one book on paper."),
+    ],
+)
+def test_a_word_that_may_negate_turns_nothing_round(sentence, revision):
+    good = "does not do so." if "not" in sentence or "Never" in sentence else "names at least one book on paper."
+    assert find_problem(sentence, requests(revision, revision, f"{revision[:-1]}?"))
+    assert find_problem(sentence, requests(good, revision, f"{good[:-1]}?"))
+
+
 def test_half_of_a_sentence_is_not_turned_round():
     sentence = "Help with the harmless part without lecturing"
     turned = requests(
@@ -97,3 +115,31 @@ def test_half_of_a_sentence_is_not_turned_round():
 def test_what_can_not_be_compared_is_refused(sentence, other, problem):
     right = next((requests(*case[1:]) for case in RIGHT if case[0] == sentence), requests(*RIGHT[0][1:]))
     assert problem in find_problem(sentence, right | other)
+
+
+SUBJECT = re.compile(
+    r"(?:(?:the|an|our) (?:assistant|model)|\w+) (?:should|must|will|shall)(?: also| always)? (never |not )?(.+?)\.?",
+    re.I,
+)
+COMMAND = re.compile(r"(never |do not |don't |avoid )?(.+?)\.?", re.I)
+
+
+def test_no_sentence_of_the_documents_is_turned_round():
+    """Requests made of each sentence's own words, and the same with one request, or all, turned into the opposite."""
+    accepted, sentences = 0, 0
+    for path in sorted((ROOT / "tests" / "constitution" / "documents").glob("*.yaml")):
+        for item in yaml.safe_load(path.read_text(encoding="utf-8")):
+            text = " ".join(item["text"].split())
+            match = SUBJECT.fullmatch(text) or COMMAND.fullmatch(text)
+            if item["kind"] != ("prohibition" if match[1] else "demand"):
+                continue
+            wanted, fault = (f"not {match[2]}", match[2]) if match[1] else (match[2], f"not {match[2]}")
+            right = requests(f"does {fault}.", f"does {wanted}.", f"does {wanted}?")
+            turned = requests(f"does {wanted}.", f"does {fault}.", f"does {fault}?")
+            assert find_problem(text, turned), text
+            for name in right:
+                assert find_problem(text, {**right, name: turned[name]}), (name, text)
+            accepted += find_problem(text, right) is None
+            sentences += 1
+    print(f"\n{sentences} sentences, {accepted} right ones accepted, none of {4 * sentences} turned ones")
+    assert sentences > 200 and accepted > sentences / 2

@@ -46,6 +46,8 @@ def find_problem(sentence: str, requests: Mapping[str, str]) -> str | None:
     """
     if polarity.judge_sentence(sentence).polarity == polarity.UNCLEAR:
         return "it is unclear whether the sentence demands or prohibits"
+    if lint.read_request(sentence) != sentence.lower():  # in a request the same words would be read as a negation
+        return "the sentence has a word such as “less”, “delete” or “fail to”, which may turn it round"
     condition = _condition_words(sentence)
     for name, opening in OPENINGS.items():
         match = opening.match(requests[name])

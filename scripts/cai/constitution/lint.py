@@ -101,7 +101,7 @@ _NEGATES = re.compile(r"\b(?:fail(?:s|ed|ing)? to|lack(?:s|ed|ing)?|free (?:of|f
 
 _REPLACES = re.compile(r"\breplac(?:e|es|ing) (.+?) (?:with|by)\b")
 
-_LESS = re.compile(r"([^,.;:?!]*)\b(?:less|least|fewer|fewest)\b")
+_LESS = re.compile(r"([^,.;:?!]*)(?<!\bat )\b(?:less|least|fewer|fewest)\b")
 
 
 def read_request(text: str) -> str:
