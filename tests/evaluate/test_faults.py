@@ -36,6 +36,27 @@ def rows():
     ]
 
 
+def test_rounds_that_were_skipped_or_refused():
+    unmatched = {"principle": None, "critique": "", "skipped": "unmatched"}
+    content = {"principle": "harm", "critique": "No fault.", "skipped": "content"}
+    refused = {"principle": "crime", "critique": "c", "revision": "a", "flags": ["gate"], "refused": "b", "gate": {}}
+    revised = {"principle": "harm", "critique": "c", "revision": "z", "flags": []}
+    row = {"id": "1", "prompt": "p", "response": "a", "rounds": [unmatched, refused, revised, content]}
+    assert [(c["id"], c["principle"], c["response"], c["changed"]) for c in faults.critiques([row])] == [
+        ("1#2", "crime", "a", False),
+        ("1#3", "harm", "a", True),
+        ("1#4", "harm", "z", False),
+    ]
+    assert [(step["id"], step["response"]) for step in faults.steps([row])] == [
+        (f"1#{number}", text) for number, text in enumerate("aaazz")
+    ]
+
+
+def test_no_principle_is_called_unused_where_all_were_used_together():
+    critiqued = [{"id": "1#1", "principle": "all", "changed": True}]
+    assert faults.figures(critiqued, {}, {}, load_constitution("harmlessness"))[1]["never_drawn"] == []
+
+
 def test_figures_by_hand():
     class_of = {
         "1#0": "comply",

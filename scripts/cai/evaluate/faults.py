@@ -9,6 +9,7 @@ the first has fixed the second can't. `constitution.py ablate` measures that.
 
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
+from itertools import pairwise
 
 from cai.constitution import files, templates
 from cai.data import rounds
@@ -29,16 +30,22 @@ def steps(rows: Iterable[dict]) -> Iterator[dict]:
 
 
 def critiques(rows: Iterable[dict]) -> Iterator[dict]:
-    """One row per critique: {id, prompt, response (what it is about), critique, principle, changed}."""
+    """One row per critique: {id, prompt, response (what it is about), critique, principle, changed}.
+
+    A round to which no principle speaks has none.
+    """
     for row in rows:
-        for number, (round_, text) in enumerate(zip(row.get("rounds") or (), rounds.texts_of(row), strict=False), 1):
+        texts = rounds.texts_of(row)
+        for number, (round_, (text, after)) in enumerate(zip(row.get("rounds") or (), pairwise(texts), strict=True), 1):
+            if round_["principle"] is None:
+                continue
             yield {
                 "id": f"{row['id']}#{number}",
                 "prompt": row["prompt"],
                 "response": text,
                 "critique": round_["critique"],
                 "principle": round_["principle"],
-                "changed": round_["revision"].split() != text.split(),
+                "changed": after.split() != text.split(),
             }
 
 
@@ -99,5 +106,6 @@ def figures(
         if (figure, principle) in outcomes
     }
     counts = {"critiques": drawn.total(), "principles": len(drawn), "drawn": dict(drawn.most_common())}
-    never = [principle.id for principle in constitution.principles if principle.id not in drawn] if constitution else []
+    principles = constitution.principles if constitution and files.ALL not in drawn else ()
+    never = [principle.id for principle in principles if principle.id not in drawn]
     return rates, {**counts, "never_drawn": never}

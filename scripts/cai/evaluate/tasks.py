@@ -149,7 +149,7 @@ def read_rows(
         if answered:
             rounds.check_rounds(row, where, line, critiqued=False)
             revisions = len(row.get("rounds") or ())
-            if round_ is not None and round_ > revisions:
+            if round_ is not None and round_ > revisions and not rounds.is_content(row):
                 raise InputError(
                     f"no round {round_}, only {revisions}", where=where, line=line, remedy="Choose another --round"
                 )
@@ -182,7 +182,7 @@ def measure_principles(options: SimpleNamespace) -> measurement.Measurement:
     source = sources.Source(
         options.responses, require=fields, limit=options.limit, check=check, reading=options.reading
     )
-    critiques = sum(len(row["rounds"]) for row in source)
+    critiques = sum(1 for _ in faults.critiques(source))
     is_read = by == "oracle" or bool(judge)
     has_kinds = is_read and all(row.get("kind") in kinds.KINDS for row in source)
     if has_kinds:
