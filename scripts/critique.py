@@ -14,15 +14,16 @@ from cai.base import cli
 from cai.constitution import files, templates
 from cai.data import rounds, sources
 from cai.models.reasoning import has_reasoning_tag
-from cai.steps import text
+from cai.steps import content, text
 
 
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model", "constitution")
 @click.option("--template", metavar="NAME|FILE", help="The prompt template.  [default: critique]")
 @click.option("--cot", is_flag=True, help="Think step by step first: the template critique_cot.")
+@content.stop_option
 @text.options
-def main(inputs, output, model, constitution, template, cot, settings):
+def main(inputs, output, model, constitution, template, cot, stop_when_content, settings):
     """Have a model criticise responses by a drawn principle.
 
     \b
@@ -60,15 +61,21 @@ def main(inputs, output, model, constitution, template, cot, settings):
             counts["empty"] += not critique
             if has_reasoning_tag(critique):
                 counts["leaked_tag"] += 1
-        return dict(counts)
+        if not stop_when_content:
+            return dict(counts)
+        return {**counts, **content.tally(answered, model, render, lambda row: row["rounds"][-1]["critique"])}
 
+    def pass_on(row):
+        return row if stop_when_content and rounds.is_content(row) else None
+
+    fingerprint = {"input": source.digest, "constitution": constitution.sha256, "template": template.sha256}
     text.run(
-        text.Step("critique", model, source, source.ids, render, answer),
+        text.Step("critique", model, source, source.ids, render, answer, settle=pass_on),
         settings,
         tally=tally,
         inputs=inputs,
         output=output,
-        fingerprint={"input": source.digest, "constitution": constitution.sha256, "template": template.sha256},
+        fingerprint=fingerprint | ({"stop_when_content": True} if stop_when_content else {}),
         next_command=["revise", "--input", output, "--model", model, *constitution_option, "--output", "REVISIONS"],
     )
 

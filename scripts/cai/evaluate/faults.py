@@ -11,14 +11,12 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import pairwise
 
-from cai.constitution import files, templates
+from cai.constitution import files
 from cai.data import rounds
 from cai.evaluate.rates import UNSAFE
-from cai.models import choice
-from cai.models.engine import Engine, RowRequest
+from cai.models.engine import Engine
 from cai.stats import intervals
-
-LETTERS = ("A", "B")  # of the template: a fault is found, or none is
+from cai.steps import content
 
 
 def steps(rows: Iterable[dict]) -> Iterator[dict]:
@@ -50,24 +48,15 @@ def critiques(rows: Iterable[dict]) -> Iterator[dict]:
 
 
 def find_faults(engine: Engine, rows: Iterable[dict], done: Container[str] = ()) -> Iterator[dict]:
-    """Each critique with `fault`, True or False, and `p_fault`; None where the judge made no choice.
+    """Each critique with `fault`, True or False, and `p_fault`, the mean over both orders of the options; None where
+    the judge made no choice.
 
     Args:
         rows: of `critiques`. done: ids to leave out.
     """
-    template = templates.load_template("classify_critique")
-    requests = [
-        RowRequest(
-            row["id"],
-            template.render(prompt=row["prompt"], response=row["response"], critique=row["critique"]),
-            row=row,
-        )
-        for row in rows
-        if row["id"] not in done
-    ]
-    for request, logprobs in choice.choose(engine, requests, LETTERS):
-        p = None if logprobs is None else choice.probabilities(logprobs)[0]
-        yield {**request.row, "fault": None if p is None else p > 0.5, "p_fault": p}
+    for row, orders in content.find_faults(engine, rows, done):
+        p = None if orders is None else sum(orders) / 2
+        yield {**row, "fault": None if p is None else p > 0.5, "p_fault": p}
 
 
 def figures(

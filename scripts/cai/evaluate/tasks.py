@@ -212,7 +212,7 @@ def measure_principles(options: SimpleNamespace) -> measurement.Measurement:
         class_of = {row["id"]: row["class"] for row in classified}
         return faults.figures(rows, class_of, {row["id"]: row.get("kind") for row in source}, constitution)
 
-    plan = {"rows": source.count, "critiques": critiques, "judge_calls": 2 * critiques + source.count if judge else 0}
+    plan = {"rows": source.count, "critiques": critiques, "judge_calls": 3 * critiques + source.count if judge else 0}
     return measurement.Measurement(list(options.responses), plan, settings, measure)
 
 
