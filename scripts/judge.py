@@ -3,8 +3,9 @@
     python scripts/judge.py --input samples.jsonl --model tiny --output preferences.jsonl
 
 The judge answers a forced choice in both orders; the labels' log-probabilities are read and averaged (paper,
-section 4.1). A principle is drawn for each comparison, or all are used. Several judges run one after the other, each
-with its own file beside the output, and their labels are then combined. Leaves out any training.
+section 4.1). A principle is drawn for each comparison, or matched to its prompt, or all are used. Several judges run
+one after the other, each with its own file beside the output, and their labels are then combined. Leaves out any
+training.
 """
 
 import shlex
@@ -17,7 +18,7 @@ from cai.data import processes, readers
 from cai.evaluate import audit
 from cai.models.loading import load_engine
 from cai.stats import agreement, tables
-from cai.steps import judges, text
+from cai.steps import judges, principles, text
 
 
 @click.command(cls=cli.Command)
@@ -35,13 +36,8 @@ from cai.steps import judges, text
     "way with --overwrite does not run the judges again.",
 )
 @cli.options("constitution")
-@click.option(
-    "--principles",
-    type=click.Choice(["drawn", "all"]),
-    default="drawn",
-    show_default=True,
-    help="drawn: one random principle per comparison. all: every principle, averaged by weight.",
-)
+@principles.principles_option("draw", "match", "all", "each")
+@principles.matches_option
 @click.option("--no-examples", is_flag=True, help="Do not show the judge the constitution's worked comparisons.")
 @click.option(
     "--against", metavar="FILE", help="Compare with these responses to the same prompts instead of among --input."
@@ -93,11 +89,12 @@ def main(inputs, output, model, judge, combine, audit_path, settings, **task_opt
     """
     servers = judges.read_judges([model, *judge] if model else judge, settings.endpoints)
     names = list(servers)
-    task = judges.read_task(inputs, settings, **task_options)
+    task = judges.read_task(inputs, settings, model=names[0], output=output, **task_options)
     loads = {name: partial(load_engine, name, endpoints=servers[name], **settings.loading) for name in names}
     team = processes.Team()
     if not team.first:
         if not (settings.dry_run or team.tell()):
+            judges.match_prompts(team, task, loads[names[0]])
             for load in loads.values():
                 judges.judge_output(team, None, task, load)
         return
@@ -110,6 +107,7 @@ def main(inputs, output, model, judge, combine, audit_path, settings, **task_opt
     if team.tell(final.complete):
         cli.note(f"{output} is done already; --overwrite makes it again")
     else:
+        judges.match_prompts(team, task, loads[names[0]])
         for name, load in loads.items():
             judges.judge_output(team, outputs[name], task, load)
         if len(names) > 1:

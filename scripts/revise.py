@@ -3,12 +3,12 @@
     python scripts/revise.py --input critiques.jsonl --model tiny --output revisions.jsonl
 
 Rules check the form of each revision (steps/flags.py) and flag what is wrong with it. Flagged revisions stay in the
-file, and sft.py skips them. With --gate a judge decides whether a revision replaces the text before it, and with
---stop-when-content a row whose critique finds no fault is not revised. Leaves out the critique (critique.py), and a
-second try for flagged revisions.
+file, and sft.py skips them. A row whose round was skipped is passed on as it is. With --gate a judge decides whether a
+revision replaces the text before it. Leaves out the critique (critique.py), and a second try for flagged revisions.
 """
 
 from collections import Counter
+from functools import partial
 
 import click
 
@@ -16,7 +16,7 @@ from cai.base import cli
 from cai.base.errors import InputError, shorten
 from cai.constitution import files, templates
 from cai.data import rounds, sources
-from cai.steps import content, gating, text
+from cai.steps import content, gating, principles, text
 from cai.steps.flags import REASONS, flags
 
 
@@ -39,67 +39,98 @@ def main(inputs, output, model, constitution, template, gate, stop_when_content,
       python scripts/revise.py --input critiques.jsonl --model tiny \\
           --constitution harmlessness --output revisions.jsonl
     """
-    template, constitution = templates.load_template(template), files.load_constitution(constitution)
+    constitution = files.load_constitution(constitution)
     gate = gating.read_gate(gate, settings.endpoints, constitution, settings.seed) if gate else None
-
-    def check(row, where, line):
-        rounds.check_rounds(row, where, line, critiqued=True)
-        if rounds.is_skipped(row):
-            return
-        if gate:
-            gate.check_row(row, where, line)
-        if (name := row["rounds"][-1]["principle"]) not in constitution:
-            raise InputError(
-                f"no principle {shorten(name)!r} in the constitution {constitution.name}",
-                where=where,
-                line=line,
-                expected="the constitution of the critique",
-                remedy="Give the same --constitution again",
-            )
-
+    reviser = Reviser(constitution, templates.load_template(template), gate)
     fields = ("prompt", "response", "rounds")
-    source = sources.Source(inputs, require=fields, limit=settings.limit, check=check, reading=settings.reading)
-
-    def render(row):
-        last = row["rounds"][-1]
-        return template.render(
-            principle=constitution[last["principle"]],
-            prompt=row["prompt"],
-            response=rounds.text_of_round(row),
-            critique=last["critique"],
-        )
-
-    def answer(row, generation):
-        revision_flags = flags(rounds.text_of_round(row), generation.text, generation.finish)
-        last = {**row["rounds"][-1], "revision": generation.text, "flags": revision_flags}
-        return {**row, "rounds": [*row["rounds"][:-1], last]}
-
-    def tally(answered):
-        flagged, reasons = 0, Counter({reason: 0 for reason in REASONS})
-        for row in answered:
-            flagged += bool(row["rounds"][-1].get("flags"))
-            reasons.update(row["rounds"][-1].get("flags", ()))
-        saved = content.tally(answered, model, render, rounds.text_of_round) if stop_when_content else {}
-        return {"flagged": flagged, "flags": dict(reasons), **saved}
-
-    step = text.Step("revise", model, source, source.ids, render, answer, settle=pass_on)
-    fingerprint = {"input": source.digest, "constitution": constitution.sha256, "template": template.sha256}
+    source = sources.Source(
+        inputs, require=fields, limit=settings.limit, check=reviser.check_row, reading=settings.reading
+    )
+    step = text.Step(
+        "revise",
+        model,
+        source,
+        source.ids,
+        reviser.render,
+        reviser.answer,
+        check=lambda engine: reviser.check(engine, settings.sampling.max_new_tokens),
+        settle=lambda row: row if rounds.is_skipped(row) else None,
+    )
+    saved = partial(content.tally, model=model, render=reviser.render) if stop_when_content else lambda _: {}
     text.run(
         content.stop_when_content(step) if stop_when_content else step,
         settings,
-        tally=tally,
+        tally=lambda answered: {**tally(answered), **saved(answered)},
         inputs=inputs,
         output=output,
-        fingerprint=fingerprint | (content.fingerprint() if stop_when_content else {}),
+        fingerprint={
+            "input": source.digest,
+            "constitution": reviser.constitution.sha256,
+            "template": reviser.template.sha256,
+            **(content.fingerprint() if stop_when_content else {}),
+        },
         gate=gate,
         # A critique that finds no fault leads to a copy of the response; without copies SFT learns only to refuse.
         next_command=["sft", "--input", output, "--model", model, "--keep", "copy", "--output", "SFT"],
     )
 
 
-def pass_on(row):
-    """The row itself if its round was skipped: there is nothing to revise."""
-    return row if rounds.is_skipped(row) else None
+class Reviser:
+    """What a model is asked about a row that has a critique, and the row with its revision."""
+
+    def __init__(self, constitution, template, gate=None):
+        self.constitution, self.template, self.gate = constitution, template, gate
+        self.combined = principles.Chooser(constitution, files.ALL, seed=0)
+        self.has_combined = False  # whether a critique was written under all principles
+
+    def check_row(self, row, where, line):
+        rounds.check_rounds(row, where, line, critiqued=True)
+        if rounds.is_skipped(row):
+            return
+        name = row["rounds"][-1]["principle"]
+        self.has_combined |= name == files.ALL
+        if name != files.ALL and name not in self.constitution:
+            raise InputError(
+                f"no principle {shorten(name)!r} in the constitution {self.constitution.name}",
+                where=where,
+                line=line,
+                expected="the constitution of the critique",
+                remedy="Give the same --constitution again",
+            )
+        if self.gate:
+            self.gate.check_row(row, where, line)
+
+    def check(self, engine, new_tokens):
+        if self.has_combined:
+            self.combined.check_context(engine, new_tokens, self.template, prompt="", response="", critique="")
+
+    def render(self, row):
+        last = row["rounds"][-1]
+        is_combined = last["principle"] == files.ALL
+        return self.template.render(
+            principle=self.combined.combined if is_combined else self.constitution[last["principle"]],
+            prompt=row["prompt"],
+            response=rounds.text_of_round(row),
+            critique=last["critique"],
+        )
+
+    def answer(self, row, generation):
+        revision_flags = flags(rounds.text_of_round(row), generation.text, generation.finish)
+        last = {**row["rounds"][-1], "revision": generation.text, "flags": revision_flags}
+        return {**row, "rounds": [*row["rounds"][:-1], last]}
+
+
+def tally(answered):
+    """Counts over the finished rows."""
+    flagged, reasons, skipped = 0, Counter({reason: 0 for reason in REASONS}), Counter()
+    for row in answered:
+        last = row["rounds"][-1]
+        if rounds.is_skipped(row):
+            skipped[last["skipped"]] += 1
+            continue
+        flagged += bool(last["flags"])
+        reasons.update(last["flags"])
+    return {"flagged": flagged, "flags": dict(reasons), **({"skipped": dict(skipped)} if skipped else {})}
 
 
 if __name__ == "__main__":

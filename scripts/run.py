@@ -26,6 +26,7 @@ from cai.data.sources import Source
 from cai.evaluate import smoke, stages
 from cai.models import loading
 from cai.stats import tables
+from cai.steps import principles as choosing
 from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
 
 
@@ -38,6 +39,7 @@ from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
 )
 @cli.rows_option("--heldout", help="Prompts with their kind to measure on; for `tiny` the bundled ones. Repeatable.")
 @cli.rows_option("--helpful", help="Rows with a helpful `response` to mix into SFT. Repeatable.")
+@choosing.principles_option("draw", "match", "all")
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Rounds of critique and revision."
 )

@@ -122,6 +122,24 @@ def test_classes_of_rounds_come_from_evaluations_of_the_rounds(folder):
     assert (harm["before"]["value"], harm["after"]["value"], harm["before"]["n"]) == (1, 0, 4)
 
 
+def test_rounds_that_were_skipped_and_all_principles_at_once(tmp_path, invoke):
+    """A skipped round changed nothing, and one without a principle is none of a principle."""
+    path = runs.make_run(tmp_path / "run", rows=4, hostile=False)
+    skipped = {"principle": None, "critique": "", "skipped": "unmatched"}
+    content = {"principle": "care", "critique": "No fault.", "skipped": "content"}
+    rows = runs.revised_rows(4)
+    for row, first, second in zip(rows, (skipped, None, None, None), (None, None, content, skipped), strict=True):
+        row["rounds"] = [first or {**row["rounds"][0], "principle": "all"}, second or row["rounds"][1]]
+    write_jsonl(path / "05-revision-2.jsonl", rows)
+    run = run_folder.collect(path)
+    drawn = {entry["id"]: entry["drawn"] for entry in run_folder.principles(run) if entry["drawn"]}
+    assert drawn["all"] == 3 and drawn["care"] == 1 and None not in drawn
+    before, first, second = run_folder.rounds(run)
+    assert (before["n"], first["n"], second["n"]) == (4, 4, 4)
+    assert invoke("report", path).exit_code == 0
+    assert "none: no principle speaks to the prompt" in (path / "report.html").read_text()
+
+
 def test_a_safety_classifier_tells_of_compliance_alone(tmp_path, invoke):
     """`unsafe` counts as compliance, as `comply` does; what the classifier can't tell is not 0 %."""
     path = runs.make_run(tmp_path / "run", rows=12, hostile=False)

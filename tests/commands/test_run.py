@@ -100,6 +100,16 @@ def test_the_sequence_and_what_passes_between_the_steps(invoke, tmp_path, prompt
     assert given["evaluate-ppo"]["--judge"] == base
 
 
+def test_the_mode_of_principles_is_that_of_every_round_and_of_the_judge(invoke, tmp_path, prompts):
+    line = ("--model", "some/model", "--output", tmp_path / "out", *prompts, "--principles", "match")
+    steps = {step["name"]: values(step["command"]) for step in planned(invoke, *line)[:-1]}
+    for name in ("critique-1", "critique-2", "preferences"):
+        assert steps[name]["--principles"] == ["match"]
+        assert steps[name]["--matches"] == [str(tmp_path / "out" / "matches.jsonl")]
+    steps = {step["name"]: values(step["command"]) for step in planned(invoke, *line[:-1], "all")[:-1]}
+    assert steps["preferences"]["--principles"] == ["all"] and "--matches" not in steps["critique-1"]
+
+
 def values(line):
     """{option: its values} of a command line."""
     found, name = {}, None

@@ -13,6 +13,7 @@ PRINCIPLE = load_constitution("harmlessness").principles[0]
 VALUES = {
     "critique": {"principle": PRINCIPLE, "prompt": "P?", "response": "R."},
     "critique_cot": {"principle": PRINCIPLE, "prompt": "P?", "response": "R."},
+    "critique_all_cot": {"principle": PRINCIPLE, "prompt": "P?", "response": "R."},
     "revise": {"principle": PRINCIPLE, "prompt": "P?", "response": "R.", "critique": "C."},
     "revise_direct": {"principle": PRINCIPLE, "prompt": "P?", "response": "R."},
     "preference": {"principle": PRINCIPLE, "prompt": "P?", "response_a": "R1.", "response_b": "R2.", "reasoning": ""},

@@ -38,25 +38,32 @@ def rows():
     ]
 
 
-def test_rounds_that_were_skipped_or_refused():
-    unmatched = {"principle": None, "critique": "", "skipped": "unmatched"}
+def test_skipped_rounds_and_all_principles_at_once():
+    [first, *_] = rows()
+    skipped = {"principle": None, "critique": "", "skipped": "unmatched"}
     content = {"principle": "harm", "critique": "No fault.", "skipped": "content"}
+    whole = {**first["rounds"][0], "principle": "all"}
+    critiqued = list(faults.critiques([{**first, "rounds": [skipped, whole, content]}]))
+    assert [(one["id"], one["principle"], one["response"], one["changed"]) for one in critiqued] == [
+        ("1#2", "all", "Force it.", True),
+        ("1#3", "harm", "I can't.", False),
+    ]
+    _, counts = faults.figures(critiqued, {}, {}, load_constitution("harmlessness"))
+    assert counts["drawn"] == {"all": 1, "harm": 1} and counts["never_drawn"] == []
+
+
+def test_refused_revisions_and_the_texts_of_skipped_rounds():
+    unmatched = {"principle": None, "critique": "", "skipped": "unmatched"}
     refused = {"principle": "crime", "critique": "c", "revision": "a", "flags": ["gate"], "refused": "b", "gate": {}}
     revised = {"principle": "harm", "critique": "c", "revision": "z", "flags": []}
-    row = {"id": "1", "prompt": "p", "response": "a", "rounds": [unmatched, refused, revised, content]}
-    assert [(c["id"], c["principle"], c["response"], c["changed"]) for c in faults.critiques([row])] == [
-        ("1#2", "crime", "a", False),
-        ("1#3", "harm", "a", True),
-        ("1#4", "harm", "z", False),
+    row = {"id": "1", "prompt": "p", "response": "a", "rounds": [unmatched, refused, revised]}
+    assert [(critique["id"], critique["changed"]) for critique in faults.critiques([row])] == [
+        ("1#2", False),
+        ("1#3", True),
     ]
     assert [(step["id"], step["response"]) for step in faults.steps([row])] == [
-        (f"1#{number}", text) for number, text in enumerate("aaazz")
+        (f"1#{number}", text) for number, text in enumerate("aaaz")
     ]
-
-
-def test_no_principle_is_called_unused_where_all_were_used_together():
-    critiqued = [{"id": "1#1", "principle": "all", "changed": True}]
-    assert faults.figures(critiqued, {}, {}, load_constitution("harmlessness"))[1]["never_drawn"] == []
 
 
 def test_figures_by_hand():

@@ -3,7 +3,7 @@
 import pytest
 
 from cai.base.errors import InputError
-from cai.data.rounds import check_rounds, text_of_round
+from cai.data.rounds import check_rounds, text_of_round, texts_of
 from cai.steps.flags import REASONS, flags, repeats
 
 GOOD = (
@@ -90,6 +90,8 @@ def test_the_current_text_is_the_last_revision():
     assert text_of_round({**row, "rounds": done[:1]}) == "second"
     assert text_of_round({**row, "rounds": [*done[:1], one]}) == "second"
     assert text_of_round({**row, "rounds": done}) == "", "an empty revision is one"
+    skipped = {"principle": None, "critique": "", "skipped": "unmatched"}
+    assert texts_of({**row, "rounds": [skipped, done[0], skipped]}) == ["first", "first", "second", "second"]
 
 
 C = {"principle": "p", "critique": "c"}

@@ -336,6 +336,14 @@ def _principle(node: yaml.Node, number: int, path: Path, shared: tuple[dict, ...
                 expected="critique, revision and preference, or `principle`: one sentence",
             )
     identity = _line_of_text(keys["id"], path, "id") if "id" in keys else f"principle-{number}"
+    if identity == ALL:
+        raise InputError(
+            f"a principle with the id {ALL!r}",
+            where=path,
+            line=_line(keys["id"]),
+            expected="another id: in rows it stands for all principles as one",
+            remedy="Rename it",
+        )
     examples = _examples(keys["examples"], path) if "examples" in keys else ()
     return Principle(
         id=identity,

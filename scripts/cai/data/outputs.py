@@ -295,6 +295,14 @@ class Output(_Claim):
         if not self.complete and self.main:
             self._file.close()
 
+    def reopen(self) -> None:
+        """Continue a finished output, which is entered: rows can be added, and its own stay until `finish`."""
+        shutil.copyfile(self.path, self.journal)
+        self.complete, self.resuming = False, True
+        self._read_journal()
+        self._open()
+        self._start_manifest()
+
     def write(self, row: Row) -> None:
         """Append one row, which has a new `id`, to the journal; it survives a kill from here on."""
         if row["id"] in self._offsets:

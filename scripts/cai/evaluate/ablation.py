@@ -8,7 +8,6 @@ principle which is then left out: all others would be the same without it. Leave
 constitution, which `run.py` does.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -19,16 +18,14 @@ from types import SimpleNamespace
 from cai.base import cli, files, hashing
 from cai.base.errors import InputError
 from cai.constitution import rendering, templates
-from cai.constitution.files import Constitution, load_constitution
+from cai.constitution.files import ALL, Constitution, load_constitution
 from cai.data import outputs, rounds, sources
 from cai.evaluate import classes, measurement, rates
-from cai.models import choice, loading
+from cai.models import loading
 from cai.models.engine import Engine, Generation, Request, Sampling
 from cai.stats import intervals, tables
+from cai.steps import matching
 from cai.steps.flags import flags
-
-LABELS = ("A", "B")
-
 
 # --- coverage -----------------------------------------------------------------------------------------------
 
@@ -57,13 +54,18 @@ class Coverage:
         return {"prompts": self.source.count, "model_calls": 2 * len(self.constitution.principles) * remaining}
 
     def write(self, output: outputs.Output) -> None:
-        """Write the row of `cover` for every prompt (resumable), and warn of a judge that does not answer."""
+        """Write the row of `matching.cover` and `covered` for every prompt (resumable), and warn of a judge that does
+        not answer.
+
+        covered: whether a principle has the threshold's probability or more; None where the judge made no choice.
+        """
         options = self.options
 
         def produce(engine: Engine) -> Iterator[dict]:
             remaining = (row for row in self.source if row["id"] not in output.done)
-            while window := list(islice(remaining, 16 * options.batch_size)):
-                yield from cover(engine, window, self.constitution, options.threshold)
+            for row in matching.cover(engine, remaining, self.constitution):
+                covered = any(p >= options.threshold for p in row["by"].values()) if row["by"] else None
+                yield {"id": row["id"], "prompt": row["prompt"], "covered": covered, **row}
 
         measurement.fill(
             output,
@@ -74,52 +76,6 @@ class Coverage:
             lambda rows: coverage_counts(rows, self.constitution, options.threshold),
         )
         classes.mean_letter_mass([output.counts["label_mass"]], "take a larger judge before you rely on this")
-
-
-def cover(engine: Engine, prompts: Sequence[dict], constitution: Constitution, threshold: float) -> Iterator[dict]:
-    """{id, prompt, covered, by: {principle: probability}, label_mass} of each prompt, in order.
-
-    Each principle is asked about in two orders of the answers, and the probabilities of "it applies to the prompt",
-    normalised over the two labels, are averaged: a bias for one letter cancels out.
-
-    Args:
-        prompts: rows with id and prompt.
-        threshold: a principle applies to a prompt at this probability or above.
-
-    A prompt about which the judge makes no choice (it is too long, for example) has `covered` None and no
-    probabilities.
-    """
-    template = templates.load_template("coverage")
-    # By principle, so that what its questions begin with is read once.
-    requests = (
-        Request(
-            (number, principle.id, swapped), template.render(principle=principle, prompt=row["prompt"], swapped=swapped)
-        )
-        for principle in constitution.principles
-        for swapped in (False, True)
-        for number, row in enumerate(prompts)
-    )
-    choices = {request.key: logprobs for request, logprobs in choice.choose(engine, requests, LABELS)}
-    for number, row in enumerate(prompts):
-        logprobs = {
-            principle.id: [choices[number, principle.id, swapped] for swapped in (False, True)]
-            for principle in constitution.principles
-        }
-        if any(None in orders for orders in logprobs.values()):
-            yield {"id": row["id"], "prompt": row["prompt"], "covered": None, "by": {}, "label_mass": None}
-            continue
-        shares = {
-            name: round((choice.probabilities(plain)[0] + choice.probabilities(swapped)[1]) / 2, 4)
-            for name, (plain, swapped) in logprobs.items()
-        }
-        masses = [sum(map(math.exp, order)) for orders in logprobs.values() for order in orders]
-        yield {
-            "id": row["id"],
-            "prompt": row["prompt"],
-            "covered": any(p >= threshold for p in shares.values()),
-            "by": dict(sorted(shares.items(), key=lambda share: -share[1])),
-            "label_mass": round(sum(masses) / len(masses), 4),
-        }
 
 
 def coverage_counts(rows: Iterable[dict], constitution: Constitution, threshold: float) -> dict:
@@ -261,7 +217,8 @@ def redo(
     """
 
     def draw(row: dict):
-        return reduced[row["left_out"]].draw(seed, row["original"], len(row["rounds"]))
+        used = [round_["principle"] for round_ in row["rounds"]]
+        return reduced[row["left_out"]].draw(seed, row["original"], len(used), used)
 
     def answer(command: str, rows: Iterable[dict], critiques: Mapping | None = None) -> dict[str, Generation]:
         """{row id: its critique or revision}; a row that is not answered is missing."""
@@ -351,6 +308,14 @@ def differences(classes: dict[str, tuple[str, str | None]], redone: dict[str, st
 def check_drawn(row: dict, constitution: Constitution, where: str, line: int) -> None:
     """InputError unless every round of the row drew a principle of the constitution, and is complete."""
     for number, round_ in enumerate(row["rounds"], 1):
+        if round_["principle"] == ALL or "speaks" in round_ or "skipped" in round_:
+            raise InputError(
+                f"round {number} did not draw its principle",
+                where=where,
+                line=line,
+                expected="rows that were critiqued with --principles draw, without --stop-when-content",
+                remedy="Critique and revise the responses again with --principles draw",
+            )
         if round_["principle"] not in constitution:
             raise InputError(
                 f"round {number} drew {round_['principle']!r}, which {constitution.name} does not have",

@@ -50,6 +50,7 @@ FIELDS = {
     "rejected": "the other one",
     "p_chosen": "the judge's probability that the chosen one is better: a soft label",
     "principle": "id of the principle it was judged by",
+    "speaks": "probability that this principle speaks to the prompt",
     "verdicts": "the judge's probabilities in both orders",
     "gold": "which is better, where that is known",
     "kind": "harmful, benign or borderline",

@@ -7,7 +7,6 @@ searched for words. Both orders of the options are asked, and a row is content o
 order alone, a model that was never taught the question can read every critique the wrong way round.
 """
 
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -117,40 +116,56 @@ def _extend_round(row: dict, **more: Any) -> dict:
     return {**row, "rounds": [*earlier, {**last, **more}]}
 
 
-def tally(
+def tally(rows: Iterable[Mapping[str, Any]], model: str, render: Callable[[Any], Sequence[Message]]) -> dict[str, int]:
+    """Counts over the rows of a step that `stop_when_content` made, which may be iterated again and again.
+
+    content: rows whose last critique finds no fault; content_unread: rows for which that could not be read, and
+    content_undecided: for which the answer depends on the order of the options; both were revised.
+    tokens_saved_about: of the revisions that were not made, as long as the responses.
+
+    Args:
+        render: the conversation about a row.
+    """
+    orders = [row["rounds"][-1]["p_fault"] for row in rows if "p_fault" in row["rounds"][-1]]
+    undecided = sum(p is not None and min(p) < 0.5 <= max(p) for p in orders)
+    if undecided > UNDECIDED * len(orders):
+        cli.warn(
+            f"{undecided} of {len(orders)} critiques read differently with the options in the other order: {model} "
+            "can't tell whether a critique finds a fault, and such rows are revised"
+        )
+    return {
+        **_count_saved(rows, model, render, rounds.text_of_round),
+        "content_unread": orders.count(None),
+        "content_undecided": undecided,
+    }
+
+
+def tally_passed_on(
+    rows: Iterable[Mapping[str, Any]], model: str, render: Callable[[Any], Sequence[Message]]
+) -> dict[str, int]:
+    """{content: rows that were passed on, tokens_saved_about: of critiques that were not written, as long as the last}.
+
+    Args:
+        render: the conversation about a row.
+    """
+    return _count_saved(rows, model, render, lambda row: row["rounds"][-1]["critique"])
+
+
+def _count_saved(
     rows: Iterable[Mapping[str, Any]],
     model: str,
     render: Callable[[Any], Sequence[Message]],
     answer_of: Callable[[Any], str],
 ) -> dict[str, int]:
-    """Counts over the rows of a step that skips rows that are content; `rows` may be iterated again and again.
-
-    content: rows whose last critique finds no fault; content_unread: rows for which that could not be read, and
-    content_undecided: for which the answer depends on the order of the options; both were revised.
-    tokens_saved_about: of the conversations that were not held, with answers as long as `answer_of`.
-
-    Args:
-        render: the conversation that the step would have held about a row. answer_of: a text of its answer's length.
-    """
-    counts = Counter(content=0, content_unread=0, content_undecided=0)
-    critiques = 0
+    """answer_of: a text as long as the answer that was saved."""
+    count = 0
 
     def saved_conversations() -> Iterator[Sequence[Message]]:
-        nonlocal critiques
-        for row in rows:
-            p = row["rounds"][-1].get("p_fault", ())
-            critiques += p != ()
-            counts["content_unread"] += p is None
-            counts["content_undecided"] += bool(p) and min(p) < 0.5 <= max(p)
-            if rounds.is_content(row):
-                counts["content"] += 1
-                yield render(row)
-                yield [{"role": "user", "content": answer_of(row)}]
+        nonlocal count
+        for row in filter(rounds.is_content, rows):
+            count += 1
+            yield render(row)
+            yield [{"role": "user", "content": answer_of(row)}]
 
     tokens, _, _ = estimate.count_tokens(saved_conversations(), model)
-    if counts["content_undecided"] > UNDECIDED * critiques:
-        cli.warn(
-            f"{counts['content_undecided']} of {critiques} critiques read differently with the options in the other "
-            f"order: {model} can't tell whether a critique finds a fault, and such rows are revised"
-        )
-    return {**counts, "tokens_saved_about": tokens}
+    return {"content": count, "tokens_saved_about": tokens}

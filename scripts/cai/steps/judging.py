@@ -11,7 +11,7 @@ comparisons of more than two responses.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import groupby, islice, product
 from operator import itemgetter
@@ -35,6 +35,7 @@ class Question:
     sampling: of that first pass.
     written: the template for a judge without log-probabilities, best without a prefill; None: `template` itself.
     every: ask under each principle instead of a drawn one.
+    choose_principle: chooses that of a comparison, where neither each is asked nor one drawn.
     examples: show the worked comparisons of the constitution first.
     """
 
@@ -46,12 +47,16 @@ class Question:
     written: templates.Template | None = None
     every: bool = False
     examples: bool = True
+    choose_principle: Callable[[dict], files.Principle] | None = None
     _worked_turns: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def principles(self, comparison: dict) -> Sequence[files.Principle]:
-        """The principles to judge it by: all, or one drawn by hashing; the same in both orders."""
-        every = self.constitution.principles
-        return every if self.every else (self.constitution.draw(self.seed, comparison["id"], 0),)
+        """The principles to judge it by: all, the chosen one, or one drawn by hashing; the same in both orders."""
+        if self.every:
+            return self.constitution.principles
+        if self.choose_principle:
+            return (self.choose_principle(comparison),)
+        return (self.constitution.draw(self.seed, comparison["id"], 0),)
 
     @property
     def weights(self) -> dict[str, float]:

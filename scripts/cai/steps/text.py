@@ -94,6 +94,7 @@ class Step:
 
     rows: with their ids in the output; iterable again and again. ids: the same ids, in the order of the output.
     render: the conversation for a row. answer: the row with the model's answer in it.
+    check: called with the engine before anything is written; raises what must not begin.
     prepare: called in every process with the team and the engine before rows are rendered.
     settle: the finished row of one that needs no answer, else None. After `prepare`.
     plan: further entries of what `--dry-run` reports.
@@ -105,6 +106,7 @@ class Step:
     ids: list[str]
     render: Callable[[dict], list[Message]]
     answer: Callable[[dict, Generation], dict]
+    check: Callable[[Engine], None] = lambda _: None
     prepare: Callable[[processes.Team, Engine], None] = lambda _team, _engine: None
     settle: Callable[[dict], dict | None] = lambda _: None
     plan: Callable[[], dict] = dict
@@ -179,7 +181,12 @@ def _write_answers(
     tally: Callable[[Iterable[dict]], dict],
 ) -> None:
     """Fill the output, which only process 0 has, and finish it."""
-    load = partial(loading.load_engine, step.model, endpoints=settings.endpoints, **settings.loading)
+
+    def load() -> Engine:
+        engine = loading.load_engine(step.model, endpoints=settings.endpoints, **settings.loading)
+        step.check(engine)
+        return engine
+
     with share_work(team, journal, load, partial(_answer_rows, step, settings)) as (engine, results):
         if journal is None or results is None:
             return
