@@ -66,7 +66,7 @@ def _describe_training(run: Run, row: dict, pairs: list[dict]) -> dict:
     for number, entry in enumerate(row.get("rounds") or (), 1):
         rounds.append(
             {
-                "principle": entry["principle"] or "none: no principle speaks to the prompt",
+                "principle": entry["principle"],
                 "critique": entry["critique"],
                 "before": response,
                 "revision": entry.get("revision"),
