@@ -17,6 +17,7 @@ from cai.base.errors import InputError, shorten
 from cai.constitution import files, templates
 from cai.data import rounds, sources
 from cai.steps import content, gating, principles, text
+from cai.steps.examples import Examples, default_most
 from cai.steps.flags import REASONS, flags
 
 
@@ -29,9 +30,10 @@ from cai.steps.flags import REASONS, flags
     help="A revision replaces the text before it only if this judge (a model, or openai:NAME@URL) prefers it in both "
     "orders, and does not find it worse under the principles of earlier rounds.",
 )
+@cli.options("examples")
 @content.stop_option
 @text.options
-def main(inputs, output, model, constitution, template, gate, stop_when_content, settings):
+def main(inputs, output, model, constitution, template, gate, most_examples, stops, settings):
     """Have a model revise responses after their critique.
 
     \b
@@ -39,9 +41,10 @@ def main(inputs, output, model, constitution, template, gate, stop_when_content,
       python scripts/revise.py --input critiques.jsonl --model tiny \\
           --constitution harmlessness --output revisions.jsonl
     """
+    most = default_most(most_examples, model)
     constitution = files.load_constitution(constitution)
     gate = gating.read_gate(gate, settings.endpoints, constitution, settings.seed) if gate else None
-    reviser = Reviser(constitution, templates.load_template(template), gate)
+    reviser = Reviser(constitution, templates.load_template(template), most, gate)
     fields = ("prompt", "response", "rounds")
     source = sources.Source(
         inputs, require=fields, limit=settings.limit, check=reviser.check_row, reading=settings.reading
@@ -53,12 +56,13 @@ def main(inputs, output, model, constitution, template, gate, stop_when_content,
         source.ids,
         reviser.render,
         reviser.answer,
-        check=lambda engine: reviser.check(engine, settings.sampling.max_new_tokens),
+        check=lambda engine: reviser.check(engine, settings.sampling.max_new_tokens, source),
         settle=lambda row: row if rounds.is_skipped(row) else None,
+        examples=reviser.examples,
     )
-    saved = partial(content.tally, model=model, render=reviser.render) if stop_when_content else lambda _: {}
+    saved = partial(content.tally, model=model, render=reviser.render) if stops else lambda _: {}
     text.run(
-        content.stop_when_content(step) if stop_when_content else step,
+        content.stop_when_content(step) if stops else step,
         settings,
         tally=lambda answered: {**tally(answered), **saved(answered)},
         inputs=inputs,
@@ -67,7 +71,8 @@ def main(inputs, output, model, constitution, template, gate, stop_when_content,
             "input": source.digest,
             "constitution": reviser.constitution.sha256,
             "template": reviser.template.sha256,
-            **(content.fingerprint() if stop_when_content else {}),
+            **(content.fingerprint() if stops else {}),
+            "examples": most,
         },
         gate=gate,
         # A critique that finds no fault leads to a copy of the response; without copies SFT learns only to refuse.
@@ -78,8 +83,9 @@ def main(inputs, output, model, constitution, template, gate, stop_when_content,
 class Reviser:
     """What a model is asked about a row that has a critique, and the row with its revision."""
 
-    def __init__(self, constitution, template, gate=None):
+    def __init__(self, constitution, template, most_examples=None, gate=None):
         self.constitution, self.template, self.gate = constitution, template, gate
+        self.examples = Examples(constitution, template, "revision", most_examples)
         self.combined = principles.Chooser(constitution, files.ALL, seed=0)
         self.has_combined = False  # whether a critique was written under all principles
 
@@ -100,19 +106,24 @@ class Reviser:
         if self.gate:
             self.gate.check_row(row, where, line)
 
-    def check(self, engine, new_tokens):
+    def check(self, engine, new_tokens, rows):
         if self.has_combined:
             self.combined.check_context(engine, new_tokens, self.template, prompt="", response="", critique="")
+        self.examples.fit(engine, new_tokens)
+        self.examples.check(self.ask(row) for row in rows if not rounds.is_skipped(row))
 
-    def render(self, row):
+    def ask(self, row):
+        """(the principle of the row's round, the question about the row alone)."""
         last = row["rounds"][-1]
         is_combined = last["principle"] == files.ALL
-        return self.template.render(
-            principle=self.combined.combined if is_combined else self.constitution[last["principle"]],
-            prompt=row["prompt"],
-            response=rounds.text_of_round(row),
-            critique=last["critique"],
+        principle = self.combined.combined if is_combined else self.constitution[last["principle"]]
+        response = rounds.text_of_round(row)
+        return principle, self.template.render(
+            principle=principle, prompt=row["prompt"], response=response, critique=last["critique"]
         )
+
+    def render(self, row):
+        return self.examples.add(*self.ask(row))
 
     def answer(self, row, generation):
         revision_flags = flags(rounds.text_of_round(row), generation.text, generation.finish)

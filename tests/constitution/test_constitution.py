@@ -43,6 +43,16 @@ def test_at_least_ten_are_bundled_and_those_of_the_professions_name_their_duties
         assert all(p.tags for p in bundled[name].principles)
 
 
+@pytest.mark.parametrize("name", ["harmlessness", "financial-information", "customer-support"])
+def test_bundled_rounds_answer_requests_of_their_constitution_and_one_finds_no_fault(name):
+    constitution = load_constitution(name)
+    assert len(constitution.examples) == 3
+    for example in constitution.examples:
+        requests = {(p.critique, p.revision) for p in constitution.principles}
+        assert (example["critique_request"], example["revision_request"].strip()) in requests
+    assert [example["revision"] == example["response"] for example in constitution.examples] == [False, True, False]
+
+
 def test_harmlessness_has_sixteen_principles_and_property_only_speaks_of_property_alone():
     assert len(load_constitution("harmlessness").principles) == 16
     for principle in load_constitution("property-only").principles:

@@ -139,6 +139,15 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         metavar="NAME|FILE",
         help="A YAML file, or the name of one in constitutions/.",
     ),
+    "examples": click.option(
+        "--examples",
+        "most_examples",
+        type=click.IntRange(min=0),
+        default=None,
+        metavar="N",
+        help="Show at most N of the constitution's worked examples first; 0: none.  [default: all that fit; none for "
+        "`tiny`, which was not taught to read them]",
+    ),
     "seed": click.option("--seed", default=0, show_default=True, help="Seed of every draw."),
     "limit": click.option("--limit", type=click.IntRange(min=1), default=None, help="Read only the first N rows."),
     "batch_size": click.option(

@@ -23,6 +23,7 @@ from cai.data.reading import Reading, reading_options
 from cai.models import estimate, loading
 from cai.models.engine import Engine, Generation, Message, RowRequest, Sampling
 from cai.steps import gating
+from cai.steps.examples import Examples
 from cai.steps.sharing import finish_output, share_progress, share_work
 
 # Answers that wait to be written before the model waits for the file.
@@ -98,6 +99,7 @@ class Step:
     prepare: called in every process with the team and the engine before rows are rendered.
     settle: the finished row of one that needs no answer, else None. After `prepare`.
     plan: further entries of what `--dry-run` reports.
+    examples: those that `render` adds, whose number is counted.
     """
 
     command: str
@@ -110,6 +112,7 @@ class Step:
     prepare: Callable[[processes.Team, Engine], None] = lambda _team, _engine: None
     settle: Callable[[dict], dict | None] = lambda _: None
     plan: Callable[[], dict] = dict
+    examples: Examples | None = None
 
 
 def run(
@@ -191,11 +194,12 @@ def _write_answers(
         if journal is None or results is None:
             return
         failed, tokens = {}, Counter()
-        for share_failed, share_tokens in results:
+        for share_failed, share_tokens, _ in results:
             failed |= share_failed
             tokens.update(share_tokens)
         tallied = tally(readers.JsonlRows(journal.journal))
         counts = {"rows": len(step.ids) - len(failed), "failed": len(failed), **tallied}
+        counts |= step.examples.count_shown(shown for *_, shown in results) if step.examples else {}
         finish_output(journal, step.ids, counts, failed, engine, tokens=dict(tokens))
 
 
@@ -215,8 +219,11 @@ def _plan(step: Step, settings: SimpleNamespace, journal: outputs.Output, gate: 
 
 def _answer_rows(
     step: Step, settings: SimpleNamespace, team: processes.Team, journal, engine: Engine
-) -> tuple[dict[str, str], Counter]:
-    """Answer the rows of this process that are left. Returns ({row id: why it failed}, token counts)."""
+) -> tuple[dict[str, str], Counter, Counter]:
+    """Answer the rows of this process that are left.
+
+    Returns ({row id: why it failed}, token counts, how often how many examples were shown).
+    """
     failed, tokens = {}, Counter(rows=0, prompt=0, new=0, unfinished=0)
     done, sampling = frozenset(journal.done), settings.sampling
     seed = partial(hashing.hashed_seed, step.command, settings.seed)
@@ -252,4 +259,4 @@ def _answer_rows(
             )
         for write_result in waiting:
             write_result.result()
-    return failed, tokens
+    return failed, tokens, step.examples.shown if step.examples else Counter()
