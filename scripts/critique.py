@@ -59,7 +59,6 @@ def main(
         raise click.UsageError("--examples with --principles all --cot: no example names what is violated.")
     cot_template = "critique_all_cot" if names_violated else "critique_cot"
     template = templates.load_template(template or (cot_template if cot else "critique"))
-    constitution_option = [] if constitution == "harmlessness" else ["--constitution", constitution]
     constitution = files.load_constitution(constitution)
     source = sources.Source(
         inputs,
@@ -73,6 +72,8 @@ def main(
     most = 0 if names_violated else default_most(most_examples, model)
     examples = Examples(constitution, template, "critique", most)
     critic = Critic(chooser, template, examples, unmatched, names_violated, stops)
+    shared_matches = ["--matches", kept.path] if kept else []
+    options = text.round_options(inputs)
     text.run(
         text.Step(
             "critique",
@@ -86,20 +87,14 @@ def main(
             settle=critic.settle,
             plan=lambda: chooser.plan(source),
             examples=examples,
+            info={"round_options": [*cli.given_options("principles", "unmatched", "template", "cot"), *shared_matches]},
         ),
         settings,
         tally=lambda answered: critic.tally(answered, model),
         inputs=inputs,
         output=output,
-        fingerprint={
-            "input": source.digest,
-            "template": template.sha256,
-            **chooser.fingerprint,
-            **({"unmatched": unmatched} if kept else {}),
-            **({"stop_when_content": True} if stops else {}),
-            "examples": most,
-        },
-        next_command=["revise", "--input", output, "--model", model, *constitution_option, "--output", "REVISIONS"],
+        fingerprint={"input": source.digest, **critic.fingerprint, "examples": most},
+        next_command=text.next_step("revise", output, model, "REVISIONS", *text.OF_A_ROUND, options=options),
     )
 
 
@@ -118,6 +113,16 @@ class Critic:
     unmatched: str = "draw"
     names_violated: bool = False
     stops: bool = False
+
+    @property
+    def fingerprint(self):
+        """What the rounds depend on, beside the input and the examples."""
+        return {
+            "template": self.template.sha256,
+            **self.chooser.fingerprint,
+            **({"unmatched": self.unmatched} if self.chooser.matches else {}),
+            **({"stop_when_content": True} if self.stops else {}),
+        }
 
     def check(self, engine, new_tokens, rows):
         self.chooser.check_context(engine, new_tokens, self.template, prompt="", response="")

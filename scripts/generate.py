@@ -77,7 +77,7 @@ def main(inputs, output, model, samples, system, settings):
         output=output,
         tally=tally,
         fingerprint={"input": source.digest, "samples": samples, "system": system},
-        next_command=["critique", "--input", output, "--model", model, "--output", "CRITIQUES"],
+        next_command=text.next_step("critique", output, model, "CRITIQUES"),
     )
 
 

@@ -24,12 +24,7 @@ from cai.steps.flags import REASONS, flags
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model", "constitution")
 @click.option("--template", metavar="NAME|FILE", default="revise", show_default=True, help="The prompt template.")
-@click.option(
-    "--gate",
-    metavar="JUDGE",
-    help="A revision replaces the text before it only if this judge (a model, or openai:NAME@URL) prefers it in both "
-    "orders, and does not find it worse under the principles of earlier rounds.",
-)
+@gating.gate_option
 @cli.options("examples")
 @content.stop_option
 @text.options
@@ -49,6 +44,9 @@ def main(inputs, output, model, constitution, template, gate, most_examples, sto
     source = sources.Source(
         inputs, require=fields, limit=settings.limit, check=reviser.check_row, reading=settings.reading
     )
+    # A critique that finds no fault leads to a copy of the response; without copies SFT learns only to refuse.
+    train = ["sft", "--input", output, "--model", model, "--keep", "copy", "--output", "SFT"]
+    again = text.next_step("critique", output, model, "CRITIQUES", *text.OF_A_ROUND, options=text.round_options(inputs))
     step = text.Step(
         "revise",
         model,
@@ -59,6 +57,7 @@ def main(inputs, output, model, constitution, template, gate, most_examples, sto
         check=lambda engine: reviser.check(engine, settings.sampling.max_new_tokens, source),
         settle=lambda row: row if rounds.is_skipped(row) else None,
         examples=reviser.examples,
+        info={"round_options": cli.given_options("template", "gate")},
     )
     saved = partial(content.tally, model=model, render=reviser.render) if stops else lambda _: {}
     text.run(
@@ -75,8 +74,8 @@ def main(inputs, output, model, constitution, template, gate, most_examples, sto
             "examples": most,
         },
         gate=gate,
-        # A critique that finds no fault leads to a copy of the response; without copies SFT learns only to refuse.
-        next_command=["sft", "--input", output, "--model", model, "--keep", "copy", "--output", "SFT"],
+        next_command=again if reviser.rounds == 1 else train,
+        alternative=train if reviser.rounds == 1 else None,
     )
 
 
@@ -88,9 +87,11 @@ class Reviser:
         self.examples = Examples(constitution, template, "revision", most_examples)
         self.combined = principles.Chooser(constitution, files.ALL, seed=0)
         self.has_combined = False  # whether a critique was written under all principles
+        self.rounds = 0  # the most that a row has
 
     def check_row(self, row, where, line):
         rounds.check_rounds(row, where, line, critiqued=True)
+        self.rounds = max(self.rounds, len(row["rounds"]))
         if rounds.is_skipped(row):
             return
         name = row["rounds"][-1]["principle"]

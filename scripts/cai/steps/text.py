@@ -8,16 +8,18 @@ contract (resume, counts, exit codes, `--dry-run`) is here. Leaves out judging (
 
 import shlex
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial, wraps
 from types import SimpleNamespace
 from typing import Any
 
 import click
 
-from cai.base import cli, hashing
+from cai.base import cli, hashing, run_settings
+from cai.base.errors import InputError
 from cai.data import outputs, processes, readers
 from cai.data.reading import Reading, reading_options
 from cai.models import estimate, loading
@@ -100,6 +102,7 @@ class Step:
     settle: the finished row of one that needs no answer, else None. After `prepare`.
     plan: further entries of what `--dry-run` reports.
     examples: those that `render` adds, whose number is counted.
+    info: further entries of the manifest.
     """
 
     command: str
@@ -113,6 +116,7 @@ class Step:
     settle: Callable[[dict], dict | None] = lambda _: None
     plan: Callable[[], dict] = dict
     examples: Examples | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(
@@ -124,6 +128,7 @@ def run(
     fingerprint: dict,
     tally: Callable[[Iterable[dict]], dict],
     next_command: list[str],
+    alternative: list[str] | None = None,
     gate: gating.Gate | None = None,
 ) -> None:
     """Ask the model about every row that the output does not have yet, write the answers, print the summary.
@@ -135,7 +140,7 @@ def run(
     Args:
         fingerprint: what decides the rows beside model, sampling, seed and limit.
         tally: counts over the finished rows, for the summary and the manifest.
-        next_command: a command's name and its arguments.
+        next_command, alternative: a command's name and its arguments.
         gate: judges the answers, which are then written to a file of their own first.
     """
     loading.check_model(step.model)
@@ -167,13 +172,48 @@ def run(
         _write_answers(step, settings, team, answers, tally)
         if gate:
             revisions = gating.ungated_path(output)
-            gating.gate_output(gate, team, final, revisions, step.ids, settings.loading)
+            gating.gate_output(gate, team, final, revisions, step.ids, settings.loading, step.info)
     if team.first:
         if final.counts.get("failed"):
             summary["failed_rows"] = f"{final.manifest_path}"
-        command, *arguments = next_command
-        line = shlex.join(["python", f"scripts/{command}.py", *arguments])
-        cli.finish({**summary, **final.counts}, as_json=settings.as_json, next_command=line)
+        lines = {"next_command": _command_line(next_command), "alternative": _command_line(alternative)}
+        cli.finish({**summary, **final.counts}, as_json=settings.as_json, **lines)
+
+
+def _command_line(words: list[str] | None) -> str | None:
+    return shlex.join(["python", f"scripts/{words[0]}.py", *words[1:]]) if words else None
+
+
+# The settings of a run that its next text step takes over from this command line.
+_SHARED = ("endpoints", "max_new_tokens", "seed", "batch_size", "batch_tokens", "device", "dtype")
+
+
+# What critique.py and revise.py share besides.
+OF_A_ROUND = ("constitution", "temperature", "top_p", "most_examples", "stops")
+
+
+def next_step(
+    command: str, output: str, model: str, result: str, *names: str, options: Sequence[str] = ()
+) -> list[str]:
+    """The arguments of `run` that name another text step, with this command's settings where they were given.
+
+    Args:
+        result: a word for its output. names: further options to take over, by parameter name.
+        options: further words.
+    """
+    key_name = ["--key-name", cli.key_name()] if cli.key_name() != "OPENAI_API_KEY" else []
+    given = [*options, *cli.given_options(*names, *_SHARED), *key_name, *run_settings.command_options()]
+    return [command, "--input", output, "--model", model, *given, "--output", result]
+
+
+def round_options(inputs: Sequence[str]) -> list[str]:
+    """The options that the last step of this kind had alone, as its manifest keeps them: critique.py's where the inputs
+    are critiques, revise.py's where they are revisions."""
+    with suppress(InputError):  # a damaged manifest is no reason not to read the rows
+        options = (outputs.read_manifest(inputs[0]) or {}).get("round_options")
+        if isinstance(options, list) and all(isinstance(word, str) for word in options):
+            return options
+    return []
 
 
 def _write_answers(
@@ -200,7 +240,7 @@ def _write_answers(
         tallied = tally(readers.JsonlRows(journal.journal))
         counts = {"rows": len(step.ids) - len(failed), "failed": len(failed), **tallied}
         counts |= step.examples.count_shown(shown for *_, shown in results) if step.examples else {}
-        finish_output(journal, step.ids, counts, failed, engine, tokens=dict(tokens))
+        finish_output(journal, step.ids, counts, failed, engine, tokens=dict(tokens), **step.info)
 
 
 def _plan(step: Step, settings: SimpleNamespace, journal: outputs.Output, gate: gating.Gate | None) -> dict:
