@@ -8,6 +8,7 @@ on revised rows for another round. Leaves out the revision (revise.py) and any c
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import filterfalse
 
 import click
 
@@ -15,8 +16,8 @@ from cai.base import cli
 from cai.constitution import files, templates
 from cai.data import rounds, sources
 from cai.models.reasoning import has_reasoning_tag
+from cai.steps import content, text
 from cai.steps import principles as choosing
-from cai.steps import text
 
 
 @click.command(cls=cli.Command)
@@ -35,8 +36,11 @@ from cai.steps import text
 @click.option(
     "--cot", is_flag=True, help="Think step by step first: the template critique_cot (all: critique_all_cot)."
 )
+@content.stop_option
 @text.options
-def main(inputs, output, model, constitution, principles, matches, unmatched, template, cot, settings):
+def main(
+    inputs, output, model, constitution, principles, matches, unmatched, template, cot, stop_when_content, settings
+):
     """Have a model criticise responses by a principle of the constitution.
 
     \b
@@ -62,7 +66,7 @@ def main(inputs, output, model, constitution, principles, matches, unmatched, te
     )
     kept = choosing.read_matches(principles, matches, model, constitution, output, source.inputs, settings)
     chooser = choosing.Chooser(constitution, principles, settings.seed, kept)
-    critic = Critic(chooser, template, unmatched, names_violated)
+    critic = Critic(chooser, template, unmatched, names_violated, stop_when_content)
     text.run(
         text.Step(
             "critique",
@@ -77,7 +81,7 @@ def main(inputs, output, model, constitution, principles, matches, unmatched, te
             plan=lambda: chooser.plan(source),
         ),
         settings,
-        tally=critic.tally,
+        tally=lambda answered: critic.tally(answered, model),
         inputs=inputs,
         output=output,
         fingerprint={
@@ -85,6 +89,7 @@ def main(inputs, output, model, constitution, principles, matches, unmatched, te
             "template": template.sha256,
             **chooser.fingerprint,
             **({"unmatched": unmatched} if kept else {}),
+            **({"stop_when_content": True} if stop_when_content else {}),
         },
         next_command=["revise", "--input", output, "--model", model, *constitution_option, "--output", "REVISIONS"],
     )
@@ -96,17 +101,21 @@ class Critic:
 
     unmatched: "keep" skips the round where no principle speaks to the prompt.
     names_violated: the critique's last line names the principles that are violated.
+    stops: rows whose last critique found no fault are passed on as they are.
     """
 
     chooser: choosing.Chooser
     template: templates.Template
     unmatched: str = "draw"
     names_violated: bool = False
+    stops: bool = False
 
     def check(self, engine, new_tokens):
         self.chooser.check_context(engine, new_tokens, self.template, prompt="", response="")
 
     def settle(self, row):
+        if self.stops and rounds.is_content(row):
+            return row
         if self.unmatched == "keep" and self.chooser.is_unmatched(row):
             return begin_round(row, {"principle": None, "critique": "", "skipped": "unmatched"})
         return None
@@ -122,10 +131,10 @@ class Critic:
             new_round["violated"] = choosing.read_violated(generation.text, self.chooser.constitution)
         return begin_round(row, new_round)
 
-    def tally(self, answered):
-        """Counts over the finished rows."""
+    def tally(self, answered, model):
+        """Counts over the finished rows; those that were passed on are in `content` alone."""
         counts = Counter(empty=0, **({"unmatched": 0} if self.chooser.matches else {}))
-        for row in answered:
+        for row in filterfalse(rounds.is_content, answered):
             last = row["rounds"][-1]
             counts["empty"] += "skipped" not in last and not last["critique"]
             if self.chooser.matches and last.get("speaks") is None:
@@ -134,7 +143,8 @@ class Critic:
                 counts["violations_unread"] += 1
             if has_reasoning_tag(last["critique"]):
                 counts["leaked_tag"] += 1
-        return dict(counts)
+        saved = content.tally_passed_on(answered, model, self.render) if self.stops else {}
+        return {**counts, **saved}
 
 
 def begin_round(row, new_round):

@@ -3,11 +3,12 @@
     python scripts/revise.py --input critiques.jsonl --model tiny --output revisions.jsonl
 
 Rules check the form of each revision (steps/flags.py) and flag what is wrong with it. Flagged revisions stay in the
-file, and sft.py skips them. A row whose critique.py skipped the round is passed on as it is. Leaves out the critique
-(critique.py), and a second try for flagged revisions.
+file, and sft.py skips them. A row whose round was skipped is passed on as it is. With --gate a judge decides whether a
+revision replaces the text before it. Leaves out the critique (critique.py), and a second try for flagged revisions.
 """
 
 from collections import Counter
+from functools import partial
 
 import click
 
@@ -15,15 +16,22 @@ from cai.base import cli
 from cai.base.errors import InputError, shorten
 from cai.constitution import files, templates
 from cai.data import rounds, sources
-from cai.steps import principles, text
+from cai.steps import content, gating, principles, text
 from cai.steps.flags import REASONS, flags
 
 
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model", "constitution")
 @click.option("--template", metavar="NAME|FILE", default="revise", show_default=True, help="The prompt template.")
+@click.option(
+    "--gate",
+    metavar="JUDGE",
+    help="A revision replaces the text before it only if this judge (a model, or openai:NAME@URL) prefers it in both "
+    "orders, and does not find it worse under the principles of earlier rounds.",
+)
+@content.stop_option
 @text.options
-def main(inputs, output, model, constitution, template, settings):
+def main(inputs, output, model, constitution, template, gate, stop_when_content, settings):
     """Have a model revise responses after their critique.
 
     \b
@@ -31,31 +39,37 @@ def main(inputs, output, model, constitution, template, settings):
       python scripts/revise.py --input critiques.jsonl --model tiny \\
           --constitution harmlessness --output revisions.jsonl
     """
-    reviser = Reviser(files.load_constitution(constitution), templates.load_template(template))
+    constitution = files.load_constitution(constitution)
+    gate = gating.read_gate(gate, settings.endpoints, constitution, settings.seed) if gate else None
+    reviser = Reviser(constitution, templates.load_template(template), gate)
     fields = ("prompt", "response", "rounds")
     source = sources.Source(
         inputs, require=fields, limit=settings.limit, check=reviser.check_row, reading=settings.reading
     )
+    step = text.Step(
+        "revise",
+        model,
+        source,
+        source.ids,
+        reviser.render,
+        reviser.answer,
+        check=lambda engine: reviser.check(engine, settings.sampling.max_new_tokens),
+        settle=lambda row: row if rounds.is_skipped(row) else None,
+    )
+    saved = partial(content.tally, model=model, render=reviser.render) if stop_when_content else lambda _: {}
     text.run(
-        text.Step(
-            "revise",
-            model,
-            source,
-            source.ids,
-            reviser.render,
-            reviser.answer,
-            check=lambda engine: reviser.check(engine, settings.sampling.max_new_tokens),
-            settle=lambda row: row if is_skipped(row) else None,
-        ),
+        content.stop_when_content(step) if stop_when_content else step,
         settings,
-        tally=tally,
+        tally=lambda answered: {**tally(answered), **saved(answered)},
         inputs=inputs,
         output=output,
         fingerprint={
             "input": source.digest,
             "constitution": reviser.constitution.sha256,
             "template": reviser.template.sha256,
+            **(content.fingerprint() if stop_when_content else {}),
         },
+        gate=gate,
         # A critique that finds no fault leads to a copy of the response; without copies SFT learns only to refuse.
         next_command=["sft", "--input", output, "--model", model, "--keep", "copy", "--output", "SFT"],
     )
@@ -64,14 +78,14 @@ def main(inputs, output, model, constitution, template, settings):
 class Reviser:
     """What a model is asked about a row that has a critique, and the row with its revision."""
 
-    def __init__(self, constitution, template):
-        self.constitution, self.template = constitution, template
+    def __init__(self, constitution, template, gate=None):
+        self.constitution, self.template, self.gate = constitution, template, gate
         self.combined = principles.Chooser(constitution, files.ALL, seed=0)
         self.has_combined = False  # whether a critique was written under all principles
 
     def check_row(self, row, where, line):
         rounds.check_rounds(row, where, line, critiqued=True)
-        if is_skipped(row):
+        if rounds.is_skipped(row):
             return
         name = row["rounds"][-1]["principle"]
         self.has_combined |= name == files.ALL
@@ -83,6 +97,8 @@ class Reviser:
                 expected="the constitution of the critique",
                 remedy="Give the same --constitution again",
             )
+        if self.gate:
+            self.gate.check_row(row, where, line)
 
     def check(self, engine, new_tokens):
         if self.has_combined:
@@ -104,16 +120,12 @@ class Reviser:
         return {**row, "rounds": [*row["rounds"][:-1], last]}
 
 
-def is_skipped(row):
-    return "skipped" in row["rounds"][-1]
-
-
 def tally(answered):
     """Counts over the finished rows."""
     flagged, reasons, skipped = 0, Counter({reason: 0 for reason in REASONS}), Counter()
     for row in answered:
         last = row["rounds"][-1]
-        if is_skipped(row):
+        if rounds.is_skipped(row):
             skipped[last["skipped"]] += 1
             continue
         flagged += bool(last["flags"])

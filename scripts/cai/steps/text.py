@@ -22,6 +22,7 @@ from cai.data import outputs, processes, readers
 from cai.data.reading import Reading, reading_options
 from cai.models import estimate, loading
 from cai.models.engine import Engine, Generation, Message, RowRequest, Sampling
+from cai.steps import gating
 from cai.steps.sharing import finish_output, share_progress, share_work
 
 # Answers that wait to be written before the model waits for the file.
@@ -120,6 +121,7 @@ def run(
     fingerprint: dict,
     tally: Callable[[Iterable[dict]], dict],
     next_command: list[str],
+    gate: gating.Gate | None = None,
 ) -> None:
     """Ask the model about every row that the output does not have yet, write the answers, print the summary.
 
@@ -131,6 +133,7 @@ def run(
         fingerprint: what decides the rows beside model, sampling, seed and limit.
         tally: counts over the finished rows, for the summary and the manifest.
         next_command: a command's name and its arguments.
+        gate: judges the answers, which are then written to a file of their own first.
     """
     loading.check_model(step.model)
     team = processes.Team()
@@ -144,48 +147,68 @@ def run(
         "dtype": settings.loading["dtype"],
     }
     claim = {"command": step.command, "fingerprint": fingerprint, "overwrite": settings.overwrite, "inputs": inputs}
-    journal = outputs.Output(output, **claim) if team.first else None
+    final = answers = None
+    if team.first:
+        gated = {} if gate is None else gate.fingerprint
+        final = outputs.Output(output, **{**claim, "fingerprint": fingerprint | gated})
+        answers = final if gate is None else gating.claim_ungated(output, claim)
     summary = {"command": step.command, "output": output}
     if settings.dry_run:
-        if journal:
-            cli.finish({**summary, **_plan(step, settings, journal)}, as_json=settings.as_json)
+        if final:
+            cli.finish({**summary, **_plan(step, settings, answers, gate)}, as_json=settings.as_json)
         return
-    with share_work(team, journal, partial(_load, step, settings), partial(_answer_rows, step, settings)) as (
-        engine,
-        results,
-    ):
-        if results is not None:
-            failed, tokens = {}, Counter()
-            for share_failed, share_tokens in results:
-                failed |= share_failed
-                tokens.update(share_tokens)
-            tallied = tally(row for _, row in readers.read_jsonl(journal.journal))
-            counts = {"rows": len(step.ids) - len(failed), "failed": len(failed), **tallied}
-            finish_output(journal, step.ids, counts, failed, engine, tokens=dict(tokens))
-        elif team.first:
+    if team.tell(final.complete if final else None):
+        if team.first:
             cli.note(f"{output} is done already; --overwrite makes it again")
+    else:
+        _write_answers(step, settings, team, answers, tally)
+        if gate:
+            revisions = gating.ungated_path(output)
+            gating.gate_output(gate, team, final, revisions, step.ids, settings.loading)
     if team.first:
-        if journal.counts.get("failed"):
-            summary["failed_rows"] = f"{journal.manifest_path}"
+        if final.counts.get("failed"):
+            summary["failed_rows"] = f"{final.manifest_path}"
         command, *arguments = next_command
         line = shlex.join(["python", f"scripts/{command}.py", *arguments])
-        cli.finish({**summary, **journal.counts}, as_json=settings.as_json, next_command=line)
+        cli.finish({**summary, **final.counts}, as_json=settings.as_json, next_command=line)
 
 
-def _load(step: Step, settings: SimpleNamespace) -> Engine:
-    engine = loading.load_engine(step.model, endpoints=settings.endpoints, **settings.loading)
-    step.check(engine)
-    return engine
+def _write_answers(
+    step: Step,
+    settings: SimpleNamespace,
+    team: processes.Team,
+    journal: outputs.Output | None,
+    tally: Callable[[Iterable[dict]], dict],
+) -> None:
+    """Fill the output, which only process 0 has, and finish it."""
+
+    def load() -> Engine:
+        engine = loading.load_engine(step.model, endpoints=settings.endpoints, **settings.loading)
+        step.check(engine)
+        return engine
+
+    with share_work(team, journal, load, partial(_answer_rows, step, settings)) as (engine, results):
+        if journal is None or results is None:
+            return
+        failed, tokens = {}, Counter()
+        for share_failed, share_tokens in results:
+            failed |= share_failed
+            tokens.update(share_tokens)
+        tallied = tally(readers.JsonlRows(journal.journal))
+        counts = {"rows": len(step.ids) - len(failed), "failed": len(failed), **tallied}
+        finish_output(journal, step.ids, counts, failed, engine, tokens=dict(tokens))
 
 
-def _plan(step: Step, settings: SimpleNamespace, journal: outputs.Output) -> dict:
+def _plan(step: Step, settings: SimpleNamespace, journal: outputs.Output, gate: gating.Gate | None) -> dict:
     """What `--dry-run` reports."""
     rows = () if journal.complete else (row for row in step.rows if row["id"] not in journal.done)
     rows = (row for row in rows if step.settle(row) is None)
+    judged = (row for row in step.rows if step.settle(row) is None)
     return {
         "rows": len(step.ids),
         "done": len(step.ids) if journal.complete else len(journal.done),
         **({} if journal.complete else step.plan()),
+        **({"gate_calls_at_most": gate.count_calls(judged)} if gate else {}),
         **estimate.text_plan(map(step.render, rows), step.model, settings.sampling, **settings.plan),
     }
 
