@@ -280,18 +280,8 @@ def build(
             saved = time.time()
     if not math.isfinite(_recent(training.losses)):
         raise InputError("the loss is NaN or infinite", where=output, remedy="Lower --learning-rate")
-    # half precision halves the file; float16 rounds these weights eight times as finely as bfloat16
-    training.model.to(torch.float16).save_pretrained(folder)
+    summary = training.finish(folder, round(time.time() - started))
     checkpoint.unlink(missing_ok=True)
-    summary = {
-        **settings,
-        "steps": training.step,
-        "parameters": sum(p.numel() for p in training.model.parameters()),
-        "loss": round(_recent(training.losses), 4),
-        "probes_right": training.probe_rates(),
-        "seconds": round(time.time() - started),
-    }
-    (folder / "build.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -357,6 +347,21 @@ class _Training:
             optimizer.load_state_dict(optimizer_state)
         self.demos.rng.setstate(state["random"])
         self.done, self.step = state["done"], state["step"]
+
+    def finish(self, folder: Path, seconds: int) -> dict:
+        """Save the weights and build.json, and return what it holds."""
+        # half precision halves the file; float16 rounds these weights eight times as finely as bfloat16
+        self.model.to(torch.float16).save_pretrained(folder)
+        summary = {
+            **self.settings,
+            "steps": self.step,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "loss": round(_recent(self.losses), 4),
+            "probes_right": self.probe_rates(),
+            "seconds": seconds,
+        }
+        (folder / "build.json").write_text(json.dumps(summary, indent=2) + "\n")
+        return summary
 
     def set_learning_rate(self) -> None:
         """A warm-up, a long plateau, and a linear decay to zero over the last two fifths."""
