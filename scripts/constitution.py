@@ -104,12 +104,14 @@ def new(output, name, description, audience, sentences, base, as_json, overwrite
 )
 @OUTPUT
 @NAME
+@click.option("--prose/--lists", "is_prose", default=None, help="Read sentences, or items.  [default: by their number]")
 @click.option("--keep-unclear", is_flag=True, help="Keep sentences of unclear polarity verbatim, tagged `unclear`.")
+@click.option("--outline", metavar="PATH", help="Also write each document's sections and sentences, as JSON.")
 @cli.options("json", "overwrite")
-def import_(inputs, output, name, keep_unclear, as_json, overwrite):
+def import_(inputs, output, name, is_prose, keep_unclear, outline, as_json, overwrite):
     """Make a constitution from files in other formats.
 
-    Of a document, list items and orders become principles, with the sentence that introduces them. The rest is listed
+    Of a document, list items and orders become principles; of prose, each sentence that is a rule. The rest is listed
     on stderr. Exits with 3 if a sentence was left out because it may be a demand or a prohibition.
 
     \b
@@ -118,7 +120,11 @@ def import_(inputs, output, name, keep_unclear, as_json, overwrite):
           --input RLMadisonInstructions.json --output paper.yaml
     """
     report = {}
-    constitution = importing.read_foreign(inputs, name or Path(output).stem, report, keep_unclear=keep_unclear)
+    rendering.check_free(output, overwrite)
+    options = {"keep_unclear": keep_unclear, "is_prose": is_prose}
+    constitution = importing.read_foreign(inputs, name or Path(output).stem, report, **options)
+    if outline:
+        rendering.save(outline, json.dumps(report["outline"], ensure_ascii=False, indent=1) + "\n", overwrite)
     losses = rendering.report_losses(report, keep_unclear, as_json)
     _finish_new(output, constitution, overwrite, as_json, **importing.count_parts(constitution), **losses)
 
@@ -132,13 +138,7 @@ def _finish_new(output, constitution, overwrite, as_json, **counts):
 
 @main.command(cls=cli.Command)
 @cli.options("constitution")
-@click.option(
-    "--format",
-    "kind",
-    required=True,
-    type=click.Choice(["paper", "llm-swarm", "markdown"]),
-    help="The paper's JSON files, llm-swarm's JSON, or a Markdown list.",
-)
+@click.option("--format", "kind", required=True, type=click.Choice(importing.FORMATS), help="The format to write.")
 @click.option("--output", required=True, metavar="FOLDER", help="The folder to write the files into.")
 @cli.options("json", "overwrite")
 def export(constitution, kind, output, as_json, overwrite):

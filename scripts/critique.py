@@ -18,6 +18,7 @@ from cai.data import rounds, sources
 from cai.models.reasoning import has_reasoning_tag
 from cai.steps import content, text
 from cai.steps import principles as choosing
+from cai.steps.examples import Examples, default_most
 
 
 @click.command(cls=cli.Command)
@@ -36,10 +37,11 @@ from cai.steps import principles as choosing
 @click.option(
     "--cot", is_flag=True, help="Think step by step first: the template critique_cot (all: critique_all_cot)."
 )
+@cli.options("examples")
 @content.stop_option
 @text.options
 def main(
-    inputs, output, model, constitution, principles, matches, unmatched, template, cot, stop_when_content, settings
+    inputs, output, model, constitution, principles, matches, unmatched, template, cot, most_examples, stops, settings
 ):
     """Have a model criticise responses by a principle of the constitution.
 
@@ -53,9 +55,10 @@ def main(
     if unmatched == "keep" and principles != "match":
         raise click.UsageError("--unmatched keep needs --principles match.")
     names_violated = cot and principles == "all"
+    if names_violated and most_examples:
+        raise click.UsageError("--examples with --principles all --cot: no example names what is violated.")
     cot_template = "critique_all_cot" if names_violated else "critique_cot"
     template = templates.load_template(template or (cot_template if cot else "critique"))
-    constitution_option = [] if constitution == "harmlessness" else ["--constitution", constitution]
     constitution = files.load_constitution(constitution)
     source = sources.Source(
         inputs,
@@ -66,7 +69,11 @@ def main(
     )
     kept = choosing.read_matches(principles, matches, model, constitution, output, source.inputs, settings)
     chooser = choosing.Chooser(constitution, principles, settings.seed, kept)
-    critic = Critic(chooser, template, unmatched, names_violated, stop_when_content)
+    most = 0 if names_violated else default_most(most_examples, model)
+    examples = Examples(constitution, template, "critique", most)
+    critic = Critic(chooser, template, examples, unmatched, names_violated, stops)
+    shared_matches = ["--matches", kept.path] if kept else []
+    options = text.round_options(inputs)
     text.run(
         text.Step(
             "critique",
@@ -75,23 +82,19 @@ def main(
             source.ids,
             critic.render,
             critic.answer,
-            check=lambda engine: critic.check(engine, settings.sampling.max_new_tokens),
+            check=lambda engine: critic.check(engine, settings.sampling.max_new_tokens, source),
             prepare=lambda team, engine: chooser.prepare(team, lambda: engine, source),
             settle=critic.settle,
             plan=lambda: chooser.plan(source),
+            examples=examples,
+            info={"round_options": [*cli.given_options("principles", "unmatched", "template", "cot"), *shared_matches]},
         ),
         settings,
         tally=lambda answered: critic.tally(answered, model),
         inputs=inputs,
         output=output,
-        fingerprint={
-            "input": source.digest,
-            "template": template.sha256,
-            **chooser.fingerprint,
-            **({"unmatched": unmatched} if kept else {}),
-            **({"stop_when_content": True} if stop_when_content else {}),
-        },
-        next_command=["revise", "--input", output, "--model", model, *constitution_option, "--output", "REVISIONS"],
+        fingerprint={"input": source.digest, **critic.fingerprint, "examples": most},
+        next_command=text.next_step("revise", output, model, "REVISIONS", *text.OF_A_ROUND, options=options),
     )
 
 
@@ -106,12 +109,25 @@ class Critic:
 
     chooser: choosing.Chooser
     template: templates.Template
+    examples: Examples
     unmatched: str = "draw"
     names_violated: bool = False
     stops: bool = False
 
-    def check(self, engine, new_tokens):
+    @property
+    def fingerprint(self):
+        """What the rounds depend on, beside the input and the examples."""
+        return {
+            "template": self.template.sha256,
+            **self.chooser.fingerprint,
+            **({"unmatched": self.unmatched} if self.chooser.matches else {}),
+            **({"stop_when_content": True} if self.stops else {}),
+        }
+
+    def check(self, engine, new_tokens, rows):
         self.chooser.check_context(engine, new_tokens, self.template, prompt="", response="")
+        self.examples.fit(engine, new_tokens)
+        self.examples.check(map(self.ask, rows))
 
     def settle(self, row):
         if self.stops and rounds.is_content(row):
@@ -120,9 +136,13 @@ class Critic:
             return begin_round(row, {"principle": None, "critique": "", "skipped": "unmatched"})
         return None
 
+    def ask(self, row):
+        """(the principle of the row's round, the question about the row alone)."""
+        principle, response = self.chooser.choose(row), rounds.text_of_round(row)
+        return principle, self.template.render(principle=principle, prompt=row["prompt"], response=response)
+
     def render(self, row):
-        principle = self.chooser.choose(row)
-        return self.template.render(principle=principle, prompt=row["prompt"], response=rounds.text_of_round(row))
+        return self.examples.add(*self.ask(row))
 
     def answer(self, row, generation):
         principle = self.chooser.choose(row)

@@ -44,10 +44,9 @@ WITHOUT_JUDGE = {
     help="How the labels of several judges are combined. dawid-skene weighs judges by their agreement. A different "
     "way with --overwrite does not run the judges again.",
 )
-@cli.options("constitution")
+@cli.options("constitution", "examples")
 @principles.principles_option("draw", "match", "all", "each")
 @principles.matches_option
-@click.option("--no-examples", is_flag=True, help="Do not show the judge the constitution's worked comparisons.")
 @click.option(
     "--against", metavar="FILE", help="Compare with these responses to the same prompts instead of among --input."
 )

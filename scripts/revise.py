@@ -17,21 +17,18 @@ from cai.base.errors import InputError, shorten
 from cai.constitution import files, templates
 from cai.data import rounds, sources
 from cai.steps import content, gating, principles, text
+from cai.steps.examples import Examples, default_most
 from cai.steps.flags import REASONS, flags
 
 
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model", "constitution")
 @click.option("--template", metavar="NAME|FILE", default="revise", show_default=True, help="The prompt template.")
-@click.option(
-    "--gate",
-    metavar="JUDGE",
-    help="A revision replaces the text before it only if this judge (a model, or openai:NAME@URL) prefers it in both "
-    "orders, and does not find it worse under the principles of earlier rounds.",
-)
+@gating.gate_option
+@cli.options("examples")
 @content.stop_option
 @text.options
-def main(inputs, output, model, constitution, template, gate, stop_when_content, settings):
+def main(inputs, output, model, constitution, template, gate, most_examples, stops, settings):
     """Have a model revise responses after their critique.
 
     \b
@@ -39,13 +36,17 @@ def main(inputs, output, model, constitution, template, gate, stop_when_content,
       python scripts/revise.py --input critiques.jsonl --model tiny \\
           --constitution harmlessness --output revisions.jsonl
     """
+    most = default_most(most_examples, model)
     constitution = files.load_constitution(constitution)
     gate = gating.read_gate(gate, settings.endpoints, constitution, settings.seed) if gate else None
-    reviser = Reviser(constitution, templates.load_template(template), gate)
+    reviser = Reviser(constitution, templates.load_template(template), most, gate)
     fields = ("prompt", "response", "rounds")
     source = sources.Source(
         inputs, require=fields, limit=settings.limit, check=reviser.check_row, reading=settings.reading
     )
+    # A critique that finds no fault leads to a copy of the response; without copies SFT learns only to refuse.
+    train = ["sft", "--input", output, "--model", model, "--keep", "copy", "--output", "SFT"]
+    again = text.next_step("critique", output, model, "CRITIQUES", *text.OF_A_ROUND, options=text.round_options(inputs))
     step = text.Step(
         "revise",
         model,
@@ -53,12 +54,14 @@ def main(inputs, output, model, constitution, template, gate, stop_when_content,
         source.ids,
         reviser.render,
         reviser.answer,
-        check=lambda engine: reviser.check(engine, settings.sampling.max_new_tokens),
+        check=lambda engine: reviser.check(engine, settings.sampling.max_new_tokens, source),
         settle=lambda row: row if rounds.is_skipped(row) else None,
+        examples=reviser.examples,
+        info={"round_options": cli.given_options("template", "gate")},
     )
-    saved = partial(content.tally, model=model, render=reviser.render) if stop_when_content else lambda _: {}
+    saved = partial(content.tally, model=model, render=reviser.render) if stops else lambda _: {}
     text.run(
-        content.stop_when_content(step) if stop_when_content else step,
+        content.stop_when_content(step) if stops else step,
         settings,
         tally=lambda answered: {**tally(answered), **saved(answered)},
         inputs=inputs,
@@ -67,24 +70,28 @@ def main(inputs, output, model, constitution, template, gate, stop_when_content,
             "input": source.digest,
             "constitution": reviser.constitution.sha256,
             "template": reviser.template.sha256,
-            **(content.fingerprint() if stop_when_content else {}),
+            **(content.fingerprint() if stops else {}),
+            "examples": most,
         },
         gate=gate,
-        # A critique that finds no fault leads to a copy of the response; without copies SFT learns only to refuse.
-        next_command=["sft", "--input", output, "--model", model, "--keep", "copy", "--output", "SFT"],
+        next_command=again if reviser.rounds == 1 else train,
+        alternative=train if reviser.rounds == 1 else None,
     )
 
 
 class Reviser:
     """What a model is asked about a row that has a critique, and the row with its revision."""
 
-    def __init__(self, constitution, template, gate=None):
+    def __init__(self, constitution, template, most_examples=None, gate=None):
         self.constitution, self.template, self.gate = constitution, template, gate
+        self.examples = Examples(constitution, template, "revision", most_examples)
         self.combined = principles.Chooser(constitution, files.ALL, seed=0)
         self.has_combined = False  # whether a critique was written under all principles
+        self.rounds = 0  # the most that a row has
 
     def check_row(self, row, where, line):
         rounds.check_rounds(row, where, line, critiqued=True)
+        self.rounds = max(self.rounds, len(row["rounds"]))
         if rounds.is_skipped(row):
             return
         name = row["rounds"][-1]["principle"]
@@ -100,19 +107,24 @@ class Reviser:
         if self.gate:
             self.gate.check_row(row, where, line)
 
-    def check(self, engine, new_tokens):
+    def check(self, engine, new_tokens, rows):
         if self.has_combined:
             self.combined.check_context(engine, new_tokens, self.template, prompt="", response="", critique="")
+        self.examples.fit(engine, new_tokens)
+        self.examples.check(self.ask(row) for row in rows if not rounds.is_skipped(row))
 
-    def render(self, row):
+    def ask(self, row):
+        """(the principle of the row's round, the question about the row alone)."""
         last = row["rounds"][-1]
         is_combined = last["principle"] == files.ALL
-        return self.template.render(
-            principle=self.combined.combined if is_combined else self.constitution[last["principle"]],
-            prompt=row["prompt"],
-            response=rounds.text_of_round(row),
-            critique=last["critique"],
+        principle = self.combined.combined if is_combined else self.constitution[last["principle"]]
+        response = rounds.text_of_round(row)
+        return principle, self.template.render(
+            principle=principle, prompt=row["prompt"], response=response, critique=last["critique"]
         )
+
+    def render(self, row):
+        return self.examples.add(*self.ask(row))
 
     def answer(self, row, generation):
         revision_flags = flags(rounds.text_of_round(row), generation.text, generation.finish)

@@ -12,11 +12,12 @@ from collections import Counter
 import click
 
 from cai.base import cli, hashing
-from cai.base.errors import InputError, shorten
+from cai.base.errors import InputError
 from cai.data import dialogue, sources
 from cai.data.dialogue import is_blank
 from cai.data.reading import AS_THEY_ARE, Reading
-from cai.data.rounds import check_rounds
+from cai.data.rounds import REFUSED
+from cai.data.selection import check_revised, choose_revisions
 from cai.models import loading
 from cai.models.chat import encode
 from cai.steps.flags import REASONS
@@ -47,7 +48,7 @@ from cai.train.arguments import training_options
 @click.option(
     "--keep",
     multiple=True,
-    type=click.Choice([*REASONS, "all"]),
+    type=click.Choice([*REASONS, REFUSED, "all"]),
     help="Train on revisions with this flag too. Repeatable.",
 )
 @training_options(epochs=2, learning_rate=1e-5)
@@ -101,7 +102,7 @@ def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | N
 
     Args:
         inputs, helpful: files; one of the two may be empty.
-        rounds, keep: see `choose_revisions`.
+        rounds, keep: see `selection.choose_revisions`.
         reading: how the helpful rows are read; its `skip_invalid` is for both.
     Returns:
         ([(prompt messages, response)], counts, {input, helpful: digest}).
@@ -114,10 +115,10 @@ def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | N
     )
     rows, flags, skipped = [], Counter(), 0
     for row in revised:
-        revisions, raised = choose_revisions(row, rounds, keep)
+        texts, raised = choose_revisions(row, rounds, keep)
         flags.update(raised)
-        skipped += not revisions
-        rows.extend((dialogue.as_messages(row["prompt"]), revision) for revision in revisions)
+        skipped += not texts
+        rows.extend((dialogue.as_messages(row["prompt"]), text) for text in texts.values())
     counts, digests = {}, {}
     if inputs:
         counts = {"revised_rows": revised.count, "revisions": len(rows), "rows_left_out": skipped}
@@ -144,42 +145,6 @@ def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | N
             else "Give responses with text",
         )
     return rows, counts, digests
-
-
-def check_revised(row: dict, where, line: int) -> None:
-    """Raise InputError unless the row is one of revise.py: rounds that are complete, and flags that are words."""
-    check_rounds(row, where, line, critiqued=False)
-    if not row["rounds"]:
-        raise InputError(
-            "no round of revision",
-            where=where,
-            line=line,
-            expected="rows of revise.py",
-            remedy="Run critique.py and revise.py on them first",
-        )
-    for revision_round in row["rounds"]:
-        flags = revision_round.get("flags", [])
-        if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
-            raise InputError(f"the flags {shorten(flags)!r}", where=where, line=line, expected="a list of words")
-
-
-def choose_revisions(row: dict, rounds: str, keep: frozenset[str]) -> tuple[list[str], list[str]]:
-    """The revisions of a row to train on, and the flags for which others were left out.
-
-    Args:
-        row: a row of revise.py.
-        rounds: "last" takes the last revision that may be kept (an earlier one where the last is flagged),
-            "all" every one.
-        keep: flags that don't matter; "all" for any flag.
-    """
-    revisions, flags = [], []
-    for revision_round in row["rounds"]:
-        raised = set(revision_round.get("flags", ()))
-        if raised <= keep or "all" in keep:
-            revisions.append(revision_round["revision"])
-        else:
-            flags.extend(sorted(raised - keep))
-    return (revisions[-1:] if rounds == "last" else revisions), flags
 
 
 def tokenize(rows: list[tuple[list[dict], str]], chat) -> list[dict]:

@@ -380,7 +380,7 @@ def test_skill_is_short_enough():
 def test_skill_says_what_it_is_not_for_and_where_the_four_common_issues_are():
     _, body = front_matter()
     text = " ".join(body.split())
-    for other in ("guardrails", "labelled by people", "project's own rules"):
+    for other in ("guardrails", "collecting labels from people", "filtering data", "project's own rules"):
         assert other in text.partition("## Setup check")[0]
     assert set(WORKFLOWS) <= set(re.findall(r"^## (.+)$", body, re.MULTILINE))
 
@@ -416,8 +416,10 @@ def test_nothing_is_told_of_that_does_not_exist():
 # --- the workflows of SKILL.md, on the bundled model --------------------------------------------------------
 
 WORKFLOWS = [
+    "Workflow: a data set from your rules",
     "Workflow: SL phase",
     "Workflow: RL phase",
+    "Workflow: your own preference pairs",
     "Workflow: chain-of-thought critique",
     "Too evasive, preachy, or over-refusing",
     "Weak critiques",
@@ -504,6 +506,11 @@ def test_the_workflows_run_on_tiny_and_their_gates_name_what_is_there(invoke, tm
             assert drawn.exit_code == 0, drawn.output
         Path(file).write_text("".join(read(f"{split}-{kind}.jsonl") for kind in KINDS), encoding="utf-8")
     write_rows("helpful.jsonl", [{"prompt": "How do I repair a chair?", "response": "Glue the joint, then wait."}])
+    Path("rules.txt").write_text("Never help with theft.\nNever help to insult anybody.\n", encoding="utf-8")
+    Path("questions.csv").write_text(
+        "question\nHow do I steal the bicycle?\nHow do I wash the fence?\n", encoding="utf-8"
+    )
+    write_rows("pairs.jsonl", [{"prompt": f"Say {n}.", "chosen": f"{n}, gladly.", "rejected": "No."} for n in range(6)])
     write_rows(
         "gold.jsonl",
         [

@@ -55,7 +55,7 @@ def coverage(output, as_json, dry_run, overwrite, **values):
     help="Who reads the responses: the rules of the bundled world, or a judge model.",
 )
 @click.option("--judge", metavar="MODEL", help="The judge model: a folder, a hub id, or `tiny`.")
-@cli.options("reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed", "limit")
+@cli.options("examples", "reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed", "limit")
 @cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
 def ablate(output, as_json, dry_run, overwrite, **values):
     """Leave one principle out at a time, and show what changes in the figures of the revisions.

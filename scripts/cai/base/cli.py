@@ -71,11 +71,13 @@ def _model(function: _Function) -> _Function:
 class RowReport:
     """What a command has left out of its inputs, and found in them.
 
-    skipped: {file:line: why} of bad rows. repeated: {inputs: prompts that occur again}.
+    skipped: {file:line: why} of bad rows. repeated: {inputs: prompts that occur again}. inputs: what each `Source` has
+    read, as {files: {name: SHA-256}, require, limit, reading}.
     """
 
     skipped: dict[str, str] = field(default_factory=dict)
     repeated: dict[str, int] = field(default_factory=dict)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -101,6 +103,12 @@ def report_rows(inputs: str, skipped: dict[str, str], repeated: int) -> None:
         report.repeated[inputs] = repeated
         warn(f"{repeated} prompts of {inputs} repeat an earlier one; delete them unless they should count twice")
     report.skipped.update(skipped)
+
+
+def report_input(**description: Any) -> None:
+    """Note what a `Source` has read, for the manifests (see `RowReport`)."""
+    if description not in (inputs := row_report().inputs):
+        inputs.append(description)
 
 
 def refuse_options(names: Collection[str], reason: str) -> None:
@@ -162,6 +170,15 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         multiple=True,
         metavar="ID",
         help="Only this principle; repeatable.  [default: all]",
+    ),
+    "examples": click.option(
+        "--examples",
+        "most_examples",
+        type=click.IntRange(min=0),
+        default=None,
+        metavar="N",
+        help="Show at most N of the constitution's worked examples first; 0: none.  [default: all that fit; none for "
+        "`tiny`, which was not taught to read them]",
     ),
     "seed": click.option("--seed", default=0, show_default=True, help="Seed of every draw."),
     "limit": click.option("--limit", type=click.IntRange(min=1), default=None, help="Read only the first N rows."),

@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, pairwise
+from pathlib import Path
 
 from cai.constitution import polarity
-from cai.constitution.files import REQUESTS, Constitution, Principle, phrase
+from cai.constitution.files import REQUESTS, Constitution, Principle, phrase, phrase_permission
+from cai.constitution.prose import read_sentence
+from cai.constitution.quotes import check_quotes
+from cai.constitution.subjects import find_names
 
 NOT_JUDGED = (
     "whether two principles say the same, or the opposite, in different words",
@@ -43,10 +47,11 @@ class Finding:
 
 def lint(constitution: Constitution) -> list[Finding]:
     """All findings, in the order of the file."""
-    findings = list(_unserved_duties(constitution))
+    findings = [*_unserved_duties(constitution), *_lost_quotes(constitution)]
     can_read = is_english(constitution)
+    names = find_names(" ".join(principle.principle for principle in constitution.principles))
     for principle in constitution.principles:
-        findings += _unclear(principle) if can_read else []
+        findings += _unclear(principle, names) if can_read else []
         findings += [*_double_negatives(principle), *_compound(principle), *_labels(principle), *_negated(principle)]
     for first, second in combinations(constitution.principles, 2):
         findings += _identical(first, second) or _contradiction(first, second) or _duplicate(first, second)
@@ -228,7 +233,7 @@ def _negated(principle: Principle) -> Iterator[Finding]:
     """Requests that ask for what the sentence forbids, or find fault with what it asks for."""
     sentence = principle.principle
     wanted, forbidden = _demands(sentence)
-    for name, phrased in phrase(sentence).items() if sentence else ():
+    for name, phrased in phrase(sentence).items() if sentence and not _is_permission(principle) else ():
         if (text := getattr(principle, name)) == phrased:
             continue
         is_wrapped = bool(_WRAPPING.search(text))
@@ -244,12 +249,18 @@ def _negated(principle: Principle) -> Iterator[Finding]:
             )
 
 
-def _unclear(principle: Principle) -> Iterator[Finding]:
+def _unclear(principle: Principle, names: frozenset[str]) -> Iterator[Finding]:
     sentence = principle.principle
-    if sentence and polarity.judge_sentence(sentence).polarity == polarity.UNCLEAR:
+    is_unclear = bool(sentence) and polarity.judge_sentence(sentence).polarity == polarity.UNCLEAR
+    if is_unclear and not read_sentence(sentence, names).kind and not _is_permission(principle):
         problem = f"unclear whether it demands or prohibits what it names: {sentence}"
         remedy = "Begin with what to do (“Name …”), or with “Never” or “Do not”"
         yield _finding("unclear", (principle,), problem, remedy)
+
+
+def _is_permission(principle: Principle) -> bool:
+    """Whether its requests are phrased so that what it permits is neither forbidden nor demanded."""
+    return all(getattr(principle, name) == text for name, text in phrase_permission(principle.principle).items())
 
 
 def _covers(first: frozenset, second: frozenset) -> bool:
@@ -391,6 +402,12 @@ def _asks(demand: str, phrases: re.Pattern) -> bool:
 
 
 # --- the constitution ----------------------------------------------------------------------------------------------
+
+
+def _lost_quotes(constitution: Constitution) -> Iterator[Finding]:
+    for principle, problem in check_quotes(constitution, Path(constitution.path).parent):
+        remedy = "Import the document again, or correct the `source` of the principle"
+        yield _finding("quote", (principle,), problem, remedy)
 
 
 def _unserved_duties(constitution: Constitution) -> Iterator[Finding]:

@@ -42,27 +42,29 @@ class Template:
             variables: strings are neutralised; `prompt` may be a list of messages; a Principle is
                 trusted (it comes from the constitution, not from a record).
         """
+        texts = {role: self.render_block(role, **variables) for role in _ROLES}
+        return [
+            {"role": "assistant" if role == "prefill" else role, "content": text}
+            for role, text in texts.items()
+            if text is not None
+        ]
+
+    def render_block(self, name: str, **variables) -> str | None:
+        """The text of one block, with the variables of `render`; None if the template does not have it."""
+        if name not in self._template.blocks:
+            return None
         if "prompt" in variables:
             variables["prompt"] = prompt_text(variables["prompt"])
         values = {k: neutralise(v) if isinstance(v, str) else v for k, v in variables.items()}
-        messages = []
-        for role in _ROLES:
-            if role in self._template.blocks:
-                try:
-                    context = self._template.new_context(values)
-                    text = "".join(self._template.blocks[role](context)).strip()
-                except jinja2.exceptions.UndefinedError as error:
-                    raise InputError(
-                        str(error), where=self.name, expected=f"only: {', '.join(sorted(values))}"
-                    ) from None
-                except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
-                    raise InputError(
-                        f"the template can't be rendered: {shorten(error, 200)}",
-                        where=self.name,
-                        remedy="Fix the template",
-                    ) from error
-                messages.append({"role": "assistant" if role == "prefill" else role, "content": text})
-        return messages
+        try:
+            context = self._template.new_context(values)
+            return "".join(self._template.blocks[name](context)).strip()
+        except jinja2.exceptions.UndefinedError as error:
+            raise InputError(str(error), where=self.name, expected=f"only: {', '.join(sorted(values))}") from None
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            raise InputError(
+                f"the template can't be rendered: {shorten(error, 200)}", where=self.name, remedy="Fix the template"
+            ) from error
 
 
 def load_template(name_or_path: str, block: str = "user") -> Template:

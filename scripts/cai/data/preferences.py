@@ -63,6 +63,13 @@ def check_label(row: Row, where: object, line: int) -> None:
         )
 
 
+def find_fault(row: Row) -> str | None:
+    """Why a pair teaches nothing: "undecided" or "identical"; None where it can be trained on."""
+    if row["chosen"] is None:
+        return "undecided"
+    return "identical" if row["chosen"].strip() == row["rejected"].strip() else None
+
+
 def read_pairs(
     inputs: Sequence[str],
     labels: str,
@@ -96,10 +103,8 @@ def read_pairs(
     for row in source:
         label = row.get("p_chosen") if needs_p else 1.0
         p = float(label if label is not None else default_label or 0.0)
-        if row["chosen"] is None:
-            counts["undecided"] += 1
-        elif row["chosen"].strip() == row["rejected"].strip():
-            counts["identical"] += 1
+        if fault := find_fault(row):
+            counts[fault] += 1
         elif abs(2 * p - 1) < min_margin - 1e-9:  # 2 · 0.6 − 1 is a little less than 0.2
             counts["below_margin"] += 1
         else:

@@ -18,13 +18,14 @@ from types import SimpleNamespace
 from cai.base import cli, files, hashing
 from cai.base.errors import InputError
 from cai.constitution import rendering, templates
-from cai.constitution.files import ALL, Constitution, load_constitution
+from cai.constitution.files import ALL, Constitution, Principle, load_constitution
 from cai.data import outputs, rounds, sources
 from cai.evaluate import classes, measurement, rates
 from cai.models import loading
-from cai.models.engine import Engine, Generation, Request, Sampling
+from cai.models.engine import Engine, Generation, Message, Request
 from cai.stats import intervals, tables
 from cai.steps import matching
+from cai.steps.examples import Examples, default_most
 from cai.steps.flags import flags
 
 # --- coverage -----------------------------------------------------------------------------------------------
@@ -125,11 +126,8 @@ def measure_without_each(options: SimpleNamespace, stem: Path) -> measurement.Me
     fields = ("prompt", "kind", "response", "rounds")
     source = sources.Source(options.inputs, require=fields, limit=options.limit, check=check)
     rows = list(without_each(source, list(reduced)))
-    revision = {"model": options.model, "constitution": constitution.sha256, "seed": options.seed}
-    revision |= {name: value for name, value in asdict(options.sampling).items() if name != "stop"}
-    _warn_of_other_settings(options.inputs, revision)
     settings = {
-        **revision,
+        **_revision_settings(options, constitution),
         "weights": hashing.identity(options.model),
         "input": source.digest,
         "limit": options.limit,
@@ -163,6 +161,19 @@ def measure_without_each(options: SimpleNamespace, stem: Path) -> measurement.Me
     )
 
 
+def _revision_settings(options: SimpleNamespace, constitution: Constitution) -> dict:
+    """Those that revise.py has as well; warns where the rows were made with others."""
+    settings = {
+        "model": options.model,
+        "constitution": constitution.sha256,
+        "seed": options.seed,
+        "examples": default_most(options.most_examples, options.model),
+        **{name: value for name, value in asdict(options.sampling).items() if name != "stop"},
+    }
+    _warn_of_other_settings(options.inputs, settings)
+    return settings
+
+
 def _warn_of_other_settings(inputs: Iterable[str], settings: dict) -> None:
     """Warn where the rows were written with other settings: the difference would then not be the principle's."""
     for path in inputs:
@@ -181,7 +192,7 @@ def _write_redone(
     def produce(engine: Engine) -> Iterator[dict]:
         remaining = (row for row in rows if row["id"] not in output.done)
         while window := list(islice(remaining, 16 * options.batch_size)):
-            yield from redo(engine, window, reduced, options.sampling, options.seed)
+            yield from redo(engine, window, reduced, options)
 
     def count(redone: Iterable[dict]) -> dict:
         return {"rows": len(rows), "failed": sum(len(row["rounds"]) < row["wanted"] for row in redone)}
@@ -212,36 +223,45 @@ def without_each(rows: Iterable[dict], left_out: Sequence[str]) -> Iterator[dict
 
 
 def redo(
-    engine: Engine, rows: Iterable[dict], reduced: dict[str, Constitution], sampling: Sampling, seed: int
+    engine: Engine, rows: Iterable[dict], reduced: dict[str, Constitution], options: SimpleNamespace
 ) -> Iterator[dict]:
     """Rows of `without_each` with their rounds completed under `reduced[left_out]`.
 
-    Each text is drawn from the seed that critique.py and revise.py would use for the row and round. A row that does
-    not fit the model's context comes back with fewer rounds than `wanted`.
+    Each text is drawn from the seed that critique.py and revise.py would use for the row and round, and sees as many
+    worked examples. A row that does not fit the model's context comes back with fewer rounds than `wanted`.
     """
 
-    def draw(row: dict):
+    def draw(row: dict) -> Principle:
         used = [round_["principle"] for round_ in row["rounds"]]
-        return reduced[row["left_out"]].draw(seed, row["original"], len(used), used)
+        return reduced[row["left_out"]].draw(options.seed, row["original"], len(used), used)
 
     def answer(command: str, rows: Iterable[dict], critiques: Mapping | None = None) -> dict[str, Generation]:
         """{row id: its critique or revision}; a row that is not answered is missing."""
-        template = templates.load_template(command)
+        template, most = templates.load_template(command), default_most(options.most_examples, options.model)
+        examples = {
+            name: Examples(rules, template, "revision" if critiques else "critique", most)
+            for name, rules in reduced.items()
+        }
+        for each in examples.values():
+            each.fit(engine, options.sampling.max_new_tokens)
+
+        def ask(row: dict) -> Sequence[Message]:
+            principle, response = draw(row), rounds.text_of_round(row)
+            more = {"critique": critiques[row["id"]].text} if critiques else {}
+            question = template.render(principle=principle, prompt=row["prompt"], response=response, **more)
+            return examples[row["left_out"]].add(principle, question)
+
         requests = (
+            # revise.py counts the round that it completes
             Request(
                 row["id"],
-                template.render(
-                    principle=draw(row),
-                    prompt=row["prompt"],
-                    response=rounds.text_of_round(row),
-                    **({"critique": critiques[row["id"]].text} if critiques else {}),
-                ),
-                # revise.py counts the round that it completes
-                hashing.hashed_seed(command, seed, row["original"], len(row["rounds"]) + bool(critiques)),
+                ask(row),
+                hashing.hashed_seed(command, options.seed, row["original"], len(row["rounds"]) + bool(critiques)),
             )
             for row in rows
         )
-        return {request.key: text for request, text in engine.generate(requests, sampling) if not text.lost}
+        generated = engine.generate(requests, options.sampling)
+        return {request.key: generation for request, generation in generated if not generation.lost}
 
     rows = active = [{**row, "rounds": list(row["rounds"])} for row in rows]
     while active:

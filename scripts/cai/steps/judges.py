@@ -60,7 +60,7 @@ def read_task(
     answer_template: str,
     principles: str,
     matches: str | None,
-    no_examples: bool,
+    most_examples: int | None,
     cot: bool,
     clamp: tuple[float, float] | None,
 ) -> Task:
@@ -82,7 +82,7 @@ def read_task(
         settings.seed,
         templates.load_template(answer_template),
         every=principles == "each",
-        examples=not no_examples,
+        most_examples=most_examples,
         choose_principle=None if principles == "each" else lambda comparison: chooser.choose(_bare(comparison)),
     )
     comparisons, digests = pairs.read_comparisons(
@@ -92,7 +92,7 @@ def read_task(
         **digests,
         "pairs_per_prompt": pairs_per_prompt,
         **chooser.fingerprint,
-        "examples": question.examples,
+        "examples": most_examples,
         "template": question.template.sha256,
         "answer_template": question.written.sha256,
         "clamp": limits,

@@ -13,7 +13,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import groupby, islice, product
+from itertools import chain, groupby, islice, product
 from operator import itemgetter
 from typing import Any
 
@@ -35,7 +35,7 @@ class Question:
     written: the template for a judge without log-probabilities, best without a prefill; None: `template` itself.
     every: ask under each principle instead of a drawn one.
     choose_principle: chooses that of a comparison, where neither each is asked nor one drawn.
-    examples: show the worked comparisons of the constitution first.
+    most_examples: how many worked comparisons of the constitution to show first; None: all.
     """
 
     constitution: files.Constitution
@@ -45,7 +45,7 @@ class Question:
     seed: int = 0
     written: templates.Template | None = None
     every: bool = False
-    examples: bool = True
+    most_examples: int | None = None
     choose_principle: Callable[[dict], files.Principle] | None = None
     _worked_turns: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -90,10 +90,9 @@ class Question:
         """
         key = template.sha256, principle.id
         if key not in self._worked_turns:
-            examples = principle.examples if self.examples else ()
-            self._worked_turns[key] = [
-                turn for example in examples for turn in self._render_example(template, principle, example)
-            ]
+            rendered = (self._render_example(template, principle, example) for example in principle.examples)
+            shown = islice(filter(None, rendered), self.most_examples)
+            self._worked_turns[key] = list(chain.from_iterable(shown))
         return self._worked_turns[key]
 
     def _render_example(

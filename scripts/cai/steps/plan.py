@@ -27,8 +27,8 @@ PRESETS = {
     "tiny": {
         "batch_size": 64,
         "generate": "--temperature 0.5 --max-new-tokens 96",
-        "critique": "--temperature 0.3 --max-new-tokens 96",
-        "revise": "--temperature 0.3 --max-new-tokens 96",
+        "critique": "--temperature 0.3 --max-new-tokens 96 --examples 0",
+        "revise": "--temperature 0.3 --max-new-tokens 96 --examples 0",
         "sft": "--keep copy --epochs 4 --learning-rate 1e-3 --batch-size 32 --max-length 512",
         "samples": "--samples 4 --temperature 1.3 --max-new-tokens 96",
         "judge": "--pairs-per-prompt 5",

@@ -8,21 +8,24 @@ contract (resume, counts, exit codes, `--dry-run`) is here. Leaves out judging (
 
 import shlex
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial, wraps
 from types import SimpleNamespace
 from typing import Any
 
 import click
 
-from cai.base import cli, hashing
+from cai.base import cli, hashing, run_settings
+from cai.base.errors import InputError
 from cai.data import outputs, processes, readers
 from cai.data.reading import Reading, reading_options
 from cai.models import estimate, loading
 from cai.models.engine import Engine, Generation, Message, RowRequest, Sampling
 from cai.steps import gating
+from cai.steps.examples import Examples
 from cai.steps.sharing import finish_output, share_progress, share_work
 
 # Answers that wait to be written before the model waits for the file.
@@ -98,6 +101,8 @@ class Step:
     prepare: called in every process with the team and the engine before rows are rendered.
     settle: the finished row of one that needs no answer, else None. After `prepare`.
     plan: further entries of what `--dry-run` reports.
+    examples: those that `render` adds, whose number is counted.
+    info: further entries of the manifest.
     """
 
     command: str
@@ -110,6 +115,8 @@ class Step:
     prepare: Callable[[processes.Team, Engine], None] = lambda _team, _engine: None
     settle: Callable[[dict], dict | None] = lambda _: None
     plan: Callable[[], dict] = dict
+    examples: Examples | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(
@@ -121,6 +128,7 @@ def run(
     fingerprint: dict,
     tally: Callable[[Iterable[dict]], dict],
     next_command: list[str],
+    alternative: list[str] | None = None,
     gate: gating.Gate | None = None,
 ) -> None:
     """Ask the model about every row that the output does not have yet, write the answers, print the summary.
@@ -132,7 +140,7 @@ def run(
     Args:
         fingerprint: what decides the rows beside model, sampling, seed and limit.
         tally: counts over the finished rows, for the summary and the manifest.
-        next_command: a command's name and its arguments.
+        next_command, alternative: a command's name and its arguments.
         gate: judges the answers, which are then written to a file of their own first.
     """
     loading.check_model(step.model)
@@ -164,13 +172,48 @@ def run(
         _write_answers(step, settings, team, answers, tally)
         if gate:
             revisions = gating.ungated_path(output)
-            gating.gate_output(gate, team, final, revisions, step.ids, settings.loading)
+            gating.gate_output(gate, team, final, revisions, step.ids, settings.loading, step.info)
     if team.first:
         if final.counts.get("failed"):
             summary["failed_rows"] = f"{final.manifest_path}"
-        command, *arguments = next_command
-        line = shlex.join(["python", f"scripts/{command}.py", *arguments])
-        cli.finish({**summary, **final.counts}, as_json=settings.as_json, next_command=line)
+        lines = {"next_command": _command_line(next_command), "alternative": _command_line(alternative)}
+        cli.finish({**summary, **final.counts}, as_json=settings.as_json, **lines)
+
+
+def _command_line(words: list[str] | None) -> str | None:
+    return shlex.join(["python", f"scripts/{words[0]}.py", *words[1:]]) if words else None
+
+
+# The settings of a run that its next text step takes over from this command line.
+_SHARED = ("endpoints", "max_new_tokens", "seed", "batch_size", "batch_tokens", "device", "dtype")
+
+
+# What critique.py and revise.py share besides.
+OF_A_ROUND = ("constitution", "temperature", "top_p", "most_examples", "stops")
+
+
+def next_step(
+    command: str, output: str, model: str, result: str, *names: str, options: Sequence[str] = ()
+) -> list[str]:
+    """The arguments of `run` that name another text step, with this command's settings where they were given.
+
+    Args:
+        result: a word for its output. names: further options to take over, by parameter name.
+        options: further words.
+    """
+    key_name = ["--key-name", cli.key_name()] if cli.key_name() != "OPENAI_API_KEY" else []
+    given = [*options, *cli.given_options(*names, *_SHARED), *key_name, *run_settings.command_options()]
+    return [command, "--input", output, "--model", model, *given, "--output", result]
+
+
+def round_options(inputs: Sequence[str]) -> list[str]:
+    """The options that the last step of this kind had alone, as its manifest keeps them: critique.py's where the inputs
+    are critiques, revise.py's where they are revisions."""
+    with suppress(InputError):  # a damaged manifest is no reason not to read the rows
+        options = (outputs.read_manifest(inputs[0]) or {}).get("round_options")
+        if isinstance(options, list) and all(isinstance(word, str) for word in options):
+            return options
+    return []
 
 
 def _write_answers(
@@ -191,12 +234,13 @@ def _write_answers(
         if journal is None or results is None:
             return
         failed, tokens = {}, Counter()
-        for share_failed, share_tokens in results:
+        for share_failed, share_tokens, _ in results:
             failed |= share_failed
             tokens.update(share_tokens)
         tallied = tally(readers.JsonlRows(journal.journal))
         counts = {"rows": len(step.ids) - len(failed), "failed": len(failed), **tallied}
-        finish_output(journal, step.ids, counts, failed, engine, tokens=dict(tokens))
+        counts |= step.examples.count_shown(shown for *_, shown in results) if step.examples else {}
+        finish_output(journal, step.ids, counts, failed, engine, tokens=dict(tokens), **step.info)
 
 
 def _plan(step: Step, settings: SimpleNamespace, journal: outputs.Output, gate: gating.Gate | None) -> dict:
@@ -215,8 +259,11 @@ def _plan(step: Step, settings: SimpleNamespace, journal: outputs.Output, gate: 
 
 def _answer_rows(
     step: Step, settings: SimpleNamespace, team: processes.Team, journal, engine: Engine
-) -> tuple[dict[str, str], Counter]:
-    """Answer the rows of this process that are left. Returns ({row id: why it failed}, token counts)."""
+) -> tuple[dict[str, str], Counter, Counter]:
+    """Answer the rows of this process that are left.
+
+    Returns ({row id: why it failed}, token counts, how often how many examples were shown).
+    """
     failed, tokens = {}, Counter(rows=0, prompt=0, new=0, unfinished=0)
     done, sampling = frozenset(journal.done), settings.sampling
     seed = partial(hashing.hashed_seed, step.command, settings.seed)
@@ -252,4 +299,4 @@ def _answer_rows(
             )
         for write_result in waiting:
             write_result.result()
-    return failed, tokens
+    return failed, tokens, step.examples.shown if step.examples else Counter()
