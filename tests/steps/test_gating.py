@@ -127,7 +127,7 @@ def test_tiny_passes_what_declines_and_refuses_what_complies(tmp_path):
         output.finish(ids, {"rows": len(rows), "failed": 0}, tokens={"rows": len(rows), "new": 5})
     gate = gating.read_gate("tiny", (), load_constitution("harmlessness"), 0)
     final = Output(path, command="revise", fingerprint=gate.fingerprint)
-    gating.gate_output(gate, Team(), final, ungated, ids, {"device": "cpu", "dtype": "float32"})
+    gating.gate_output(gate, Team(), final, ungated, ids, {"device": "cpu", "dtype": "float32"}, {})
     gated = [row for _, row in read_jsonl(path)]
     for before, after in zip(rows[:8:2], gated[:8:2], strict=True):
         assert after["rounds"][0] == {**before["rounds"][0], "gate": after["rounds"][0]["gate"]}
@@ -245,6 +245,18 @@ def test_another_judge_keeps_the_revisions_and_needs_overwrite(invoke, tmp_path,
     assert invoke("revise", *other, "--overwrite").exit_code == 0
     assert (tmp_path / "out.ungated.jsonl").stat().st_mtime_ns == ungated
     assert read_manifest(tmp_path / "out.jsonl")["fingerprint"]["gate"] == str(models.folder("qwen"))
+
+
+def test_the_next_round_has_the_same_gate(invoke, tmp_path, line):
+    gate = ("--gate", models.folder("qwen"), "--stop-when-content")
+    first = invoke("revise", *line([awaiting(0)], *gate, "--json"))
+    following = json.loads(first.stdout)["next"]
+    assert "critique.py" in following and "--stop-when-content" in following and "--gate" not in following
+    shared = ("--model", models.folder("llama"), "--constitution", tmp_path / "rules.yaml", "--max-new-tokens", "8")
+    files = ("--input", tmp_path / "out.jsonl", "--output", tmp_path / "c2.jsonl")
+    second = invoke("critique", *files, *shared, "--stop-when-content", "--json")
+    following = json.loads(second.stdout)["next"]
+    assert f"--gate {models.folder('qwen')}" in following and "--stop-when-content" in following
 
 
 def test_dry_run_counts_the_calls_and_a_missing_judge_writes_nothing(invoke, tmp_path, line):

@@ -73,8 +73,12 @@ def check_rounds(row: Mapping[str, Any], where: object, line: int, *, critiqued:
         raise error(f"`rounds` is {shorten(rounds)!r}", "a list")
     for number, round_ in enumerate(rounds, 1):
         if isinstance(round_, dict) and "skipped" in round_:
-            if round_["skipped"] not in SKIPPED or "revision" in round_:
-                raise error(f"round {number} is {shorten(round_)!r}", f"skipped ({', '.join(SKIPPED)}) and no revision")
+            is_skipped = isinstance(round_.get("critique"), str) and isinstance(round_.get("principle", 0), str | None)
+            if not is_skipped or round_["skipped"] not in SKIPPED or "revision" in round_:
+                raise error(
+                    f"round {number} is {shorten(round_)!r}",
+                    f"principle, critique, skipped ({' or '.join(SKIPPED)}) and no revision",
+                )
             continue
         is_round = isinstance(round_, dict) and all(isinstance(round_.get(k), str) for k in ("principle", "critique"))
         if not is_round or not isinstance(round_.get("revision"), str | None):

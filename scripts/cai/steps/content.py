@@ -30,6 +30,7 @@ TEMPLATE = "classify_critique"
 
 stop_option = click.option(
     "--stop-when-content",
+    "stops",
     is_flag=True,
     help="Spend no revision and no further round on a row whose critique finds no fault, as the model itself reads it.",
 )

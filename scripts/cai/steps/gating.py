@@ -17,6 +17,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import click
+
 from cai.base import cli
 from cai.base.errors import InputError, shorten
 from cai.base.hashing import identity
@@ -26,6 +28,13 @@ from cai.models import loading
 from cai.models.engine import Engine
 from cai.stats import intervals
 from cai.steps import judging, sharing
+
+gate_option = click.option(
+    "--gate",
+    metavar="JUDGE",
+    help="A revision replaces the text before it only if this judge (a model, or openai:NAME@URL) prefers it in both "
+    "orders, and does not find it worse under the principles of earlier rounds.",
+)
 
 # Why a revision is refused: both orders prefer the text before; the orders disagree, or one can't tell; it is worse
 # under an earlier principle; a verdict can't be read.
@@ -170,6 +179,7 @@ def gate_output(
     revisions: str,
     ids: list[str],
     load_options: Mapping[str, Any],
+    info: Mapping[str, Any],
 ) -> None:
     """Have the judge decide the revisions that are left; under `accelerate launch` each process its share.
 
@@ -177,7 +187,7 @@ def gate_output(
 
     Args:
         output: in process 0. revisions: the finished file of revisions, whose counts the output takes over.
-        ids: the order of the rows. load_options: arguments of `load_engine`.
+        ids: the order of the rows. load_options: arguments of `load_engine`. info: further entries of the manifest.
     """
     load = partial(loading.load_engine, gate.judge, endpoints=gate.servers, **load_options)
     with sharing.share_work(team, output, load, partial(_judge_share, gate, revisions)) as (judge, results):
@@ -188,7 +198,7 @@ def gate_output(
         failed = {**manifest.get("failed_rows", {}), **lost}
         decisions = count_decisions(readers.JsonlRows(output.journal))
         counts = {**manifest.get("counts", {}), "failed": len(failed), "gate": decisions}
-        sharing.finish_output(output, ids, counts, failed, judge, tokens=manifest.get("tokens", {}))
+        sharing.finish_output(output, ids, counts, failed, judge, tokens=manifest.get("tokens", {}), **info)
 
 
 def _judge_share(gate: Gate, revisions: str, team: processes.Team, journal: Any, judge: Engine) -> dict[str, str]:
