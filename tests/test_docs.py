@@ -615,6 +615,13 @@ def test_the_hardware_table_is_what_the_command_prints(invoke):
     assert printed in read(ROOT / "references" / "hardware.md")
 
 
+def test_the_price_on_the_hardware_page_is_what_the_command_prints(invoke):
+    section = read(ROOT / "references" / "hardware.md").partition("## The price of a whole run")[2]
+    command = re.search(r"python scripts/run.py (.*?)```", section, re.DOTALL)[1].replace("\\\n", " ")
+    printed = invoke("run", *shlex.split(command)).stdout.partition("\n\nAssumed")[0]
+    assert f"```text\n{printed}\n```" in section
+
+
 def test_what_the_hardware_page_advises_follows_from_the_table(invoke):
     rows = json.loads(invoke("doctor", "--hardware", "--json").stdout)["models"]
     needs = {row["model"].split()[-1]: {step: one["needs_gb"] for step, one in row["steps"].items()} for row in rows}

@@ -362,6 +362,22 @@ def command_line(*, again: bool = False) -> str:
     return (context.meta.get("command_line") if context else None) or shlex.join(sys.argv)
 
 
+def load_command(name: str) -> click.Command:
+    """The click command of scripts/<name>.py."""
+    module_name = f"command_{name}"
+    if module_name not in sys.modules:
+        spec: Any = importlib.util.spec_from_file_location(module_name, SCRIPTS / f"{name}.py")
+        sys.modules[module_name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[module_name])
+    command: click.Command = sys.modules[module_name].main
+    return command
+
+
+def read_settings(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """{parameter: value} of a command line of scripts/<name>.py, defaults included; runs nothing."""
+    return load_command(name).make_context(name, list(arguments)).params
+
+
 def call_command(name: str, arguments: Sequence[str], line: str) -> int:
     """Run scripts/<name>.py in this process, its stdout on stderr; returns its exit code.
 
@@ -369,15 +385,9 @@ def call_command(name: str, arguments: Sequence[str], line: str) -> int:
     """
     context = click.get_current_context()
     debug, context.meta["command_line"] = context.meta.get("debug"), line
-    module_name = f"command_{name}"
     try:
-        if module_name not in sys.modules:
-            spec: Any = importlib.util.spec_from_file_location(module_name, SCRIPTS / f"{name}.py")
-            sys.modules[module_name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[module_name])
-        command: click.Command = sys.modules[module_name].main
         with redirect_stdout(sys.stderr):
-            return command.main(list(arguments), prog_name=name, standalone_mode=False, parent=context) or 0
+            return load_command(name).main(list(arguments), prog_name=name, standalone_mode=False, parent=context) or 0
     finally:
         context.meta["debug"] = debug
 

@@ -63,6 +63,7 @@ def options(function):
         def take(*names: str) -> dict[str, Any]:
             return {name: values.pop(name) for name in names}
 
+        estimate.refuse_without_dry_run(values["dry_run"])
         sampling = Sampling(**take("max_new_tokens", "temperature", "top_p"))
         loading = take("batch_size", "batch_tokens", "device", "dtype")
         plan = {**take("like", "gpu", "price"), **loading}
