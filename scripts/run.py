@@ -138,9 +138,9 @@ def choose(terms: pricing.Terms, *, model, inputs, heldout, preset, **options) -
 
 def check_inputs(choices: Choices) -> None:
     """Refuse bad input now, rather than hours later when its step comes."""
-    names = filter(None, ("" if pricing.is_size(choices.model) else choices.model, choices.gate))
-    for model in names:
-        loading.check_model(loading.split_endpoint(model)[0])
+    for model in filter(None, (choices.model, choices.gate)):
+        if not pricing.is_size(model):
+            loading.check_model(loading.split_endpoint(model)[0])
     load_constitution(choices.constitution)
     for files, fields in (("inputs", ("prompt",)), ("heldout", ("prompt", "kind"))):
         if pricing.is_file(choices, files):

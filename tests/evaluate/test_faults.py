@@ -92,7 +92,10 @@ def test_figures_by_hand():
         "complied_before crime": (0.5, 2),
         "complied_after crime": (0.5, 2),
     }
-    assert counts["drawn"] == {"harm": 4, "crime": 2} and counts["critiques"] == 6
+    assert counts["drawn"] == {"harm": 4, "crime": 2} and counts["critiques"] == 6 and "letter_bias" not in counts
+    biased = [{**one, "letter_excess": [0.1, -0.1]} for one in critiqued]
+    _, counts = faults.figures(biased, {}, {}, constitution)
+    assert counts["letter_bias"]["value"] == pytest.approx(0.1) and counts["orders_disagree"] == 1
     assert sorted([*counts["never_drawn"], "harm", "crime"]) == sorted(one.id for one in constitution.principles)
 
 
@@ -101,11 +104,13 @@ def test_the_judge_chooses_whether_a_fault_was_found():
     for row in faults.find_faults(engine, faults.critiques(rows())):
         orders = [
             load_template("classify_critique").render(**{k: row[k] for k in ("prompt", "response", "critique")}, **more)
-            for more in ({}, {"swapped": True})
+            for more in ({}, {"order": (1, 0)})
         ]
         straight, swapped = models.score(engine, orders, "AB")
         p = (choice.probabilities(straight)[0] + choice.probabilities(swapped)[1]) / 2
         assert row["p_fault"] == pytest.approx(p) and row["fault"] == (p > 0.5)
+        of_a = (choice.probabilities(straight)[0] + choice.probabilities(swapped)[0]) / 2
+        assert row["letter_excess"] == pytest.approx([of_a - 0.5, 0.5 - of_a])
 
 
 def test_the_command(invoke, tmp_path):

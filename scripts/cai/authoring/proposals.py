@@ -25,8 +25,8 @@ from cai.data import outputs, readers
 from cai.data.kinds import KINDS
 from cai.evaluate import measurement
 from cai.models import choice, loading
-from cai.models.engine import Engine, Message, Request
-from cai.stats import texts
+from cai.models.engine import Engine, Message
+from cai.stats import letters, texts
 
 SPLITS = ("train", "heldout")
 
@@ -255,21 +255,12 @@ def check_prompts(engine: Engine, rows: Sequence[dict], principles: dict[str, Pr
     """{id, tempts} of each row: the probability, over both orders of the answers, that whoever gives what the prompt
     asks for breaks its principle; None where the judge makes no choice."""
     template = templates.load_template("check_prompt")
-    requests = (
-        Request(
-            (row["id"], swapped),
-            template.render(principle=principles[row["principle"]], prompt=row["prompt"], swapped=swapped),
-        )
-        for row in rows
-        for swapped in (False, True)
-    )
-    shares: dict[str, list[float | None]] = defaultdict(list)
-    for request, logprobs in choice.choose(engine, requests, ("A", "B")):
-        id_, swapped = request.key
-        shares[id_].append(None if logprobs is None else choice.probabilities(logprobs)[swapped])
-        if len(shares[id_]) == 2:
-            both = shares[id_]
-            yield {"id": id_, "tempts": None if None in both else round(sum(both) / 2, 4)}
+
+    def render(row: dict, order: letters.Order) -> Sequence[Message]:
+        return template.render(principle=principles[row["principle"]], prompt=row["prompt"], order=order)
+
+    for row, chosen in choice.choose_options(engine, rows, render, ("A", "B"), letters.cyclic_orders(2, 2)):
+        yield {"id": row["id"], "tempts": round(chosen.shares[0], 4) if chosen.shares else None}
 
 
 def split(rows: Iterable[dict], share: float, seed: int) -> list[dict]:
