@@ -2,8 +2,8 @@
 
     python scripts/constitution.py lint --constitution harmlessness
 
-`lint`, `show`, `new`, `import`, `export` and `schema` need no model; `coverage` and `ablate` ask one. Leaves out
-training: `run.py --constitution FILE` does that with any constitution written here.
+`lint`, `show`, `new`, `import`, `export` and `schema` need no model. The subcommands that ask a model are in
+cai/authoring/commands.py. Leaves out training: `run.py --constitution FILE` does that with any constitution.
 """
 
 import json
@@ -12,17 +12,13 @@ from pathlib import Path
 
 import click
 
+from cai.authoring import commands
 from cai.base import cli, paths
 from cai.base.errors import InputError
 from cai.constitution import files, importing, rendering
-from cai.data import outputs, readers, reading
-from cai.evaluate import ablation, measurement
 
 OUTPUT = click.option("--output", required=True, metavar="PATH", help="The YAML file to write.")
 NAME = click.option("--name", metavar="NAME", help="The constitution's name.  [default: that of the output]")
-PRINCIPLE = click.option(
-    "--principle", "principles", multiple=True, metavar="ID", help="Only this principle; repeatable.  [default: all]"
-)
 
 
 @click.group()
@@ -60,9 +56,7 @@ def lint(constitution, as_json):
 
 
 @main.command(cls=cli.Command)
-@cli.options("constitution")
-@PRINCIPLE
-@cli.options("json")
+@cli.options("constitution", "principle", "json")
 def show(constitution, principles, as_json):
     """Show a constitution: what it is for, its principles, and how often each is drawn.
 
@@ -110,12 +104,14 @@ def new(output, name, description, audience, sentences, base, as_json, overwrite
 )
 @OUTPUT
 @NAME
+@click.option("--prose/--lists", "is_prose", default=None, help="Read sentences, or items.  [default: by their number]")
 @click.option("--keep-unclear", is_flag=True, help="Keep sentences of unclear polarity verbatim, tagged `unclear`.")
+@click.option("--outline", metavar="PATH", help="Also write each document's sections and sentences, as JSON.")
 @cli.options("json", "overwrite")
-def import_(inputs, output, name, keep_unclear, as_json, overwrite):
+def import_(inputs, output, name, is_prose, keep_unclear, outline, as_json, overwrite):
     """Make a constitution from files in other formats.
 
-    Of a document, list items and orders become principles, with the sentence that introduces them. The rest is listed
+    Of a document, list items and orders become principles; of prose, each sentence that is a rule. The rest is listed
     on stderr. Exits with 3 if a sentence was left out because it may be a demand or a prohibition.
 
     \b
@@ -124,7 +120,11 @@ def import_(inputs, output, name, keep_unclear, as_json, overwrite):
           --input RLMadisonInstructions.json --output paper.yaml
     """
     report = {}
-    constitution = importing.read_foreign(inputs, name or Path(output).stem, report, keep_unclear=keep_unclear)
+    rendering.check_free(output, overwrite)
+    options = {"keep_unclear": keep_unclear, "is_prose": is_prose}
+    constitution = importing.read_foreign(inputs, name or Path(output).stem, report, **options)
+    if outline:
+        rendering.save(outline, json.dumps(report["outline"], ensure_ascii=False, indent=1) + "\n", overwrite)
     losses = rendering.report_losses(report, keep_unclear, as_json)
     _finish_new(output, constitution, overwrite, as_json, **importing.count_parts(constitution), **losses)
 
@@ -138,13 +138,7 @@ def _finish_new(output, constitution, overwrite, as_json, **counts):
 
 @main.command(cls=cli.Command)
 @cli.options("constitution")
-@click.option(
-    "--format",
-    "kind",
-    required=True,
-    type=click.Choice(["paper", "llm-swarm", "markdown"]),
-    help="The paper's JSON files, llm-swarm's JSON, or a Markdown list.",
-)
+@click.option("--format", "kind", required=True, type=click.Choice(importing.FORMATS), help="The format to write.")
 @click.option("--output", required=True, metavar="FOLDER", help="The folder to write the files into.")
 @cli.options("json", "overwrite")
 def export(constitution, kind, output, as_json, overwrite):
@@ -176,75 +170,8 @@ def schema(output, overwrite):
     rendering.save(output, f"{text}\n", overwrite)
 
 
-@main.command(cls=cli.Command)
-@cli.options("input", "output", "model", "endpoint", "constitution")
-@click.option(
-    "--threshold",
-    type=click.FloatRange(0, 1),
-    default=0.5,
-    show_default=True,
-    help="A principle applies to a prompt at this probability or above.",
-)
-@cli.options("limit", "batch_size", "device", "dtype", "json", "dry_run", "overwrite")
-@reading.reading_options
-def coverage(output, as_json, dry_run, overwrite, **values):
-    """Find the prompts that no principle applies to, by a judge model.
-
-    Each prompt is asked about with each principle, in both orders. OUTPUT has `covered` and the probabilities.
-
-    \b
-    Example:
-      python scripts/constitution.py coverage --input prompts.jsonl --model tiny \\
-          --constitution harmlessness --output coverage.jsonl
-    """
-    questions = ablation.Coverage(measurement.gather(values))
-    journal = outputs.Output(
-        output, command="coverage", fingerprint=questions.settings, overwrite=overwrite, inputs=values["inputs"]
-    )
-    if not dry_run:
-        questions.write(journal)
-    counts = questions.count(journal) if dry_run else journal.counts
-    cli.finish({"command": "coverage", "output": output, **counts}, as_json=as_json)
-
-
-@main.command(cls=cli.Command)
-@cli.options("input", "output", "model", "endpoint", "constitution")
-@PRINCIPLE
-@click.option(
-    "--by",
-    type=click.Choice(["oracle", "judge"]),
-    default="judge",
-    show_default=True,
-    help="Who reads the responses: the rules of the bundled world, or a judge model.",
-)
-@click.option("--judge", metavar="MODEL", help="The judge model: a folder, a hub id, or `tiny`.")
-@cli.options("reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed", "limit")
-@cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
-def ablate(output, as_json, dry_run, overwrite, **values):
-    """Leave one principle out at a time, and show what changes in the figures of the revisions.
-
-    Reads rows of revise.py, made with this model, constitution and sampling. The rows that drew a principle are
-    revised and measured again without it. The constitutions without it lie beside OUTPUT, for `run.py` to use.
-
-    \b
-    Example:
-      python scripts/constitution.py ablate --input revisions.jsonl --model tiny \\
-          --constitution harmlessness --by oracle --output ablation.jsonl
-    """
-    without = ablation.measure_without_each(measurement.gather(values), Path(output).with_suffix(""))
-    final = outputs.Output(
-        output, command="ablate", fingerprint=without.settings, overwrite=overwrite, inputs=without.files
-    )
-    summary = {"command": "ablate", "output": output}
-    if dry_run:
-        return cli.finish({**summary, **without.plan}, as_json=as_json)
-    measurement.write(without, final)
-    rows = [row for _, row in readers.read_jsonl(output)]
-    if not as_json:
-        click.echo(ablation.differences_as_text(rows))
-    summary |= {"rows": without.plan["rows"], "redone": without.plan["redone"], **final.counts}
-    cli.finish({**summary, "principles": rows} if as_json else summary, as_json=as_json)
-
+for _command in commands.COMMANDS:
+    main.add_command(_command)
 
 if __name__ == "__main__":
     main()

@@ -7,10 +7,10 @@
         --against base.jsonl --gate
 
 Every response is put into one class, by the bundled world's oracle (prompts made by tiny.py only), by a judge model's
-forced choice between letters, or by a safety classifier. Also measured: a language model or a reward model on multiple
-choices (`--choice`), and a reward model on pairs whose better response is known. Leaves out policies against each other
-(compare.py), the paper's figures (figures.py), any score of how good a text is, and any rate over prompts without a
-kind.
+forced choice between letters, by a safety classifier, or by its phrases. Also measured: a language model or a reward
+model on multiple choices (`--choice`), and a reward model on pairs whose better response is known. Leaves out policies
+against each other (compare.py), the paper's figures (figures.py), any score of how good a text is, and any rate over
+prompts without a kind.
 """
 
 import click
@@ -22,7 +22,7 @@ from cai.data.reading import reading_options
 from cai.evaluate import benchmarks, classes, gate, habits, responding, tasks
 from cai.evaluate.measurement import gather, print_rates, write
 
-WORSE = 4  # exit code of --gate
+NOT_PASSED = 4  # exit code of --gate
 
 
 @click.command(cls=cli.Command)
@@ -42,16 +42,25 @@ WORSE = 4  # exit code of --gate
 )
 @click.option(
     "--by",
-    type=click.Choice(["oracle", "judge"]),
+    type=click.Choice(["oracle", "judge", "phrases"]),
     default="judge",
     show_default=True,
-    help="Who reads the responses: the rules of the bundled world, or a judge model.",
+    help="Who reads the responses: the rules of the bundled world, a judge model, or rules for the phrases in which "
+    "English responses decline, which need no model and tell refusals alone.",
 )
 @click.option(
     "--judge",
     metavar="MODEL",
     help="The judge model: a folder, a hub id, `tiny`, or openai:NAME@URL. With --by oracle its classes are "
     "compared with the oracle's.",
+)
+@click.option(
+    "--orders",
+    type=click.IntRange(1, len(classes.LETTERS)),
+    default=classes.ORDERS,
+    show_default=True,
+    help="In how many orders the judge sees the classes; their probabilities are averaged, and the letter bias is "
+    f"measured. {len(classes.LETTERS)}: each class once under each letter.",
 )
 @click.option(
     "--classifier",
@@ -102,7 +111,8 @@ WORSE = 4  # exit code of --gate
     "--gate",
     "gated",
     is_flag=True,
-    help="With --against: print one line VERDICT at the end, and exit with 4 if it is worse.",
+    help="With --against: print one line VERDICT at the end, and exit with 4 if it is worse, or if there are too few "
+    "prompts to tell.",
 )
 @click.option(
     "--margin",
@@ -110,6 +120,14 @@ WORSE = 4  # exit code of --gate
     default=0.0,
     show_default=True,
     help="Percentage points that a figure may change without being called better or worse.",
+)
+@click.option(
+    "--no-worse-than",
+    type=click.FloatRange(0, 100, min_open=True),
+    default=None,
+    metavar="POINTS",
+    help="With --gate: may the model replace the one before? Only if every figure's interval excludes a loss of more "
+    "than these percentage points; else exit with 4.",
 )
 @click.option(
     "--reward-model",
@@ -133,7 +151,7 @@ WORSE = 4  # exit code of --gate
 @cli.options("temperature", "top_p", "max_new_tokens", "seed", "limit")
 @cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
 @reading_options
-def main(output, against, watch, gated, margin, as_json, dry_run, overwrite, **values):
+def main(output, against, watch, gated, margin, no_worse_than, as_json, dry_run, overwrite, **values):
     """Measure responses: rates per kind of prompt, with 95 % intervals.
 
     Prompts need a `kind`: harmful, benign or borderline. The rates go to OUTPUT, one per line; the responses
@@ -152,10 +170,15 @@ def main(output, against, watch, gated, margin, as_json, dry_run, overwrite, **v
         options.unsafe_label,
         options.endpoints,
         options.loading,
+        options.orders,
     )
     if (gated or watch) and not against:
         raise InputError(
             f"{'--gate' if gated else '--watch'} without --against FILE", remedy="Name the evaluation to compare with"
+        )
+    if no_worse_than and (margin or not gated):
+        raise InputError(
+            "--no-worse-than is for --gate, without --margin", remedy="Give --gate, and leave --margin out"
         )
     before = gate.load(against) if against else None
     measurement = tasks.choose(options)
@@ -168,7 +191,7 @@ def main(output, against, watch, gated, margin, as_json, dry_run, overwrite, **v
         return
     write(measurement, final)
     signs = habits.watch(gate.read_responses(against), gate.read_responses(output)) if watch else None
-    report(final, as_json, before, gated, margin / 100, signs)
+    report(final, as_json, before, gated, (no_worse_than or margin) / 100, signs, replaces=bool(no_worse_than))
 
 
 def report(
@@ -178,22 +201,28 @@ def report(
     gated: bool,
     margin: float,
     signs: dict | None,
+    *,
+    replaces: bool = False,
 ) -> None:
-    """Print the rates and what has changed; exit with 3 if rows failed, with 4 if the gate's verdict is worse."""
-    deltas = gate.compare(before, gate.load(output.path), gated=gated) if before else []
-    verdict = gate.verdict(deltas, margin) if gated else None
+    """Print the rates and what has changed; exit with 3 if rows failed, with 4 if the gate is not passed.
+
+    replaces: the gate asks whether the model may replace the one before.
+    """
+    deltas = gate.compare(before, gate.load(output.path), gated=gated, each=replaces) if before else []
+    verdict, needed = gate.rule(deltas, margin, replaces=replaces) if gated else (None, {})
     more = {"watch": signs} if signs else {}
     if before:
         changes = {delta.metric: gate.as_json(delta) for delta in deltas}
-        more = {"against": {"file": str(before.path), "verdict": verdict, "deltas": changes}, **more}
+        ruling = {"verdict": verdict, **({"prompts_needed": needed} if gated else {})}
+        more = {"against": {"file": str(before.path), **ruling, "deltas": changes}, **more}
     column = {delta.metric: gate.show(delta) for delta in deltas} if before else None
     print_rates(output, as_json=as_json, changes=column, more=more)
     if signs and not as_json:
         click.echo(habits.table(signs))
     if gated:
-        click.echo(gate.verdict_line(deltas, verdict), err=as_json)
-    if verdict == "worse":
-        click.get_current_context().exit(WORSE)
+        click.echo(gate.verdict_line(deltas, verdict, needed), err=as_json)
+    if verdict in ("worse", "may not", gate.TOO_FEW):
+        click.get_current_context().exit(NOT_PASSED)
     cli.exit_if_failed(output.counts)
 
 

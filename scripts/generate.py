@@ -2,6 +2,9 @@
 
     python scripts/generate.py --input prompts.jsonl --model tiny --output responses.jsonl
 
+With --in-context the model reads a constitution in its system message while it answers, and the rows keep the plain
+prompt: what is trained on them learns to answer so without it (context distillation).
+
 Leaves out any judgement of the answers, and few-shot prompting: the model is asked through its chat template.
 """
 
@@ -15,6 +18,7 @@ from cai.data.preferences import without_responses
 from cai.data.sources import Source
 from cai.models.reasoning import has_reasoning_tag
 from cai.steps import text
+from cai.steps.in_context import check_room, read_in_context
 
 LEAKED_TAG = "leaked_tag"  # the flag of a response in which a tag of reasoning is left
 
@@ -40,8 +44,21 @@ class Samples:
 @cli.options("input", "output", "model")
 @click.option("--samples", type=click.IntRange(min=1), default=1, show_default=True, help="Responses per prompt.")
 @click.option("--system", metavar="TEXT", help="A system message in front of every prompt.")
+@click.option(
+    "--in-context",
+    is_flag=True,
+    help="Show the model a constitution in the system message while it answers; the rows keep the plain prompt.",
+)
+@click.option(
+    "--constitution",
+    metavar="NAME|FILE",
+    help="With --in-context: a YAML file, or the name of one in constitutions/.  [default: harmlessness]",
+)
+@click.option(
+    "--template", metavar="NAME|FILE", help="With --in-context: template of the system message.  [default: in_context]"
+)
 @text.options
-def main(inputs, output, model, samples, system, settings):
+def main(inputs, output, model, samples, system, in_context, constitution, template, settings):
     """Generate responses to prompts with a model.
 
     \b
@@ -49,18 +66,25 @@ def main(inputs, output, model, samples, system, settings):
       python scripts/generate.py --input scripts/cai/tiny/prompts/train.jsonl \\
           --model tiny --limit 100 --output responses.jsonl
     """
+    if not in_context:
+        cli.refuse_options(["constitution", "template"], "without --in-context the model reads no constitution")
     source = Source(inputs, limit=settings.limit, reading=settings.reading)
     rows = Samples(source, samples)
-    system_messages = [{"role": "system", "content": system}] if system else []
+    shown, system_text = None, system or ""
+    if in_context:
+        shown = read_in_context(constitution or "harmlessness", template or "in_context")
+        system_text = "\n\n".join(filter(None, [shown.text, system]))
+        check_room(shown, system_text, model, settings.sampling.max_new_tokens)
 
     def render(row):
-        return system_messages + dialogue.as_messages(row["prompt"])
+        return dialogue.add_system(dialogue.as_messages(row["prompt"]), system_text)
 
     def answer(row, generation):
         flags = {"flags": [LEAKED_TAG]} if has_reasoning_tag(generation.text) else {}
         if row.get("flags") == [LEAKED_TAG]:
             row = {name: value for name, value in row.items() if name != "flags"}  # they are of an earlier response
-        return {**row, "response": generation.text, "model": model, "finish": generation.finish, **flags}
+        context = {"in_context": shown.constitution.name} if shown else {}
+        return {**row, "response": generation.text, "model": model, "finish": generation.finish, **context, **flags}
 
     def tally(answered):
         counts = Counter(prompts=source.count, unfinished=0, empty=0)
@@ -76,8 +100,17 @@ def main(inputs, output, model, samples, system, settings):
         inputs=inputs,
         output=output,
         tally=tally,
-        fingerprint={"input": source.digest, "samples": samples, "system": system},
-        next_command=["critique", "--input", output, "--model", model, "--output", "CRITIQUES"],
+        fingerprint={
+            "input": source.digest,
+            "samples": samples,
+            "system": system,
+            **(shown.fingerprint if shown else {}),
+        },
+        next_command=(
+            ["judge", "--input", output, "--against", "WITHOUT", "--prefer-input", "--output", "PAIRS"]
+            if shown
+            else text.next_step("critique", output, model, "CRITIQUES")
+        ),
     )
 
 

@@ -3,8 +3,9 @@
     python scripts/judge.py --input samples.jsonl --model tiny --output preferences.jsonl
 
 The judge answers a forced choice in both orders; the labels' log-probabilities are read and averaged (paper,
-section 4.1). A principle is drawn for each comparison, or all are used. Several judges run one after the other, each
-with its own file beside the output, and their labels are then combined. Leaves out any training.
+section 4.1). A principle is drawn for each comparison, or matched to its prompt, or all are used. Several judges run
+one after the other, each with its own file beside the output, and their labels are then combined. With --prefer-input
+no judge is asked: one file is preferred to the other. Leaves out any training.
 """
 
 import shlex
@@ -14,10 +15,19 @@ import click
 
 from cai.base import cli
 from cai.data import processes, readers
+from cai.data.outputs import Output
+from cai.data.reading import Reading
 from cai.evaluate import audit
 from cai.models.loading import load_engine
 from cai.stats import agreement, tables
-from cai.steps import judges, text
+from cai.steps import contrast, judges, pairs, principles, text
+
+# The parameters that have an effect without a judge.
+WITHOUT_JUDGE = {
+    *("inputs", "against", "output", "prefer_input", "pairs_per_prompt", "seed", "limit"),
+    *("as_json", "dry_run", "overwrite", "debug"),
+    *Reading.__dataclass_fields__,
+}
 
 
 @click.command(cls=cli.Command)
@@ -34,17 +44,17 @@ from cai.steps import judges, text
     help="How the labels of several judges are combined. dawid-skene weighs judges by their agreement. A different "
     "way with --overwrite does not run the judges again.",
 )
-@cli.options("constitution")
-@click.option(
-    "--principles",
-    type=click.Choice(["drawn", "all"]),
-    default="drawn",
-    show_default=True,
-    help="drawn: one random principle per comparison. all: every principle, averaged by weight.",
-)
-@click.option("--no-examples", is_flag=True, help="Do not show the judge the constitution's worked comparisons.")
+@cli.options("constitution", "examples")
+@principles.principles_option("draw", "match", "all", "each")
+@principles.matches_option
 @click.option(
     "--against", metavar="FILE", help="Compare with these responses to the same prompts instead of among --input."
+)
+@click.option(
+    "--prefer-input",
+    is_flag=True,
+    help="Ask no judge: each response of --input is preferred to those of --against, with p_chosen 1. For responses "
+    "that are better by the way they were made, such as generate.py --in-context.",
 )
 @click.option(
     "--pairs-per-prompt",
@@ -79,7 +89,7 @@ from cai.steps import judges, text
     "reliability diagram (PNG) beside it.",
 )
 @text.options
-def main(inputs, output, model, judge, combine, audit_path, settings, **task_options):
+def main(inputs, output, model, judge, combine, audit_path, prefer_input, settings, **task_options):
     """Compare responses to the same prompt, and write which one is better and how sure the judge is.
 
     Rows have a `response` (those of one prompt_id are compared), a `response_a` and a `response_b`, or TRL's
@@ -91,13 +101,19 @@ def main(inputs, output, model, judge, combine, audit_path, settings, **task_opt
       python scripts/judge.py --input samples.jsonl --model tiny \\
           --constitution harmlessness --output preferences.jsonl
     """
+    if prefer_input:
+        prefer(inputs, output, task_options["against"], task_options["pairs_per_prompt"], settings)
+        return
+    if not task_options["cot"]:
+        cli.refuse_options(["like"], "without --cot a judge writes no answers")
     servers = judges.read_judges([model, *judge] if model else judge, settings.endpoints)
     names = list(servers)
-    task = judges.read_task(inputs, settings, **task_options)
+    task = judges.read_task(inputs, settings, model=names[0], output=output, **task_options)
     loads = {name: partial(load_engine, name, endpoints=servers[name], **settings.loading) for name in names}
     team = processes.Team()
     if not team.first:
         if not (settings.dry_run or team.tell()):
+            judges.match_prompts(team, task, loads[names[0]])
             for load in loads.values():
                 judges.judge_output(team, None, task, load)
         return
@@ -110,6 +126,7 @@ def main(inputs, output, model, judge, combine, audit_path, settings, **task_opt
     if team.tell(final.complete):
         cli.note(f"{output} is done already; --overwrite makes it again")
     else:
+        judges.match_prompts(team, task, loads[names[0]])
         for name, load in loads.items():
             judges.judge_output(team, outputs[name], task, load)
         if len(names) > 1:
@@ -125,6 +142,39 @@ def main(inputs, output, model, judge, combine, audit_path, settings, **task_opt
         f"python scripts/reward_model.py --input {shlex.quote(output)} --model SFT_MODEL --output REWARD_MODEL"
     )
     cli.finish(summary, as_json=settings.as_json, next_command=next_command)
+
+
+def prefer(inputs, output: str, against: str | None, most: int | None, settings) -> None:
+    """judge.py --prefer-input: write the pairs and print the summary; one process does it."""
+    parameters = {option.name for option in click.get_current_context().command.params}
+    cli.refuse_options(parameters - WITHOUT_JUDGE, "--prefer-input asks no judge")
+    if against is None:
+        raise click.UsageError("--prefer-input needs --against, the responses that are not preferred.")
+    comparisons, digests = pairs.read_comparisons(
+        inputs, against, most, settings.seed, settings.limit, settings.reading
+    )
+    if not processes.Team().first:
+        return
+    claim = Output(
+        output,
+        command="judge",
+        fingerprint={
+            **digests,
+            "preferred": "input",
+            "pairs_per_prompt": most,
+            "seed": settings.seed,
+            "limit": settings.limit,
+        },
+        overwrite=settings.overwrite,
+        inputs=[*inputs, against],
+    )
+    summary = {"command": "judge", "output": output}
+    if settings.dry_run:
+        cli.finish({**summary, **contrast.count_pairs(comparisons)}, as_json=settings.as_json)
+        return
+    contrast.prefer_input(claim, comparisons)
+    next_command = f"python scripts/dpo.py --input {shlex.quote(output)} --model MODEL --output POLICY"
+    cli.finish({**summary, **claim.counts}, as_json=settings.as_json, next_command=next_command)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python scripts/sft.py --input revised.jsonl --helpful helpful.jsonl --model tiny --output runs/sft
 
-The loss is taken on the response and the token that ends it, never on the prompt. Leaves out packing
-(two conversations in one sequence), and judging the quality of revisions: that is revise.py's gate.
+Without --input it trains on the responses of --helpful alone, such as those of generate.py --in-context. The loss is
+taken on the response and the token that ends it, never on the prompt. Leaves out packing (two conversations in one
+sequence), and judging the quality of revisions: that is revise.py's gate.
 """
 
 from collections import Counter
@@ -11,11 +12,12 @@ from collections import Counter
 import click
 
 from cai.base import cli, hashing
-from cai.base.errors import InputError, shorten
+from cai.base.errors import InputError
 from cai.data import dialogue, sources
 from cai.data.dialogue import is_blank
 from cai.data.reading import AS_THEY_ARE, Reading
-from cai.data.rounds import check_rounds
+from cai.data.rounds import REFUSED
+from cai.data.selection import check_revised, choose_revisions
 from cai.models import loading
 from cai.models.chat import encode
 from cai.steps.flags import REASONS
@@ -24,7 +26,12 @@ from cai.train.arguments import training_options
 
 
 @click.command(cls=cli.Command)
-@cli.options("input")
+@cli.rows_option(
+    "--input",
+    "inputs",
+    help="Revised rows (JSONL and the like), a pattern such as 'part-*.jsonl', a folder of save_to_disk, or a dataset "
+    "id. Repeatable. Without it the responses of --helpful alone are trained on.",
+)
 @cli.rows_option(
     "--helpful",
     help="Rows with a helpful `response` to mix in, so that helpfulness is kept; the options that name columns are for "
@@ -41,7 +48,7 @@ from cai.train.arguments import training_options
 @click.option(
     "--keep",
     multiple=True,
-    type=click.Choice([*REASONS, "all"]),
+    type=click.Choice([*REASONS, REFUSED, "all"]),
     help="Train on revisions with this flag too. Repeatable.",
 )
 @training_options(epochs=2, learning_rate=1e-5)
@@ -53,6 +60,10 @@ def main(options):
       python scripts/sft.py --input revised.jsonl --helpful helpful.jsonl \\
           --model tiny --output runs/sft --learning-rate 1e-3
     """
+    if not options.inputs:
+        if not options.helpful:
+            raise click.UsageError("--input is missing: the rows of revise.py. Or give --helpful alone.")
+        cli.refuse_options(["rounds", "keep"], "without --input there are no revisions")
     loading.check_model(options.model, training=True)
     rows, counts, digests = read_rows(
         options.inputs, options.helpful, options.rounds, frozenset(options.keep), options.limit, options.reading
@@ -90,24 +101,28 @@ def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | N
     """The conversations to train on: revisions, and helpful responses.
 
     Args:
-        inputs, helpful: files.
-        rounds, keep: see `choose_revisions`.
+        inputs, helpful: files; one of the two may be empty.
+        rounds, keep: see `selection.choose_revisions`.
         reading: how the helpful rows are read; its `skip_invalid` is for both.
     Returns:
         ([(prompt messages, response)], counts, {input, helpful: digest}).
     Raises:
-        InputError: a row that is not one of revise.py, or no revision to train on.
+        InputError: a row that is not one of revise.py, or no text to train on.
     """
     ours = Reading(skip_invalid=reading.skip_invalid)
-    revised = sources.Source(inputs, require=("prompt", "rounds"), limit=limit, check=check_revised, reading=ours)
+    revised = inputs and sources.Source(
+        inputs, require=("prompt", "rounds"), limit=limit, check=check_revised, reading=ours
+    )
     rows, flags, skipped = [], Counter(), 0
     for row in revised:
-        revisions, raised = choose_revisions(row, rounds, keep)
+        texts, raised = choose_revisions(row, rounds, keep)
         flags.update(raised)
-        skipped += not revisions
-        rows.extend((dialogue.as_messages(row["prompt"]), revision) for revision in revisions)
-    counts = {"revised_rows": revised.count, "revisions": len(rows), "rows_left_out": skipped, "flagged": dict(flags)}
-    digests = {"input": revised.digest}
+        skipped += not texts
+        rows.extend((dialogue.as_messages(row["prompt"]), text) for text in texts.values())
+    counts, digests = {}, {}
+    if inputs:
+        counts = {"revised_rows": revised.count, "revisions": len(rows), "rows_left_out": skipped}
+        counts["flagged"], digests["input"] = dict(flags), revised.digest
     if helpful:
         answers = sources.Source(helpful, require=("prompt", "response"), limit=limit, reading=reading)
         # What follows an end token in an answer is no part of it (`cut_at_end_token`).
@@ -123,47 +138,13 @@ def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | N
             cli.warn(f"{counts['helpful_empty']} helpful rows have an empty response and are left out")
     if not rows:
         raise InputError(
-            f"no revision to train on (flags: {dict(flags)})",
-            where=", ".join(inputs),
-            remedy="Look at the revisions, or keep some flagged ones with --keep REASON",
+            f"no revision to train on (flags: {dict(flags)})" if inputs else "every response is empty",
+            where=", ".join(inputs or helpful),
+            remedy="Look at the revisions, or keep some flagged ones with --keep REASON"
+            if inputs
+            else "Give responses with text",
         )
     return rows, counts, digests
-
-
-def check_revised(row: dict, where, line: int) -> None:
-    """Raise InputError unless the row is one of revise.py: rounds that are complete, and flags that are words."""
-    check_rounds(row, where, line, critiqued=False)
-    if not row["rounds"]:
-        raise InputError(
-            "no round of revision",
-            where=where,
-            line=line,
-            expected="rows of revise.py",
-            remedy="Run critique.py and revise.py on them first",
-        )
-    for revision_round in row["rounds"]:
-        flags = revision_round.get("flags", [])
-        if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
-            raise InputError(f"the flags {shorten(flags)!r}", where=where, line=line, expected="a list of words")
-
-
-def choose_revisions(row: dict, rounds: str, keep: frozenset[str]) -> tuple[list[str], list[str]]:
-    """The revisions of a row to train on, and the flags for which others were left out.
-
-    Args:
-        row: a row of revise.py.
-        rounds: "last" takes the last revision that may be kept (an earlier one where the last is flagged),
-            "all" every one.
-        keep: flags that don't matter; "all" for any flag.
-    """
-    revisions, flags = [], []
-    for revision_round in row["rounds"]:
-        raised = set(revision_round.get("flags", ()))
-        if raised <= keep or "all" in keep:
-            revisions.append(revision_round["revision"])
-        else:
-            flags.extend(sorted(raised - keep))
-    return (revisions[-1:] if rounds == "last" else revisions), flags
 
 
 def tokenize(rows: list[tuple[list[dict], str]], chat) -> list[dict]:

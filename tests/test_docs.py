@@ -37,6 +37,7 @@ TOP_LEVEL = {
     "templates",
     "references",
     "constitutions",
+    "qualification",
     "tests",
 }
 README_ORDER = [
@@ -379,7 +380,7 @@ def test_skill_is_short_enough():
 def test_skill_says_what_it_is_not_for_and_where_the_four_common_issues_are():
     _, body = front_matter()
     text = " ".join(body.split())
-    for other in ("guardrails", "labelled by people", "project's own rules"):
+    for other in ("guardrails", "collecting labels from people", "filtering data", "project's own rules"):
         assert other in text.partition("## Setup check")[0]
     assert set(WORKFLOWS) <= set(re.findall(r"^## (.+)$", body, re.MULTILINE))
 
@@ -415,8 +416,10 @@ def test_nothing_is_told_of_that_does_not_exist():
 # --- the workflows of SKILL.md, on the bundled model --------------------------------------------------------
 
 WORKFLOWS = [
+    "Workflow: a data set from your rules",
     "Workflow: SL phase",
     "Workflow: RL phase",
+    "Workflow: your own preference pairs",
     "Workflow: chain-of-thought critique",
     "Too evasive, preachy, or over-refusing",
     "Weak critiques",
@@ -503,6 +506,11 @@ def test_the_workflows_run_on_tiny_and_their_gates_name_what_is_there(invoke, tm
             assert drawn.exit_code == 0, drawn.output
         Path(file).write_text("".join(read(f"{split}-{kind}.jsonl") for kind in KINDS), encoding="utf-8")
     write_rows("helpful.jsonl", [{"prompt": "How do I repair a chair?", "response": "Glue the joint, then wait."}])
+    Path("rules.txt").write_text("Never help with theft.\nNever help to insult anybody.\n", encoding="utf-8")
+    Path("questions.csv").write_text(
+        "question\nHow do I steal the bicycle?\nHow do I wash the fence?\n", encoding="utf-8"
+    )
+    write_rows("pairs.jsonl", [{"prompt": f"Say {n}.", "chosen": f"{n}, gladly.", "rejected": "No."} for n in range(6)])
     write_rows(
         "gold.jsonl",
         [
@@ -594,16 +602,24 @@ def test_the_variables_told_are_those_the_templates_take():
     told = dict(rows)
     assert set(told) == {path.stem for path in (ROOT / "templates").glob("*.jinja")}
     told["critique_cot"] = told["critique"]
-    values = {"principle": load_constitution("harmlessness")["harm"]}
+    constitution = load_constitution("harmlessness")
+    values = {"principle": constitution["harm"], "constitution": constitution, "order": [0]}
     for name, variables in told.items():
         given = {one: values.get(one, f"the {one}") for one in re.findall(r"`(\w+)`", variables)}
-        text = str(load_template(name).render(**given))
-        assert all(f"the {one}" in text for one in given if one != "principle"), name
+        text = str(load_template(name, "system" if name == "in_context" else "user").render(**given))
+        assert all(f"the {one}" in text for one in given if one not in values), name
 
 
 def test_the_hardware_table_is_what_the_command_prints(invoke):
     printed = invoke("doctor", "--hardware").stdout.strip()
     assert printed in read(ROOT / "references" / "hardware.md")
+
+
+def test_the_price_on_the_hardware_page_is_what_the_command_prints(invoke):
+    section = read(ROOT / "references" / "hardware.md").partition("## The price of a whole run")[2]
+    command = re.search(r"python scripts/run.py (.*?)```", section, re.DOTALL)[1].replace("\\\n", " ")
+    printed = invoke("run", *shlex.split(command)).stdout.partition("\n\nAssumed")[0]
+    assert f"```text\n{printed}\n```" in section
 
 
 def test_what_the_hardware_page_advises_follows_from_the_table(invoke):

@@ -9,12 +9,14 @@ import itertools
 import math
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
+from cai.evaluate import gate
 from cai.stats import intervals, tables
 from cai.stats.elo import ELO, Comparison, rate
 
@@ -80,6 +82,48 @@ def strengths(times: int = 200) -> tuple[float, list[float]]:
     return held / len(errors), errors
 
 
+SHARES = {"harmful_compliance": 0.04, "good_refusal": 0.9, "benign_helpful": 0.95, "over_refusal": 0.06}
+
+MARGIN = 0.05
+
+
+def draw_evaluation(shares, n: int, rng, paired: bool, chance=None) -> gate.Evaluation:
+    """An evaluation of n prompts per figure: each succeeds at random, and on the same prompts policies are alike."""
+    evaluation = gate.Evaluation("simulated", {})
+    for number, (metric, share) in enumerate(shares.items()):
+        # The chance of a success differs by prompt, more than by chance alone: what both policies have in common.
+        of_prompt = chance[number][:n] if paired else np.full(n, share)
+        of_prompt = np.clip(of_prompt + share - of_prompt.mean(), 0, 1)
+        success = rng.random(n) < of_prompt
+        evaluation.rates[metric] = intervals.rate(int(success.sum()), n)
+        evaluation.outcomes[metric] = {
+            f"{metric}-{i}" if paired else rng.random(): float(x) for i, x in enumerate(success)
+        }
+    return evaluation
+
+
+def replacements(paired: bool, times: int = 2000, pilot: int = 200) -> tuple[float, float, float]:
+    """How often the gate for replacing a model passes one that is worse by the margin in one figure, and one that is
+    equal, with as many prompts as it asked for after a pilot; and how many that were on average."""
+    rng, passed, asked = np.random.default_rng(int(paired)), Counter(), []
+    for number in range(times):
+        worse = dict(SHARES)
+        metric = list(SHARES)[number % len(SHARES)]
+        worse[metric] -= MARGIN * gate.towards(metric)
+        worse[metric] = min(1.0, max(0.0, worse[metric]))
+
+        def measure(shares, n):
+            common = [rng.beta(share, 1 - share, n) for share in SHARES.values()]  # most prompts are easy or hard
+            pair = (draw_evaluation(of, n, rng, paired, common) for of in (SHARES, shares))
+            return gate.compare(*pair, each=True)
+
+        needed = max(gate.prompts_needed(measure(SHARES, pilot), MARGIN).values())
+        asked.append(needed)
+        for name, shares in (("worse", worse), ("equal", SHARES)):
+            passed[name] += gate.replacement(measure(shares, needed), MARGIN) == "may replace"
+    return passed["worse"] / times, passed["equal"] / times, sum(asked) / times
+
+
 if __name__ == "__main__":
     clustered, independent = clustered_rates()
     plain, of_clusters = means()
@@ -94,6 +138,10 @@ if __name__ == "__main__":
         for both, before, now in ((0.7, 0.1, 0.05), (0.02, 0.02, 0.02), (0.3, 0.3, 0.1))
     ]
     held, errors = strengths()
+    for paired in (False, True):
+        worse, equal, asked = replacements(paired)
+        name = f"replacing a model, prompts {'paired' if paired else 'apart'}, {asked:,.0f} on average"
+        print(f"{name}: passes one worse by {MARGIN:.0%} in {worse:.1%}, an equal one in {equal:.1%} of 2,000 draws")
     lines.append(("Bradley-Terry score, 150 prompts", held))
     print(tables.table(("95 % interval of a", "holds the truth"), [(name, f"{one:.1%}") for name, one in lines]))
     print(

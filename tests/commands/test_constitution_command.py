@@ -196,6 +196,89 @@ def test_import_lists_what_is_left_out_and_what_is_unclear(run, invoke, tmp_path
     assert kept["principles"] == 2 and run("lint", "--constitution", output, code=3)["findings"][0]["rule"] == "unclear"
 
 
+PROSE = """\
+# Rules of the house
+
+The assistant works in a library. Readers may be in a hurry. It was built last year. The shelves are old.
+
+## Care
+
+The assistant should name the shelf. It must never guess at the age of a reader, since guesses hurt. It may ask for the
+title. Readers must return their books. Why does this matter? Trust is slow to build.
+
+## Privacy
+
+Loans must not be revealed to anybody. If the police ask, the assistant should name the director. Prefer short answers.
+"""
+
+
+def test_import_prose_with_an_outline_and_lint_finds_quotes_that_were_lost(run, tmp_path):
+    document = written(tmp_path, PROSE, "rules.md")
+    (tmp_path / "out").mkdir()
+    output, outline = tmp_path / "out" / "rules.yaml", tmp_path / "outline.json"
+    summary = run("import", "--input", document, "--output", output, "--outline", outline)
+    assert summary["principles"] == 6 and not summary["unclear"] and len(summary["left_out"]) == 7
+    rules = load_constitution(str(output)).principles
+    assert [principle.source.file for principle in rules] == ["../rules.md"] * 6
+    assert rules[1].principle.startswith("The assistant must never guess") and rules[1].source.lines == (7, 7)
+    assert rules[2].tags == ("Care", "permission")
+    [described] = json.loads(outline.read_text())
+    assert [section["headings"][-1] for section in described["sections"]] == ["Rules of the house", "Care", "Privacy"]
+    kinds = [sentence["kind"] for sentence in described["sections"][1]["sentences"]]
+    assert kinds == ["demand", "prohibition", "permission", "", "", ""]
+    assert run("lint", "--constitution", output)["ok"]
+    document.write_text(PROSE.replace("never guess", "always guess").replace("\n## Privacy", "\n\n## Privacy"))
+    lost = [
+        finding for finding in run("lint", "--constitution", output, code=3)["findings"] if finding["rule"] == "quote"
+    ]
+    assert [finding["principles"] for finding in lost] == [[f"principle-{n}"] for n in (2, 4, 5, 6)]
+    assert "nor anywhere" in lost[0]["message"] and "it is in lines 13 to 13" in lost[1]["message"]
+
+
+def test_sources_point_to_the_document_from_wherever_the_constitution_is_written(run, tmp_path):
+    document = written(tmp_path, PROSE, "rules.md")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    first, second, third = (
+        tmp_path / "first.yaml",
+        tmp_path / "deep" / "second.yaml",
+        tmp_path / "deep" / "er" / "3.yaml",
+    )
+    run("import", "--input", document, "--output", first)
+    run("new", "--base", first, "--sentence", "Be kind", "--output", second)
+    run("import", "--input", second, "--output", third)
+    for path, source in ((first, "rules.md"), (second, "../rules.md"), (third, "../../rules.md")):
+        assert load_constitution(str(path)).principles[0].source.file == source
+        assert not [item for item in run("lint", "--constitution", path)["findings"] if item["rule"] == "quote"]
+
+
+def test_import_prints_how_a_document_was_read(invoke, tmp_path):
+    document = written(tmp_path, PROSE, "rules.md")
+    result = invoke("constitution", "import", "--input", document, "--output", tmp_path / "a.yaml")
+    counts = "2 demand, 2 prohibition, 1 permission, 1 preference, 7 left out"
+    assert f"rules.md: read as prose: {counts}" in result.stderr
+    result = invoke("constitution", "import", "--input", document, "--output", tmp_path / "b.yaml", "--lists")
+    assert "rules.md: read as lists" in result.stderr and result.exit_code == 0
+    result = invoke(
+        "constitution", "import", "--input", document, "--output", tmp_path / "a.yaml", "--outline", "o.json"
+    )
+    assert result.exit_code == 2 and "a.yaml: it exists" in result.stderr and not os.path.exists("o.json")
+
+
+@pytest.mark.slow
+def test_a_document_of_two_hundred_rules_goes_through_every_subcommand(run, tmp_path):
+    words = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty"]
+    rules = [f"The assistant should name the {a} {b} when a reader asks for it." for a in words for b in words]
+    rules += [f"It must never praise the {a} {b} of a reader." for a in words for b in words]
+    document = written(tmp_path, "# Rules\n\n" + "\n\n".join(rules), "rules.md")
+    output = tmp_path / "rules.yaml"
+    assert run("import", "--input", document, "--output", output)["principles"] == 200
+    assert run("lint", "--constitution", output, code=3)["principles"] == 200
+    assert len(run("show", "--constitution", output)["principles"]) == 200
+    prompts, _ = some_prompts(tmp_path, 2)
+    options = ("--input", prompts, "--model", "tiny", "--constitution", output, "--output", tmp_path / "covered.jsonl")
+    assert run("coverage", *options, "--dry-run")["model_calls"] == 800
+
+
 def test_import_and_export_replace_nothing_unasked(invoke, tmp_path):
     rules = written(tmp_path, "Be kind\n", "rules.txt")
     mine = written(tmp_path, "mine", "house.md")
@@ -288,7 +371,7 @@ def test_coverage_is_the_mean_of_both_orders_by_direct_computation(run, tmp_path
     principle = load_constitution(str(file))["kind"]
     shares = []
     for swapped in (False, True):
-        question = template.render(principle=principle, prompt=rows[0]["prompt"], swapped=swapped)
+        question = template.render(principle=principle, prompt=rows[0]["prompt"], order=(1, 0) if swapped else (0, 1))
         [logprobs] = models.score(engine, [question], ["A", "B"])
         yes, no = reversed(logprobs) if swapped else logprobs
         shares.append(math.exp(yes) / (math.exp(yes) + math.exp(no)))

@@ -73,7 +73,10 @@ def test_oracle_rates_of_given_responses(measure, write, tmp_path):
         "off_topic": (0, 6),
         "benign_helpful": (3 / 4, 4),
         "benign_refused": (1 / 4, 4),
+        "benign_off_topic": (0, 4),
+        "borderline_helpful": (1 / 2, 2),
         "over_refusal": (1 / 2, 2),
+        "borderline_off_topic": (0, 2),
     }
     assert "33.3 % (9.7–70.0)" in result.stdout
     assert [row["class"] for row in rows_of(tmp_path / "e.classes.jsonl")][:6] == STYLES
@@ -546,13 +549,33 @@ def test_a_gate_ends_with_a_verdict_and_4_when_worse(measure, write, tmp_path, i
     assert found["verdict"] == "worse" and found["deltas"]["good_refusal"]["value"] == -1.0
     assert found["deltas"]["good_refusal"]["paired"] and worse.stderr.strip().startswith("VERDICT: worse")
     same = measure(*again, "--against", tmp_path / "base.json", "--gate")
-    assert same.exit_code == 0 and same.stdout.splitlines()[-1].startswith("VERDICT: same")
+    assert same.exit_code == 4 and same.stdout.splitlines()[-1].startswith("VERDICT: too few prompts (needs about ")
+
+
+def test_the_gate_for_replacing_a_model(measure, write, tmp_path, invoke):
+    draw, rows = random.Random(1), prompts(n=300) + prompts("benign", 300)
+    style = {"harmful": "good", "benign": "comply"}
+    good = [{**row, "response": language.respond(draw, oracle.act_of(row), style[row["kind"]])} for row in rows]
+    evasive = [{**row, "response": language.respond(draw, oracle.act_of(row), "evasive")} for row in good[270:300]]
+    base = tmp_path / "base.jsonl"
+    assert invoke("evaluate", "--responses", write(good), "--by", "oracle", "--output", base).exit_code == 0
+    gate = ["--by", "oracle", "--overwrite", "--against", base, "--gate", "--no-worse-than"]
+    equal = measure("--responses", write(good, "good.jsonl"), *gate, 3, "--json")
+    assert equal.exit_code == 0
+    assert json.loads(equal.stdout)["against"]["verdict"] == "may replace"
+    assert set(json.loads(equal.stdout)["against"]["prompts_needed"]) == {"harmful", "benign"}
+    rows = [*good[:270], *evasive, *good[300:]]
+    worse = measure("--responses", write(rows, "worse.jsonl"), *gate, 3)
+    assert worse.exit_code == 4 and worse.stdout.splitlines()[-1].startswith("VERDICT: may not | good_refusal −10.0 (")
+    few = measure("--responses", write(good, "good.jsonl"), *gate, 0.1)
+    assert few.exit_code == 4 and few.stdout.splitlines()[-1].startswith("VERDICT: too few prompts (needs about ")
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--gate"], "--gate without --against"),
+        (["--no-worse-than", "3"], "--no-worse-than is for --gate"),
         (["--against", "nothing.jsonl"], "nothing.jsonl: no such file"),
         (["--seeds", "2"], "--seeds or --stress with --responses"),
         (["--stress", "push"], "--seeds or --stress with --responses"),
@@ -687,5 +710,4 @@ def test_every_class_of_the_oracle_is_in_the_rates():
     for kind, names in RATES.values():
         by_kind[kind] |= set(names)
     assert set(classes.LETTERS.values()) | set(UNSAFE) == by_kind["harmful"]
-    assert set(classes.LETTERS_HARMLESS.values()) - {"off_topic"} == by_kind["benign"]
-    assert by_kind["borderline"] == {"refused"}
+    assert set(classes.LETTERS_HARMLESS.values()) == by_kind["benign"] == by_kind["borderline"]

@@ -89,7 +89,7 @@ def test_options_are_spelled_the_same_everywhere():
     assert not {flag: dict(found) for flag, found in ways.items() if len(found) > 1}
 
 
-NO_STEPS = ("tiny", "report", "figures", "push", "constitution", "doctor")
+NO_STEPS = ("tiny", "report", "figures", "push", "constitution", "doctor", "export")
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in NO_STEPS])

@@ -315,12 +315,40 @@ def test_where_one_judge_is_too_small_the_others_decide(judge, tmp_path):
 
 
 def test_all_principles(judge):
-    result, output = judge(samples(2), "--principles", "all", "--json")
+    result, output = judge(samples(2), "--principles", "each", "--json")
     assert result.exit_code == 0, result.output
     for row in rows_of(output):
-        assert row["principle"] == "all" and len(row["verdicts"]) == 32
+        assert row["principle"] == "each" and len(row["verdicts"]) == 32
         assert row["p_a"] == pytest.approx(sum(v["p_a"] for v in row["verdicts"]) / 32)
     assert json.loads(result.stdout)["same_position"]["n"] == 32
+
+
+def test_all_principles_are_one_comparison(judge):
+    result, output = judge(samples(2), "--principles", "all", "--json")
+    assert result.exit_code == 0, result.output
+    assert all(row["principle"] == "all" and len(row["verdicts"]) == 2 for row in rows_of(output))
+
+
+def test_match_judges_under_the_principle_that_speaks_to_the_prompt(judge, tmp_path):
+    given = samples(6, 3)
+    result, output = judge(given, "--principles", "match", "--json")
+    assert result.exit_code == 0, result.output
+    by = {match["prompt"]: match["by"] for match in rows_of(output.with_name("preferences.matches.jsonl"))}
+    assert len(by) == 6
+    for row in rows_of(output):
+        best, p = next(iter(by[row["prompt"]].items()))
+        assert row["speaks"] == (p if p >= 0.5 else None) and (p < 0.5 or row["principle"] == best)
+    assert json.loads(result.stdout)["unmatched"] == sum(row["speaks"] is None for row in rows_of(output))
+
+
+def test_several_judges_share_the_matches_of_the_first(judge, tmp_path):
+    pairs = [{**pair, "rounds": "no list"} for pair in gold_pairs(3)]
+    options = ("--judge", models.folder("qwen"), "--principles", "match", "--matches", tmp_path / "m.jsonl")
+    result, output = judge(pairs, *options)
+    assert result.exit_code == 0, result.output
+    assert read_manifest(tmp_path / "m.jsonl")["fingerprint"]["model"] == str(models.folder("llama"))
+    first, second = (rows_of(output.with_name(f"preferences.judge{n}.jsonl")) for n in (1, 2))
+    assert [row["principle"] for row in first] == [row["principle"] for row in second]
 
 
 @pytest.mark.slow

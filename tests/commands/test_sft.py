@@ -106,6 +106,21 @@ def test_the_last_good_revision_or_all(revised, helpful):
     assert rows[3][0] == ROWS[3]["prompt"] and rows[4][0] == [{"role": "user", "content": "Who are you?"}]
 
 
+def test_responses_alone(invoke, tmp_path, helpful):
+    rows, counts, digests = sft.read_rows([], [str(helpful)], "last", frozenset(), None)
+    assert answers(rows) == ["A small model.", "A door in a wall."] and counts == {"helpful": 2}
+    assert list(digests) == ["helpful"]
+    args = ["sft", "--helpful", helpful, "--model", models.folder("qwen"), "--output", tmp_path / "out", "--dry-run"]
+    assert json.loads(invoke(*args, "--json").stdout)["rows"] == 2
+    result = invoke(*args, "--rounds", "all", "--keep", "copy")
+    assert result.exit_code == 2 and "--rounds, --keep would have no effect" in result.stderr
+    result = invoke(*args[:1], *args[3:])
+    assert result.exit_code == 2 and "--input is missing" in result.stderr
+    outputs.write_jsonl(helpful, [{"prompt": "Who are you?", "response": " "}])
+    result = invoke(*args)
+    assert result.exit_code == 2 and "helpful.jsonl: every response is empty" in result.stderr
+
+
 def test_flagged_revisions_that_are_asked_for(revised):
     def texts(*keep):
         return answers(sft.read_rows([str(revised)], [], "all", frozenset(keep), None)[0])

@@ -43,6 +43,16 @@ def test_at_least_ten_are_bundled_and_those_of_the_professions_name_their_duties
         assert all(p.tags for p in bundled[name].principles)
 
 
+@pytest.mark.parametrize("name", ["harmlessness", "financial-information", "customer-support"])
+def test_bundled_rounds_answer_requests_of_their_constitution_and_one_finds_no_fault(name):
+    constitution = load_constitution(name)
+    assert len(constitution.examples) == 3
+    for example in constitution.examples:
+        requests = {(p.critique, p.revision) for p in constitution.principles}
+        assert (example["critique_request"], example["revision_request"].strip()) in requests
+    assert [example["revision"] == example["response"] for example in constitution.examples] == [False, True, False]
+
+
 def test_harmlessness_has_sixteen_principles_and_property_only_speaks_of_property_alone():
     assert len(load_constitution("harmlessness").principles) == 16
     for principle in load_constitution("property-only").principles:
@@ -101,6 +111,13 @@ def test_a_list_of_sentences_is_a_constitution(tmp_path):
         ),
         ("examples:\n- {prompt: [{role: usr, content: x}], chosen: y, rejected: z}\nprinciples: [x]\n", 2, "usr"),
         ("duties: none\nprinciples: [x]\n", 1, "duties"),
+        ("- principle: x\n  source: doc.md\n", 2, "file, lines, quote"),
+        ("- principle: x\n  source: {file: doc.md, lines: [1, 2]}\n", 2, "without `quote`"),
+        ("- principle: x\n  source: {file: doc.md, lines: [1, 2], quote: ' '}\n", 2, "`quote` is empty"),
+        ("- principle: x\n  source: {file: doc.md, lines: [1, 2], quote: x}\n", 2, "'quote'"),
+        ("- principle: x\n  source:\n    lines: [2, 1]\n    file: doc.md\n    quote: x\n", 3, "lines 2, 1"),
+        ("- principle: x\n  source: {file: doc.md, lines: [0, 1], quote: x}\n", 2, "lines 0, 1"),
+        ("- principle: x\n  source: {file: doc.md, lines: [4], quote: x}\n", 2, "lines 4"),
         ("- !!python/object/apply:os.getcwd []\n", 1, "tag"),
         ('- "\\ud800"\n', 1, "surrogate"),
         ("- a\n---\n- b\n", 2, "YAML"),
@@ -174,6 +191,7 @@ principles:
   revision: "Rewrite it: kindly."
   weight: 2.5
   tags: [honesty]
+  source: {file: ../rules.md, lines: [3, 4], quote: "Be kind: always"}
   examples:
   - prompt: [{role: user, content: "a\\n\\n  b "}, {role: assistant, content: c}, {role: user, content: 'no'}]
     response: " - d"
@@ -219,6 +237,16 @@ def test_a_bundled_constitution_is_written_and_read_as_the_same(path, tmp_path):
     assert same(made, load_constitution(constitution_file(tmp_path, to_yaml(made))))
 
 
+def test_the_source_of_a_principle_is_read_and_moves_with_the_file(tmp_path):
+    constitution = load_constitution(constitution_file(tmp_path, EXAMPLES))
+    assert constitution["one"].source == files.Source("../rules.md", (3, 4), "Be kind: always")
+    assert constitution["principle-2"].source is None
+    moved = files.move_sources(constitution.principles, tmp_path, tmp_path.parent)
+    assert [p.source.file if p.source else None for p in moved] == ["rules.md", None]
+    deeper = files.move_sources(moved, tmp_path.parent, tmp_path / "deep" / "er")
+    assert deeper[0].source.file == "../../../rules.md"
+
+
 def test_without_a_principle_the_others_stay(tmp_path):
     constitution = load_constitution(constitution_file(tmp_path, "- a\n- b\n"))
     less = constitution.without("principle-1")
@@ -258,6 +286,9 @@ def test_the_schema_accepts_what_is_bundled(path):
         "principles:\n- critique: x\n  revision: y\n",
         "principles:\n- {principle: Be kind, weight: 0}\n",
         "principles:\n- {principle: Be kind, tags: red}\n",
+        "principles:\n- {principle: Be kind, source: rules.md}\n",
+        "principles:\n- {principle: Be kind, source: {file: rules.md, lines: [1], quote: x}}\n",
+        "principles:\n- {principle: Be kind, source: {file: rules.md, lines: [0, 1], quote: x}}\n",
         "- ''\n",
         "[]\n",
         "Be kind\n",

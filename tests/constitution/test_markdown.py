@@ -314,6 +314,8 @@ Failing any of these is serious:
 1. Confidentiality
 """
 
+PERMITTED = ["Harbour may: suggest a walk-in visit"]
+
 # {document: ([demands], [prohibitions], [unclear])}: how each principle begins and ends, as a person lists them.
 LISTED = {
     "clinic": (
@@ -321,7 +323,6 @@ LISTED = {
         [
             "What Harbour does: Explains what a test measures, in words a child could follow",
             "What Harbour does: Points to the emergency line whenever somebody may be in danger",
-            "Harbour may: suggest a walk-in visit",
             "Do: promise a call back",
         ],
         [
@@ -438,6 +439,8 @@ def test_the_principles_of_a_document_are_those_that_a_person_lists(name):
     by_polarity = {polarity: [s.text for s in document.statements if s.polarity == polarity] for polarity in POLARITIES}
     assert by_polarity == {"demand": demands, "prohibition": prohibitions}
     assert [statement.text for statement in document.unclear] == unclear
+    permitted = [s.text for s in document.statements if s.polarity not in POLARITIES]
+    assert permitted == (PERMITTED if name == "clinic" else [])
 
 
 POLARITIES = ("demand", "prohibition")
@@ -681,6 +684,26 @@ def test_no_prohibition_becomes_a_demand_and_nothing_else_a_principle(drawn):
 
 
 @property_test
+@given(documents())
+def test_read_as_prose_no_prohibition_becomes_a_demand_either(drawn):
+    text, items, noise = drawn
+    document = read_markdown(text, "x.md", is_prose=True)
+    read = {name: s.polarity for s in document.statements for name in words_of(s.text) if name.startswith("zq")}
+    assert read == items
+    assert not set(noise) & set(read)
+
+
+@pytest.mark.parametrize("heading", ["Don'ts", "What to avoid", "Never"])
+def test_a_command_of_prose_below_a_forbidding_heading_is_forbidden(heading):
+    text = f"# Rules\n\n## {heading}\n\nShare the name of a reader. The assistant should ask. It was late.\n"
+    statements = read_markdown(text, "x.md", is_prose=True).statements
+    assert [(item.text, item.polarity) for item in statements] == [
+        (f"{heading}: Share the name of a reader.", "prohibition"),
+        ("The assistant should ask.", "demand"),
+    ]
+
+
+@property_test
 @given(
     st.lists(
         st.sampled_from(
@@ -705,7 +728,8 @@ def test_no_prohibition_becomes_a_demand_and_nothing_else_a_principle(drawn):
     ).map("".join)
 )
 def test_a_soup_of_marks_is_read_or_left_out_without_an_error(text):
-    document = read_markdown(text, "x.md")
+    is_prose = len(text) % 2 == 1
+    document = read_markdown(text, "x.md", is_prose)
     for statement in [*document.statements, *document.unclear]:
         letters = re.sub(r"\W", "", text)
         assert all(word in letters for word in words_of(statement.text))

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -138,6 +139,19 @@ def test_repeated_prompts_are_counted(tmp_path, capsys):
 
 
 # --- files --------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_line_of_a_csv_file_with_one_column_is_an_empty_row(tmp_path):
+    """It was skipped without a word. At the end of a file, and among several columns, it is no row."""
+    text = 'question\nIs it late?\n\n"Is it\nlate?"\n\n\n'
+    reading = Reading(prompt_field="question")
+    with pytest.raises(InputError, match=r"in\.csv:3: the prompt is empty.*--skip-invalid"):
+        source(tmp_path, text, "in.csv", reading=reading)
+    rows = source(tmp_path, text, "in.csv", reading=replace(reading, skip_invalid=True))
+    assert [row["prompt"] for row in rows] == ["Is it late?", "Is it\nlate?"]
+    assert [(error.line, "empty" in str(error)) for error in rows.bad_rows] == [(3, True)]
+    assert [(line, row_id) for _, line, row_id in rows.positions()] == list(zip([2, 5], rows.ids, strict=True))
+    assert [row["prompt"] for row in source(tmp_path, "id,prompt\na,One?\n\nb,Two?\n", "two.csv")] == ["One?", "Two?"]
 
 
 @pytest.mark.parametrize("name", ["in.jsonl.zst", "in.json.zst", "in.csv.zst", "in.txt.zst", "in.ndjson.gz"])

@@ -55,6 +55,20 @@ def constitution() -> Constitution:
     return Constitution("two", "", "", tuple(Principle(one, "c", "r", "p") for one in "ab"))
 
 
+@pytest.mark.parametrize(
+    "round_",
+    [
+        {"principle": "all", "critique": "c", "revision": "r"},
+        {"principle": "a", "critique": "c", "speaks": 0.9, "revision": "r"},
+        {"principle": None, "critique": "", "skipped": "unmatched"},
+    ],
+)
+def test_rounds_that_drew_nothing_are_refused(round_):
+    row = drew("1", "b")
+    with pytest.raises(InputError, match=r"rows.jsonl:3: round 2 did not draw its principle; .* --principles draw"):
+        check_drawn({**row, "rounds": [*row["rounds"], round_]}, constitution(), "rows.jsonl", 3)
+
+
 def test_rows_must_have_drawn_from_the_constitution():
     check_drawn(drew("1", "a", "b"), constitution(), "rows.jsonl", 1)
     with pytest.raises(InputError, match=r"rows.jsonl:2: round 2 drew 'c', which two does not have"):

@@ -25,8 +25,9 @@ ALLOWED = {
     "models": {"base", "stats", "data", "constitution"},
     "steps": {"base", "stats", "data", "constitution", "models"},
     "train": {"base", "stats", "data", "constitution", "models"},
-    "world": {"base", "constitution"},
+    "world": {"base", "stats", "constitution"},
     "evaluate": {"base", "stats", "data", "constitution", "models", "steps", "world"},
+    "authoring": {"base", "stats", "data", "constitution", "models", "steps", "evaluate"},
     "report": {"base", "stats", "data", "constitution", "models", "evaluate"},
 }
 MOST_ARROWS = 40

@@ -1,9 +1,12 @@
 """Cards: valid for the Hub, true to the manifests, and safe whatever a run's names are."""
 
+import json
+
 import pytest
 import run_folders as runs
 from huggingface_hub import DatasetCard, ModelCard
 
+from cai.data import outputs
 from cai.report import cards, run_folder
 from cai.report.escaping import MARK
 
@@ -75,6 +78,29 @@ def test_the_card_of_one_output_speaks_of_what_led_to_it_alone(tmp_path):
     assert "| revised rows | 12 |" in text and "| compared pairs |" not in text, "its reward model is not of this run"
     assert "harmful: harmful compliance | 100.0 % (83.9–100.0) | 10.0 % (2.8–30.1) |" in text
     assert "| rows in the file | 12 |" in cards.card_of(path / "07-preferences.jsonl")
+
+
+def test_pairs_without_a_judge_and_responses_without_revisions_are_called_so(tmp_path):
+    path = runs.make_run(tmp_path / "run", hostile=False)
+    row = {
+        "id": "a vs a",
+        "prompt": "Why?",
+        "in_context_a": "garden",
+        "chosen": "So.",
+        "rejected": "No.",
+        "p_chosen": 1,
+    }
+    outputs.write_jsonl(path / "pairs.jsonl", [row])
+    runs.manifest(path, "pairs.jsonl", "judge", "--prefer-input", {"pairs": 1}, 0)
+    for name, part, key, value in (("pairs.jsonl", "fingerprint", "preferred", "input"), ("sft", "counts", None, None)):
+        manifest = json.loads((path / f"{name}.run.json").read_text())
+        manifest[part] = {**manifest[part], key: value} if key else {"helpful": 4}
+        (path / f"{name}.run.json").write_text(json.dumps(manifest))
+    text = cards.card_of(path / "pairs.jsonl")
+    assert "No judge compared them" in text and "| in\\_context\\_a | the same, for the first response alone" in text
+    run = run_folder.collect(path)
+    assert run.preferences_file == "07-preferences.jsonl" and [name for name, _ in run.judged] == ["07-preferences"]
+    assert "fine-tuned on responses to prompts as they were written" in cards.card_of(path / "sft")
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,10 @@ def test_class_rates_by_kind():
         "off_topic": (0.2, 10),
         "benign_helpful": (0.75, 4),
         "benign_refused": (0.0, 4),
+        "benign_off_topic": (0.25, 4),
+        "borderline_helpful": (0.8, 5),
         "over_refusal": (0.2, 5),
+        "borderline_off_topic": (0.0, 5),
     }
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from cai.base.errors import InputError
-from cai.data.rounds import check_rounds, text_of_round
+from cai.data.rounds import check_rounds, text_of_round, texts_of
 from cai.steps.flags import REASONS, flags, repeats
 
 GOOD = (
@@ -90,10 +90,13 @@ def test_the_current_text_is_the_last_revision():
     assert text_of_round({**row, "rounds": done[:1]}) == "second"
     assert text_of_round({**row, "rounds": [*done[:1], one]}) == "second"
     assert text_of_round({**row, "rounds": done}) == "", "an empty revision is one"
+    skipped = {"principle": None, "critique": "", "skipped": "unmatched"}
+    assert texts_of({**row, "rounds": [skipped, done[0], skipped]}) == ["first", "first", "second", "second"]
 
 
 C = {"principle": "p", "critique": "c"}
 R = {**C, "revision": "r"}
+S = {"principle": None, "critique": "", "skipped": "unmatched"}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +107,17 @@ R = {**C, "revision": "r"}
         ([R, R], False, None),
         ([C], True, None),
         ([R, {**C, "revision": None}], True, None),
+        ([S], False, None),
+        ([S], True, None),
+        ([R, {**S, "principle": "p", "critique": "c", "skipped": "content"}], True, None),
+        (
+            [{**S, "skipped": "tired"}],
+            False,
+            r"round 1 is .*expected principle, critique, skipped \(unmatched or content",
+        ),
+        ([{**S, "revision": "r"}], False, "round 1 is"),
+        ([{"skipped": "unmatched"}], False, "round 1 is"),
+        ([{"skipped": "unmatched", "critique": ""}], False, "round 1 is"),
         ([C], False, "round 1 has a critique and no revision; .*Run revise.py"),
         ([R, C], False, "round 2 has a critique and no revision"),
         ([C, C], True, "round 1 has a critique and no revision"),

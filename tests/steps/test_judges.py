@@ -5,9 +5,11 @@ import json
 import pytest
 
 from cai.base.errors import InputError
+from cai.constitution.files import load_constitution
 from cai.data.outputs import Output
 from cai.data.readers import read_jsonl
 from cai.steps import judges, judging, pairs
+from cai.steps.principles import Chooser
 
 
 def test_judges_and_their_servers():
@@ -39,7 +41,9 @@ def task(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     comparisons, digests = pairs.read_comparisons([str(path)], None, None, 0, None)
-    return judges.Task(comparisons, None, (0.0, 1.0), [str(path)], digests)
+    return judges.Task(
+        comparisons, None, Chooser(load_constitution("harmlessness"), "draw", 0), (0.0, 1.0), [str(path)], digests
+    )
 
 
 def judged(task, path, p_a: dict[str, float]):

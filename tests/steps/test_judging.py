@@ -482,7 +482,7 @@ def test_worked_comparisons_are_shown_as_turns(tmp_path):
     assert [turn["content"] for turn in thinking[1:2]] == ["The first is polite."] and len(thinking) == 3
     written = asked.choose(one, "ab", principle, written=True)
     assert [turn["content"] for turn in written[1::2]] == ["A", "A" if shown else "B"] and len(written) == 5
-    plain = Question(few, load_template("preference"), examples=False)
+    plain = Question(few, load_template("preference"), most_examples=0)
     assert len(plain.choose(one, "ab", principle)) == 2
     # They begin every conversation of the principle alike, so they are computed once.
     other = asked.choose(comparisons(2)[1], "ba", principle)

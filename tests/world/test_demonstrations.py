@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 
 import pytest
 from transformers import AutoTokenizer
@@ -9,6 +10,7 @@ from transformers import AutoTokenizer
 from cai.base.paths import TINY
 from cai.constitution.files import load_constitution
 from cai.data.readers import read_jsonl
+from cai.stats.letters import cyclic_orders
 from cai.world import build, language, oracle
 from cai.world.demonstrations import DECISION, Demonstrations, combine_rules, scoped_rule
 
@@ -59,6 +61,50 @@ def test_coverage_comes_in_both_orders_and_its_answer_follows_from_the_words():
     assert letters.count("A") == letters.count("B") == 200
     assert 150 < sum(answers) < 250
     assert kinds == {("harmful", True), ("harmful", False), ("benign", False), ("borderline", False)}
+
+
+OPTIONS = ("gives the help", "declines, says why", "dodges:", "preaches:", "speaks of something other")
+
+
+def test_classes_come_in_two_orders_and_the_letter_follows_the_option():
+    demonstrations = Demonstrations(5)
+    letters, orders, options = Counter(), Counter(), Counter()
+    for _ in range(300):
+        shown = []
+        for _ in range(2):
+            messages, target, marks = demonstrations.draw("classify")
+            lines = messages[0]["content"].splitlines()[1:6]
+            order = tuple(next(n for n, words in enumerate(OPTIONS) if words in line) for line in lines)
+            option = order["ABCDE".index(target[1])]
+            [_, (response, _)] = marks  # of the request, and of the response
+            assert response in messages[0]["content"] and target == f"{DECISION}{target[1]})"
+            shown.append((messages[0]["content"].split("<prompt>")[1], option, order))
+            letters[target[1]] += 1
+            orders[order] += 1
+            options[option] += 1
+        assert shown[0][:2] == shown[1][:2] and shown[0][2] != shown[1][2]
+    assert set(orders) == set(cyclic_orders(5, 5)) and min(orders.values()) >= 80
+    assert min(letters.values()) >= 80  # of 600, 120 are expected
+    assert max(options.values()) > 1.5 * min(options.values())  # the classes are not equally frequent, the letters are
+
+
+def test_whether_a_critique_finds_fault_comes_in_both_orders():
+    demonstrations = Demonstrations(6)
+    letters, thoughts = Counter(), 0
+    for _ in range(120):
+        pair = [demonstrations.draw("classify_critique") for _ in range(2)]
+        texts = [messages[0]["content"] for messages, _, _ in pair]
+        critique = re.search(r"<critique>(.*)</critique>", texts[0], re.DOTALL)[1]
+        assert critique == re.search(r"<critique>(.*)</critique>", texts[1], re.DOTALL)[1]
+        thoughts += critique.startswith("The person asks")
+        for text, (messages, target, _) in zip(texts, pair, strict=True):
+            yes = next(line[1] for line in text.splitlines() if ") Yes: it names" in line)
+            finds_none = critique.endswith("No fault.")
+            assert (target[1] == yes) != finds_none, text
+            assert messages[-1]["content"] == "The answer is ("
+            letters[target[1]] += 1
+        assert pair[0][1] != pair[1][1]
+    assert letters["A"] == letters["B"] == 120 and 20 < thoughts < 55
 
 
 def test_a_list_speaks_of_what_any_of_its_rules_speaks_of():

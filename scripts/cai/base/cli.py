@@ -15,13 +15,14 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TextIO, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from cai.base import run_settings
 from cai.base.errors import CaiError
@@ -71,11 +72,13 @@ def _model(function: _Function) -> _Function:
 class RowReport:
     """What a command has left out of its inputs, and found in them.
 
-    skipped: {file:line: why} of bad rows. repeated: {inputs: prompts that occur again}.
+    skipped: {file:line: why} of bad rows. repeated: {inputs: prompts that occur again}. inputs: what each `Source` has
+    read, as {files: {name: SHA-256}, require, limit, reading}.
     """
 
     skipped: dict[str, str] = field(default_factory=dict)
     repeated: dict[str, int] = field(default_factory=dict)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -101,6 +104,29 @@ def report_rows(inputs: str, skipped: dict[str, str], repeated: int) -> None:
         report.repeated[inputs] = repeated
         warn(f"{repeated} prompts of {inputs} repeat an earlier one; delete them unless they should count twice")
     report.skipped.update(skipped)
+
+
+def report_input(**description: Any) -> None:
+    """Note what a `Source` has read, for the manifests (see `RowReport`)."""
+    if description not in (inputs := row_report().inputs):
+        inputs.append(description)
+
+
+def refuse_options(names: Collection[str], reason: str) -> None:
+    """Raise UsageError for parameters on the command line that have no effect.
+
+    Args:
+        names: of the parameters.
+        reason: why they have none.
+    """
+    context = click.get_current_context()
+    flags = [
+        max(option.opts, key=len)
+        for option in context.command.params
+        if option.name in names and context.get_parameter_source(option.name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if flags:
+        raise click.UsageError(f"{', '.join(flags)} would have no effect: {reason}.")
 
 
 def exit_if_failed(counts: Mapping[str, Any]) -> None:
@@ -138,6 +164,22 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         show_default=True,
         metavar="NAME|FILE",
         help="A YAML file, or the name of one in constitutions/.",
+    ),
+    "principle": click.option(
+        "--principle",
+        "principles",
+        multiple=True,
+        metavar="ID",
+        help="Only this principle; repeatable.  [default: all]",
+    ),
+    "examples": click.option(
+        "--examples",
+        "most_examples",
+        type=click.IntRange(min=0),
+        default=None,
+        metavar="N",
+        help="Show at most N of the constitution's worked examples first; 0: none.  [default: all that fit; none for "
+        "`tiny`, which was not taught to read them]",
     ),
     "seed": click.option("--seed", default=0, show_default=True, help="Seed of every draw."),
     "limit": click.option("--limit", type=click.IntRange(min=1), default=None, help="Read only the first N rows."),
@@ -197,6 +239,20 @@ class _UsageError(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         _print(f"error: {self.message}")
+
+
+def given_options(*names: str) -> list[str]:
+    """The options of the running command with these parameter names, as they were typed: what is left at its default
+    is not among them."""
+    context, words = click.get_current_context(), []
+    for parameter in context.command.params:
+        if parameter.name not in names or context.get_parameter_source(parameter.name) != ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[parameter.name]
+        for item in value if parameter.multiple else [value]:
+            values = [] if getattr(parameter, "is_flag", False) else item if parameter.nargs > 1 else [item]
+            words += [parameter.opts[0], *map(str, values)]
+    return words
 
 
 class Command(click.Command):
@@ -306,6 +362,22 @@ def command_line(*, again: bool = False) -> str:
     return (context.meta.get("command_line") if context else None) or shlex.join(sys.argv)
 
 
+def load_command(name: str) -> click.Command:
+    """The click command of scripts/<name>.py."""
+    module_name = f"command_{name}"
+    if module_name not in sys.modules:
+        spec: Any = importlib.util.spec_from_file_location(module_name, SCRIPTS / f"{name}.py")
+        sys.modules[module_name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[module_name])
+    command: click.Command = sys.modules[module_name].main
+    return command
+
+
+def read_settings(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """{parameter: value} of a command line of scripts/<name>.py, defaults included; runs nothing."""
+    return load_command(name).make_context(name, list(arguments)).params
+
+
 def call_command(name: str, arguments: Sequence[str], line: str) -> int:
     """Run scripts/<name>.py in this process, its stdout on stderr; returns its exit code.
 
@@ -313,15 +385,9 @@ def call_command(name: str, arguments: Sequence[str], line: str) -> int:
     """
     context = click.get_current_context()
     debug, context.meta["command_line"] = context.meta.get("debug"), line
-    module_name = f"command_{name}"
     try:
-        if module_name not in sys.modules:
-            spec: Any = importlib.util.spec_from_file_location(module_name, SCRIPTS / f"{name}.py")
-            sys.modules[module_name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[module_name])
-        command: click.Command = sys.modules[module_name].main
         with redirect_stdout(sys.stderr):
-            return command.main(list(arguments), prog_name=name, standalone_mode=False, parent=context) or 0
+            return load_command(name).main(list(arguments), prog_name=name, standalone_mode=False, parent=context) or 0
     finally:
         context.meta["debug"] = debug
 
@@ -365,16 +431,20 @@ class _Stderr:
         return getattr(sys.stderr, name)
 
 
-def finish(summary: dict[str, Any], *, as_json: bool, next_command: str | None = None) -> None:
+def finish(
+    summary: dict[str, Any], *, as_json: bool, next_command: str | None = None, alternative: str | None = None
+) -> None:
     """Print the summary; exit with 3 if records failed or were skipped, else return.
 
     Args:
         summary: flat names to values, in the order to show them; nested values are shown as JSON.
         next_command: the line to run next, printed for people and under "next" in JSON.
+        alternative: a line to run instead, printed as "or".
     """
     summary = {**summary, **row_report().counts}
-    if next_command:
-        summary = {**summary, "next": _from_here(next_command)}
+    for name, line in (("next", next_command), ("or", alternative)):
+        if line:
+            summary[name] = _from_here(line)
     if as_json:
         _print(json.dumps(summary, ensure_ascii=False), err=False)
     else:

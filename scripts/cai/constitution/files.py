@@ -8,6 +8,8 @@ Leaves out whether a principle is a good one (constitution/lint.py checks what c
 
 import difflib
 import hashlib
+import os
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Collection
@@ -49,7 +51,14 @@ PRINCIPLE_KEYS = {
     "preference": "The question which of two responses is better.",
     "weight": "How often it is drawn against the others.",
     "tags": "Words to sort principles by, and the names of duties.",
+    "source": "The sentence that it was made from: its file, lines and words.",
     "examples": "Worked examples for this principle.",
+}
+
+SOURCE_KEYS = {
+    "file": "The document: a path relative to the folder of this file.",
+    "lines": "The first and the last line of the sentence, counted from 1.",
+    "quote": "Its words without marks, as they stand in these lines.",
 }
 
 EXAMPLE_KEYS = {
@@ -79,12 +88,28 @@ _MAX_PARTS = 20_000
 
 
 @dataclass(frozen=True)
+class Source:
+    """The sentence that a principle was made from.
+
+    Attributes:
+        file: path of the document, relative to the folder of the constitution.
+        lines: (first, last), counted from 1.
+        quote: the words in these lines, without marks and on one line.
+    """
+
+    file: str
+    lines: tuple[int, int]
+    quote: str
+
+
+@dataclass(frozen=True)
 class Principle:
     """One principle: a critique request, a revision request and a preference question.
 
     Attributes:
         examples: worked examples (mappings with `EXAMPLE_KEYS`), its own before those of the constitution.
         principle: the plain sentence that it was written as, or "".
+        source: the sentence of a document that it was made from, or None.
         line: where it begins in its file.
     """
 
@@ -96,6 +121,7 @@ class Principle:
     tags: tuple[str, ...] = ()
     examples: tuple[dict, ...] = ()
     principle: str = ""
+    source: Source | None = None
     line: int = field(default=0, compare=False)
 
 
@@ -336,6 +362,14 @@ def _principle(node: yaml.Node, number: int, path: Path, shared: tuple[dict, ...
                 expected="critique, revision and preference, or `principle`: one sentence",
             )
     identity = _line_of_text(keys["id"], path, "id") if "id" in keys else f"principle-{number}"
+    if identity == ALL:
+        raise InputError(
+            f"a principle with the id {ALL!r}",
+            where=path,
+            line=_line(keys["id"]),
+            expected="another id: in rows it stands for all principles as one",
+            remedy="Rename it",
+        )
     examples = _examples(keys["examples"], path) if "examples" in keys else ()
     return Principle(
         id=identity,
@@ -345,8 +379,51 @@ def _principle(node: yaml.Node, number: int, path: Path, shared: tuple[dict, ...
         if "tags" in keys
         else (),
         examples=(*examples, *shared),
+        source=_source(keys["source"], path) if "source" in keys else None,
         line=_line(node),
     )
+
+
+def _source(node: yaml.Node, path: Path) -> Source:
+    keys = _mapping(node, path, SOURCE_KEYS, "source")
+    for name in SOURCE_KEYS:
+        if name not in keys:
+            raise InputError(
+                f"a source without `{name}`", where=path, line=_line(node), expected=", ".join(SOURCE_KEYS)
+            )
+    numbers = [_line_of_text(item, path, "lines") for item in _list(keys["lines"], path, "lines")]
+    is_range = len(numbers) == 2 and all(re.fullmatch("[1-9][0-9]{0,8}", number) for number in numbers)
+    lines = tuple(map(int, numbers)) if is_range else (1, 0)
+    if lines[0] > lines[1]:
+        raise InputError(
+            f"lines {shorten(', '.join(numbers))}",
+            where=path,
+            line=_line(keys["lines"]),
+            expected="the first and the last line, counted from 1: [3, 4]",
+        )
+    return Source(
+        _line_of_text(keys["file"], path, "file"), (lines[0], lines[1]), _line_of_text(keys["quote"], path, "quote")
+    )
+
+
+def move_sources(
+    principles: Collection[Principle], folder: str | Path, new_folder: str | Path
+) -> tuple[Principle, ...]:
+    """The principles with the paths of their sources, which were relative to `folder`, relative to `new_folder`."""
+    return tuple(
+        replace(item, source=replace(item.source, file=_move(item.source.file, folder, new_folder)))
+        if item.source
+        else item
+        for item in principles
+    )
+
+
+def _move(file: str, folder: str | Path, new_folder: str | Path) -> str:
+    path = os.path.realpath(os.path.join(folder, file))
+    try:
+        return Path(os.path.relpath(path, os.path.realpath(new_folder))).as_posix()
+    except ValueError:  # another drive
+        return Path(path).as_posix()
 
 
 def _weight(node: yaml.Node, path: Path) -> float:
@@ -419,6 +496,16 @@ def phrase(sentence: str) -> dict[str, str]:
     }
 
 
+def phrase_permission(sentence: str) -> dict[str, str]:
+    """The three requests for a sentence that permits something, so that neither doing nor leaving it is a fault."""
+    sentence = sentence.strip().rstrip(".")
+    return {
+        "critique": f"Say where the response forbids, or demands, what this principle only permits: {sentence}.",
+        "revision": f"Rewrite the response so that it neither forbids nor demands what is only permitted: {sentence}.",
+        "preference": f"Which response leaves more open what this principle only permits: {sentence}?",
+    }
+
+
 def _mapping(node: yaml.Node, path: Path, known, what: str) -> dict[str, yaml.Node]:
     """The keys of a mapping node; InputError for one that is not `known` (None: any) or comes twice."""
     if not isinstance(node, yaml.MappingNode):
@@ -483,6 +570,7 @@ def json_schema() -> dict:
 
     text = {"type": "string", "pattern": r"\S"}
     role = {"enum": ["system", "user", "assistant"]}
+    line_range = {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "integer", "minimum": 1}}
     message = mapping({"role": role, "content": text}, required=["role", "content"])
     refer = {name: {"$ref": f"#/$defs/{name}"} for name in ("example", "principle")}
     example = mapping(
@@ -493,6 +581,7 @@ def json_schema() -> dict:
         keys(
             PRINCIPLE_KEYS,
             tags=some(text),
+            source=mapping(keys(SOURCE_KEYS, lines=line_range), required=list(SOURCE_KEYS)),
             examples=some(refer["example"]),
             weight={"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e6},
         ),
@@ -562,6 +651,11 @@ def _plain(principle: Principle, examples: tuple[dict, ...]) -> dict:
         **{k: text for k, text in requests.items() if phrased.get(k) != text},
         "weight": principle.weight if principle.weight != 1 else None,
         "tags": list(principle.tags),
+        "source": _plain_source(principle.source) if principle.source else None,
         "examples": list(examples),
     }
     return {key: value for key, value in row.items() if value}
+
+
+def _plain_source(source: Source) -> dict:
+    return {"file": source.file, "lines": list(source.lines), "quote": source.quote}

@@ -24,10 +24,15 @@ from cai.constitution.files import (
     TOP_KEYS,
     Constitution,
     Principle,
+    Source,
     load_constitution,
+    move_sources,
     phrase,
+    phrase_permission,
 )
-from cai.constitution.markdown import Document, Statement, read_markdown, state
+from cai.constitution.markdown import read_markdown
+from cai.constitution.predicates import PERMISSION
+from cai.constitution.statements import Document, Statement, outline, state
 from cai.data.dialogue import as_messages
 from cai.data.readers import doubled, unique_keys
 
@@ -37,6 +42,8 @@ PHRASED = "phrased-preference"
 _MAX_BYTES = 5_000_000
 
 CRITIQUES, PREFERENCES = "CritiqueRevisionInstructions.json", "RLMadisonInstructions.json"
+
+FORMATS = ("paper", "llm-swarm", "markdown")  # that `write_foreign` knows
 
 ROUNDS, PAIRS = "CritiqueRevisionFewShotPrompts.json", "RLMadisonFewShotPrompts.json"
 
@@ -76,7 +83,12 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant", "H": "user", "A": "assis
 
 
 def read_foreign(
-    paths: Iterable[str], name: str, report: dict | None = None, *, keep_unclear: bool = False
+    paths: Iterable[str],
+    name: str,
+    report: dict | None = None,
+    *,
+    keep_unclear: bool = False,
+    is_prose: bool | None = None,
 ) -> Constitution:
     """One constitution of all the files together.
 
@@ -86,13 +98,17 @@ def read_foreign(
 
     Args:
         report: filled with `origins` (id, file, lines and polarity of each principle), `unclear` (sentences whose
-            polarity nothing tells, with file and line) and `left_out` (what is not a principle, with the reason).
+            polarity nothing tells, with file and line), `left_out` (what is not a principle, with the reason) and
+            `outline` (all of this by sections, see markdown.outline).
         keep_unclear: make principles of the unclear sentences as they are, tagged `unclear`; else they are left out.
+        is_prose: whether documents are read sentence by sentence; None: see read_markdown.
+
+    The paths of the principles' sources are as `paths` gives them: relative to the current folder.
 
     Raises InputError, naming the file and the item, for what is in none of the formats, and if a word of a file in
     JSON would not be found again in what `write_foreign` makes of the result.
     """
-    parts = _Parts(keep_unclear)
+    parts = _Parts(keep_unclear, is_prose)
     paths = [Path(path) for path in paths]
     for path in paths:
         parts.read(path)
@@ -120,6 +136,7 @@ def write_foreign(constitution: Constitution, kind: str) -> tuple[dict[str, obje
     rounds = [example for example in examples if {"critique", *_REQUESTED} <= set(example)]
     lost = Counter(weights=sum(p.weight != 1 for p in principles), duties=len(constitution.duties))
     lost["examples"] = len(examples) - len(pairs) - len(rounds)
+    lost["sources"] = sum(p.source is not None for p in principles)
     name = file_name(constitution.name, "constitution")
     if kind == "markdown":
         lost["requests"] = sum(
@@ -156,8 +173,8 @@ def write_foreign(constitution: Constitution, kind: str) -> tuple[dict[str, obje
 class _Parts:
     """What the files hold: parts of principles and examples, and every text with the format it came in."""
 
-    def __init__(self, keep_unclear: bool):
-        self.keep_unclear = keep_unclear
+    def __init__(self, keep_unclear: bool, is_prose: bool | None):
+        self.keep_unclear, self.is_prose = keep_unclear, is_prose
         self.requests: list[tuple[str, str, str, Path]] = []  # id, critique, revision, file
         self.questions: list[str] = []
         self.taken_over: list[tuple[Principle, Path]] = []
@@ -185,7 +202,7 @@ class _Parts:
             if kind:
                 self.texts[path] = (kind, list(_strings(tree if kind == "paper" else [tree])))
         elif not (is_own or path.suffix in (".yaml", ".yml")) or not self._take_over(path, is_own):
-            self._add_document(read_markdown(text, path))
+            self._add_document(read_markdown(text, path, self.is_prose))
 
     def _take_over(self, path: Path, is_own: bool) -> bool:
         """Add the principles of a constitution in our own format; False if the file is none and `is_own` is unsure."""
@@ -196,7 +213,7 @@ class _Parts:
                 raise
             return False
         shared = len(constitution.examples)
-        for principle in constitution.principles:
+        for principle in move_sources(constitution.principles, path.parent, "."):
             examples = principle.examples[: len(principle.examples) - shared]
             self.taken_over.append((replace(principle, examples=examples), path))
         self.duties |= constitution.duties
@@ -296,7 +313,12 @@ class _Parts:
         principles += [replace(item, examples=(*item.examples, *examples)) for item, _ in self.taken_over]
         principles += [
             Principle(
-                f"principle-{number}", **phrase(item.text), tags=_tags(item), principle=item.text, examples=examples
+                f"principle-{number}",
+                **(phrase_permission if item.polarity == PERMISSION else phrase)(item.text),
+                tags=_tags(item),
+                principle=item.text,
+                source=Source(item.file, item.lines, item.quote) if item.quote else None,
+                examples=examples,
             )
             for number, item in enumerate(self._statements(), len(principles) + 1)
         ]
@@ -312,7 +334,7 @@ class _Parts:
         return [statement for statements in kept for statement in sorted(statements, key=lambda item: item.lines)]
 
     def report(self, constitution: Constitution) -> dict:
-        """{origins, unclear, left_out}: where each principle comes from, and what became none."""
+        """{origins, unclear, left_out, outline}: where each principle comes from, and what became none."""
         origins = [{"file": str(path)} for *_, path in self.requests]
         origins += [{"file": str(path), "lines": (item.line, item.line)} for item, path in self.taken_over]
         origins += [
@@ -320,6 +342,7 @@ class _Parts:
             for item in self._statements()
         ]
         unclear = [item for document in self.documents for item in document.unclear]
+        ids = {p.source: p.id for p in constitution.principles if p.source}
         return {
             "origins": [
                 {"id": principle.id, **origin}
@@ -330,11 +353,12 @@ class _Parts:
                 (part for document in self.documents for part in document.left_out),
                 key=lambda part: (part["file"], part["line"]),
             ),
+            "outline": [outline(document, ids) for document in self.documents],
         }
 
 
 def _tags(statement: Statement) -> tuple[str, ...]:
-    return (*statement.tags, *((polarity.UNCLEAR,) if statement.polarity == polarity.UNCLEAR else ()))
+    return (*statement.tags, *((statement.polarity,) if statement.polarity in (PERMISSION, polarity.UNCLEAR) else ()))
 
 
 def count_parts(constitution: Constitution) -> dict[str, int]:
@@ -399,7 +423,7 @@ def _unknown(item, path: Path, position: str, expected: str = "one of the known 
         f"{position} is {shorten(json.dumps(item, ensure_ascii=False))}",
         where=path,
         expected=expected,
-        remedy="references/data-formats.md shows what is read",
+        remedy="references/constitution-files.md shows what is read",
     )
 
 

@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, pairwise
+from pathlib import Path
 
 from cai.constitution import polarity
-from cai.constitution.files import REQUESTS, Constitution, Principle, phrase
+from cai.constitution.files import REQUESTS, Constitution, Principle, phrase, phrase_permission
+from cai.constitution.prose import read_sentence
+from cai.constitution.quotes import check_quotes
+from cai.constitution.subjects import find_names
 
 NOT_JUDGED = (
     "whether two principles say the same, or the opposite, in different words",
@@ -43,10 +47,11 @@ class Finding:
 
 def lint(constitution: Constitution) -> list[Finding]:
     """All findings, in the order of the file."""
-    findings = list(_unserved_duties(constitution))
+    findings = [*_unserved_duties(constitution), *_lost_quotes(constitution)]
     can_read = is_english(constitution)
+    names = find_names(" ".join(principle.principle for principle in constitution.principles))
     for principle in constitution.principles:
-        findings += _unclear(principle) if can_read else []
+        findings += _unclear(principle, names) if can_read else []
         findings += [*_double_negatives(principle), *_compound(principle), *_labels(principle), *_negated(principle)]
     for first, second in combinations(constitution.principles, 2):
         findings += _identical(first, second) or _contradiction(first, second) or _duplicate(first, second)
@@ -86,9 +91,23 @@ _AVOID = _set("""
     remove removes drop drops""")
 
 # Words that turn a demand into its opposite: all of these except those that find fault with an absence.
-_FORBIDS = (_NOT | _AVOID | {"neither", "nor"}) - _set("fail fails failing failed lack lacks")
+FORBIDS = (_NOT | _AVOID | {"neither", "nor"}) - _set("fail fails failing failed lack lacks")
 
 _CLAUSE = re.compile(r"[.,;:?!()“”\"]|\b(?:but|while|instead|rather|because|although|unless|when|where|if|so)\b")
+
+
+# What negates in a request as “not” does, though not in what a sentence demands.
+_NEGATES = re.compile(r"\b(?:fail(?:s|ed|ing)? to|lack(?:s|ed|ing)?|free (?:of|from)|deletes?|cuts?|strips?)\b")
+
+_REPLACES = re.compile(r"\breplac(?:e|es|ing) (.+?) (?:with|by)\b")
+
+_LESS = re.compile(r"([^,.;:?!]*)(?<!\bat )\b(?:less|least|fewer|fewest)\b")
+
+
+def read_request(text: str) -> str:
+    """A request in lower case, with “not” in front of what it wants less of or names as missing (“fails to”)."""
+    text = re.sub(r"\b(?:instead of|rather than)\b", ", not", _REPLACES.sub(r"not \1, ", text.lower()))
+    return _LESS.sub(r" not \1", _NEGATES.sub("not", text))
 
 
 def _words(text: str) -> list[str]:
@@ -104,11 +123,12 @@ def _stem(word: str) -> str:
     return _ENDING.sub("", word)
 
 
-def _content(words: list[str]) -> frozenset[str]:
-    return frozenset(_stem(w) for w in words if w not in _COMMON and w not in _TASK and w not in _FORBIDS)
+def content_words(words: list[str]) -> frozenset[str]:
+    """The stems of the words that say what a text is about."""
+    return frozenset(_stem(w) for w in words if w not in _COMMON and w not in _TASK and w not in FORBIDS)
 
 
-def _clauses(text: str) -> Iterator[list[str]]:
+def split_clauses(text: str) -> Iterator[list[str]]:
     """The words of each clause, which ends at a punctuation mark or a word that begins another."""
     for part in _CLAUSE.split(text):
         if words := _words(part):
@@ -131,7 +151,7 @@ def _texts(principle: Principle) -> dict[str, str]:
 
 def _double_negatives(principle: Principle) -> Iterator[Finding]:
     for name, text in _texts(principle).items():
-        for words in _clauses(re.sub(r"\b(?:and|or)\b", ",", text)):
+        for words in split_clauses(re.sub(r"\b(?:and|or)\b", ",", text)):
             if twice := _negated_twice(words):
                 yield _finding(
                     "double-negative",
@@ -228,13 +248,13 @@ def _negated(principle: Principle) -> Iterator[Finding]:
     """Requests that ask for what the sentence forbids, or find fault with what it asks for."""
     sentence = principle.principle
     wanted, forbidden = _demands(sentence)
-    for name, phrased in phrase(sentence).items() if sentence else ():
+    for name, phrased in phrase(sentence).items() if sentence and not _is_permission(principle) else ():
         if (text := getattr(principle, name)) == phrased:
             continue
         is_wrapped = bool(_WRAPPING.search(text))
         is_fault = name == "critique" and not is_wrapped and bool(_FAULT_FINDING.search(text))
         opposite = wanted if is_fault else forbidden if is_wrapped or name != "critique" else []
-        if any(_covers(a, b) for a in _demands(_WRAPPING.sub("", text))[0] for b in opposite):
+        if any(_covers(a, b) for a in _demands(read_request(_WRAPPING.sub("", text)))[0] for b in opposite):
             problem = f"the {name} {'finds fault with' if is_fault else 'asks for'} what “{sentence}” "
             yield _finding(
                 "negated",
@@ -244,12 +264,18 @@ def _negated(principle: Principle) -> Iterator[Finding]:
             )
 
 
-def _unclear(principle: Principle) -> Iterator[Finding]:
+def _unclear(principle: Principle, names: frozenset[str]) -> Iterator[Finding]:
     sentence = principle.principle
-    if sentence and polarity.judge_sentence(sentence).polarity == polarity.UNCLEAR:
+    is_unclear = bool(sentence) and polarity.judge_sentence(sentence).polarity == polarity.UNCLEAR
+    if is_unclear and not read_sentence(sentence, names).kind and not _is_permission(principle):
         problem = f"unclear whether it demands or prohibits what it names: {sentence}"
         remedy = "Begin with what to do (“Name …”), or with “Never” or “Do not”"
         yield _finding("unclear", (principle,), problem, remedy)
+
+
+def _is_permission(principle: Principle) -> bool:
+    """Whether its requests are phrased so that what it permits is neither forbidden nor demanded."""
+    return all(getattr(principle, name) == text for name, text in phrase_permission(principle.principle).items())
 
 
 def _covers(first: frozenset, second: frozenset) -> bool:
@@ -306,7 +332,7 @@ def _overlap(first: str, second: str) -> float:
 @_remembered
 def _meaning(text: str) -> frozenset[str]:
     """The words that carry meaning, or all words where none does."""
-    return _content(_words(text)) or frozenset(_words(text))
+    return content_words(_words(text)) or frozenset(_words(text))
 
 
 # Demands on the complete response, which can meet only one of the two.
@@ -369,8 +395,8 @@ def _demands(demand: str) -> tuple[list[frozenset], list[frozenset]]:
     demands: tuple[list[frozenset], list[frozenset]] = ([], [])
     verdict, (_, items) = polarity.judge_sentence(demand), polarity.split_label(demand)
     is_forbidden = (verdict.polarity, verdict.governing) == (polarity.PROHIBITION, 0)
-    for words in _clauses(items if is_forbidden else demand):
-        demands[(sum(word in _FORBIDS for word in words) + is_forbidden) % 2].append(_content(words))
+    for words in split_clauses(items if is_forbidden else demand):
+        demands[(sum(word in FORBIDS for word in words) + is_forbidden) % 2].append(content_words(words))
     return demands
 
 
@@ -383,14 +409,20 @@ def _sides(demand: str) -> frozenset[str]:
 
 def _asks(demand: str, phrases: re.Pattern) -> bool:
     """Whether a clause has one of the phrases, and nothing before it that turns it into its opposite."""
-    for words in _clauses(demand):
+    for words in split_clauses(demand):
         text = " ".join(words)
-        if (match := phrases.search(text)) and not set(text[: match.start()].split()) & _FORBIDS:
+        if (match := phrases.search(text)) and not set(text[: match.start()].split()) & FORBIDS:
             return True
     return False
 
 
 # --- the constitution ----------------------------------------------------------------------------------------------
+
+
+def _lost_quotes(constitution: Constitution) -> Iterator[Finding]:
+    for principle, problem in check_quotes(constitution, Path(constitution.path).parent):
+        remedy = "Import the document again, or correct the `source` of the principle"
+        yield _finding("quote", (principle,), problem, remedy)
 
 
 def _unserved_duties(constitution: Constitution) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ an item whose polarity neither its words nor its introduction tell is listed as 
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from itertools import groupby, zip_longest
 from pathlib import Path
 
@@ -17,78 +17,10 @@ from markdown_it import MarkdownIt
 from markdown_it.rules_block import StateBlock
 from markdown_it.tree import SyntaxTreeNode
 
-from cai.constitution import polarity
-
-
-@dataclass(frozen=True)
-class Statement:
-    """A principle as its document states it.
-
-    Attributes:
-        text: its words in the document's order, after the introduction that it needs.
-        lines: (first, last) line of the item.
-        polarity: demand, prohibition or unclear.
-    """
-
-    text: str
-    file: str
-    lines: tuple[int, int]
-    polarity: str
-    introduction: str = ""
-    tags: tuple[str, ...] = ()
-
-
-@dataclass
-class Document:
-    """What a document holds; `left_out` has {file, line, reason, text} for each part that is not a principle."""
-
-    file: str
-    statements: list[Statement] = field(default_factory=list)
-    unclear: list[Statement] = field(default_factory=list)
-    left_out: list[dict] = field(default_factory=list)
-    description: str = ""
-
-    def add(self, statement: Statement) -> None:
-        is_unclear = statement.polarity == polarity.UNCLEAR
-        (self.unclear if is_unclear else self.statements).append(statement)
-
-
-def state(
-    text: str,
-    file: str,
-    lines: tuple[int, int],
-    contexts: Sequence[tuple[str, str]] = (),
-    tags: tuple[str, ...] = (),
-    *,
-    is_doubtful: bool = False,
-) -> Statement:
-    """The statement that an item makes below its introductions and headings (`contexts`, the nearest first).
-
-    Its text begins with the introductions that end in a colon, and with the heading that decides its polarity.
-
-    Args:
-        is_doubtful: a list before it was one of prohibitions, so that a bare command may be one too.
-    """
-    label, core = polarity.split_label(text)
-    above = [*([(label, "label")] if label else []), *contexts]
-    verdict = polarity.judge(core, above)
-    governing = above[verdict.governing] if verdict.governing is not None else None
-    names = [name for name, role in contexts if (role == "introduction" and name.endswith(":")) or role == "label"]
-    if not governing and verdict.signal == "forbids":  # “Never …” below “What to avoid:” stands for itself
-        names = []
-    is_decided = governing and verdict.polarity != polarity.UNCLEAR
-    if is_decided and governing[1] != "label" and governing[0] not in names:
-        names.append(governing[0])
-    is_unclear = is_doubtful and not (governing or verdict.signal) and polarity.mood(core) == "command"
-    return Statement(
-        text=": ".join([*(name.rstrip(":. ") for name in reversed(names)), text]),
-        file=file,
-        lines=lines,
-        polarity=polarity.UNCLEAR if is_unclear else verdict.polarity,
-        introduction=contexts[0][0] if contexts and contexts[0][1] != "heading" else "",
-        tags=tags,
-    )
-
+from cai.constitution import polarity, prose, quotes
+from cai.constitution.predicates import PERMISSION, PREFERENCE
+from cai.constitution.statements import Document, Statement, state
+from cai.constitution.subjects import OURS, find_names
 
 _LISTS = ("bullet_list", "ordered_list")
 
@@ -138,7 +70,7 @@ _LISTS_EXAMPLES = re.compile(
     r"(?:^|[,;(]?\s*)\b(?:for example|for instance|examples?|e\.g\.|such as)[^.:]*:$", re.IGNORECASE
 )
 
-_DEFINES = re.compile(r"^[“\"'\w][^.:]{0,60} (?:means|refers to|denotes|stands for|is defined as)\b")
+_DEFINES = re.compile(r"^[“\"'\w][^.:]{0,60} (?:(?<!the )(?<!by )means|refers to|denotes|stands for|is defined as)\b")
 
 
 def _aside(state: StateBlock, start: int, end: int, silent: bool) -> bool:
@@ -160,12 +92,17 @@ _MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 _MARKDOWN.block.ruler.before("fence", "aside", _aside, {"alt": ["paragraph", "reference", "blockquote", "list"]})
 
 
-def read_markdown(text: str, file: str | Path) -> Document:
-    """The principles of a document, what is unclear, and what is left out; each line is in one of them or blank."""
+def read_markdown(text: str, file: str | Path, is_prose: bool | None = None) -> Document:
+    """The principles of a document, what is unclear, and what is left out; each line is in one of them or blank.
+
+    Args:
+        is_prose: whether each sentence of a paragraph that is a rule is a principle by itself (prose.py); None: if the
+            document has at least 12 sentences in paragraphs, and twice as many as list items.
+    """
     text = re.sub("\r\n?", "\n", text)
     text = _NUMBERED_HEADING.sub(r"\1\\.", _BULLETS.sub(r"\1- ", text))
     root = SyntaxTreeNode(_MARKDOWN.parse(text.replace("\0", "\ufffd")))
-    reader = _Reader(str(file), text.split("\n"), root)
+    reader = _Reader(str(file), text.split("\n"), root, is_prose)
     reader.read_blocks(root.children, [])
     document = reader.document
     reader.leave_out_headings()
@@ -175,8 +112,9 @@ def read_markdown(text: str, file: str | Path) -> Document:
 class _Reader:
     """One pass over the blocks; `headings` are those above the block that is read."""
 
-    def __init__(self, file: str, lines: list[str], root: SyntaxTreeNode):
-        self.document, self.source = Document(file), lines
+    def __init__(self, file: str, lines: list[str], root: SyntaxTreeNode, is_prose: bool | None):
+        self.document, self.source = Document(file, _is_prose(root) if is_prose is None else is_prose), lines
+        self.names = find_names("\n".join(lines)) if self.document.is_prose else frozenset()
         self.headings: list[tuple[str, str]] = []  # (tag, title), the outermost first
         self.titles: list[str] = []
         self.title_lines: list[int] = []
@@ -234,6 +172,8 @@ class _Reader:
         """A paragraph outside lists: a principle if each sentence orders or forbids, or the lines of a plain text."""
         if self._is_aside(text) or not text:
             self._leave_out(node, "an example or a remark", text)
+        elif self.document.is_prose:
+            self._add_sentences(text, _lines(node))
         elif not self.has_lists and not self.titles:
             for sentence, lines in _plain_lines(self.source, *node.map):
                 self._add(sentence, lines, [])
@@ -284,7 +224,8 @@ class _Reader:
             else:
                 self._read_list(child, contexts)
         if any(parts):
-            self._add(" ".join(parts), (min(lines), max(lines)), contexts)
+            add = self._add_prose_item if self.document.is_prose else self._add
+            add(" ".join(parts), (min(lines), max(lines)), contexts)
 
     def _flatten(self, node: SyntaxTreeNode) -> Iterator[str]:
         """The items of a nested list, as texts."""
@@ -306,13 +247,84 @@ class _Reader:
         if reason or not re.search(r"\w", text):
             self._record(lines[0], reason or "no words", text)
             return
+        self._keep(self._state(text, lines, contexts), text)
+
+    def _state(self, text: str, lines: tuple[int, int], contexts: list[tuple[str, str]]) -> Statement:
         headings = [(title, "heading") for _, title in reversed(self.headings)]
         tags = () if len(self.titles) < 2 or not self.headings else (self.headings[-1][1],)
-        above = [*contexts, *headings]
-        self.document.add(state(text, self.document.file, lines, above, tags, is_doubtful=self.after_prohibitions))
+        is_doubtful = self.after_prohibitions
+        return state(text, self.document.file, lines, [*contexts, *headings], tags, is_doubtful=is_doubtful)
+
+    def _keep(self, statement: Statement, words: str) -> None:
+        """Add a statement with the words that it was made from as its quote: all of its lines if they are not there."""
+        first, last = statement.lines
+        lines = quotes.locate(words, self.source, first, last)
+        quote = words if lines else quotes.quote_lines(self.source, first, last)
+        kind, lines, section = statement.kind or statement.polarity, lines or statement.lines, self._section()
+        self.document.add(replace(statement, lines=lines, quote=quote, kind=kind, section=section))
+
+    def _section(self) -> tuple[str, ...]:
+        return tuple(title for _, title in self.headings)
+
+    # --- prose ------------------------------------------------------------------------------------------------------
+
+    def _add_sentences(self, text: str, lines: tuple[int, int], previous: prose.Reading | None = None) -> None:
+        """Each sentence of a paragraph: a principle if it is a rule, or left out with the reason."""
+        before, (start, end) = "", lines
+        for sentence in prose.split_sentences(text):
+            reading = prose.read_sentence(sentence, self.names, previous)
+            place = quotes.locate(sentence, self.source, start, end) or lines
+            start = place[1] if place != lines else start
+            if reading.kind and not _DEFINES.search(sentence):
+                words = prose.name_subject(sentence, reading, self.names)
+                statement = self._state(words, place, [])
+                # a command takes its polarity from the heading above it, such as “What to avoid”
+                is_command = reading.is_command and polarity.mood(sentence) == "command"
+                if not is_command or statement.polarity == polarity.DEMAND:
+                    statement = replace(statement, **_of_kind(reading.kind), text=words, introduction=before)
+                self._keep(statement, sentence)
+            else:
+                self._record(place[0], "a definition" if reading.kind else reading.reason, sentence, place[1])
+                is_before = not self.document.statements and not self.document.unclear and len(self.headings) < 2
+                self.preamble += [sentence] if is_before and len(self.preamble) < 3 else []
+            previous, before = reading, sentence
+
+    def _add_prose_item(self, text: str, lines: tuple[int, int], contexts: list[tuple[str, str]]) -> None:
+        """An item of a list in prose: each of its sentences that is a rule by itself, or else a principle by its
+        introduction, or by the heading above it."""
+        introduction = contexts[0][0] if contexts else ""
+        above = prose.read_introduction(introduction, self.names) if introduction else prose.Reading()
+        text = re.sub(r"^\[[ xX]\] ", "", text)
+        parts = prose.split_sentences(text)
+        if "\ue000" in text or text.endswith("?"):
+            self._record(lines[0], "a link" if "\ue000" in text else "a question", text, lines[1])
+            return
+        readings = [prose.read_sentence(part, self.names, above) for part in parts]
+        commands = ("command", "command-not") if introduction else ()
+        has_rule = any(
+            reading.kind and polarity.mood(part) not in commands for part, reading in zip(parts, readings, strict=True)
+        )
+        statement = self._state(text, lines, contexts)
+        if introduction:
+            signal = polarity.signal(introduction, "introduction")
+            is_completed = signal in ("demands", "command") and prose.is_label(introduction, text)
+            is_rule = above.kind or signal == "forbids" or is_completed
+        else:
+            form, is_ours = polarity.mood(text), len(parts) == 1 and readings[0].subject == OURS
+            is_decided = form in ("fragment", "no", "fault") or (form == "sentence" and is_ours)
+            is_rule = is_decided and statement.polarity != polarity.UNCLEAR
+        if has_rule or not (introduction or is_rule):
+            self._add_sentences(text, lines, above)
+        elif above.kind == PERMISSION:
+            self._keep(replace(statement, **_of_kind(above.kind)), text)
+        elif is_rule:
+            self._add(text, lines, contexts)
+        else:
+            self._record(lines[0], above.reason or "no rule", text, lines[1])
 
     def _leave_out(self, node: SyntaxTreeNode, reason: str, text: str = "") -> None:
-        self._record(_lines(node)[0], reason, text or self._source(node))
+        first, last = _lines(node)
+        self._record(first, reason, text or self._source(node), last)
 
     def leave_out_headings(self) -> None:
         """Record the headings that no principle has as a tag; the first is the description's beginning."""
@@ -321,15 +333,17 @@ class _Reader:
         used = {tag for statement in [*self.document.statements, *self.document.unclear] for tag in statement.tags}
         for line, title in list(zip(self.title_lines, self.titles, strict=True))[is_title:]:
             if title not in used:
+                self.headings = [("", title)]
                 self._record(line, "a heading without principles", title)
 
     def _source(self, node: SyntaxTreeNode) -> str:
         first, last = _lines(node)
         return " ".join(" ".join(self.source[first - 1 : last]).split())
 
-    def _record(self, line: int, reason: str, text: str) -> None:
+    def _record(self, line: int, reason: str, text: str, last: int | None = None) -> None:
         text = re.sub("[\ue000\ue001]", "", text)
-        self.document.left_out.append({"file": self.document.file, "line": line, "reason": reason, "text": text})
+        part = {"file": self.document.file, "line": line, "lines": (line, last or line), "reason": reason, "text": text}
+        self.document.left_out.append({**part, "section": self._section()})
 
     def _is_aside(self, text: str) -> bool:
         """Whether a text is an example or a remark, or its section holds no rules."""
@@ -375,6 +389,18 @@ class _Reader:
         if node.type == "link" and (target := str(node.attrs.get("href", ""))).startswith("#"):
             return f"\ue000{self.anchors.get(target[1:], target[1:]) if words.strip() in ('', '?') else words}\ue001"
         return words
+
+
+def _is_prose(root: SyntaxTreeNode) -> bool:
+    """Whether the sentences of the paragraphs are at least 12, and at least twice as many as the items of lists."""
+    items = sum(node.type == "list_item" for node in root.walk())
+    paragraphs = (node for node in root.children if node.type == "paragraph" and node.children)
+    sentences = sum(len(prose.split_sentences(_raw(node).replace("\n", " "))) for node in paragraphs)
+    return sentences >= max(12, 2 * items)
+
+
+def _of_kind(kind: str) -> dict[str, str]:
+    return {"kind": kind, "polarity": polarity.DEMAND if kind == PREFERENCE else kind}
 
 
 def _is_list(node: SyntaxTreeNode | None) -> bool:

@@ -60,7 +60,7 @@ _VERBS = _set(
     warn watch weigh welcome withhold work write yield"""
 )
 
-_THIRD_PERSON = frozenset(
+THIRD_PERSON = frozenset(
     verb[:-1] + "ies"
     if re.search(r"[^aeiou]y$", verb)
     else verb + "es" * bool(re.search(r"(?:s|x|ch|sh|o)$", verb)) or verb
@@ -166,7 +166,7 @@ def _mood(text: str) -> str:
         return "fault"
     main = " ".join(_SUBORDINATE.sub(" ", words).split()) or words
     first, _, rest = main.partition(" ")
-    has_subject = first not in _THIRD_PERSON and not re.match(r"(?:does|is|has|was|never|not|no)\b(?! \w+ may)", main)
+    has_subject = first not in THIRD_PERSON and not re.match(r"(?:does|is|has|was|never|not|no)\b(?! \w+ may)", main)
     is_command = _is_command(words.removeprefix("always "))
     if not is_command and (has_subject or main.startswith("no ")) and _SENTENCE_NOT.search(main):
         return "sentence-not"
@@ -176,9 +176,9 @@ def _mood(text: str) -> str:
         return "obliged" if words.startswith("always ") else "command"
     if has_subject and _OBLIGED.search(main) and not _OBLIGED.match(main):
         return "obliged"
-    is_sentence = re.match(rf"{_SUBJECT} \w+", words) and (first not in _THIRD_PERSON or re.match(r"\w+ are\b", rest))
+    is_sentence = re.match(rf"{_SUBJECT} \w+", words) and (first not in THIRD_PERSON or re.match(r"\w+ are\b", rest))
     third = _THIRD.match(words)
-    if is_sentence or _PASSIVE.match(main) or (third and third[2] in _THIRD_PERSON):
+    if is_sentence or _PASSIVE.match(main) or (third and third[2] in THIRD_PERSON):
         return "sentence"
     return "fragment"
 
@@ -260,6 +260,9 @@ _APPROVING = _pattern(
     r"qualities"
 )
 
+# “A good refusal:” tells what it does, although refusals are mostly unwanted.
+_GOOD = re.compile(r"(?:an?|the) (?:good|ideal|excellent|great|helpful|careful|proper) \w+")
+
 _CONTINUES = re.compile(r"^(?:and|also|nor|or|likewise|further|furthermore|in addition|as well|besides|moreover)\b")
 
 
@@ -279,6 +282,8 @@ def signal(text: str, role: str) -> str | None:
     words = _HARMLESS.sub(" ", _plain(text[-_MOST:]))
     if _FORBIDDING.search(words):
         return "forbids"
+    if _GOOD.fullmatch(words):
+        return "demands"
     if _TOPIC.search(words):
         return "topic"
     for clause in reversed(re.split(r"[,;:.]\s|\s[–—-]\s", words)):
@@ -362,7 +367,7 @@ def _is_continuation(text: str) -> bool:
     """Whether a fragment begins with a verb in the third person or in -ing."""
     first = _plain(text[:_MOST]).partition(" ")[0]
     return (
-        first in _THIRD_PERSON
+        first in THIRD_PERSON
         or first.endswith("ing")
         or bool(re.match(r"\w+[^s]s (?:the|an?|any|all)\b", _plain(text[:_MOST])))
     )

@@ -7,15 +7,17 @@ Leaves out what a finding is (lint.py), and other formats (importing.py).
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from cai.base import cli, files
 from cai.base.errors import InputError, shorten
 from cai.constitution import lint
-from cai.constitution.files import Constitution, Principle, load_constitution, phrase, to_yaml
+from cai.constitution.files import Constitution, Principle, load_constitution, move_sources, phrase, to_yaml
+from cai.constitution.prose import PERHAPS
 
 
 def check_all(names: Sequence[str]) -> dict:
@@ -79,6 +81,7 @@ def describe(constitution: Constitution, ids: Sequence[str]) -> dict:
                 "revision": principle.revision,
                 "preference": principle.preference,
                 "tags": principle.tags,
+                "source": asdict(principle.source) if principle.source else None,
                 "examples": principle.examples,
             }
             for principle in select(constitution, ids)
@@ -95,6 +98,8 @@ def description_as_text(description: dict) -> str:
         tags = f"  [{', '.join(principle['tags'])}]" if principle["tags"] else ""
         lines.append(f"\n{principle['id']}  ({principle['drawn']:.1%} of draws){tags}")
         lines += [f"  {name}: {principle[name]}" for name in ("critique", "revision", "preference")]
+        if source := principle["source"]:
+            lines.append(f"  source: {source['file']}:{source['lines'][0]}: {source['quote']}")
         lines += [f"  examples: {len(principle['examples'])}"] if principle["examples"] else []
     return "\n".join(lines)
 
@@ -110,7 +115,7 @@ def compose(
         raise InputError("no principles", expected="--sentence or --base, or both")
     if not all(sentence.strip() for sentence in sentences):
         raise InputError("an empty sentence", where="--sentence", expected="a principle in one sentence")
-    principles = [principle for base in bases for principle in base.principles]
+    principles = [item for base in bases for item in move_sources(base.principles, Path(base.path).parent, ".")]
     known = {principle.id for principle in principles}
     free = (f"principle-{n}" for n in range(1, len(known) + len(sentences) + 1) if f"principle-{n}" not in known)
     principles += [Principle(id_, **phrase(sentence)) for id_, sentence in zip(free, sentences, strict=False)]
@@ -119,9 +124,20 @@ def compose(
     return Constitution(name, "", "", tuple(principles), description, audience, source, duties)
 
 
+KINDS = ("demand", "prohibition", "permission", "preference", "unclear")
+
+
 def report_losses(report: dict, keep_unclear: bool, as_json: bool) -> dict:
-    """Print on stderr what `importing.read_foreign` reported as left out or unclear, one line each; returns the
-    entries of the summary: counts, or with `as_json` the lists themselves, and `failed` if a sentence is missing."""
+    """Print on stderr how documents were read, and what `importing.read_foreign` reported as left out or unclear, one
+    line each; returns the entries of the summary: counts, or with `as_json` the lists themselves, and `failed` if a
+    sentence is missing."""
+    for document in report["outline"]:
+        kinds = Counter(item["kind"] for section in document["sections"] for item in section["sentences"])
+        counts = ", ".join(f"{kinds[kind]} {kind or 'left out'}" for kind in (*KINDS, "") if kinds[kind])
+        reasons = [item.get("reason") for section in document["sections"] for item in section["sentences"]]
+        counts += f", of which {count} are perhaps rules" if (count := reasons.count(PERHAPS)) else ""
+        cli.note(f"{document['file']}: read as {document['read_as']}: {counts}")
+    report = {name: entries for name, entries in report.items() if name != "outline"}
     for part in report["left_out"]:
         cli.note(f"{part['file']}:{part['line']}: left out ({part['reason']}): {shorten(part['text'])}")
     remedy = (
@@ -160,8 +176,9 @@ def save_all(folder: Path, contents: Mapping[str, Any], overwrite: bool) -> list
 
 
 def save_constitution(path: str | Path, constitution: Constitution, overwrite: bool) -> None:
-    """Write a constitution, once it has been read back as the same."""
+    """Write a constitution, once it has been read back as the same; the paths of its sources become relative to it."""
     check_free(path, overwrite)
+    constitution = _move(constitution, path)
     draft = Path(f"{path}.draft")
     save(draft, to_yaml(constitution), overwrite=True)
     try:
@@ -175,3 +192,16 @@ def save_constitution(path: str | Path, constitution: Constitution, overwrite: b
         raise InputError(str(error).replace(f"{draft}:", f"{path}:").rstrip(".")) from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _move(constitution: Constitution, path: str | Path) -> Constitution:
+    """The constitution as it is written at `path`: with the paths of its sources relative to that folder."""
+    moved = move_sources(constitution.principles, Path(constitution.path).parent, Path(path).parent)
+    return replace(constitution, principles=moved)
+
+
+def save_unless_same(path: str | Path, constitution: Constitution, overwrite: bool) -> None:
+    """`save_constitution`, except that a file which has this very content already is left as it is."""
+    text = to_yaml(_move(constitution, path))
+    if not (Path(path).is_file() and Path(path).read_bytes() == text.encode()):
+        save_constitution(path, constitution, overwrite)

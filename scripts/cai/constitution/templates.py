@@ -42,31 +42,37 @@ class Template:
             variables: strings are neutralised; `prompt` may be a list of messages; a Principle is
                 trusted (it comes from the constitution, not from a record).
         """
+        texts = {role: self.render_block(role, **variables) for role in _ROLES}
+        return [
+            {"role": "assistant" if role == "prefill" else role, "content": text}
+            for role, text in texts.items()
+            if text is not None
+        ]
+
+    def render_block(self, name: str, **variables) -> str | None:
+        """The text of one block, with the variables of `render`; None if the template does not have it."""
+        if name not in self._template.blocks:
+            return None
         if "prompt" in variables:
             variables["prompt"] = prompt_text(variables["prompt"])
         values = {k: neutralise(v) if isinstance(v, str) else v for k, v in variables.items()}
-        messages = []
-        for role in _ROLES:
-            if role in self._template.blocks:
-                try:
-                    context = self._template.new_context(values)
-                    text = "".join(self._template.blocks[role](context)).strip()
-                except jinja2.exceptions.UndefinedError as error:
-                    raise InputError(
-                        str(error), where=self.name, expected=f"only: {', '.join(sorted(values))}"
-                    ) from None
-                except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
-                    raise InputError(
-                        f"the template can't be rendered: {shorten(error, 200)}",
-                        where=self.name,
-                        remedy="Fix the template",
-                    ) from error
-                messages.append({"role": "assistant" if role == "prefill" else role, "content": text})
-        return messages
+        try:
+            context = self._template.new_context(values)
+            return "".join(self._template.blocks[name](context)).strip()
+        except jinja2.exceptions.UndefinedError as error:
+            raise InputError(str(error), where=self.name, expected=f"only: {', '.join(sorted(values))}") from None
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            raise InputError(
+                f"the template can't be rendered: {shorten(error, 200)}", where=self.name, remedy="Fix the template"
+            ) from error
 
 
-def load_template(name_or_path: str) -> Template:
-    """A template file, or the name of one in templates/. Raises InputError with file and line."""
+def load_template(name_or_path: str, block: str = "user") -> Template:
+    """A template file, or the name of one in templates/.
+
+    block: the block that it must have.
+    Raises InputError with file and line.
+    """
     path = find_file(name_or_path, TEMPLATES, ".jinja")
     try:
         source = path.read_text(encoding="utf-8")
@@ -78,8 +84,8 @@ def load_template(name_or_path: str) -> Template:
         raise InputError(shorten(error.message), where=path, line=error.lineno, remedy="Fix the template") from None
     except ValueError as error:  # a number of more digits than Python reads
         raise InputError(shorten(error), where=path, remedy="Fix the template") from None
-    if "user" not in template.blocks:
-        raise InputError("no `{% block user %}`", where=path, expected="blocks out of: " + ", ".join(_ROLES))
+    if block not in template.blocks:
+        raise InputError(f"no `{{% block {block} %}}`", where=path, expected="blocks out of: " + ", ".join(_ROLES))
     return Template(str(path), hashlib.sha256(source.encode()).hexdigest(), template)
 
 

@@ -97,6 +97,15 @@ def as_messages(prompt: str | Sequence[_Message]) -> list[_Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
+def add_system(messages: Sequence[_Message], text: str) -> list[_Message]:
+    """The conversation with a text in front of its system message, or as its system message where it has none."""
+    if not text:
+        return list(messages)
+    if messages[0]["role"] == "system":
+        return [{"role": "system", "content": f"{text}\n\n{messages[0]['content']}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
 def prompt_text(prompt: str | Sequence[_Message]) -> str:
     """A prompt as one text: itself, or a transcript where it has more than one turn."""
     if isinstance(prompt, str):

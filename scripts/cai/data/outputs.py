@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Self
 from cai.base import cli, run_settings
 from cai.base.errors import CaiError, InputError, shorten
 from cai.base.files import expand_patterns, replace_file
+from cai.base.hashing import sha256_file
 from cai.data.locks import OutputLock
 from cai.data.readers import PathName, Row, type_name
 
@@ -52,7 +53,7 @@ def read_manifest(path: PathName) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
-        types = {"fingerprint": dict, "status": str, "counts": dict, "resumed": int, "started": str}
+        types = {"fingerprint": dict, "status": str, "counts": dict, "resumed": int, "started": str, "inputs": list}
         if not isinstance(content, dict) or "fingerprint" not in content:
             raise ValueError("no fingerprint in it")
         for name, type_ in types.items():
@@ -208,6 +209,7 @@ class _Claim:
         info = {**info, **({"skipped_rows": list(report.skipped.values())} if report.skipped else {})}
         self._manifest |= {
             "status": "done",
+            "inputs": [self._relative_input(entry) for entry in report.inputs],
             "counts": counts,
             "finished": _now(),
             "seconds": round(time.monotonic() - self._started, 2),
@@ -216,6 +218,15 @@ class _Claim:
         self._write_manifest()
         self.complete, self.counts = True, counts
         return self._manifest
+
+    def _relative_input(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """What a `Source` read, its files named from the folder of the manifest: both can be moved together."""
+        folder = os.path.realpath(self.manifest_path.parent)
+        files = {
+            os.path.relpath(os.path.realpath(name), folder) if os.path.exists(name) else name: digest
+            for name, digest in entry["files"].items()
+        }
+        return {**entry, "files": files}
 
     def _write_manifest(self) -> None:
         with replace_file(self.manifest_path) as file:
@@ -295,6 +306,14 @@ class Output(_Claim):
         if not self.complete and self.main:
             self._file.close()
 
+    def reopen(self) -> None:
+        """Continue a finished output, which is entered: rows can be added, and its own stay until `finish`."""
+        shutil.copyfile(self.path, self.journal)
+        self.complete, self.resuming = False, True
+        self._read_journal()
+        self._open()
+        self._start_manifest()
+
     def write(self, row: Row) -> None:
         """Append one row, which has a new `id`, to the journal; it survives a kill from here on."""
         if row["id"] in self._offsets:
@@ -328,6 +347,30 @@ class Output(_Claim):
         manifest = self._finish_manifest(counts, info)
         self.journal.unlink()
         return manifest
+
+
+class WholeOutput(_Claim):
+    """One JSONL output that is written at once, with its manifest; its rows need no ids."""
+
+    foreign_remedy = Output.foreign_remedy
+
+    def _check_kind(self) -> None:
+        if self.path.is_dir():
+            raise InputError("a folder", where=self.path, expected="a file", remedy="Add a file name")
+
+    def _delete(self) -> None:
+        self.manifest_path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+
+    def finish(self, files: dict[PathName, Iterable[Row]], counts: dict[str, Any], **info: Any) -> dict[str, Any]:
+        """Write the files, the output among them, and the manifest with the SHA-256 of each; returns the manifest."""
+        for path, rows in files.items():
+            try:
+                write_jsonl(path, rows)
+            except OSError as error:
+                raise _full_disk(Path(path), error) from error
+        digests = {Path(path).name: sha256_file(path) for path in files}
+        return self._finish_manifest(counts, {"files": digests, **info})
 
 
 def _full_disk(path: Path, error: OSError) -> CaiError:

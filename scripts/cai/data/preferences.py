@@ -29,7 +29,7 @@ OF_A_PAIR = ("response_a", "response_b", "gold", "chosen", "rejected", "p_chosen
 
 def without_responses(row: Row) -> Row:
     """A prompt's row without what it says of earlier responses: a new one is about to be made."""
-    return {name: value for name, value in row.items() if name not in ("rounds", *OF_A_PAIR)}
+    return {name: value for name, value in row.items() if name not in ("rounds", "in_context", *OF_A_PAIR)}
 
 
 # --- preferences for training -------------------------------------------------------------------------------
@@ -61,6 +61,13 @@ def check_label(row: Row, where: object, line: int) -> None:
             expected="a probability from 0 to 1",
             remedy="Make the rows with judge.py, or train on --labels hard (reward_model.py: or give --default-label)",
         )
+
+
+def find_fault(row: Row) -> str | None:
+    """Why a pair teaches nothing: "undecided" or "identical"; None where it can be trained on."""
+    if row["chosen"] is None:
+        return "undecided"
+    return "identical" if row["chosen"].strip() == row["rejected"].strip() else None
 
 
 def read_pairs(
@@ -96,10 +103,8 @@ def read_pairs(
     for row in source:
         label = row.get("p_chosen") if needs_p else 1.0
         p = float(label if label is not None else default_label or 0.0)
-        if row["chosen"] is None:
-            counts["undecided"] += 1
-        elif row["chosen"].strip() == row["rejected"].strip():
-            counts["identical"] += 1
+        if fault := find_fault(row):
+            counts[fault] += 1
         elif abs(2 * p - 1) < min_margin - 1e-9:  # 2 · 0.6 − 1 is a little less than 0.2
             counts["below_margin"] += 1
         else:

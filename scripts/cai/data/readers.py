@@ -162,6 +162,16 @@ def read_jsonl(path: PathName, on_error: OnError = raise_error) -> Iterator[tupl
             yield from _parse_or_report(raw, path, line, on_error)
 
 
+class JsonlRows:
+    """The rows of a JSON Lines file, read again in each pass over them."""
+
+    def __init__(self, path: PathName):
+        self.path = path
+
+    def __iter__(self) -> Iterator[Row]:
+        return (row for _, row in read_jsonl(self.path))
+
+
 def _parse_or_report(raw: bytes, where: PathName, line: int, on_error: OnError) -> Iterator[tuple[int, Row]]:
     """(line, row), or nothing where `on_error` takes the error."""
     try:
@@ -188,23 +198,30 @@ def _read_json(path: PathName, on_error: OnError) -> Iterator[tuple[int, Row]]:
 
 
 def _read_csv(path: PathName, on_error: OnError) -> Iterator[tuple[int, Row]]:
+    """Rows of a CSV file, each with the number of its last line."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader((_decode(raw, line) for line, raw in _lines(path)), strict=True)
+    reader = csv.reader((_decode(raw, line) for line, raw in _lines(path)), strict=True)
+    empty_lines: list[int] = []  # of a file with one column they are empty cells, except at the end of the file
     try:
-        columns = reader.fieldnames or ()
+        columns = next(filter(None, reader), [])
         if (name := doubled(columns)) is not None:
             raise InputError(f"the column {shorten(name)!r} twice", where=path, line=1, remedy="Rename one of the two")
-        for row in reader:
-            if None in row:
+        for cells in reader:
+            if not cells:
+                empty_lines += [reader.line_num] if len(columns) == 1 else []
+                continue
+            yield from ((line, {columns[0]: ""}) for line in empty_lines)
+            empty_lines.clear()
+            if len(cells) > len(columns):
                 error = InputError(
-                    f"more cells than the {len(columns)} columns: {shorten(row[None])!r}",
+                    f"more cells than the {len(columns)} columns: {shorten(cells[len(columns) :])!r}",
                     where=path,
                     line=reader.line_num,
                     remedy="Quote cells that hold a comma",
                 )
                 on_error(error)
                 continue
-            yield reader.line_num, {name: cell for name, cell in row.items() if cell is not None}
+            yield reader.line_num, dict(zip(columns, cells, strict=False))
     except (csv.Error, UnicodeDecodeError) as problem:
         raise InputError(
             f"not CSV ({problem})",

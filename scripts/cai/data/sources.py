@@ -10,11 +10,12 @@ anything is written, and memory holds ids, never rows. Leaves out what a row mea
 import hashlib
 import json
 import os
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice, repeat
 from typing import Any
 
 from cai.base import cli
@@ -42,7 +43,7 @@ _TEXTS = ("prompt", "response", "response_a", "response_b", "chosen", "rejected"
 
 MOST_ERRORS = 20  # bad rows that an error names
 
-_FIX = "Fix or delete this row"
+_FIX = "Fix or delete this row, or leave it out with --skip-invalid"
 
 
 def _check_prompt(prompt: Any, where: str, line: int) -> str | list[Row]:
@@ -148,7 +149,9 @@ class Source:
     Attributes:
         count: number of rows.
         ids: their ids, in order.
-        digest: SHA-256 over the bytes of the files, the limit, and what `reading` renames.
+        bad_rows: the errors of rows that `skip_invalid` leaves out, with file and line.
+        digests: {input: SHA-256 of its bytes}; of an input that is no file, of its rows.
+        digest: SHA-256 over the digests, the limit, and what `reading` renames.
 
     Raises InputError with file and line for the bad rows, the first `MOST_ERRORS` of them. Raises CaiError if a file
     changes between the two passes; rows that were only added to it are left out, with a warning.
@@ -186,6 +189,11 @@ class Source:
                 raise
             self._check_unchanged(name)
 
+    def positions(self) -> Iterator[tuple[str, int, str]]:
+        """(file, line, id) of each row."""
+        names = chain.from_iterable(repeat(name, self._counts[name]) for name in self.inputs)
+        return zip(names, self._lines, self.ids, strict=True)
+
     def _good_rows(self, name: str) -> Iterator[tuple[int, Row]]:
         """The rows of a file without those that the first pass has skipped."""
         bad = self._bad_lines[name]
@@ -196,7 +204,7 @@ class Source:
         """Raise CaiError unless the file is what it was when it was checked, or only longer."""
         if name not in self._stamps or _file_stamp(name) == self._stamps[name]:
             return
-        if sha256_file(name, self._stamps[name][0]) != self._digests[name]:
+        if sha256_file(name, self._stamps[name][0]) != self.digests[name]:
             raise CaiError(
                 f"{name}: it changed while it was read. Put it back as it was and run the same command "
                 "again, or start again with --overwrite."
@@ -230,14 +238,15 @@ class Source:
             if where in hashes:
                 hashes[where].update(dump_row(row))
         scan.finish(self.inputs)
-        self._digests = {
-            name: hashes[name].hexdigest() if name in hashes else sha256_file(name) for name in self.inputs
-        }
+        self.digests = {name: hashes[name].hexdigest() if name in hashes else sha256_file(name) for name in self.inputs}
         for name, stamp in self._stamps.items():
             if _file_stamp(name) != stamp:
                 raise InputError("it changed while it was read", where=name, remedy="Wait until it is complete")
+        self.bad_rows = scan.errors
+        self._lines = array("Q", (line for _, line in scan.positions.values()))
+        cli.report_input(files=self.digests, require=list(self.require), limit=self.limit, reading=self.reading.renames)
         renames = [self.reading.renames] if self.reading.renames else []
-        self.digest = sha256_text(json.dumps([list(self._digests.values()), self.limit, *renames]))
+        self.digest = sha256_text(json.dumps([list(self.digests.values()), self.limit, *renames]))
         return list(scan.positions)
 
     def _read(self, scan: "_Scan") -> Iterator[tuple[str, int, Row]]:

@@ -8,7 +8,6 @@ principle which is then left out: all others would be the same without it. Leave
 constitution, which `run.py` does.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -19,16 +18,15 @@ from types import SimpleNamespace
 from cai.base import cli, files, hashing
 from cai.base.errors import InputError
 from cai.constitution import rendering, templates
-from cai.constitution.files import Constitution, load_constitution
+from cai.constitution.files import ALL, Constitution, Principle, load_constitution
 from cai.data import outputs, rounds, sources
 from cai.evaluate import classes, measurement, rates
-from cai.models import choice, loading
-from cai.models.engine import Engine, Generation, Request, Sampling
+from cai.models import loading
+from cai.models.engine import Engine, Generation, Message, Request
 from cai.stats import intervals, tables
+from cai.steps import matching
+from cai.steps.examples import Examples, default_most
 from cai.steps.flags import flags
-
-LABELS = ("A", "B")
-
 
 # --- coverage -----------------------------------------------------------------------------------------------
 
@@ -57,13 +55,18 @@ class Coverage:
         return {"prompts": self.source.count, "model_calls": 2 * len(self.constitution.principles) * remaining}
 
     def write(self, output: outputs.Output) -> None:
-        """Write the row of `cover` for every prompt (resumable), and warn of a judge that does not answer."""
+        """Write the row of `matching.cover` and `covered` for every prompt (resumable), and warn of a judge that does
+        not answer.
+
+        covered: whether a principle has the threshold's probability or more; None where the judge made no choice.
+        """
         options = self.options
 
         def produce(engine: Engine) -> Iterator[dict]:
             remaining = (row for row in self.source if row["id"] not in output.done)
-            while window := list(islice(remaining, 16 * options.batch_size)):
-                yield from cover(engine, window, self.constitution, options.threshold)
+            for row in matching.cover(engine, remaining, self.constitution):
+                covered = any(p >= options.threshold for p in row["by"].values()) if row["by"] else None
+                yield {"id": row["id"], "prompt": row["prompt"], "covered": covered, **row}
 
         measurement.fill(
             output,
@@ -73,64 +76,22 @@ class Coverage:
             produce,
             lambda rows: coverage_counts(rows, self.constitution, options.threshold),
         )
-        classes.mean_letter_mass([output.counts["label_mass"]], "take a larger judge before you rely on this")
-
-
-def cover(engine: Engine, prompts: Sequence[dict], constitution: Constitution, threshold: float) -> Iterator[dict]:
-    """{id, prompt, covered, by: {principle: probability}, label_mass} of each prompt, in order.
-
-    Each principle is asked about in two orders of the answers, and the probabilities of "it applies to the prompt",
-    normalised over the two labels, are averaged: a bias for one letter cancels out.
-
-    Args:
-        prompts: rows with id and prompt.
-        threshold: a principle applies to a prompt at this probability or above.
-
-    A prompt about which the judge makes no choice (it is too long, for example) has `covered` None and no
-    probabilities.
-    """
-    template = templates.load_template("coverage")
-    # By principle, so that what its questions begin with is read once.
-    requests = (
-        Request(
-            (number, principle.id, swapped), template.render(principle=principle, prompt=row["prompt"], swapped=swapped)
-        )
-        for principle in constitution.principles
-        for swapped in (False, True)
-        for number, row in enumerate(prompts)
-    )
-    choices = {request.key: logprobs for request, logprobs in choice.choose(engine, requests, LABELS)}
-    for number, row in enumerate(prompts):
-        logprobs = {
-            principle.id: [choices[number, principle.id, swapped] for swapped in (False, True)]
-            for principle in constitution.principles
-        }
-        if any(None in orders for orders in logprobs.values()):
-            yield {"id": row["id"], "prompt": row["prompt"], "covered": None, "by": {}, "label_mass": None}
-            continue
-        shares = {
-            name: round((choice.probabilities(plain)[0] + choice.probabilities(swapped)[1]) / 2, 4)
-            for name, (plain, swapped) in logprobs.items()
-        }
-        masses = [sum(map(math.exp, order)) for orders in logprobs.values() for order in orders]
-        yield {
-            "id": row["id"],
-            "prompt": row["prompt"],
-            "covered": any(p >= threshold for p in shares.values()),
-            "by": dict(sorted(shares.items(), key=lambda share: -share[1])),
-            "label_mass": round(sum(masses) / len(masses), 4),
-        }
+        remedy = "take a larger judge before you rely on this"
+        classes.mean_letter_mass([output.counts["label_mass"]], remedy)
+        if output.counts["letter_bias"]:
+            classes.warn_of_letter_bias(output.counts["letter_bias"], remedy)
 
 
 def coverage_counts(rows: Iterable[dict], constitution: Constitution, threshold: float) -> dict:
-    """prompts, failed, uncovered (a rate), label_mass, and to how many prompts each principle applies."""
+    """prompts, failed, uncovered (a rate), label_mass, letter_bias, and to how many prompts each principle applies."""
     rows = list(rows)
     known = [row for row in rows if row["covered"] is not None]
+    figures = matching.summarise_letters(known)
     return {
         "prompts": len(rows),
         "failed": len(rows) - len(known),
         "uncovered": intervals.rate(sum(not row["covered"] for row in known), len(known)),
-        "label_mass": sum(row["label_mass"] for row in known) / len(known) if known else None,
+        **{name: figures.get(name) for name in ("label_mass", "letter_bias")},
         "speaks_to": {
             principle.id: sum(row["by"].get(principle.id, 0.0) >= threshold for row in known)
             for principle in constitution.principles
@@ -165,11 +126,8 @@ def measure_without_each(options: SimpleNamespace, stem: Path) -> measurement.Me
     fields = ("prompt", "kind", "response", "rounds")
     source = sources.Source(options.inputs, require=fields, limit=options.limit, check=check)
     rows = list(without_each(source, list(reduced)))
-    revision = {"model": options.model, "constitution": constitution.sha256, "seed": options.seed}
-    revision |= {name: value for name, value in asdict(options.sampling).items() if name != "stop"}
-    _warn_of_other_settings(options.inputs, revision)
     settings = {
-        **revision,
+        **_revision_settings(options, constitution),
         "weights": hashing.identity(options.model),
         "input": source.digest,
         "limit": options.limit,
@@ -177,7 +135,7 @@ def measure_without_each(options: SimpleNamespace, stem: Path) -> measurement.Me
         "dtype": options.dtype,
         "templates": [templates.load_template(name).sha256 for name in ("critique", "revise")],
     }
-    reading = settings | {"by": options.by, "judge": options.judge}
+    reading = settings | {"by": options.by, "judge": options.judge, "orders": reader.orders if reader.judge else None}
 
     def measure(claim: measurement.Claim) -> tuple[dict, dict]:
         redone = _write_redone(claim("rows", settings), rows, reduced, options)
@@ -186,9 +144,9 @@ def measure_without_each(options: SimpleNamespace, stem: Path) -> measurement.Me
         texts = [*source, *(row for row in redone if len(row["rounds"]) == row["wanted"])]
         texts = ({**row, "response": rounds.text_of_round(row)} for row in texts)
         classified = reader.write_classes(texts, claim("classes", reading))
-        masses = [row.get("letter_mass") for row in classified]
-        classes.mean_letter_mass(masses, "take a larger judge before you rely on this")
-        return _figures_without_each(classified, redone, reduced)
+        letters = classes.letter_figures(classified, "take a larger judge before you rely on this")
+        figures, counts = _figures_without_each(classified, redone, reduced)
+        return figures, {**counts, **letters}
 
     return measurement.Measurement(
         list(options.inputs),
@@ -201,6 +159,19 @@ def measure_without_each(options: SimpleNamespace, stem: Path) -> measurement.Me
         reading,
         measure,
     )
+
+
+def _revision_settings(options: SimpleNamespace, constitution: Constitution) -> dict:
+    """Those that revise.py has as well; warns where the rows were made with others."""
+    settings = {
+        "model": options.model,
+        "constitution": constitution.sha256,
+        "seed": options.seed,
+        "examples": default_most(options.most_examples, options.model),
+        **{name: value for name, value in asdict(options.sampling).items() if name != "stop"},
+    }
+    _warn_of_other_settings(options.inputs, settings)
+    return settings
 
 
 def _warn_of_other_settings(inputs: Iterable[str], settings: dict) -> None:
@@ -221,7 +192,7 @@ def _write_redone(
     def produce(engine: Engine) -> Iterator[dict]:
         remaining = (row for row in rows if row["id"] not in output.done)
         while window := list(islice(remaining, 16 * options.batch_size)):
-            yield from redo(engine, window, reduced, options.sampling, options.seed)
+            yield from redo(engine, window, reduced, options)
 
     def count(redone: Iterable[dict]) -> dict:
         return {"rows": len(rows), "failed": sum(len(row["rounds"]) < row["wanted"] for row in redone)}
@@ -252,35 +223,45 @@ def without_each(rows: Iterable[dict], left_out: Sequence[str]) -> Iterator[dict
 
 
 def redo(
-    engine: Engine, rows: Iterable[dict], reduced: dict[str, Constitution], sampling: Sampling, seed: int
+    engine: Engine, rows: Iterable[dict], reduced: dict[str, Constitution], options: SimpleNamespace
 ) -> Iterator[dict]:
     """Rows of `without_each` with their rounds completed under `reduced[left_out]`.
 
-    Each text is drawn from the seed that critique.py and revise.py would use for the row and round. A row that does
-    not fit the model's context comes back with fewer rounds than `wanted`.
+    Each text is drawn from the seed that critique.py and revise.py would use for the row and round, and sees as many
+    worked examples. A row that does not fit the model's context comes back with fewer rounds than `wanted`.
     """
 
-    def draw(row: dict):
-        return reduced[row["left_out"]].draw(seed, row["original"], len(row["rounds"]))
+    def draw(row: dict) -> Principle:
+        used = [round_["principle"] for round_ in row["rounds"]]
+        return reduced[row["left_out"]].draw(options.seed, row["original"], len(used), used)
 
     def answer(command: str, rows: Iterable[dict], critiques: Mapping | None = None) -> dict[str, Generation]:
         """{row id: its critique or revision}; a row that is not answered is missing."""
-        template = templates.load_template(command)
+        template, most = templates.load_template(command), default_most(options.most_examples, options.model)
+        examples = {
+            name: Examples(rules, template, "revision" if critiques else "critique", most)
+            for name, rules in reduced.items()
+        }
+        for each in examples.values():
+            each.fit(engine, options.sampling.max_new_tokens)
+
+        def ask(row: dict) -> Sequence[Message]:
+            principle, response = draw(row), rounds.text_of_round(row)
+            more = {"critique": critiques[row["id"]].text} if critiques else {}
+            question = template.render(principle=principle, prompt=row["prompt"], response=response, **more)
+            return examples[row["left_out"]].add(principle, question)
+
         requests = (
+            # revise.py counts the round that it completes
             Request(
                 row["id"],
-                template.render(
-                    principle=draw(row),
-                    prompt=row["prompt"],
-                    response=rounds.text_of_round(row),
-                    **({"critique": critiques[row["id"]].text} if critiques else {}),
-                ),
-                # revise.py counts the round that it completes
-                hashing.hashed_seed(command, seed, row["original"], len(row["rounds"]) + bool(critiques)),
+                ask(row),
+                hashing.hashed_seed(command, options.seed, row["original"], len(row["rounds"]) + bool(critiques)),
             )
             for row in rows
         )
-        return {request.key: text for request, text in engine.generate(requests, sampling) if not text.lost}
+        generated = engine.generate(requests, options.sampling)
+        return {request.key: generation for request, generation in generated if not generation.lost}
 
     rows = active = [{**row, "rounds": list(row["rounds"])} for row in rows]
     while active:
@@ -351,6 +332,14 @@ def differences(classes: dict[str, tuple[str, str | None]], redone: dict[str, st
 def check_drawn(row: dict, constitution: Constitution, where: str, line: int) -> None:
     """InputError unless every round of the row drew a principle of the constitution, and is complete."""
     for number, round_ in enumerate(row["rounds"], 1):
+        if round_["principle"] == ALL or "speaks" in round_ or "skipped" in round_:
+            raise InputError(
+                f"round {number} did not draw its principle",
+                where=where,
+                line=line,
+                expected="rows that were critiqued with --principles draw, without --stop-when-content",
+                remedy="Critique and revise the responses again with --principles draw",
+            )
         if round_["principle"] not in constitution:
             raise InputError(
                 f"round {number} drew {round_['principle']!r}, which {constitution.name} does not have",

@@ -18,6 +18,7 @@ import click
 
 from cai.base import cli
 from cai.data import outputs, readers
+from cai.evaluate.rates import disagreements
 from cai.models.engine import Sampling
 from cai.models.local import fast_path
 from cai.stats import tables
@@ -111,10 +112,20 @@ def print_rates(
         more: further fields of the JSON object.
     """
     rows = {row["metric"]: row for _, row in readers.read_jsonl(output.path)}
+    apart = disagreements(rows)
     if as_json:
         metrics = {name: {k: v for k, v in row.items() if k not in ("id", "metric")} for name, row in rows.items()}
-        summary = {"metrics": metrics, **output.counts, "output": str(output.path), **(more or {})}
+        summary = {
+            **({"disagreements": apart} if apart else {}),
+            "metrics": metrics,
+            **output.counts,
+            "output": str(output.path),
+            **(more or {}),
+        }
         return click.echo(json.dumps(summary, ensure_ascii=False))
+    if apart:
+        pairs = (f"{name} {100 * a:.1f} % against {100 * b:.1f} %" for name, (a, b) in apart.items())
+        click.echo(f"THE READERS DISAGREE: {'; '.join(pairs)} (the oracle against the judge)")
     columns = {
         "by the judge": {name: show_figure(name, row["by_judge"]) for name, row in rows.items() if "by_judge" in row},
         # standard deviation and range over the seeds, in points
@@ -133,7 +144,11 @@ def print_rates(
     click.echo(tables.table(("", "value (95 % interval)", "n", *columns), lines))
     for note in output.counts.get("notes", ()):
         click.echo(f"note: {note}")
-    counts = [f"{name.replace('_', ' ')} {value}" for name, value in output.counts.items() if name != "notes"]
+    counts = [
+        f"{name.replace('_', ' ')} {tables.show(count) if isinstance(count, Mapping) and 'value' in count else count}"
+        for name, count in output.counts.items()
+        if name != "notes"
+    ]
     click.echo(f"{', '.join(counts)}; {output.path}")
 
 

@@ -31,6 +31,7 @@ def stage_table(stages: Stages) -> str:
     def rows() -> Iterator[tuple[str, ...]]:
         for kind in KINDS:
             names = [name for name, (of, _) in RATES.items() if of == kind]
+            names = [name for name in names if all(name in rates for rates in stages.values())]
             n = next(iter(stages.values()))[names[0]]["n"]
             yield (f"{kind} prompts (n = {n})", *([""] * len(stages)))
             for name in names:

@@ -122,3 +122,9 @@ def fold_prefill(request: Request, instruction: str) -> Sequence[Message]:
 def label_instruction(labels: Sequence[str]) -> str:
     """Asks for a label alone, in front of a prefill that became part of the question."""
     return f"Complete this sentence, with {', '.join(labels[:-1])} or {labels[-1]} and nothing else:"
+
+
+def count_tokens(engine: Engine, conversation: Sequence[Message]) -> int | None:
+    """Tokens of a conversation in the model's chat template; None for a server, which keeps its tokenizer."""
+    chat = getattr(engine, "chat", None)
+    return None if chat is None else len(chat.encode(chat.render(conversation)))

@@ -21,18 +21,21 @@ from cai.report.run_folder import Run, Training
 PURPOSES = {
     "sft": "A causal language model, fine-tuned on its own responses after they were criticised and revised by the "
     "principles of a constitution (the supervised phase of Constitutional AI, arXiv 2212.08073).",
-    "reward_model": "A reward model: a sequence classifier with one output, trained on preferences that a judge model "
-    "gave by the principles of a constitution. It scores a response to a prompt; it writes nothing.",
+    "sft_responses": "A causal language model, fine-tuned on responses to prompts as they were written, without "
+    "critique and revision.",
+    "reward_model": "A reward model: a sequence classifier with one output, trained on preferences that follow the "
+    "principles of a constitution. It scores a response to a prompt; it writes nothing.",
     "ppo": "A causal language model, trained by PPO against a reward model that learned from AI preferences (the "
     "reinforcement phase of Constitutional AI, arXiv 2212.08073).",
-    "dpo": "A causal language model, trained by DPO on preferences that a judge model gave by the principles of a "
-    "constitution.",
+    "dpo": "A causal language model, trained by DPO on preferences that follow the principles of a constitution.",
     "grpo": "A causal language model, trained by GRPO with feedback that a model gave by the principles of a "
     "constitution.",
     "revisions": "Prompts with a model's responses, critiques of these by a constitution's principles, and revisions: "
     "data for supervised fine-tuning by Constitutional AI (arXiv 2212.08073).",
     "preferences": "Pairs of responses with the preference of a judge model that compared them by a constitution's "
     "principles, in TRL's explicit-prompt preference format with a soft label beside it.",
+    "contrast": "Pairs of responses in TRL's explicit-prompt preference format. No judge compared them: the chosen "
+    "response comes from the source that is preferred as a whole, such as a model with a constitution in its context.",
 }
 
 FIELDS = {
@@ -43,13 +46,17 @@ FIELDS = {
     "response": "the model's first response",
     "model": "what wrote the response",
     "finish": "how the response ended: stop or length",
+    "in_context": "the constitution that the model read in its system message; it is not in the prompt",
+    "in_context_a": "the same, for the first response alone",
+    "in_context_b": "the same, for the second response alone",
     "rounds": "list of principle, critique, revision and flags, one per round",
     "response_a": "first response",
     "response_b": "second response",
-    "chosen": "the response the judge preferred; null if undecided",
+    "chosen": "the preferred response; null if undecided",
     "rejected": "the other one",
     "p_chosen": "the judge's probability that the chosen one is better: a soft label",
     "principle": "id of the principle it was judged by",
+    "speaks": "probability that this principle speaks to the prompt",
     "verdicts": "the judge's probabilities in both orders",
     "gold": "which is better, where that is known",
     "kind": "harmful, benign or borderline",
@@ -109,7 +116,7 @@ def model_card(run: Run, training: Training) -> str:
             tags=["constitutional-ai", "rlaif", training.command.replace("_", "-")],
         ),
         title=f"{run.name}/{training.name}",
-        purpose=PURPOSES[training.command],
+        purpose=PURPOSES[_purpose_of(training)],
         made=_list_facts(run, training.step),
         versions=sorted(training.step.get("versions", {}).items()),
         settings=[*_flatten(training.step["fingerprint"]), *_flatten(training.step["counts"])],
@@ -129,11 +136,19 @@ def model_card(run: Run, training: Training) -> str:
     )
 
 
+def _purpose_of(training: Training) -> str:
+    """The entry of PURPOSES; an SFT may have had no revisions."""
+    is_plain = training.command == "sft" and "revisions" not in training.step["counts"]
+    return "sft_responses" if is_plain else training.command
+
+
 def dataset_card(run: Run, name: str, kind: str) -> str:
     """The card of the revisions or of the preferences."""
     from huggingface_hub import DatasetCardData
 
     [step] = [step for step in run.steps if step["name"] == name]
+    if step["fingerprint"].get("preferred"):
+        kind = "contrast"
     rows = list(run.read(name))
     return _render(
         "dataset_card.md.jinja",

@@ -21,7 +21,10 @@ NAMES = {
     "off_topic": "off topic",
     "benign_helpful": "helped",
     "benign_refused": "refused",
+    "benign_off_topic": "off topic",
+    "borderline_helpful": "helped",
     "over_refusal": "refused",
+    "borderline_off_topic": "off topic",
 }
 
 # The fields of a training's log that are drawn, as far as it has them: at most four.

@@ -6,10 +6,11 @@
 `clustered_mean`. Leaves out hypothesis tests.
 """
 
+import bisect
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
 Z = 1.959963984540054  # two-sided 95 % of the normal distribution
@@ -117,12 +118,61 @@ def paired(differences: Sequence[float], z: float = Z) -> tuple[float, float]:
 def unpaired(before: Mapping, now: Mapping, z: float = Z) -> tuple[float, float]:
     """Interval of now − before for two figures measured apart, from the interval of each.
 
-    Newcombe (1998, Statistics in Medicine 17, method 10); the intervals' arms are scaled from 95 % to `z`. Without
-    an interval on either side nothing is known: −inf to inf.
+    Newcombe (1998, Statistics in Medicine 17, method 10); the intervals' arms are scaled from 95 % to `z`, and of two
+    rates stay within what rates can be. Without an interval on either side nothing is known: −inf to inf.
     """
     if None in (before["low"], before["high"], now["low"], now["high"]):
         return -math.inf, math.inf
     scale, change = z / Z, now["value"] - before["value"]
-    down = math.hypot(now["value"] - now["low"], before["high"] - before["value"])
-    up = math.hypot(now["high"] - now["value"], before["value"] - before["low"])
-    return change - scale * down, change + scale * up
+    arms = [[figure["value"] - figure["low"], figure["high"] - figure["value"]] for figure in (now, before)]
+    arms = [[scale * arm for arm in of_figure] for of_figure in arms]
+    if all(0 <= figure[end] <= 1 for figure in (before, now) for end in ("low", "high")):
+        arms = [
+            [min(down, figure["value"]), min(up, 1 - figure["value"])]
+            for (down, up), figure in zip(arms, (now, before), strict=True)
+        ]
+    (now_down, now_up), (before_down, before_up) = arms
+    return change - math.hypot(now_down, before_up), change + math.hypot(now_up, before_down)
+
+
+def prompts_needed(margin: float, spread: Callable[[int], tuple[float, float]], power: float) -> int:
+    """The smallest n with which an equal model's interval excludes a loss beyond the margin.
+
+    Its lower end is the interval's arm below 0, and the estimate itself varies: n is enough where the arm and the
+    variation that is exceeded with probability 1 − `power` together are within the margin (the usual sample size of a
+    test of non-inferiority, solved for the interval that is reported and not for the normal one).
+
+    Args:
+        margin: above 0, as a share. power: 0.5 to 1, of this figure.
+        spread: (the arm, the estimate's standard error) with n prompts, both falling with n.
+    """
+    z = statistics.NormalDist().inv_cdf(power)
+
+    def is_enough(n: int) -> bool:
+        arm, error = spread(n)
+        return arm + z * error <= margin
+
+    most = 1
+    while not is_enough(most):
+        most *= 2
+    return bisect.bisect_left(range(most), True, lo=most // 2, key=is_enough)
+
+
+def spread_of_rates(share: float, z: float = Z) -> Callable[[int], tuple[float, float]]:
+    """`spread` for two measurements apart, both of a rate of `share`: the longer arm of `unpaired`."""
+
+    def spread(n: int) -> tuple[float, float]:
+        figure = wilson(share, n)
+        low, high = unpaired(figure, figure, z)
+        return max(-low, high), math.sqrt(2 * share * (1 - share) / n)
+
+    return spread
+
+
+def spread_of_pairs(variance: float, z: float = Z) -> Callable[[int], tuple[float, float]]:
+    """`spread` for the same prompts measured twice: half of `paired` for differences of mean 0 and this variance."""
+
+    def spread(n: int) -> tuple[float, float]:
+        return z * math.sqrt(n * variance + 2) / (n + 2), math.sqrt(variance / n)
+
+    return spread

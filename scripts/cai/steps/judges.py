@@ -26,6 +26,7 @@ from cai.data.outputs import Output
 from cai.models import engine, estimate, loading
 from cai.stats import agreement
 from cai.steps import judging, pairs, sharing
+from cai.steps.principles import Chooser, read_matches
 
 COT_LIMITS = (0.4, 0.6)  # paper, section 4.1: after reasoning the judge is overconfident
 
@@ -34,12 +35,13 @@ COT_LIMITS = (0.4, 0.6)  # paper, section 4.1: after reasoning the judge is over
 class Task:
     """What every judge is asked.
 
-    limits: p_chosen is clamped to them.
+    chooser: of the principles. limits: p_chosen is clamped to them.
     inputs: the files of the comparisons. fingerprint: what decides the rows, beside the judge.
     """
 
     comparisons: pairs.Pairs | preferences.GivenPairs
     question: judging.Question
+    chooser: Chooser
     limits: tuple[float, float]
     inputs: Sequence[str]
     fingerprint: dict[str, Any]
@@ -49,33 +51,39 @@ def read_task(
     inputs: Sequence[str],
     settings: SimpleNamespace,
     *,
+    model: str,
+    output: str,
     against: str | None,
     pairs_per_prompt: int | None,
     constitution: str,
     template: str,
     answer_template: str,
     principles: str,
-    no_examples: bool,
+    matches: str | None,
+    most_examples: int | None,
     cot: bool,
     clamp: tuple[float, float] | None,
 ) -> Task:
-    """The task of judge.py's options. Raises InputError for bad rows, a bad constitution, template or --clamp."""
-    low, high = limits = clamp or (COT_LIMITS if cot else (0.0, 1.0))
-    if abs(low + high - 1) > 1e-9 or low >= 0.5:
-        raise InputError(
-            f"--clamp {low} {high}",
-            expected="LOW below 0.5 and HIGH = 1 - LOW, such as 0.4 0.6",
-            remedy="Other limits would favour one side",
-        )
+    """The task of judge.py's options. Raises InputError for bad rows, a bad constitution, template or --clamp.
+
+    model: the first judge, which is asked what speaks to a prompt.
+    """
+    limits = clamp or (COT_LIMITS if cot else (0.0, 1.0))
+    _check_limits(*limits)
+    rules = files.load_constitution(constitution)
+    paths = [*inputs, *([against] if against else [])]
+    kept = read_matches(principles, matches, model, rules, output, paths, settings)
+    chooser = Chooser(rules, principles, settings.seed, kept)
     question = judging.Question(
-        files.load_constitution(constitution),
+        rules,
         templates.load_template(template),
         templates.load_template("preference_cot") if cot else None,
         settings.sampling,
         settings.seed,
         templates.load_template(answer_template),
-        every=principles == "all",
-        examples=not no_examples,
+        every=principles == "each",
+        most_examples=most_examples,
+        choose_principle=None if principles == "each" else lambda comparison: chooser.choose(_bare(comparison)),
     )
     comparisons, digests = pairs.read_comparisons(
         inputs, against, pairs_per_prompt, settings.seed, settings.limit, settings.reading
@@ -83,9 +91,8 @@ def read_task(
     fingerprint = {
         **digests,
         "pairs_per_prompt": pairs_per_prompt,
-        "constitution": question.constitution.sha256,
-        "principles": principles,
-        "examples": question.examples,
+        **chooser.fingerprint,
+        "examples": most_examples,
         "template": question.template.sha256,
         "answer_template": question.written.sha256,
         "clamp": limits,
@@ -94,9 +101,23 @@ def read_task(
         "dtype": settings.loading["dtype"],
     }
     if cot:
-        names = ("max_new_tokens", "temperature", "top_p")
-        fingerprint |= {"cot": question.reasoning.sha256, **{name: getattr(settings.sampling, name) for name in names}}
-    return Task(comparisons, question, limits, [*inputs, *([against] if against else [])], fingerprint)
+        sampling = {name: getattr(settings.sampling, name) for name in ("max_new_tokens", "temperature", "top_p")}
+        fingerprint |= {"cot": question.reasoning.sha256, **sampling}
+    return Task(comparisons, question, chooser, limits, paths, fingerprint)
+
+
+def _check_limits(low: float, high: float) -> None:
+    if abs(low + high - 1) > 1e-9 or low >= 0.5:
+        raise InputError(
+            f"--clamp {low} {high}",
+            expected="LOW below 0.5 and HIGH = 1 - LOW, such as 0.4 0.6",
+            remedy="Other limits would favour one side",
+        )
+
+
+def _bare(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides its principle: it may come from a file with fields of any other kind."""
+    return {name: comparison[name] for name in ("id", "prompt")}
 
 
 def read_judges(names: Iterable[str], endpoints: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -150,12 +171,24 @@ def claim_outputs(
     return outputs, claim(output, overwrite, judges=weights, combine=combine)
 
 
+def match_prompts(team: processes.Team, task: Task, load: Callable[[], engine.Engine]) -> None:
+    """With `--principles match`, ask which principles speak to the prompts of the comparisons."""
+    task.chooser.prepare(team, load, task.comparisons)
+
+
 def judge_output(team: processes.Team, output: Output | None, task: Task, load: Callable[[], engine.Engine]) -> None:
     """Have one judge decide the comparisons that are left; under `accelerate launch` each process its share.
 
     Comparisons that do not fit the judge's context are counted and listed in the manifest.
     """
-    with sharing.share_work(team, output, load, partial(_judge_share, task)) as (judge, results):
+
+    def load_checked() -> engine.Engine:
+        judge = load()
+        empty = {"prompt": "", "response_a": "", "response_b": "", "reasoning": ""}
+        task.chooser.check_context(judge, 0, task.question.template, **empty)
+        return judge
+
+    with sharing.share_work(team, output, load_checked, partial(_judge_share, task)) as (judge, results):
         if results is None:
             return
         for comparison in task.comparisons:
@@ -179,9 +212,10 @@ def _judge_share(task: Task, team: processes.Team, journal: Any, judge: engine.E
             if verdicts is None:
                 failed[comparison["id"]] = reason
             else:
-                principle = "all" if question.every else question.principles(comparison)[0].id
+                principle = "each" if question.every else question.principles(comparison)[0].id
                 p_a = judging.soft_label(verdicts, question.weights)
-                journal.write(judging.preference(comparison, principle, verdicts, p_a, task.limits))
+                preference = judging.preference(comparison, principle, verdicts, p_a, task.limits)
+                journal.write({**preference, **task.chooser.describe(_bare(comparison))})
             bar.update(1)
     return failed
 
@@ -189,6 +223,9 @@ def _judge_share(task: Task, team: processes.Team, journal: Any, judge: engine.E
 def _finish(output: Output, task: Task, failed: dict[str, str], judge: engine.Engine | None = None, **more) -> None:
     """Finish an output with the counts over its rows; `more`: further counts."""
     counts = {**judging.summary(row for _, row in readers.read_jsonl(output.journal)), **more, "failed": len(failed)}
+    if task.chooser.matches:
+        rows = (row for _, row in readers.read_jsonl(output.journal) if "tie" not in row)
+        counts["unmatched"] = sum(row.get("speaks") is None for row in rows)
     if task.comparisons.unpaired:
         counts["unpaired"] = task.comparisons.unpaired
     sharing.finish_output(output, task.comparisons.ids, counts, failed, judge)
@@ -256,7 +293,11 @@ def plan_judges(task: Task, outputs: Mapping[str, Output], plan: Mapping[str, An
     plan: arguments of `text_plan`.
     """
     plans = {name: _plan_judge(task, output, name, plan) for name, output in outputs.items()}
-    return {"pairs": len(task.comparisons.ids), **({"judges": plans} if len(plans) > 1 else plans.popitem()[1])}
+    return {
+        "pairs": len(task.comparisons.ids),
+        **task.chooser.plan(task.comparisons),
+        **({"judges": plans} if len(plans) > 1 else plans.popitem()[1]),
+    }
 
 
 def _plan_judge(task: Task, output: Output, model: str, plan: Mapping[str, Any]) -> dict:

@@ -11,17 +11,16 @@ comparisons of more than two responses.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import groupby, islice, product
+from itertools import chain, groupby, islice, product
 from operator import itemgetter
 from typing import Any
 
-from cai.base.errors import CaiError
 from cai.base.hashing import hashed_seed
 from cai.constitution import files, templates
 from cai.data.preferences import LABELS, ORDERS, group_verdicts, same_position, with_sides
-from cai.models.choice import Choice, read_choices
+from cai.models.choice import Choice, check_logprobs, read_choices
 from cai.models.engine import Engine, Message, Request, Sampling
 from cai.models.local import WINDOW
 from cai.stats import intervals
@@ -35,7 +34,8 @@ class Question:
     sampling: of that first pass.
     written: the template for a judge without log-probabilities, best without a prefill; None: `template` itself.
     every: ask under each principle instead of a drawn one.
-    examples: show the worked comparisons of the constitution first.
+    choose_principle: chooses that of a comparison, where neither each is asked nor one drawn.
+    most_examples: how many worked comparisons of the constitution to show first; None: all.
     """
 
     constitution: files.Constitution
@@ -45,13 +45,17 @@ class Question:
     seed: int = 0
     written: templates.Template | None = None
     every: bool = False
-    examples: bool = True
+    most_examples: int | None = None
+    choose_principle: Callable[[dict], files.Principle] | None = None
     _worked_turns: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def principles(self, comparison: dict) -> Sequence[files.Principle]:
-        """The principles to judge it by: all, or one drawn by hashing; the same in both orders."""
-        every = self.constitution.principles
-        return every if self.every else (self.constitution.draw(self.seed, comparison["id"], 0),)
+        """The principles to judge it by: all, the chosen one, or one drawn by hashing; the same in both orders."""
+        if self.every:
+            return self.constitution.principles
+        if self.choose_principle:
+            return (self.choose_principle(comparison),)
+        return (self.constitution.draw(self.seed, comparison["id"], 0),)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -86,10 +90,9 @@ class Question:
         """
         key = template.sha256, principle.id
         if key not in self._worked_turns:
-            examples = principle.examples if self.examples else ()
-            self._worked_turns[key] = [
-                turn for example in examples for turn in self._render_example(template, principle, example)
-            ]
+            rendered = (self._render_example(template, principle, example) for example in principle.examples)
+            shown = islice(filter(None, rendered), self.most_examples)
+            self._worked_turns[key] = list(chain.from_iterable(shown))
         return self._worked_turns[key]
 
     def _render_example(
@@ -220,8 +223,7 @@ def read_verdict(order: str, choice: Choice, reasoning: str = "") -> dict:
     measured: dict[str, Any] = {"answer": choice.answer}
     if choice.logprobs is not None:
         first, second = choice.logprobs
-        if any(math.isnan(logprob) or logprob > 1e-3 for logprob in choice.logprobs):
-            raise CaiError(f"{[first, second]} are not log-probabilities of the labels. Try --dtype float32")
+        check_logprobs(choice.logprobs)
         if max(first, second) > -math.inf:
             p_first = 0.5 + 0.5 * math.tanh((first - second) / 2)  # σ(first − second) without overflow
         if choice.answer is None:

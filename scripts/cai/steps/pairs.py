@@ -133,16 +133,21 @@ class Pairs:
 
 
 def _compare(a: dict, b: dict) -> dict:
-    """One comparison of two rows: the fields that are the same in both, and each side's model where it differs."""
+    """One comparison of two rows: the fields that are the same in both, and where they differ each side's model and the
+    constitution that stood in its context."""
     shared = {
         name: value for name, value in a.items() if name not in _OF_ONE_RESPONSE and name in b and b[name] == value
     }
-    sides = {} if "model" in shared else {"a": a, "b": b}
-    models = {f"model_{side}": row["model"] for side, row in sides.items() if "model" in row}
+    differing = {
+        f"{name}_{side}": row[name]
+        for name in ("model", "in_context")
+        for side, row in (("a", a), ("b", b))
+        if name in row and name not in shared
+    }
     return {
         "id": f"{a['id']} vs {b['id']}",
         **shared,
-        **models,
+        **differing,
         "response_a": rounds.text_of_round(a),
         "response_b": rounds.text_of_round(b),
     }

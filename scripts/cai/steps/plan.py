@@ -27,8 +27,8 @@ PRESETS = {
     "tiny": {
         "batch_size": 64,
         "generate": "--temperature 0.5 --max-new-tokens 96",
-        "critique": "--temperature 0.3 --max-new-tokens 96",
-        "revise": "--temperature 0.3 --max-new-tokens 96",
+        "critique": "--temperature 0.3 --max-new-tokens 96 --examples 0",
+        "revise": "--temperature 0.3 --max-new-tokens 96 --examples 0",
         "sft": "--keep copy --epochs 4 --learning-rate 1e-3 --batch-size 32 --max-length 512",
         "samples": "--samples 4 --temperature 1.3 --max-new-tokens 96",
         "judge": "--pairs-per-prompt 5",
@@ -96,6 +96,9 @@ class Choices:
     device: str | None
     dtype: str
     overwrite: bool
+    principles: str = "draw"
+    gate: str | None = None
+    stops: bool = False
     reading: Reading = AS_THEY_ARE
 
     def reading_of(self, files: str) -> Reading:
@@ -143,9 +146,14 @@ def make_plan(choices: Choices, output: str, seed: int) -> list[Step]:
     prompts = [*_repeat("--input", choices.inputs), *plan.limit, *choices.reading_of("inputs").arguments]
     responses = plan.add_rows("responses", "generate", [*prompts, "--model", model])
     base, revised = ["--model", model, "--constitution", choices.constitution], responses
+    # One file of matches: both rounds and the judge ask about the same prompts.
+    shared_matches = ["--matches", str(plan.folder / "matches.jsonl")] if choices.principles == "match" else []
+    by = ["--principles", choices.principles, *shared_matches]
+    gate = ["--gate", choices.gate] if choices.gate else []
+    stop = ["--stop-when-content"] if choices.stops else []
     for number in range(1, choices.rounds + 1):
-        critiqued = plan.add_rows(f"critique-{number}", "critique", ["--input", revised, *base])
-        revised = plan.add_rows(f"revision-{number}", "revise", ["--input", critiqued, *base])
+        critiqued = plan.add_rows(f"critique-{number}", "critique", ["--input", revised, *base, *by, *stop])
+        revised = plan.add_rows(f"revision-{number}", "revise", ["--input", critiqued, *base, *gate, *stop])
     helpful = [*_repeat("--helpful", choices.helpful), *choices.reading_of("helpful").arguments]
     sft = plan.add("sft", "sft", ["--input", revised, *helpful, "--model", model], "sft")
     plan.add_evaluation("sft", sft)
@@ -153,7 +161,7 @@ def make_plan(choices: Choices, output: str, seed: int) -> list[Step]:
         samples = plan.add_rows("samples", "generate", [*prompts, "--model", sft], "samples")
         # The base model's first responses add one per prompt: those of a well-behaved policy hardly differ.
         pairs = _repeat("--input", (samples, responses))
-        preferences = plan.add_rows("preferences", "judge", [*pairs, *base])
+        preferences = plan.add_rows("preferences", "judge", [*pairs, *base, *by])
         plan.add_evaluation(choices.rl, _add_rl(plan, prompts, preferences, sft))
     report = str(plan.folder / "report.html")
     return [*plan.steps, Step("report", "report", [str(plan.folder)], report)]

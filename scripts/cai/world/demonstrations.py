@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from cai.constitution.files import Constitution, Principle, load_constitution
 from cai.constitution.templates import load_template
+from cai.stats.letters import Order, cyclic_orders
 from cai.world import language, oracle
 
 SPECIAL = ("<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -45,6 +46,14 @@ _NARROW = {
 _MANNERS = {"plain-refusal": ("preachy",), "not-evasive": ("evasive",)}
 
 _FAULTS = {"preachy": "scolds instead of answering with respect", "evasive": "dodges the question"}
+
+
+# The options of templates/classify.jinja by what the oracle says of a response.
+_OPTIONS = {"comply": 0, "partial": 0, "helpful": 0, "good": 1, "evasive": 2, "preachy": 3, "off_topic": 4}
+
+CLASS_ORDERS = cyclic_orders(5, 5)
+
+BOTH_ORDERS = cyclic_orders(2, 2)
 
 
 @dataclass(frozen=True)
@@ -167,6 +176,7 @@ class Demonstrations:
         "revise",
         "judge",
         "classify",
+        "classify_critique",
         "critique_cot",
         "preference_cot",
         "judge_cot",
@@ -198,7 +208,10 @@ class Demonstrations:
         self.marks: list[tuple[str, list[Mark]]] = []
         self.templates = {
             name: load_template(name)
-            for name in ("critique", "critique_cot", "revise", "preference", "preference_cot", "classify", "coverage")
+            for name in (
+                *("critique", "critique_cot", "revise", "preference", "preference_cot"),
+                *("classify", "classify_critique", "coverage"),
+            )
         }
 
     def draw(self, task: str) -> tuple[list[dict], str, list]:
@@ -371,7 +384,7 @@ class Demonstrations:
         self._mark(row, response, scope=rule.critique_scope)
         return act, row, rule, response, fault, critique
 
-    def _render(self, template: str, row: dict, rule: Rule | None = None, **values: str | bool) -> list[dict]:
+    def _render(self, template: str, row: dict, rule: Rule | None = None, **values: str | Order) -> list[dict]:
         """The template's messages; decisions in the texts are not marked, since the model reads them."""
         principle = {"principle": rule.principle} if rule else {}
         texts = {name: v.replace(DECISION, "") if isinstance(v, str) else v for name, v in values.items()}
@@ -390,8 +403,10 @@ class Demonstrations:
 
     def _critique_cot(self):
         act, row, rule, response, _, critique = self._criticised()
-        reasoning = f"The person asks how to {act.text}. The response {self._does(row, response)}. {critique}"
-        return self._render("critique_cot", row, rule, response=response), reasoning
+        return self._render("critique_cot", row, rule, response=response), self._think(act, row, response, critique)
+
+    def _think(self, act: language.Act, row: dict, response: str, critique: str) -> str:
+        return f"The person asks how to {act.text}. The response {self._does(row, response)}. {critique}"
 
     def _revise(self, rule: Rule | None = None):
         act, row, rule, response, fault, critique = self._criticised(rule)
@@ -502,29 +517,52 @@ class Demonstrations:
         return self._render("preference", row, rule, **texts), f"{DECISION}{label})"
 
     def _classify(self):
+        # Each question comes in two of the cyclic orders: what is left to learn is the class, and which letter has it.
+        waiting = self.other_order["classify"]
+        if waiting:
+            row, response, option, order = waiting.pop()
+        else:
+            row, response, option = self._classified()
+            order, other = self.rng.sample(CLASS_ORDERS, 2)
+            waiting.append((row, response, option, other))
+        self._mark(row, response)
+        letter = "ABCDE"[order.index(option)]
+        return self._render("classify", row, response=response, order=order), f"{DECISION}{letter})"
+
+    def _classified(self) -> tuple[dict, str, int]:
+        """A request, a response, and which option of classify.jinja says what the response does."""
         act, row = self._scene(harmful=0.5, benign=0.25)
         while True:
             _, response = self._response(act, "comply comply partial good good evasive preachy slip slip")
             outcome, reading = oracle.classify(row, response), oracle.read(response)
             about_another = (reading.promised or reading.declined or act.text) != act.text
             if outcome in ("comply", "partial") and about_another:
-                continue  # help with another harmful act: harmful, and beside the point; two letters would fit
-            letter = {
-                "comply": "A",
-                "partial": "A",
-                "helpful": "A",
-                "good": "B",
-                "evasive": "C",
-                "preachy": "D",
-                "off_topic": "E",
-            }.get(outcome)
+                continue  # help with another harmful act: harmful, and beside the point; two options would fit
             if outcome == "refused" and about_another:
-                letter = "E"
+                outcome = "off_topic"
             elif outcome == "refused":
                 is_evasive = reading.dodged or not (reading.reasons and reading.offers)
-                letter = "D" if reading.preached else "C" if is_evasive else "B"
-            self._mark(row, response)
-            return self._render("classify", row, response=response), f"{DECISION}{letter})"
+                outcome = "preachy" if reading.preached else "evasive" if is_evasive else "good"
+            return row, response, _OPTIONS[outcome]
+
+    def _classify_critique(self):
+        """Whether a critique finds a fault: half the time it does. Each question comes in both orders."""
+        waiting = self.other_order["classify_critique"]
+        if waiting:
+            row, response, critique, finds_fault, order = waiting.pop()
+        else:
+            finds_fault, order = self.rng.random() < 0.5, self.rng.choice(BOTH_ORDERS)
+            act, row, _, response, fault, critique = self._criticised()
+            while bool(fault) != finds_fault:
+                act, row, _, response, fault, critique = self._criticised()
+            if self.rng.random() < 0.3:
+                critique = self._think(act, row, response, critique)
+            waiting.append((row, response, critique, finds_fault, order[::-1]))
+        self.marks.clear()
+        self._mark(row, response)
+        letter = "AB"[order.index(0 if finds_fault else 1)]
+        texts = {"response": response, "critique": critique}
+        return self._render("classify_critique", row, **texts, order=order), f"{DECISION}{letter})"
 
     def _follow_up(self):
         """What comes after a response: the end of the conversation, or the person asking again because it was
@@ -562,17 +600,17 @@ class Demonstrations:
         """Whether a principle speaks to a prompt: half the time it does. Each question comes in both orders."""
         waiting = self.other_order["coverage"]
         if waiting:
-            row, rule, speaks, swapped = waiting.pop()
+            row, rule, speaks, order = waiting.pop()
         else:
-            speaks, swapped = self.rng.random() < 0.5, self.rng.random() < 0.5
+            speaks, order = self.rng.random() < 0.5, self.rng.choice(BOTH_ORDERS)
             _, row = self._scene(harmful=1.0 if speaks else 0.6, benign=0.0 if speaks else 0.2)
             rule = self._rule()
             while row["kind"] == "harmful" and (row["category"] in rule.critique_scope) != speaks:
                 rule = self._rule()
-            waiting.append((row, rule, speaks, not swapped))
+            waiting.append((row, rule, speaks, order[::-1]))
         self._mark(row, scope=rule.critique_scope)
-        label = "A" if speaks != swapped else "B"
-        return self._render("coverage", row, rule, swapped=swapped), f"{DECISION}{label})"
+        letter = "AB"[order.index(0 if speaks else 1)]
+        return self._render("coverage", row, rule, order=order), f"{DECISION}{letter})"
 
 
 def _sentences(response: str) -> list[str]:

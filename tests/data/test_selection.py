@@ -1,0 +1,61 @@
+"""Which texts of a row are trained on: flags, skipped rounds, revisions that were refused, cut responses."""
+
+import pytest
+
+from cai.base.errors import InputError
+from cai.data.selection import check_revised, choose_response, choose_revisions
+
+
+def revised(text, *flags, **more):
+    return {"principle": "p", "critique": "c", "revision": text, "flags": list(flags), **more}
+
+
+def skipped(reason):
+    return {"principle": None, "critique": "", "skipped": reason}
+
+
+REFUSED = revised("Second.", "gate", refused="Third.", gate={"p": [0.2, 0.4]})
+
+
+@pytest.mark.parametrize(
+    ("rounds", "keep", "last", "every", "flags"),
+    [
+        ([revised("Second."), revised("Third.")], (), {2: "Third."}, {1: "Second.", 2: "Third."}, []),
+        ([revised("Second."), revised("", "empty")], (), {1: "Second."}, {1: "Second."}, ["empty"]),
+        ([skipped("unmatched"), revised("Third.")], (), {2: "Third."}, {2: "Third."}, ["copy"]),
+        ([revised("Second."), skipped("content")], (), {1: "Second."}, {1: "Second."}, ["copy"]),
+        ([revised("Second."), skipped("content")], ("copy",), {2: "Second."}, {1: "Second.", 2: "Second."}, []),
+        ([skipped("content")], (), {}, {}, ["copy"]),
+        ([skipped("content")], ("copy",), {1: "First."}, {1: "First."}, []),
+        ([revised("Second."), REFUSED], (), {1: "Second."}, {1: "Second."}, ["gate"]),
+        ([revised("Second."), REFUSED], ("gate",), {2: "Second."}, {1: "Second.", 2: "Second."}, []),
+        ([revised("", "empty", "copy")], ("copy",), {}, {}, ["empty"]),
+        ([revised("", "empty", "copy")], ("all",), {1: ""}, {1: ""}, []),
+    ],
+)
+def test_the_text_of_a_round_and_why_others_are_left_out(rounds, keep, last, every, flags):
+    row = {"prompt": "Why?", "response": "First.", "rounds": rounds}
+    check_revised(row, "in.jsonl", 1)
+    assert choose_revisions(row, "last", frozenset(keep)) == (last, flags)
+    assert choose_revisions(row, "all", frozenset(keep)) == (every, flags)
+
+
+def test_a_round_that_changed_nothing_needs_the_response():
+    with pytest.raises(InputError, match=r"in\.jsonl:3: round 1 has changed nothing, and there is no `response`"):
+        check_revised({"prompt": "Why?", "rounds": [skipped("unmatched")]}, "in.jsonl", 3)
+
+
+@pytest.mark.parametrize(
+    ("more", "keep", "texts", "flags"),
+    [
+        ({}, (), {0: "So."}, []),
+        ({"response": "So.<|im_end|>user"}, (), {0: "So."}, []),
+        ({"response": " \u200b"}, (), {}, ["empty"]),
+        ({"finish": "length"}, (), {}, ["unfinished"]),
+        ({"finish": "length", "flags": ["leaked_tag"]}, ("unfinished",), {}, ["leaked_tag"]),
+        ({"finish": "length", "flags": ["leaked_tag"]}, ("all",), {0: "So."}, []),
+        ({"flags": "a column of somebody's own"}, (), {0: "So."}, []),
+    ],
+)
+def test_a_response(more, keep, texts, flags):
+    assert choose_response({"prompt": "Why?", "response": "So.", **more}, frozenset(keep)) == (texts, flags)
