@@ -44,12 +44,12 @@ def main():
     "--from", "start", metavar="MODEL", help="Continue from this earlier build: `tiny`, or a folder that build wrote."
 )
 @click.option(
-    "--tokens", type=click.IntRange(min=1), help="Training tokens in all.  [default: 25000000; with --from 3000000]"
+    "--tokens", type=click.IntRange(min=1), help="Training tokens in all.  [default: 25000000; with --from 2000000]"
 )
 @click.option("--hidden", type=int, help="Width of the model.  [default: 128]")
 @click.option("--layers", type=int, help="Layers.  [default: 6]")
 @click.option("--feed-forward", type=int, help="Width of the feed-forward layer.  [default: 384]")
-@click.option("--learning-rate", type=float, help="Highest learning rate.  [default: 0.002; with --from 0.0008]")
+@click.option("--learning-rate", type=float, help="Highest learning rate.  [default: 0.002; with --from 0.0006]")
 @click.option("--threads", default=2, show_default=True, help="CPU threads.")
 @cli.options("seed", "json", "dry_run")
 def build(output, start, tokens, learning_rate, threads, seed, as_json, dry_run, **sizes):
@@ -73,15 +73,15 @@ def build(output, start, tokens, learning_rate, threads, seed, as_json, dry_run,
     settings = {
         "output": output,
         "seed": seed,
-        "tokens": tokens or (3_000_000 if start else 25_000_000),
-        "learning_rate": learning_rate or (8e-4 if start else 2e-3),
+        "tokens": tokens or (2_000_000 if start else 25_000_000),
+        "learning_rate": learning_rate or (6e-4 if start else 2e-3),
         **(_earlier_settings(start) if start else _SIZES | sizes),
     }
     if dry_run:
         return cli.finish({"would_build": output, **settings}, as_json=as_json)
     from cai.world.build import build as build_model
 
-    compiled = settings["tokens"] >= 1_000_000 and shutil.which("g++") is not None  # else compiling saves no time
+    compiled = settings["tokens"] >= 5_000_000 and shutil.which("g++") is not None  # else compiling saves no time
     cli.finish(
         {"output": output, **build_model(threads=threads, report=cli.note, compiled=compiled, start=start, **settings)},
         as_json=as_json,

@@ -85,7 +85,7 @@ def table(match: dict, left: dict[str, dict[str, bool]]) -> str:
 
 @click.command()
 @click.option("--model", default="tiny", show_default=True, metavar="MODEL", help="Who answers, matches and revises.")
-@click.option("--prompts", "count", type=click.IntRange(min=1), default=400, show_default=True, help="Harmful prompts.")
+@click.option("--prompts", "count", type=click.IntRange(min=1), default=300, show_default=True, help="Harmful prompts.")
 @click.option("--seed", default=31, show_default=True, help="Seed of the prompts.")
 @click.option("--output", required=True, metavar="FOLDER", help="Folder for everything that is made.")
 def main(model, count, seed, output):

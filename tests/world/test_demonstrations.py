@@ -173,7 +173,7 @@ def test_every_task_has_a_share_of_the_last_stage_and_a_length():
 
 @pytest.mark.slow
 def test_tiny_matches_the_principle_of_the_category(invoke, tmp_path):
-    """The share over 400 prompts is in references/results.md; here a smaller sample of other prompts."""
+    """The share over 300 prompts is in references/results.md; here a smaller sample of other prompts."""
     import principles
 
     prompts, coverage = tmp_path / "prompts.jsonl", tmp_path / "coverage.jsonl"

@@ -7,6 +7,7 @@ Leaves out validation against the oracle: `evaluate.py` does that.
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from cai.world import language, oracle
 from cai.world.demonstrations import ASSISTANT, BOS, CATEGORY, DECISION, END, PAD, SPECIAL, SYSTEM, Demonstrations
 
 VOCABULARY = 2304
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 # The loss on the first token of a decision counts as much as a short sentence, since it is what such a row teaches.
 DECISION_WEIGHT = 6.0
@@ -293,11 +296,11 @@ class _Training:
     def __init__(self, settings: dict[str, Any], folder: Path, start: Path | None, *, resumed: bool, compiled: bool):
         self.settings, self.done, self.step = settings, 0, 0
         self.demos = Demonstrations(settings["seed"])
-        if resumed:
+        if start is not None:
+            for name in TOKENIZER_FILES:
+                shutil.copyfile(start / name, folder / name)
+        if resumed or start is not None:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        elif start is not None:
-            self.tokenizer = AutoTokenizer.from_pretrained(start)
-            self.tokenizer.save_pretrained(folder)
         else:
             # a small build, to try things out, needs no more than a small tokenizer
             self.tokenizer = make_tokenizer(self.demos, folder, samples=min(20_000, settings["tokens"] // 100))
