@@ -113,16 +113,19 @@ def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | N
     revised = inputs and sources.Source(
         inputs, require=("prompt", "rounds"), limit=limit, check=check_revised, reading=ours
     )
-    rows, flags, skipped = [], Counter(), 0
+    rows, flags, kept_flags, skipped, fallbacks = [], Counter(), Counter(), 0, 0
     for row in revised:
-        texts, raised = choose_revisions(row, rounds, keep)
-        flags.update(raised)
-        skipped += not texts
-        rows.extend((dialogue.as_messages(row["prompt"]), text) for text in texts.values())
+        selection = choose_revisions(row, rounds, keep)
+        flags.update(selection.left_out)
+        kept_flags.update(selection.kept)
+        skipped += not selection.texts
+        fallbacks += selection.falls_back
+        rows.extend((dialogue.as_messages(row["prompt"]), text) for text in selection.texts.values())
     counts, digests = {}, {}
     if inputs:
         counts = {"revised_rows": revised.count, "revisions": len(rows), "rows_left_out": skipped}
-        counts["flagged"], digests["input"] = dict(flags), revised.digest
+        counts |= {"flagged": dict(flags), "kept_flags": dict(kept_flags), "fallbacks": fallbacks}
+        digests["input"] = revised.digest
     if helpful:
         answers = sources.Source(helpful, require=("prompt", "response"), limit=limit, reading=reading)
         # What follows an end token in an answer is no part of it (`cut_at_end_token`).

@@ -92,6 +92,8 @@ def test_the_last_good_revision_or_all(revised, helpful):
         "revisions": 3,
         "rows_left_out": 1,
         "flagged": {"copy": 1, "bare_refusal": 1, "empty": 1},
+        "kept_flags": {},
+        "fallbacks": 0,
     }
     rows, counts, _ = sft.read_rows([str(revised)], [str(helpful)], "all", frozenset(), None)
     assert answers(rows) == [
@@ -128,6 +130,16 @@ def test_flagged_revisions_that_are_asked_for(revised):
     assert texts("copy").count("Don't.") == 2
     assert "" not in texts("empty")  # it has another flag too
     assert "" in texts("empty", "bare_refusal") and "" in texts("all")
+    _, counts, _ = sft.read_rows([str(revised)], [], "last", frozenset({"copy"}), None)
+    assert counts["kept_flags"] == {"copy": 1} and counts["flagged"] == {"bare_refusal": 1, "empty": 1}
+
+
+def test_rows_that_fall_back_to_an_earlier_revision_are_counted(tmp_path):
+    path = tmp_path / "revised.jsonl"
+    cut = {**ROWS[0], "id": "5", "rounds": [a_round("Ask."), a_round("Ask the", "unfinished")]}
+    outputs.write_jsonl(path, [*ROWS, cut])
+    rows, counts, _ = sft.read_rows([str(path)], [], "last", frozenset({"copy"}), None)
+    assert answers(rows)[-1] == "Ask." and counts["fallbacks"] == 1
 
 
 @pytest.mark.parametrize(
