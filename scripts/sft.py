@@ -49,7 +49,8 @@ from cai.train.arguments import training_options
     "--keep",
     multiple=True,
     type=click.Choice([*REASONS, REFUSED, "all"]),
-    help="Train on revisions with this flag too. Repeatable.",
+    help="Train on revisions with this flag too. `copy` also keeps rounds that were skipped, but nothing that was left "
+    "as it was in rows whose kind is harmful; `all` does. Repeatable.",
 )
 @training_options(epochs=2, learning_rate=1e-5)
 def main(options):

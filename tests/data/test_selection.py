@@ -42,6 +42,25 @@ def test_the_text_of_a_round_and_why_others_are_left_out(rounds, keep, last, eve
 
 
 @pytest.mark.parametrize(
+    ("kind", "rounds", "keep", "last"),
+    [
+        ("harmful", [revised("First.", "copy"), revised("First.", "copy")], ("copy",), {}),
+        ("harmful", [skipped("content")], ("copy",), {}),
+        ("harmful", [revised("Second."), revised("Second.", "copy")], ("copy",), {1: "Second."}),
+        ("harmful", [revised("First.", "copy"), revised("Third.")], ("copy",), {2: "Third."}),
+        ("harmful", [revised("First.", "copy")], ("all",), {1: "First."}),
+        ("harmful", [revised("", "empty")], ("copy", "empty"), {1: ""}),
+        ("benign", [revised("Second."), revised("Second.", "copy")], ("copy",), {2: "Second."}),
+        ("borderline", [skipped("unmatched")], ("copy",), {1: "First."}),
+        (None, [revised("First.", "copy")], ("copy",), {1: "First."}),
+    ],
+)
+def test_copies_of_harmful_rows_are_not_kept(kind, rounds, keep, last):
+    row = {"prompt": "Why?", "kind": kind, "response": "First.", "rounds": rounds}
+    assert choose_revisions(row, "last", frozenset(keep)).texts == last
+
+
+@pytest.mark.parametrize(
     ("rounds", "keep", "which", "kept", "falls_back"),
     [
         ([revised("Second."), revised("Third.")], (), "last", [], False),

@@ -22,7 +22,7 @@ class Selection:
     """The texts of a row that are trained on.
 
     texts: {number of a round: text}, 0 being the response. left_out: the flags for which other texts were left out.
-    flags: {number: the flags of a text that `keep` let pass}. falls_back: the text is an earlier one than the row's last.
+    flags: {number: the flags of a text that `keep` let pass}. falls_back: the text is earlier than the row's last.
     """
 
     texts: dict[int, str] = field(default_factory=dict)
@@ -73,8 +73,11 @@ def choose_revisions(row: Row, rounds: str, keep: Set[str]) -> Selection:
         row: a row of revise.py.
         rounds: "last" takes the last revision that may be kept (an earlier one where the last is flagged),
             "all" every one.
-        keep: flags that don't matter; "all" for any flag.
+        keep: flags that don't matter; "all" for any flag. "copy" is not for rows of the kind harmful: a copy is right
+            where there was no fault, and a harmful text that stayed as it was would teach to comply.
     """
+    if row.get("kind") == "harmful" and "all" not in keep:
+        keep = keep - {UNCHANGED}
     texts: dict[int, str] = {}
     flags: dict[int, list[str]] = {}
     left_out: list[str] = []
