@@ -20,9 +20,9 @@ from cai.data.reading import AS_THEY_ARE, Reading
 TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 
 # The settings of each step. A critique that found no fault leaves the response as it was: from such copies
-# SFT learns to stay helpful, hence `--keep copy`. Pairs are sampled hotter than answers are, because two that
-# are alike teach a reward model nothing. `batch_size` is that of the steps that write or judge text;
-# `size`: updates, prompts in each, and minibatches.
+# of harmless rows SFT learns to stay helpful, hence `--keep copy`. Pairs are sampled hotter than answers are,
+# because two that are alike teach a reward model nothing. `batch_size` is that of the steps that write or
+# judge text; `size`: updates, prompts in each, and minibatches.
 PRESETS = {
     "tiny": {
         "batch_size": 64,
