@@ -130,6 +130,9 @@ NOT_PASSED = 4  # exit code of --gate
     "than these percentage points; else exit with 4.",
 )
 @click.option(
+    "--unqualified", is_flag=True, help="With --gate: compare although the judge is unfit to read what responses do."
+)
+@click.option(
     "--reward-model",
     metavar="FOLDER",
     help="Measure this reward model: its accuracy on pairs with response_a, response_b and gold, on those "
@@ -151,7 +154,7 @@ NOT_PASSED = 4  # exit code of --gate
 @cli.options("temperature", "top_p", "max_new_tokens", "seed", "limit")
 @cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
 @reading_options
-def main(output, against, watch, gated, margin, no_worse_than, as_json, dry_run, overwrite, **values):
+def main(output, against, watch, gated, margin, no_worse_than, unqualified, as_json, dry_run, overwrite, **values):
     """Measure responses: rates per kind of prompt, with 95 % intervals.
 
     Prompts need a `kind`: harmful, benign or borderline. The rates go to OUTPUT, one per line; the responses
@@ -180,6 +183,8 @@ def main(output, against, watch, gated, margin, no_worse_than, as_json, dry_run,
         raise InputError(
             "--no-worse-than is for --gate, without --margin", remedy="Give --gate, and leave --margin out"
         )
+    if unqualified and not gated:
+        raise InputError("--unqualified without --gate", remedy="It lets the gate compare; nothing else is refused")
     before = gate.load(against) if against else None
     measurement = tasks.choose(options)
     measurement.files += [against] if against else []
@@ -191,7 +196,9 @@ def main(output, against, watch, gated, margin, no_worse_than, as_json, dry_run,
         return
     write(measurement, final)
     signs = habits.watch(gate.read_responses(against), gate.read_responses(output)) if watch else None
-    report(final, as_json, before, gated, (no_worse_than or margin) / 100, signs, replaces=bool(no_worse_than))
+    unfit = gated and not unqualified and final.counts.get("qualified") is False
+    margin = (no_worse_than or margin) / 100
+    report(final, as_json, before, gated, margin, signs, replaces=bool(no_worse_than), refuses=unfit)
 
 
 def report(
@@ -203,13 +210,17 @@ def report(
     signs: dict | None,
     *,
     replaces: bool = False,
+    refuses: bool = False,
 ) -> None:
     """Print the rates and what has changed; exit with 3 if rows failed, with 4 if the gate is not passed.
 
-    replaces: the gate asks whether the model may replace the one before.
+    replaces: the gate asks whether the model may replace the one before. refuses: it compares nothing, because the
+    reader is unfit.
     """
     deltas = gate.compare(before, gate.load(output.path), gated=gated, each=replaces) if before else []
     verdict, needed = gate.rule(deltas, margin, replaces=replaces) if gated else (None, {})
+    if refuses:
+        verdict, needed, deltas = gate.REFUSED, {}, []
     more = {"watch": signs} if signs else {}
     if before:
         changes = {delta.metric: gate.as_json(delta) for delta in deltas}
@@ -220,8 +231,9 @@ def report(
     if signs and not as_json:
         click.echo(habits.table(signs))
     if gated:
-        click.echo(gate.verdict_line(deltas, verdict, needed), err=as_json)
-    if verdict in ("worse", "may not", gate.TOO_FEW):
+        reason = f"{output.counts['qualification']} (--unqualified compares all the same)" if refuses else ""
+        click.echo(gate.verdict_line(deltas, verdict, needed) + reason, err=as_json)
+    if verdict in ("worse", "may not", gate.TOO_FEW, gate.REFUSED):
         click.get_current_context().exit(NOT_PASSED)
     cli.exit_if_failed(output.counts)
 

@@ -17,7 +17,7 @@ from cai.base import cli
 from cai.data import processes, readers
 from cai.data.outputs import Output
 from cai.data.reading import Reading
-from cai.evaluate import audit
+from cai.evaluate import audit, qualification
 from cai.models.loading import load_engine
 from cai.stats import agreement, tables
 from cai.steps import contrast, judges, pairs, principles, text
@@ -126,6 +126,7 @@ def main(inputs, output, model, judge, combine, audit_path, prefer_input, settin
     if team.tell(final.complete):
         cli.note(f"{output} is done already; --overwrite makes it again")
     else:
+        qualify(task, loads, servers, settings)
         judges.match_prompts(team, task, loads[names[0]])
         for name, load in loads.items():
             judges.judge_output(team, outputs[name], task, load)
@@ -142,6 +143,20 @@ def main(inputs, output, model, judge, combine, audit_path, prefer_input, settin
         f"python scripts/reward_model.py --input {shlex.quote(output)} --model SFT_MODEL --output REWARD_MODEL"
     )
     cli.finish(summary, as_json=settings.as_json, next_command=next_command)
+
+
+def qualify(task: judges.Task, loads: dict, servers: dict, settings) -> None:
+    """Measure each judge on pairs whose better side is known, with the templates of this task."""
+    question, dtype = task.question, settings.loading["dtype"]
+    asked = qualification.Task(
+        "judge",
+        template=question.template,
+        answer_template=question.written,
+        reasoning=question.reasoning,
+        sampling=settings.sampling,
+    )
+    for name, load in loads.items():
+        qualification.report(name, asked, load, endpoints=servers[name], dtype=dtype)
 
 
 def prefer(inputs, output: str, against: str | None, most: int | None, settings) -> None:

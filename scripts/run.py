@@ -23,7 +23,7 @@ from cai.base.paths import TINY
 from cai.constitution.files import load_constitution
 from cai.data.reading import reading_options
 from cai.data.sources import Source
-from cai.evaluate import smoke, stages
+from cai.evaluate import qualification, smoke, stages
 from cai.models import loading
 from cai.stats import tables
 from cai.steps import content, gating, pricing
@@ -79,10 +79,13 @@ from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
     default=None,
     help="Rows in one forward pass of the steps that write or judge text. Default: the preset's.",
 )
+@click.option(
+    "--unqualified", is_flag=True, help="Run although the model is unfit to read, judge or criticise responses."
+)
 @cli.options("reasoning_tags", "seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
 @pricing.options
 @reading_options
-def main(output, seeds, is_smoke, seed, as_json, dry_run, terms, **options):
+def main(output, seeds, is_smoke, seed, as_json, dry_run, unqualified, terms, **options):
     """Run the complete method: critique, revision, SFT, judging, reward model, PPO, and measure each stage.
 
     --prompt-field is for the files of --input, --heldout and --helpful, --response-field for --helpful, --kind-field,
@@ -106,6 +109,8 @@ def main(output, seeds, is_smoke, seed, as_json, dry_run, terms, **options):
     loading.choose_device(choices.device)
     if choices.device and choices.device.startswith("cuda"):
         choices = replace(choices, device="cuda")
+    if not unqualified:
+        qualification.require_run(choices)
     runs, some_failed = [], False
     for seed, folder in folders.items():
         started, steps = time.monotonic(), make_plan(choices, folder, seed)

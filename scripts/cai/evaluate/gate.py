@@ -38,6 +38,8 @@ TELLING = 0.1
 
 TOO_FEW = "too few prompts"
 
+REFUSED = "refused"  # where the reader is unfit, nothing is compared
+
 # With the number of prompts that is asked for, an equal model passes with this probability.
 POWER = 0.8
 

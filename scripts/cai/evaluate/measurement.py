@@ -122,7 +122,10 @@ def print_rates(
             "output": str(output.path),
             **(more or {}),
         }
-        return click.echo(json.dumps(summary, ensure_ascii=False))
+        first = {name: summary[name] for name in ("qualification", "qualified") if name in summary}
+        return click.echo(json.dumps({**first, **summary}, ensure_ascii=False))
+    if verdict := output.counts.get("qualification"):
+        click.echo(f"reader: {verdict}")
     if apart:
         pairs = (f"{name} {100 * a:.1f} % against {100 * b:.1f} %" for name, (a, b) in apart.items())
         click.echo(f"THE READERS DISAGREE: {'; '.join(pairs)} (the oracle against the judge)")
@@ -141,13 +144,14 @@ def print_rates(
         (name.replace("_", " "), show_figure(name, row), row["n"], *(cells.get(name, "") for cells in columns.values()))
         for name, row in rows.items()
     ]
-    click.echo(tables.table(("", "value (95 % interval)", "n", *columns), lines))
+    value = "unqualified value" if output.counts.get("qualified") is False else "value"
+    click.echo(tables.table(("", f"{value} (95 % interval)", "n", *columns), lines))
     for note in output.counts.get("notes", ()):
         click.echo(f"note: {note}")
     counts = [
         f"{name.replace('_', ' ')} {tables.show(count) if isinstance(count, Mapping) and 'value' in count else count}"
         for name, count in output.counts.items()
-        if name != "notes"
+        if name not in ("notes", "qualification", "qualified")
     ]
     click.echo(f"{', '.join(counts)}; {output.path}")
 

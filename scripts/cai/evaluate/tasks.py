@@ -18,7 +18,7 @@ from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
 from cai.data import dialogue, kinds, outputs, preferences, rounds, sources
 from cai.data.reading import AS_THEY_ARE, Reading
-from cai.evaluate import benchmarks, classes, faults, habits, measurement, responding
+from cai.evaluate import benchmarks, classes, faults, habits, measurement, qualification, responding
 from cai.evaluate.rates import rates_of_rows, without_clusters
 from cai.models import loading, scorer
 from cai.stats import calibration, intervals
@@ -71,6 +71,7 @@ def measure_responses(options: SimpleNamespace) -> measurement.Measurement:
     responding_settings, settings = _settings(options, source, ways)
 
     def measure(claim: measurement.Claim) -> tuple[dict, dict]:
+        is_fit = qualify_reader(reader)
         rows = source
         if model:
             answers = responding.plan(source, options.seed, options.seeds, ways)
@@ -87,7 +88,7 @@ def measure_responses(options: SimpleNamespace) -> measurement.Measurement:
             harmless = [row for row in rows if row["kind"] != "harmful" and not row.get("stress")]
             policy, base = (loading.load_named_engine(m, (), options.loading) for m in (model, options.drift_from))
             rates |= habits.drift(policy, base, harmless)
-        return rates, counts
+        return rates if is_fit else {name: {**rate, "unqualified": True} for name, rate in rates.items()}, counts
 
     return measurement.Measurement(
         files,
@@ -101,6 +102,16 @@ def measure_responses(options: SimpleNamespace) -> measurement.Measurement:
         settings,
         measure,
     )
+
+
+def qualify_reader(reader: classes.Reader) -> bool:
+    """Whether the reader is fit, or nothing is known of it: the judge is measured if it reads alone."""
+    if reader.by != "judge":
+        return True
+    name, servers = loading.split_endpoint(reader.judge, reader.endpoints)
+    task, dtype = qualification.Task("reader", orders=reader.orders), reader.loading["dtype"]
+    result = qualification.report(name, task, reader.load_judge, endpoints=servers, dtype=dtype)
+    return result is None or result["fit"]
 
 
 def _settings(options: SimpleNamespace, source: sources.Source, ways: Sequence[str]) -> tuple[dict, dict]:

@@ -100,6 +100,14 @@ class Run:
         """The model that everything began with."""
         return _base_model(self.steps)
 
+    @property
+    def qualifications(self) -> dict[str, bool]:
+        """{what is known of the models of a step (evaluate/qualification.py): whether they are fit}."""
+        counts = (step.get("counts") or {} for step in self.steps)
+        return {
+            str(count["qualification"]): count.get("qualified") is True for count in counts if "qualification" in count
+        }
+
     def finished(self, *commands: str) -> list[dict]:
         """The finished steps of these commands."""
         return [step for step in self.steps if step["command"] in commands and step["status"] == "done"]
