@@ -15,7 +15,7 @@ from typing import Any
 from cai.base.errors import InputError
 from cai.base.hashing import sha256_text
 from cai.data import lineage
-from cai.data.dialogue import as_messages
+from cai.data.dialogue import as_messages, prompt_text
 from cai.data.preferences import check_sides, find_fault, is_pair
 from cai.data.readers import Row
 from cai.data.reading import AS_THEY_ARE, Reading
@@ -222,7 +222,16 @@ class Export:
         flags = [flag for number in kept for flag in selection.flags.get(number, ())]
         self._kept_flags.update(flags)
         self._fallbacks += bool(kept) and selection.falls_back
-        return {**ended, "flags": flags, "rounds": list(kept), "output_lines": list(kept.values())}
+        prompt, written = prompt_text(row["prompt"]), list(kept.values())
+        unmatched = [n for n, round_ in enumerate(row.get("rounds") or (), 1) if round_.get("speaks", 0) is None]
+        return {
+            "prompt": prompt,
+            **ended,
+            "flags": flags,
+            "unmatched": unmatched,
+            "rounds": list(kept),
+            "output_lines": written,
+        }
 
     def _count(self, duplicates: _Duplicates) -> dict[str, Any]:
         outcomes = Counter(line["outcome"] for line in self.ledger)
@@ -244,6 +253,7 @@ class Export:
 
 
 def _ledger_row(entry: Row, used: Row | None) -> Row:
-    ended = {"outcome": entry["outcome"], "reason": entry["reason"], "flags": [], "rounds": [], "output_lines": []}
+    ended = {"prompt": None, "outcome": entry["outcome"], "reason": entry["reason"]}
+    ended |= {name: [] for name in ("flags", "unmatched", "rounds", "output_lines")}
     position = {name: entry[name] for name in ("file", "line", "id")}
     return {**position, "step": entry["step"] or "export", **(ended if used is None else used)}
