@@ -106,7 +106,8 @@ def report_rows(inputs: str, skipped: dict[str, str], repeated: int) -> None:
     if repeated and inputs not in report.repeated:
         report.repeated[inputs] = repeated
         warn(
-            f"{repeated} prompts of {inputs} repeat an earlier one; delete them unless they should count twice (export.py leaves them out)"
+            f"{repeated} prompts of {inputs} repeat an earlier one; delete them unless they should count twice "
+            "(export.py leaves them out)"
         )
     report.skipped.update(skipped)
 
