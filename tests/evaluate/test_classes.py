@@ -139,5 +139,7 @@ def test_the_command_reports_the_bias_and_asks_in_as_many_orders(invoke, tmp_pat
     assert counts["letter_bias"]["n"] == 6 and 0 <= counts["letter_bias"]["value"] <= 0.8
     written = [row for _, row in read_jsonl(tmp_path / "e.classes.jsonl")]
     assert all(len(row["letter_excess"]) == 5 and abs(sum(row["letter_excess"])) < 1e-5 for row in written)
+    unused = invoke("evaluate", *options[:2], "--by", "phrases", "--output", tmp_path / "p.jsonl", "--orders", 2)
+    assert unused.exit_code == 2 and "--orders without --judge" in unused.stderr
     other = invoke("evaluate", *options, "--orders", 2)
     assert other.exit_code == 2 and "orders was 5, now 2" in other.stderr

@@ -25,7 +25,7 @@ import click
 from click.core import ParameterSource
 
 from cai.base import run_settings
-from cai.base.errors import CaiError
+from cai.base.errors import LEAVE_OUT, CaiError
 from cai.base.files import expand_patterns
 from cai.base.paths import SCRIPTS
 
@@ -98,13 +98,17 @@ def row_report() -> RowReport:
 def report_rows(inputs: str, skipped: dict[str, str], repeated: int) -> None:
     """Note bad rows that are left out and repeated prompts, for the summary, the manifests and the exit code."""
     report = row_report()
+    skipped = {place: reason.replace(f", {LEAVE_OUT}", "") for place, reason in skipped.items()}
     if new := [reason for place, reason in skipped.items() if place not in report.skipped]:
         for reason in new[:5]:
             warn(f"left out: {reason}")
-        warn(f"{len(new)} bad rows of {inputs} are left out")
+        warn(f"bad rows of {inputs} that are left out: {len(new)}")
     if repeated and inputs not in report.repeated:
         report.repeated[inputs] = repeated
-        warn(f"{repeated} prompts of {inputs} repeat an earlier one; delete them unless they should count twice")
+        warn(
+            f"{repeated} prompts of {inputs} repeat an earlier one; delete them unless they should count twice "
+            "(export.py leaves them out)"
+        )
     report.skipped.update(skipped)
 
 

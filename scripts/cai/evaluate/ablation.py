@@ -135,7 +135,7 @@ def measure_without_each(options: SimpleNamespace, stem: Path) -> measurement.Me
         "dtype": options.dtype,
         "templates": [templates.load_template(name).sha256 for name in ("critique", "revise")],
     }
-    reading = settings | {"by": options.by, "judge": options.judge}
+    reading = settings | {"by": options.by, "judge": options.judge, "orders": reader.orders if reader.judge else None}
 
     def measure(claim: measurement.Claim) -> tuple[dict, dict]:
         redone = _write_redone(claim("rows", settings), rows, reduced, options)

@@ -148,6 +148,8 @@ class Reader:
             )
         if self.judge:
             loading.check_model(loading.split_endpoint(self.judge)[0])
+        elif self.orders != ORDERS:
+            raise InputError("--orders without --judge MODEL", remedy="Name the judge that is asked in several orders")
         if self.classifier:
             loading.find_model(self.classifier)
         if self.by == "phrases" and self.judge:

@@ -163,7 +163,7 @@ def read_rows(
         if answered:
             rounds.check_rounds(row, where, line, critiqued=False)
             revisions = len(row.get("rounds") or ())
-            if round_ is not None and round_ > revisions:
+            if round_ is not None and round_ > revisions and not rounds.is_content(row):
                 raise InputError(
                     f"no round {round_}, only {revisions}", where=where, line=line, remedy="Choose another --round"
                 )
@@ -215,7 +215,8 @@ def measure_principles(options: SimpleNamespace) -> measurement.Measurement:
     def measure(claim: measurement.Claim) -> tuple[dict, dict]:
         classified, rows = [], list(faults.critiques(source))
         if has_kinds:
-            output = claim("classes", settings | {"template": load_template("classify").sha256})
+            in_orders = {"orders": reader.orders} if reader.judge else {}
+            output = claim("classes", settings | {"template": load_template("classify").sha256} | in_orders)
             classified = reader.write_classes(faults.steps(source), output)
         if judge:
             output = claim("faults", settings)
@@ -226,7 +227,9 @@ def measure_principles(options: SimpleNamespace) -> measurement.Measurement:
         class_of = {row["id"]: row["class"] for row in classified}
         return faults.figures(rows, class_of, {row["id"]: row.get("kind") for row in source}, constitution)
 
-    plan = {"rows": source.count, "critiques": critiques, "judge_calls": 2 * critiques + source.count if judge else 0}
+    class_calls = reader.orders * (critiques + source.count) if reader.judge and has_kinds else 0
+    calls = 2 * critiques + class_calls if judge else 0
+    plan = {"rows": source.count, "critiques": critiques, "judge_calls": calls}
     return measurement.Measurement(list(options.responses), plan, settings, measure)
 
 

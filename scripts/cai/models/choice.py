@@ -26,6 +26,7 @@ from cai.stats import letters
 from cai.stats.letters import Order
 
 ItemT = TypeVar("ItemT")
+NameT = TypeVar("NameT", str, bool)
 
 EQUAL = 1e-9  # probabilities that differ by less are equal, and rounding decides between them
 
@@ -130,7 +131,7 @@ class OptionChoice:
             return None
         return letters.letter_excess(self.by_order, self.orders)
 
-    def decide(self, names: Sequence[str]) -> str | None:
+    def decide(self, names: Sequence[NameT]) -> NameT | None:
         """The name of the likeliest option; None where there is no choice, where options of different names are equally
         likely, and where labels were written and the orders disagree about the name.
 
@@ -178,9 +179,9 @@ def choose_options(
 
     answers: dict[int, dict[Order, list[float] | None]] = defaultdict(dict)
     for request, logprobs in choose(engine, ask(), labels):
-        by_order = answers[request.number]
-        by_order[request.order] = logprobs
-        if len(by_order) == len(orders):
+        of_item = answers[request.number]
+        of_item[request.order] = logprobs
+        if len(of_item) == len(orders):
             in_order = answers.pop(request.number)
             yield request.item, _average([in_order[order] for order in orders], orders, engine.scores_choices)
 

@@ -32,8 +32,8 @@ def mean_shares(by_order: Sequence[Sequence[float]]) -> list[float]:
 def letter_excess(by_order: Sequence[Sequence[float]], orders: Sequence[Order]) -> list[float]:
     """The mean probability of each letter, minus the mean probability of the options that stood at it; sums to 0.
 
-    With all cyclic orders the options account for an equal share of every letter. With fewer, part of a bias can't be
-    told from what the options say, and the excess is smaller than it would be.
+    With all cyclic orders the options account for an equal share of every letter. With fewer, part of a bias looks as
+    if the options had caused it, and the excess is smaller than it would be.
 
     Args:
         by_order: for each order, the probability of each option (not of each letter).
