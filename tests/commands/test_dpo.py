@@ -17,10 +17,7 @@ from cai.data import outputs, preferences, readers
 from cai.models import loading
 from cai.models.engine import Sampling
 from cai.models.loading import load_engine
-from cai.train import common
-
-conftest.load_command("dpo")
-command = sys.modules["command_dpo"]
+from cai.train import common, dpo
 
 FAST = ("--learning-rate", "1e-3", "--batch-size", "4", "--device", "cpu", "--json")
 
@@ -52,14 +49,14 @@ def trainer(tmp_path, pairs, *, family="qwen", beta=0.5, apart=False, adapters=N
     """A trainer over the pairs, in their order. apart: from a reference with other weights."""
     path = str(models.folder(family))
     chat = loading.load_chat(path)
-    rows = command.tokenize(pairs, chat)
+    rows = dpo.tokenize(pairs, chat)
     policy = loading.load_policy(path, dropout=False)
     other = str(models.build(family, tmp_path / "other", seed=1)) if apart else path
     reference = None if adapters else loading.load_policy(other, dropout=False)
     arguments = common.trainer_arguments(
         tmp_path, **{"learning_rate": 1e-3, "batch_size": len(rows), "device": "cpu", "beta": beta, **settings}
     )
-    return command.make_trainer(policy, reference, chat.tokenizer, rows, arguments, tmp_path, adapters), rows
+    return dpo.make_trainer(policy, reference, chat.tokenizer, rows, arguments, tmp_path, adapters), rows
 
 
 def sigmoid(x):
@@ -175,8 +172,8 @@ def test_rows_as_the_judge_writes_them(tmp_path):
     assert counts == {"rows": 4, "undecided": 1} and len(pairs) == 3
     chat = loading.load_chat(str(models.folder("qwen")))
     options = SimpleNamespace(max_length=100, batch_size=1, epochs=1, seed=0)
-    rows = command.tokenize(pairs, chat)
-    kept, overlong = common.drop_overlong(rows, command.row_length, options)
+    rows = dpo.tokenize(pairs, chat)
+    kept, overlong = common.drop_overlong(rows, dpo.row_length, options)
     assert overlong == 1 and [row["p_chosen"] for row in kept] == [0.9, 0.9] and rows[2] not in kept
     assert rows[1]["prompt_ids"] == chat.encode(chat.render(turns))  # every turn is kept
     assert rows[0]["chosen_ids"][-1] == rows[0]["rejected_ids"][-1] == chat.stop_id
