@@ -230,6 +230,39 @@ def test_it_prefers_what_is_chosen_and_is_read_back(invoke, tmp_path, adapters):
     assert other.exit_code == 2 and "beta was 0.1, now 0.3" in other.stderr
 
 
+def test_held_out_pairs_are_measured_and_written(invoke, tmp_path):
+    path, out = many(tmp_path, 60), tmp_path / "out"
+    args = ["dpo", "--input", path, "--model", models.folder("llama"), "--output", out, *FAST, "--holdout", "0.2"]
+    result = invoke(*args)
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert summary["train"] + summary["held_out"] + summary["overlong"] + summary["undecided"] == summary["rows"] == 61
+    assert summary["holdout"]["pairs"] == summary["held_out"] > 5 and summary["steps"] == -(-summary["train"] // 4)
+    assert "--pairs" in summary["next"] and "holdout.jsonl --reference" in summary["next"]
+    rows = [row for _, row in readers.read_jsonl(out / "holdout.jsonl")]
+    measures = json.loads((out / "holdout.json").read_text())
+    margins, outright = [], []
+    chat = loading.load_chat(str(models.folder("llama")))
+    policy, reference = (loading.load_policy(str(folder)).eval() for folder in (out, models.folder("llama")))
+    for row in dpo.tokenize([row for row in rows if len(row["rejected"]) < 1000], chat):
+        of = [
+            log_probability(model, row, side)
+            for model in (policy, reference)
+            for side in ("chosen_ids", "rejected_ids")
+        ]
+        margins.append(of[0] - of[1] - of[2] + of[3])
+        outright.append(of[0] > of[1])
+    assert len(margins) == measures["pairs"] and min(map(abs, margins)) > 0.01
+    assert measures["relative"]["value"] == sum(margin > 0 for margin in margins) / len(margins)
+    assert measures["outright"]["value"] == sum(outright) / len(outright)
+    assert measures["logp_margin"]["value"] == pytest.approx(sum(margins) / len(margins), abs=1e-3)
+    text = invoke(*[a for a in args if a != "--json"]).stdout  # of the finished run
+    assert "moved towards the chosen     yes" in text and "held-out logp margin" in text
+    assert "holdout was 0.2, now 0.3" in invoke(*args[:-1], "0.3").stderr
+    result = invoke(*args[:-1], "0.999999", "--dry-run")
+    assert result.exit_code == 2 and "pairs are held out" in result.stderr
+
+
 def test_a_reference_of_its_own(invoke, tmp_path):
     path = many(tmp_path, 8)
     reference = models.build("llama", tmp_path / "reference", seed=3)
