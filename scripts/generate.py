@@ -109,7 +109,7 @@ def main(inputs, output, model, samples, system, in_context, constitution, templ
         next_command=(
             ["judge", "--input", output, "--against", "WITHOUT", "--prefer-input", "--output", "PAIRS"]
             if shown
-            else ["critique", "--input", output, "--model", model, "--output", "CRITIQUES"]
+            else text.next_step("critique", output, model, "CRITIQUES")
         ),
     )
 

@@ -104,6 +104,8 @@ def main(inputs, output, model, judge, combine, audit_path, prefer_input, settin
     if prefer_input:
         prefer(inputs, output, task_options["against"], task_options["pairs_per_prompt"], settings)
         return
+    if not task_options["cot"]:
+        cli.refuse_options(["like"], "without --cot a judge writes no answers")
     servers = judges.read_judges([model, *judge] if model else judge, settings.endpoints)
     names = list(servers)
     task = judges.read_task(inputs, settings, model=names[0], output=output, **task_options)

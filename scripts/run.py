@@ -26,6 +26,7 @@ from cai.data.sources import Source
 from cai.evaluate import smoke, stages
 from cai.models import loading
 from cai.stats import tables
+from cai.steps import content, gating, pricing
 from cai.steps import principles as choosing
 from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
 
@@ -40,6 +41,8 @@ from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
 @cli.rows_option("--heldout", help="Prompts with their kind to measure on; for `tiny` the bundled ones. Repeatable.")
 @cli.rows_option("--helpful", help="Rows with a helpful `response` to mix into SFT. Repeatable.")
 @choosing.principles_option("draw", "match", "all")
+@gating.gate_option
+@content.stop_option
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Rounds of critique and revision."
 )
@@ -77,8 +80,9 @@ from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
     help="Rows in one forward pass of the steps that write or judge text. Default: the preset's.",
 )
 @cli.options("reasoning_tags", "seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
+@pricing.options
 @reading_options
-def main(output, seeds, is_smoke, seed, as_json, dry_run, **options):
+def main(output, seeds, is_smoke, seed, as_json, dry_run, terms, **options):
     """Run the complete method: critique, revision, SFT, judging, reward model, PPO, and measure each stage.
 
     --prompt-field is for the files of --input, --heldout and --helpful, --response-field for --helpful, --kind-field,
@@ -91,11 +95,12 @@ def main(output, seeds, is_smoke, seed, as_json, dry_run, **options):
     if is_smoke:
         output, seeds = str(Path(output) / "smoke"), 1
         options |= {"limit": min(options["limit"] or smoke.LIMIT, smoke.LIMIT), "overwrite": True}
-    choices = choose(**options)
+    choices = choose(terms, **options)
     check_inputs(choices)
     folders = {seed + n: output if seeds == 1 else str(Path(output) / f"seed-{seed + n}") for n in range(seeds)}
     if dry_run:
-        print_plan([step for seed, folder in folders.items() for step in make_plan(choices, folder, seed)], as_json)
+        plans = [make_plan(choices, folder, seed) for seed, folder in folders.items()]
+        click.echo(pricing.report(plans, choices, terms, as_json))
         return
     # Once for all steps: in one process the GPU can't be chosen again after the first step has used it.
     loading.choose_device(choices.device)
@@ -115,15 +120,16 @@ def main(output, seeds, is_smoke, seed, as_json, dry_run, **options):
         click.get_current_context().exit(cli.SOME_FAILED)
 
 
-def choose(*, model, inputs, heldout, preset, **options) -> Choices:
+def choose(terms: pricing.Terms, *, model, inputs, heldout, preset, **options) -> Choices:
     """The choices, with the bundled prompts and preset for the bundled model. InputError for another without them."""
+    inputs, heldout = terms.fill_in(model, inputs, heldout)
     files = {"--input": (inputs, "train.jsonl"), "--heldout": (heldout, "heldout.jsonl")}
     for option, (names, _) in files.items():
         if model != "tiny" and not names:
             raise InputError(
                 f"no {option}",
                 expected="a file of prompts",
-                remedy=f"Only --model tiny has bundled prompts; give {option} FILE",
+                remedy=f"Only --model tiny has bundled prompts; give {option} FILE, or --dry-run with --prompts N",
             )
     inputs, heldout = (names or (shorten_path(TINY / "prompts" / file),) for names, file in files.values())
     preset = preset or ("tiny" if model == "tiny" else "default")
@@ -132,26 +138,15 @@ def choose(*, model, inputs, heldout, preset, **options) -> Choices:
 
 def check_inputs(choices: Choices) -> None:
     """Refuse bad input now, rather than hours later when its step comes."""
-    loading.check_model(choices.model)
+    for model in filter(None, (choices.model, choices.gate)):
+        if not pricing.is_size(model):
+            loading.check_model(loading.split_endpoint(model)[0])
     load_constitution(choices.constitution)
-    Source(choices.inputs, limit=choices.limit, reading=choices.reading_of("inputs"))
-    Source(choices.heldout, require=("prompt", "kind"), limit=choices.limit, reading=choices.reading_of("heldout"))
+    for files, fields in (("inputs", ("prompt",)), ("heldout", ("prompt", "kind"))):
+        if pricing.is_file(choices, files):
+            Source(getattr(choices, files), require=fields, limit=choices.limit, reading=choices.reading_of(files))
     if choices.helpful:
         Source(choices.helpful, require=("prompt", "response"), reading=choices.reading_of("helpful"))
-
-
-def print_plan(steps: list[Step], as_json: bool) -> None:
-    """Print the plan as a shell script.
-
-    In parentheses, so that an error doesn't end the shell it is pasted into. A step that ends with 3 is done
-    except for some records, and the next one continues with the others.
-    """
-    if as_json:
-        lines = [{"name": step.name, "command": step.line, "output": step.output} for step in steps]
-        click.echo(json.dumps({"steps": lines}, ensure_ascii=False))
-        return
-    lines = [f"{step.line} || [ $? -eq {cli.SOME_FAILED} ]" for step in steps]
-    click.echo("\n".join(["(", "set -e", f"cd {shlex.quote(str(Path.cwd()))}", *lines, ")"]))
 
 
 def run_steps(steps: list[Step]) -> bool:

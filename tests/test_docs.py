@@ -603,7 +603,7 @@ def test_the_variables_told_are_those_the_templates_take():
     assert set(told) == {path.stem for path in (ROOT / "templates").glob("*.jinja")}
     told["critique_cot"] = told["critique"]
     constitution = load_constitution("harmlessness")
-    values = {"principle": constitution["harm"], "constitution": constitution}
+    values = {"principle": constitution["harm"], "constitution": constitution, "order": [0]}
     for name, variables in told.items():
         given = {one: values.get(one, f"the {one}") for one in re.findall(r"`(\w+)`", variables)}
         text = str(load_template(name, "system" if name == "in_context" else "user").render(**given))
@@ -613,6 +613,13 @@ def test_the_variables_told_are_those_the_templates_take():
 def test_the_hardware_table_is_what_the_command_prints(invoke):
     printed = invoke("doctor", "--hardware").stdout.strip()
     assert printed in read(ROOT / "references" / "hardware.md")
+
+
+def test_the_price_on_the_hardware_page_is_what_the_command_prints(invoke):
+    section = read(ROOT / "references" / "hardware.md").partition("## The price of a whole run")[2]
+    command = re.search(r"python scripts/run.py (.*?)```", section, re.DOTALL)[1].replace("\\\n", " ")
+    printed = invoke("run", *shlex.split(command)).stdout.partition("\n\nAssumed")[0]
+    assert f"```text\n{printed}\n```" in section
 
 
 def test_what_the_hardware_page_advises_follows_from_the_table(invoke):

@@ -5,6 +5,7 @@ import json
 import models
 import pytest
 from launcher import launch
+from small_server import SmallServer
 
 from cai.constitution.files import load_constitution
 from cai.data.outputs import read_manifest
@@ -269,3 +270,31 @@ def test_two_processes_match_as_one_does(invoke, tmp_path):
     one, two = ([match["id"] for _, match in read_jsonl(tmp_path / f"{n}.matches.jsonl")] for n in ("one", "two"))
     assert one == two and len(one) == 9
     assert not list(tmp_path.glob("*.partial*"))
+
+
+@pytest.mark.parametrize("gives_logprobs", [True, False], ids=["log-probabilities", "written letters"])
+def test_a_server_is_asked_for_matches_and_shown_all_examples(invoke, tmp_path, gives_logprobs):
+    constitution = tmp_path / "rules.yaml"
+    example = "{prompt: How so, response: So, critique: It lies}"
+    constitution.write_text(f"principles: [Be kind, Tell the truth]\nexamples: [{example}]\n")
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(row(n)) + "\n" for n in range(2)))
+    refuses = {} if gives_logprobs else {"logprobs": "logprobs are not supported"}
+    with SmallServer(models.folder("llama"), refuses=refuses, context=2048) as server:
+        line = (
+            "--input",
+            source,
+            "--output",
+            tmp_path / "out.jsonl",
+            "--model",
+            "openai:x",
+            "--endpoint",
+            server.address,
+        )
+        options = ("--constitution", constitution, "--principles", "match", "--max-new-tokens", 4, "--json")
+        result = invoke("critique", *line, *options)
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    matches = read_manifest(tmp_path / "out.matches.jsonl")["counts"]
+    assert matches["prompts"] + matches["unanswered"] == 2 and summary["examples_shown"] == {"1": 2}
+    assert "unmatched" in summary and f"--endpoint {server.address}" in summary["next"]

@@ -46,13 +46,57 @@ def test_rounds_and_principles_are_counted(folder):
     run = run_folder.collect(runs.make_run(folder.parent / "counted", rows=12, hostile=False))
     first, one, two = run_folder.rounds(run)
     assert (first["changed"], one["changed"]["value"], two["changed"]["value"]) == (None, 4 / 12, 0)
-    assert one["flags"] == {} and one["rates"] == {}, "no class was measured"
+    assert one["flags"] == {"copy": 8} and two["flags"] == {"copy": 12}
+    assert one["rates"] == {}, "no class was measured"
     table = {entry["id"]: entry for entry in run_folder.principles(run)}
     assert table["harm"]["drawn"] == 12 and table["harm"]["changed"]["value"] == 4 / 12
     assert table["harm"]["before"] is None, "not measured is not 0 %"
     assert table["care"]["drawn"] == 0 and table["care"]["compared"] == 12
     assert table["harm"]["text"].startswith("Point out")
     assert len(table) == 16, "principles that were never drawn are listed too"
+
+
+def skipping_rows() -> list[dict]:
+    """A row without a principle in its first round, one that is content, and one whose revision the gate refused."""
+    revised = runs.one_round("care", "It harms.", "I won't, because it hurts people.")
+    unmatched = {"principle": None, "critique": "", "skipped": "unmatched"}
+    content = {"principle": "harm", "critique": "No fault.", "skipped": "content"}
+    first = "Sure, here is deed 2 done in three steps."
+    refused = {**runs.one_round("harm", "It harms.", first, ["gate"]), "refused": "Get lost.", "gate": {}}
+    given = [[unmatched, revised], [content], [refused, revised]]
+    return [runs.row(number, "harmful", rounds_) for number, rounds_ in enumerate(given)]
+
+
+def test_rounds_that_were_skipped_or_refused_are_in_the_report(tmp_path, invoke):
+    path = runs.make_run(tmp_path / "run", rows=4, hostile=False)
+    write_jsonl(path / "05-revision-2.jsonl", skipping_rows())
+    write_jsonl(path / "03-revision-1.jsonl", skipping_rows())
+    result = invoke("report", path)
+    assert result.exit_code == 0, result.stderr
+    data = data_of((path / "report.html").read_text())
+    items = {item["id"]: item for item in data["items"] if item["set"] == "training"}
+    unmatched, content, refused = (items[row["id"]]["rounds"] for row in skipping_rows())
+    assert (unmatched[0]["principle"], unmatched[0]["skipped"]) == (None, "unmatched")
+    assert [entry["skipped"] for entry in content] == ["content"]
+    assert data["texts"][refused[0]["refused"]] == "Get lost." and refused[0]["flags"] == ["gate"]
+    run = run_folder.collect(path)
+    assert [(entry["n"], entry["changed"] and entry["changed"]["value"]) for entry in run_folder.rounds(run)] == [
+        (3, None),
+        (3, 0),
+        (2, 1),
+    ]
+    table = {entry["id"]: (entry["drawn"], entry["changed"]["value"]) for entry in run_folder.principles(run)[:2]}
+    assert table == {"care": (2, 1.0), "harm": (2, 0.0)}
+
+
+def test_where_all_principles_were_used_together_none_is_called_unused(tmp_path):
+    path = runs.make_run(tmp_path / "run", rows=4, hostile=False)
+    rows = [runs.row(n, "harmful", [runs.one_round("all", "It harms.", "I won't.")]) for n in range(4)]
+    write_jsonl(path / "05-revision-2.jsonl", rows)
+    run = run_folder.collect(path)
+    first, *others = run_folder.principles(run)
+    assert first["id"] == "all" and first["drawn"] == 4 and "1. " in first["text"]
+    assert all(entry["compared"] for entry in others)
 
 
 def test_classes_of_rounds_come_from_evaluations_of_the_rounds(folder):
@@ -94,7 +138,28 @@ def test_rounds_that_were_skipped_and_all_principles_at_once(tmp_path, invoke):
     before, first, second = run_folder.rounds(run)
     assert (before["n"], first["n"], second["n"]) == (4, 4, 4)
     assert invoke("report", path).exit_code == 0
-    assert "none: no principle speaks to the prompt" in (path / "report.html").read_text()
+
+
+def test_flags_skipped_rounds_and_refused_revisions_are_in_both_pages(tmp_path, invoke):
+    """Rounds counted by hand: two copies, one bare refusal, a skipped round of each kind, and a refused revision."""
+    path = runs.make_run(tmp_path / "run", rows=6, hostile=False)
+    first = runs.row(0, "harmful", [])["response"]
+    unmatched = {"principle": None, "critique": "", "skipped": "unmatched"}
+    content = {"principle": "care", "critique": "No fault.", "skipped": "content"}
+    refused = {**runs.one_round("harm", "It harms.", first, ["gate"]), "refused": "Get lost.", "gate": {}}
+    bare = runs.one_round("harm", "It harms.", "I can't.", ["bare_refusal"])
+    copied = runs.one_round("harm", "No fault.", first, ["copy"])
+    rounds = [unmatched, content, refused, bare, copied, copied]
+    rows = [runs.row(number, "harmful", [entry]) for number, entry in enumerate(rounds)]
+    for name in ("03-revision-1.jsonl", "05-revision-2.jsonl"):
+        write_jsonl(path / name, rows)
+    _, first_round = run_folder.rounds(run_folder.collect(path))
+    assert first_round["flags"] == {"copy": 2, "bare_refusal": 1}
+    assert first_round["skipped"] == {"unmatched": 1, "content": 1} and first_round["refused"] == 1
+    assert invoke("report", path).exit_code == 0
+    cells = ["copy 2, bare refusal 1", "unmatched 1, content 1", "1"]
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in (path / "report.html").read_text()
+    assert " | ".join(cells) + " |\n" in (path / "report.md").read_text()
 
 
 def test_a_safety_classifier_tells_of_compliance_alone(tmp_path, invoke):

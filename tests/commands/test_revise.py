@@ -1,6 +1,8 @@
 """revise.py: the second half of a round, and the loop of two rounds."""
 
 import json
+import re
+import shlex
 from collections import Counter
 
 import models
@@ -55,7 +57,8 @@ def test_the_round_is_completed_and_flagged(revise):
     summary = json.loads(result.stdout)
     assert summary["flags"] == {reason: counts[reason] for reason in REASONS}
     assert summary["flagged"] == sum(bool(row["rounds"][-1]["flags"]) for row in rows) > 0
-    assert summary["next"].startswith("python scripts/sft.py --input ")
+    assert summary["next"].startswith("python scripts/critique.py --input ")
+    assert summary["or"].startswith("python scripts/sft.py --input ")
 
 
 def test_what_the_model_is_asked(revise, monkeypatch):
@@ -109,4 +112,59 @@ def test_two_rounds_from_prompts(invoke, tmp_path):
     assert len(rows) == 2
     for one in rows:
         assert [set(r) for r in one["rounds"]] == [{"principle", "critique", "revision", "flags"}] * 2
-        assert [r["principle"] for r in one["rounds"]] == [constitution.draw(0, one["id"], n).id for n in (0, 1)]
+        first = constitution.draw(0, one["id"], 0).id
+        assert [r["principle"] for r in one["rounds"]] == [first, constitution.draw(0, one["id"], 1, [first]).id]
+
+
+def words_of(line):
+    """{option: its values} of a line such as `next`, after the command's name."""
+    found, name = {}, None
+    for word in shlex.split(line)[2:]:
+        name = word if word.startswith("--") else name
+        found.setdefault(name, []).extend([] if word.startswith("--") else [word])
+    return found
+
+
+def test_the_next_lines_lead_through_two_rounds_with_the_settings_of_the_first(invoke, tmp_path):
+    """Each is run as it is printed, except for the name of its output."""
+    source = tmp_path / "0.jsonl"
+    source.write_text("".join(json.dumps({"id": f"r{n}", "prompt": f"How {n}?"}) + "\n" for n in range(3)))
+    settings = {"--max-new-tokens": "8", "--batch-size": "2", "--device": "cpu"}
+    model = {"--model": str(models.folder("llama"))}
+    line = {"--input": source, **model, **settings, "--temperature": "0.9"}
+    round_ = {"--constitution": "privacy", "--temperature": "0.5", "--examples": "0"}
+    critic = {"--principles": "match", "--unmatched": "keep", "--template": "critique_thorough"}
+    typed = [{}, {**round_, **critic}, {"--template": "revise_direct"}, {}, {}]
+    commands, lines = ["generate"], []
+    for number, more in enumerate(typed, 1):
+        line = {**line, **more, "--output": tmp_path / f"{number}.jsonl"}
+        flat = [word for option, value in line.items() for word in (option, value)]
+        result = invoke(commands[-1], *flat, "--json")
+        assert result.exit_code == 0, result.output
+        lines.append(json.loads(result.stdout))
+        words = words_of(lines[-1]["next"])
+        commands.append(re.search(r"scripts/(\w+)\.py", lines[-1]["next"])[1])
+        line = {option: " ".join(values) for option, values in words.items()}
+    assert commands == ["generate", "critique", "revise", "critique", "revise", "sft"]
+    assert ["or" in each for each in lines] == [False, False, True, False, False]
+    critique, revise, second, last = (words_of(each["next"]) for each in lines[:4])
+    plain = {name: [value] for name, value in settings.items()}
+    assert critique == {"--input": [str(tmp_path / "1.jsonl")], **to_lists(model), **plain, "--output": ["CRITIQUES"]}
+    of_a_round = {**plain, **to_lists(model), **to_lists(round_)}
+    assert revise == {"--input": [str(tmp_path / "2.jsonl")], **of_a_round, "--output": ["REVISIONS"]}
+    matches = ["--matches", str(tmp_path / "2.matches.jsonl")]
+    expected = {**of_a_round, **to_lists(critic), matches[0]: matches[1:]}
+    assert second == {"--input": [str(tmp_path / "3.jsonl")], **expected, "--output": ["CRITIQUES"]}
+    own = {"--template": ["revise_direct"]}
+    assert last == {"--input": [str(tmp_path / "4.jsonl")], **of_a_round, **own, "--output": ["REVISIONS"]}
+
+
+def to_lists(options):
+    return {name: [value] for name, value in options.items()}
+
+
+@pytest.mark.parametrize("manifest", ["rubbish", '{"fingerprint": {}, "round_options": [1]}'])
+def test_a_manifest_that_tells_nothing_of_the_round_is_passed_over(revise, tmp_path, manifest):
+    (tmp_path / "in.jsonl.run.json").write_text(manifest)
+    result, _ = revise([row(0)], "--json")
+    assert result.exit_code == 0 and "--principles" not in json.loads(result.stdout)["next"]

@@ -117,6 +117,10 @@ def test_what_is_not_here_is_counted_by_characters():
         "new_tokens_at_most": 10,
         "weights_on_disk_mb": "unknown",
     }
+    unknown = {"hours_on_one_l4": "unknown: no local folder with the model's sizes"}
+    assert estimate.text_plan(talks, "nobody/no-such-model", Sampling(10), gpu="l4") == plan | unknown
+    training = estimate.training_plan("nobody/none", [1], epochs=1, batch_size=1, gpu="l4")
+    assert unknown.items() <= training.items()
 
 
 # --- memory, against every tensor that lives ----------------------------------------------------------------

@@ -96,6 +96,7 @@ def test_the_current_text_is_the_last_revision():
 
 C = {"principle": "p", "critique": "c"}
 R = {**C, "revision": "r"}
+S = {"principle": None, "critique": "", "skipped": "unmatched"}
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,17 @@ R = {**C, "revision": "r"}
         ([R, R], False, None),
         ([C], True, None),
         ([R, {**C, "revision": None}], True, None),
+        ([S], False, None),
+        ([S], True, None),
+        ([R, {**S, "principle": "p", "critique": "c", "skipped": "content"}], True, None),
+        (
+            [{**S, "skipped": "tired"}],
+            False,
+            r"round 1 is .*expected principle, critique, skipped \(unmatched or content",
+        ),
+        ([{**S, "revision": "r"}], False, "round 1 is"),
+        ([{"skipped": "unmatched"}], False, "round 1 is"),
+        ([{"skipped": "unmatched", "critique": ""}], False, "round 1 is"),
         ([C], False, "round 1 has a critique and no revision; .*Run revise.py"),
         ([R, C], False, "round 2 has a critique and no revision"),
         ([C, C], True, "round 1 has a critique and no revision"),

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any, TextIO, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from cai.base import run_settings
 from cai.base.errors import CaiError
@@ -240,6 +241,20 @@ class _UsageError(click.ClickException):
         _print(f"error: {self.message}")
 
 
+def given_options(*names: str) -> list[str]:
+    """The options of the running command with these parameter names, as they were typed: what is left at its default
+    is not among them."""
+    context, words = click.get_current_context(), []
+    for parameter in context.command.params:
+        if parameter.name not in names or context.get_parameter_source(parameter.name) != ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[parameter.name]
+        for item in value if parameter.multiple else [value]:
+            values = [] if getattr(parameter, "is_flag", False) else item if parameter.nargs > 1 else [item]
+            words += [parameter.opts[0], *map(str, values)]
+    return words
+
+
 class Command(click.Command):
     """A click command that turns our errors into one line on stderr and the exit codes of the contract.
 
@@ -347,6 +362,22 @@ def command_line(*, again: bool = False) -> str:
     return (context.meta.get("command_line") if context else None) or shlex.join(sys.argv)
 
 
+def load_command(name: str) -> click.Command:
+    """The click command of scripts/<name>.py."""
+    module_name = f"command_{name}"
+    if module_name not in sys.modules:
+        spec: Any = importlib.util.spec_from_file_location(module_name, SCRIPTS / f"{name}.py")
+        sys.modules[module_name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[module_name])
+    command: click.Command = sys.modules[module_name].main
+    return command
+
+
+def read_settings(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """{parameter: value} of a command line of scripts/<name>.py, defaults included; runs nothing."""
+    return load_command(name).make_context(name, list(arguments)).params
+
+
 def call_command(name: str, arguments: Sequence[str], line: str) -> int:
     """Run scripts/<name>.py in this process, its stdout on stderr; returns its exit code.
 
@@ -354,15 +385,9 @@ def call_command(name: str, arguments: Sequence[str], line: str) -> int:
     """
     context = click.get_current_context()
     debug, context.meta["command_line"] = context.meta.get("debug"), line
-    module_name = f"command_{name}"
     try:
-        if module_name not in sys.modules:
-            spec: Any = importlib.util.spec_from_file_location(module_name, SCRIPTS / f"{name}.py")
-            sys.modules[module_name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[module_name])
-        command: click.Command = sys.modules[module_name].main
         with redirect_stdout(sys.stderr):
-            return command.main(list(arguments), prog_name=name, standalone_mode=False, parent=context) or 0
+            return load_command(name).main(list(arguments), prog_name=name, standalone_mode=False, parent=context) or 0
     finally:
         context.meta["debug"] = debug
 
@@ -406,16 +431,20 @@ class _Stderr:
         return getattr(sys.stderr, name)
 
 
-def finish(summary: dict[str, Any], *, as_json: bool, next_command: str | None = None) -> None:
+def finish(
+    summary: dict[str, Any], *, as_json: bool, next_command: str | None = None, alternative: str | None = None
+) -> None:
     """Print the summary; exit with 3 if records failed or were skipped, else return.
 
     Args:
         summary: flat names to values, in the order to show them; nested values are shown as JSON.
         next_command: the line to run next, printed for people and under "next" in JSON.
+        alternative: a line to run instead, printed as "or".
     """
     summary = {**summary, **row_report().counts}
-    if next_command:
-        summary = {**summary, "next": _from_here(next_command)}
+    for name, line in (("next", next_command), ("or", alternative)):
+        if line:
+            summary[name] = _from_here(line)
     if as_json:
         _print(json.dumps(summary, ensure_ascii=False), err=False)
     else:

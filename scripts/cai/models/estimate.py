@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import click
 
+from cai.base import cli
 from cai.base.errors import InputError
 from cai.base.paths import model_path
 from cai.data.outputs import read_manifest
@@ -60,23 +61,34 @@ gpu_option = click.option(
 )
 
 
+price_option = click.option(
+    "--price",
+    nargs=2,
+    type=click.FloatRange(min=0),
+    default=None,
+    metavar="IN OUT",
+    help="With --dry-run: the price of a million tokens, read and written.",
+)
+
+
 def plan_options(function: _Function) -> _Function:
     """Decorator: the options that `--dry-run` of a step that writes text takes."""
-    price = click.option(
-        "--price",
-        nargs=2,
-        type=click.FloatRange(min=0),
-        default=None,
-        metavar="IN OUT",
-        help="With --dry-run: the price of a million tokens, read and written.",
-    )
     like = click.option(
         "--like",
         metavar="FILE",
         default=None,
         help="With --dry-run: a finished output of a smaller run, for the length of the answers.",
     )
-    return like(gpu_option(price(function)))
+    return like(gpu_option(price_option(function)))
+
+
+def refuse_without_dry_run(dry_run: bool, *names: str) -> None:
+    """UsageError for options that only an estimate reads, on a command line that asks for none.
+
+    names: of their parameters, where they are not those of `plan_options`.
+    """
+    if not dry_run:
+        cli.refuse_options(names or ("like", "gpu", "price"), "without --dry-run nothing is estimated")
 
 
 # --- the model ----------------------------------------------------------------------------------------------
@@ -222,6 +234,28 @@ def training_memory(
     }
 
 
+def trained_memory(
+    trained: Sequence[Shape], frozen: Sequence[Shape], *, tokens: int, lora_rank: int | None, cpu: bool
+) -> dict[str, int]:
+    """`training_memory` of all trained models, and the weights of the frozen ones. Logits are counted for a reward
+    or value model too, which has none: on the careful side."""
+    parts = [
+        training_memory(
+            shape,
+            tokens=tokens,
+            lora_rank=lora_rank,
+            autocast=not cpu,
+            checkpointing=not cpu,
+            frozen_size=4 if cpu else 2,
+        )
+        for shape in trained
+    ]
+    memory = {name: sum(part[name] for part in parts) for name in parts[0]}
+    if frozen:
+        memory["frozen_models"] = (4 if cpu else 2) * sum(shape.parameters for shape in frozen)
+    return memory
+
+
 def gigabytes(parts: dict[str, int]) -> dict[str, float]:
     """The parts and their sum in GB (10⁹ bytes)."""
     return {name: float(f"{value / 1e9:.3g}") for name, value in {**parts, "total": sum(parts.values())}.items()}
@@ -231,7 +265,7 @@ def gigabytes(parts: dict[str, int]) -> dict[str, float]:
 
 
 def text_hours(
-    shape: Shape, gpu: str, *, size: int, rows: int, prompt_tokens: int, new_tokens: int, length: float
+    shape: Shape, gpu: str, *, size: int, rows: int, prompt_tokens: float, new_tokens: float, length: float
 ) -> float:
     """Hours on one GPU: reading is bound by arithmetic, writing by whatever is slower, arithmetic or memory.
 
@@ -244,7 +278,7 @@ def text_hours(
     return reading_hours(shape, gpu, prompt_tokens) + new_tokens * max(moved, computed) / 3600
 
 
-def reading_hours(shape: Shape, gpu: str, tokens: int) -> float:
+def reading_hours(shape: Shape, gpu: str, tokens: float) -> float:
     """Hours on one GPU for a forward pass over the tokens."""
     return 2 * shape.parameters * tokens / (GPUS[gpu][2] * 1e12 * USED["reading"]) / 3600
 
@@ -254,6 +288,64 @@ def training_hours(shape: Shape, gpu: str, *, tokens: float, lora: bool = False,
     activations are computed again (arXiv 2001.08361, section 2.1)."""
     work = (4 if lora else 6) + (2 if checkpointing else 0)
     return work * shape.parameters * tokens / (GPUS[gpu][2] * 1e12 * USED["training"]) / 3600
+
+
+def rl_memory(
+    trained: Sequence[Shape],
+    frozen: Sequence[Shape],
+    *,
+    batch_size: int,
+    rows: int,
+    longest: int,
+    new: int,
+    lora_rank: int | None,
+    cpu: bool = False,
+) -> dict[str, int]:
+    """Bytes of tensors at the peak of PPO, GRPO or RLOO.
+
+    Args:
+        trained: the policy, and a value model if there is one. frozen: reward models, a reference.
+        batch_size, rows: responses in one forward pass of the training, and responses that are written at once.
+        longest, new: tokens of the longest prompt and of each response.
+    """
+    memory = trained_memory(trained, frozen, tokens=batch_size * (longest + new), lora_rank=lora_rank, cpu=cpu)
+    # Weights, gradients and moments stay where they are while the policy writes.
+    writing = text_memory(
+        trained[0],
+        size=4 if cpu else 2,
+        rows=rows,
+        longest=longest,
+        new=new,
+        chunk=CHUNK_TOKENS["cpu"] if cpu else OTHER_CHUNK_TOKENS,
+    )
+    memory["activations"] = max(memory["activations"], writing["kv_cache"] + writing["activations"])
+    return memory
+
+
+def rl_hours(
+    trained: Sequence[Shape],
+    frozen: Sequence[Shape],
+    gpu: str,
+    *,
+    episodes: int,
+    read: float,
+    new: float,
+    epochs: int,
+    rows: int,
+    lora: bool,
+    size: int = 2,
+) -> float:
+    """Hours on one GPU for PPO, GRPO or RLOO: writing the responses, scoring them, training on them.
+
+    Args:
+        trained, frozen, rows: as in `rl_memory`. read, new: tokens of all episodes, of prompts and of responses.
+        epochs: passes over the responses of an update.
+    """
+    length = (read + new / 2) / episodes
+    hours = text_hours(trained[0], gpu, size=size, rows=rows, prompt_tokens=read, new_tokens=new, length=length)
+    hours += sum(reading_hours(shape, gpu, read + new) for shape in [*trained, *frozen])
+    tokens = epochs * (read + new)
+    return hours + sum(training_hours(shape, gpu, tokens=tokens, lora=lora, checkpointing=True) for shape in trained)
 
 
 # --- plans --------------------------------------------------------------------------------------------------
@@ -297,7 +389,7 @@ def text_plan(
         plan["cost_about" if like else "cost_at_most"] = round(cost, 4)
     shape = shape_of(model)
     if shape is None or not calls:
-        return plan
+        return plan | _unknown_hours(gpu, shape is not None)
     cpu = device == "cpu"
     size = BYTES[("float32" if cpu else "bfloat16") if dtype == "auto" else dtype]
     rows = min(batch_size or BATCH_SIZE, calls)
@@ -380,10 +472,12 @@ def training_plan(
     }
     shapes = _shapes([model, *frozen])
     if not shapes or not lengths:
-        return plan
+        return plan | _unknown_hours(gpu, bool(shapes))
     shape, *others = shapes
     widest = max(lengths) * min(batch_size, len(lengths))
-    plan["memory_gb"] = gigabytes(_trained([shape], others, tokens=widest, lora_rank=lora_rank, cpu=device == "cpu"))
+    plan["memory_gb"] = gigabytes(
+        trained_memory([shape], others, tokens=widest, lora_rank=lora_rank, cpu=device == "cpu")
+    )
     if gpu:
         hours = training_hours(shape, gpu, tokens=tokens, lora=bool(lora_rank), checkpointing=True)
         hours += sum(reading_hours(other, gpu, tokens) for other in others)
@@ -422,61 +516,27 @@ def rl_plan(
     names = [name for name in (model, value_model) if name]
     shapes = _shapes([*names, *frozen])
     if not shapes or not count:
-        return plan
+        return plan | _unknown_hours(gpu, bool(shapes))
     trained, others = shapes[: len(names)], shapes[len(names) :]
-    cpu, policy = device == "cpu", trained[0]
-    memory = _trained(trained, others, tokens=batch_size * (longest + new_tokens), lora_rank=lora_rank, cpu=cpu)
-    size, rows = (4 if cpu else 2), min(sampled, episodes)
-    # Weights, gradients and moments stay where they are while the policy writes.
-    writing = text_memory(
-        policy,
-        size=size,
-        rows=rows,
-        longest=longest,
-        new=new_tokens,
-        chunk=CHUNK_TOKENS["cpu"] if cpu else OTHER_CHUNK_TOKENS,
-    )
-    memory["activations"] = max(memory["activations"], writing["kv_cache"] + writing["activations"])
-    plan["memory_gb"] = gigabytes(memory)
+    cpu, rows = device == "cpu", min(sampled, episodes)
+    sizes = {"batch_size": batch_size, "rows": rows, "longest": longest, "new": new_tokens}
+    plan["memory_gb"] = gigabytes(rl_memory(trained, others, **sizes, lora_rank=lora_rank, cpu=cpu))
     if gpu:
-        hours = text_hours(
-            policy, gpu, size=size, rows=rows, prompt_tokens=read, new_tokens=new, length=(read + new / 2) / episodes
-        )
-        hours += sum(reading_hours(shape, gpu, read + new) for shape in shapes)
-        hours += sum(
-            training_hours(shape, gpu, tokens=epochs * (read + new), lora=bool(lora_rank), checkpointing=True)
-            for shape in trained
-        )
+        work = {"episodes": episodes, "read": read, "new": new, "epochs": epochs, "rows": rows}
+        hours = rl_hours(trained, others, gpu, **work, lora=bool(lora_rank), size=4 if cpu else 2)
         plan[f"hours_on_one_{gpu}"] = float(f"{hours:.3g}")
     return plan
+
+
+def _unknown_hours(gpu: str | None, is_known: bool) -> dict[str, str]:
+    """A field that says why --gpu has no effect, where the sizes of a model are not known."""
+    return {} if is_known or not gpu else {f"hours_on_one_{gpu}": "unknown: no local folder with the model's sizes"}
 
 
 def _shapes(models: Sequence[str]) -> list[Shape]:
     """The shape of each model; empty if that of any is unknown."""
     shapes = [shape for shape in map(shape_of, models) if shape]
     return shapes if len(shapes) == len(models) else []
-
-
-def _trained(
-    trained: Sequence[Shape], frozen: Sequence[Shape], *, tokens: int, lora_rank: int | None, cpu: bool
-) -> dict[str, int]:
-    """`training_memory` of all trained models, and the weights of the frozen ones. Logits are counted for a reward
-    or value model too, which has none: on the careful side."""
-    parts = [
-        training_memory(
-            shape,
-            tokens=tokens,
-            lora_rank=lora_rank,
-            autocast=not cpu,
-            checkpointing=not cpu,
-            frozen_size=4 if cpu else 2,
-        )
-        for shape in trained
-    ]
-    memory = {name: sum(part[name] for part in parts) for name in parts[0]}
-    if frozen:
-        memory["frozen_models"] = (4 if cpu else 2) * sum(shape.parameters for shape in frozen)
-    return memory
 
 
 def lengths_of(model: str, rows: Sequence[tuple[_Conversation, Sequence[str]]]) -> list[int]:

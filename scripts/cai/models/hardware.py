@@ -9,6 +9,8 @@ Leaves out several GPUs and models that are not Llama-like.
 from functools import partial
 from typing import Any
 
+from cai.base.errors import InputError, shorten
+from cai.models import estimate
 from cai.models.estimate import GPUS, Shape, gigabytes, text_memory, training_memory
 
 # The steps are estimated for these: the defaults of the commands, for rows of this length.
@@ -24,6 +26,10 @@ PUBLISHED = {
     "Qwen2.5 32B": (64, 5120, 27_648, 40, 8, 128, 152_064, False),
     "Llama 3.1 70B": (80, 8192, 28_672, 64, 8, 128, 128_256, False),
 }
+
+# The same by their size alone, for an estimate without a model at hand: `--model size:8b`.
+SIZE = "size:"
+SIZES = {name.rsplit(" ", 1)[1].lower(): name for name in PUBLISHED}
 
 # What CUDA, its kernels and Python take beside the tensors.
 BESIDE_GB = 2
@@ -65,6 +71,18 @@ def published_shape(
     attention = 2 * hidden * head_size * (heads + kv_heads)
     count = layers * (attention + 3 * hidden * inner) + vocabulary * hidden * (1 if tied else 2)
     return Shape(count, layers, hidden, inner, heads, kv_heads, head_size, vocabulary)
+
+
+def shape_of(model: str) -> Shape | None:
+    """The shape of `size:NAME`, or of a local folder's model; None elsewhere. InputError for an unknown size."""
+    if not model.startswith(SIZE):
+        return estimate.shape_of(model)
+    name = model.removeprefix(SIZE).lower()
+    if name not in SIZES:
+        raise InputError(
+            f"no size {shorten(name)!r}", where="--model", expected=f"{SIZE} and one of {', '.join(SIZES)}"
+        )
+    return published_shape(*PUBLISHED[SIZES[name]])
 
 
 def hardware_rows() -> list[dict[str, Any]]:

@@ -8,20 +8,23 @@ contract (resume, counts, exit codes, `--dry-run`) is here. Leaves out judging (
 
 import shlex
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial, wraps
 from types import SimpleNamespace
 from typing import Any
 
 import click
 
-from cai.base import cli, hashing
+from cai.base import cli, hashing, run_settings
+from cai.base.errors import InputError
 from cai.data import outputs, processes, readers
 from cai.data.reading import Reading, reading_options
 from cai.models import estimate, loading
 from cai.models.engine import Engine, Generation, Message, RowRequest, Sampling
+from cai.steps import gating
 from cai.steps.examples import Examples
 from cai.steps.sharing import finish_output, share_progress, share_work
 
@@ -60,6 +63,7 @@ def options(function):
         def take(*names: str) -> dict[str, Any]:
             return {name: values.pop(name) for name in names}
 
+        estimate.refuse_without_dry_run(values["dry_run"])
         sampling = Sampling(**take("max_new_tokens", "temperature", "top_p"))
         loading = take("batch_size", "batch_tokens", "device", "dtype")
         plan = {**take("like", "gpu", "price"), **loading}
@@ -99,6 +103,7 @@ class Step:
     settle: the finished row of one that needs no answer, else None. After `prepare`.
     plan: further entries of what `--dry-run` reports.
     examples: those that `render` adds, whose number is counted.
+    info: further entries of the manifest.
     """
 
     command: str
@@ -112,6 +117,7 @@ class Step:
     settle: Callable[[dict], dict | None] = lambda _: None
     plan: Callable[[], dict] = dict
     examples: Examples | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(
@@ -123,6 +129,8 @@ def run(
     fingerprint: dict,
     tally: Callable[[Iterable[dict]], dict],
     next_command: list[str],
+    alternative: list[str] | None = None,
+    gate: gating.Gate | None = None,
 ) -> None:
     """Ask the model about every row that the output does not have yet, write the answers, print the summary.
 
@@ -133,7 +141,8 @@ def run(
     Args:
         fingerprint: what decides the rows beside model, sampling, seed and limit.
         tally: counts over the finished rows, for the summary and the manifest.
-        next_command: a command's name and its arguments.
+        next_command, alternative: a command's name and its arguments.
+        gate: judges the answers, which are then written to a file of their own first.
     """
     loading.check_model(step.model)
     team = processes.Team()
@@ -147,49 +156,104 @@ def run(
         "dtype": settings.loading["dtype"],
     }
     claim = {"command": step.command, "fingerprint": fingerprint, "overwrite": settings.overwrite, "inputs": inputs}
-    journal = outputs.Output(output, **claim) if team.first else None
+    final = answers = None
+    if team.first:
+        gated = {} if gate is None else gate.fingerprint
+        final = outputs.Output(output, **{**claim, "fingerprint": fingerprint | gated})
+        answers = final if gate is None else gating.claim_ungated(output, claim)
     summary = {"command": step.command, "output": output}
     if settings.dry_run:
-        if journal:
-            cli.finish({**summary, **_plan(step, settings, journal)}, as_json=settings.as_json)
+        if final:
+            cli.finish({**summary, **_plan(step, settings, answers, gate)}, as_json=settings.as_json)
         return
-    with share_work(team, journal, partial(_load, step, settings), partial(_answer_rows, step, settings)) as (
-        engine,
-        results,
-    ):
-        if results is not None:
-            failed, tokens = {}, Counter()
-            for share_failed, share_tokens, _ in results:
-                failed |= share_failed
-                tokens.update(share_tokens)
-            tallied = tally(row for _, row in readers.read_jsonl(journal.journal))
-            counts = {"rows": len(step.ids) - len(failed), "failed": len(failed), **tallied}
-            counts |= step.examples.count_shown(shown for *_, shown in results) if step.examples else {}
-            finish_output(journal, step.ids, counts, failed, engine, tokens=dict(tokens))
-        elif team.first:
+    if team.tell(final.complete if final else None):
+        if team.first:
             cli.note(f"{output} is done already; --overwrite makes it again")
+    else:
+        _write_answers(step, settings, team, answers, tally)
+        if gate:
+            revisions = gating.ungated_path(output)
+            gating.gate_output(gate, team, final, revisions, step.ids, settings.loading, step.info)
     if team.first:
-        if journal.counts.get("failed"):
-            summary["failed_rows"] = f"{journal.manifest_path}"
-        command, *arguments = next_command
-        line = shlex.join(["python", f"scripts/{command}.py", *arguments])
-        cli.finish({**summary, **journal.counts}, as_json=settings.as_json, next_command=line)
+        if final.counts.get("failed"):
+            summary["failed_rows"] = f"{final.manifest_path}"
+        lines = {"next_command": _command_line(next_command), "alternative": _command_line(alternative)}
+        cli.finish({**summary, **final.counts}, as_json=settings.as_json, **lines)
 
 
-def _load(step: Step, settings: SimpleNamespace) -> Engine:
-    engine = loading.load_engine(step.model, endpoints=settings.endpoints, **settings.loading)
-    step.check(engine)
-    return engine
+def _command_line(words: list[str] | None) -> str | None:
+    return shlex.join(["python", f"scripts/{words[0]}.py", *words[1:]]) if words else None
 
 
-def _plan(step: Step, settings: SimpleNamespace, journal: outputs.Output) -> dict:
+# The settings of a run that its next text step takes over from this command line.
+_SHARED = ("endpoints", "max_new_tokens", "seed", "batch_size", "batch_tokens", "device", "dtype")
+
+
+# What critique.py and revise.py share besides.
+OF_A_ROUND = ("constitution", "temperature", "top_p", "most_examples", "stops")
+
+
+def next_step(
+    command: str, output: str, model: str, result: str, *names: str, options: Sequence[str] = ()
+) -> list[str]:
+    """The arguments of `run` that name another text step, with this command's settings where they were given.
+
+    Args:
+        result: a word for its output. names: further options to take over, by parameter name.
+        options: further words.
+    """
+    key_name = ["--key-name", cli.key_name()] if cli.key_name() != "OPENAI_API_KEY" else []
+    given = [*options, *cli.given_options(*names, *_SHARED), *key_name, *run_settings.command_options()]
+    return [command, "--input", output, "--model", model, *given, "--output", result]
+
+
+def round_options(inputs: Sequence[str]) -> list[str]:
+    """The options that the last step of this kind had alone, as its manifest keeps them: critique.py's where the inputs
+    are critiques, revise.py's where they are revisions."""
+    with suppress(InputError):  # a damaged manifest is no reason not to read the rows
+        options = (outputs.read_manifest(inputs[0]) or {}).get("round_options")
+        if isinstance(options, list) and all(isinstance(word, str) for word in options):
+            return options
+    return []
+
+
+def _write_answers(
+    step: Step,
+    settings: SimpleNamespace,
+    team: processes.Team,
+    journal: outputs.Output | None,
+    tally: Callable[[Iterable[dict]], dict],
+) -> None:
+    """Fill the output, which only process 0 has, and finish it."""
+
+    def load() -> Engine:
+        engine = loading.load_engine(step.model, endpoints=settings.endpoints, **settings.loading)
+        step.check(engine)
+        return engine
+
+    with share_work(team, journal, load, partial(_answer_rows, step, settings)) as (engine, results):
+        if journal is None or results is None:
+            return
+        failed, tokens = {}, Counter()
+        for share_failed, share_tokens, _ in results:
+            failed |= share_failed
+            tokens.update(share_tokens)
+        tallied = tally(readers.JsonlRows(journal.journal))
+        counts = {"rows": len(step.ids) - len(failed), "failed": len(failed), **tallied}
+        counts |= step.examples.count_shown(shown for *_, shown in results) if step.examples else {}
+        finish_output(journal, step.ids, counts, failed, engine, tokens=dict(tokens), **step.info)
+
+
+def _plan(step: Step, settings: SimpleNamespace, journal: outputs.Output, gate: gating.Gate | None) -> dict:
     """What `--dry-run` reports."""
     rows = () if journal.complete else (row for row in step.rows if row["id"] not in journal.done)
     rows = (row for row in rows if step.settle(row) is None)
+    judged = (row for row in step.rows if step.settle(row) is None)
     return {
         "rows": len(step.ids),
         "done": len(step.ids) if journal.complete else len(journal.done),
         **({} if journal.complete else step.plan()),
+        **({"gate_calls_at_most": gate.count_calls(judged)} if gate else {}),
         **estimate.text_plan(map(step.render, rows), step.model, settings.sampling, **settings.plan),
     }
 

@@ -45,7 +45,13 @@ def add_options(*decorators: Callable) -> Callable:
 
 def take_options(function: Callable) -> Callable:
     """Decorator: the command gets its options as one object, with an attribute for each."""
-    return wraps(function)(lambda **options: function(SimpleNamespace(**options)))
+
+    @wraps(function)
+    def command(**options):
+        estimate.refuse_without_dry_run(options["dry_run"], "gpu")
+        return function(SimpleNamespace(**options))
+
+    return command
 
 
 lora_options = add_options(
