@@ -8,9 +8,9 @@
 
 Every response is put into one class, by the bundled world's oracle (prompts made by tiny.py only), by a judge model's
 forced choice between letters, by a safety classifier, or by its phrases. Also measured: a language model or a reward
-model on multiple choices (`--choice`), and a reward model on pairs whose better response is known. Leaves out policies
-against each other (compare.py), the paper's figures (figures.py), any score of how good a text is, and any rate over
-prompts without a kind.
+model on multiple choices (`--choice`) and on pairs whose better response is known (`--pairs`, `--reward-model`).
+Leaves out policies against each other (compare.py), the paper's figures (figures.py), any score of how good a text is,
+and any rate over prompts without a kind.
 """
 
 import click
@@ -150,6 +150,19 @@ NOT_PASSED = 4  # exit code of --gate
     default="chat",
     show_default=True,
     help="Ask in a user turn with a prefilled answer, or continue the plain text, as for a pretrained model.",
+)
+@click.option(
+    "--pairs",
+    metavar="FILE",
+    help="Instead of --input: pairs with `chosen` and `rejected`, or with gold. Which one does --model make likelier, "
+    "and what does it write itself?",
+)
+@click.option("--reference", metavar="MODEL", help="With --pairs: the model before training, to compare with.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=0),
+    default=None,
+    help="With --pairs: texts per prompt, the first one greedy. Default: 1.",
 )
 @cli.options("temperature", "top_p", "max_new_tokens", "seed", "limit")
 @cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")

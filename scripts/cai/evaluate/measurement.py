@@ -25,7 +25,7 @@ from cai.stats import tables
 
 Claim = Callable[[str, dict], outputs.Output]
 
-# Metrics that are not shares.
+# Metrics that are not shares, beside those in nats (`logp_...`).
 NUMBERS = ("log_loss", "ece", "length_correlation", "drift_kl", "drift_kl_token")
 
 
@@ -161,4 +161,4 @@ def show_figure(name: str, row: Mapping) -> str:
     if "_elo " in name:
         ends = ("open" if row[end] is None else f"{row[end]:+.0f}" for end in ("low", "high"))
         return f"{row['value']:+.0f} ({' to '.join(ends)})".replace("-", "−")
-    return (tables.show_number if name in NUMBERS else tables.show)(row)
+    return (tables.show_number if name in NUMBERS or name.startswith("logp_") else tables.show)(row)

@@ -1,4 +1,4 @@
-"""The measurements of evaluate.py: responses, the principles of revised rows, choices, and a reward model on pairs.
+"""The measurements of evaluate.py: responses, the principles of revised rows, choices, and pairs.
 
     measurement = choose(options)          # the command's options by name, and reader, sampling and loading
     rates, counts = measurement.measure(claim)
@@ -18,7 +18,7 @@ from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
 from cai.data import dialogue, kinds, outputs, preferences, rounds, sources
 from cai.data.reading import AS_THEY_ARE, Reading
-from cai.evaluate import benchmarks, classes, faults, habits, measurement, qualification, responding
+from cai.evaluate import benchmarks, classes, faults, habits, measurement, pairs, qualification, responding
 from cai.evaluate.rates import rates_of_rows, without_clusters
 from cai.models import loading, scorer
 from cai.stats import calibration, intervals
@@ -26,6 +26,18 @@ from cai.stats import calibration, intervals
 
 def choose(options: SimpleNamespace) -> measurement.Measurement:
     """What the options ask for. InputError unless that is clear."""
+    others = [options.inputs, options.responses, options.reward_model, options.choice]
+    if options.pairs:
+        if any(others) or not options.model:
+            raise InputError(
+                "--pairs is not clear",
+                expected="--pairs FILE with --model, and no other input",
+                remedy="For a reward model give --input FILE",
+            )
+        return measure_preference(options)
+    for option, value in (("--reference", options.reference), ("--samples", options.samples is not None)):
+        if value:
+            raise InputError(f"{option} without --pairs", remedy="Give --pairs FILE")
     if options.choice:
         if options.inputs or options.responses or bool(options.model) == bool(options.reward_model):
             raise InputError(
@@ -243,8 +255,7 @@ def measure_choices(options: SimpleNamespace) -> measurement.Measurement:
         scorer.check_reward_model(reward_model)
         load = partial(scorer.load_scorer, reward_model, **options.loading)
     else:
-        loading.check_model(model)
-        load = partial(loading.load_engine, model, **options.loading)
+        load = _load_here(model, options)
     check = benchmarks.check_texts if reward_model else benchmarks.check
     source = sources.Source(
         [options.choice], require=benchmarks.FIELDS, limit=options.limit, check=check, reading=options.reading
@@ -276,6 +287,62 @@ def measure_choices(options: SimpleNamespace) -> measurement.Measurement:
 
     calls = 2 * source.count if reward_model else sum(len(benchmarks.answers(row)) for row in source)
     return measurement.Measurement([options.choice], {"rows": source.count, "model_calls": calls}, settings, measure)
+
+
+def _load_here(model: str, options: SimpleNamespace) -> partial:
+    """Loads a model on this machine. InputError for a server, which gives no log-probabilities of a given text."""
+    if model.startswith("openai:"):
+        raise InputError(
+            f"{model} is on a server, which gives no log-probabilities of a given text",
+            where="--model",
+            expected="a folder or a hub id",
+            remedy="Name the model's folder or hub id",
+        )
+    loading.check_model(model)
+    return partial(loading.load_engine, model, **options.loading)
+
+
+# --- pairs --------------------------------------------------------------------------------------------------
+
+
+def measure_preference(options: SimpleNamespace) -> measurement.Measurement:
+    """Which response of each pair a policy makes likelier, outright and relative to a reference, and what it writes."""
+    samples = 1 if options.samples is None else options.samples
+    source = pairs.Pairs(options.pairs, options.limit, options.reading)
+    names = {"reference": options.reference, "pairs": options.model}
+    loads = {ending: _load_here(model, options) for ending, model in names.items() if model}
+    settings = {
+        "input": source.digest,
+        "limit": options.limit,
+        "samples": samples,
+        **({"seed": options.seed, **asdict(options.sampling)} if samples else {}),
+        "dtype": options.dtype,
+    }
+    reference = identity(options.reference) if options.reference else None
+    of_policy = {**settings, "model": identity(options.model), "reference": reference}
+
+    def measure(claim: measurement.Claim) -> tuple[dict, dict]:
+        rows: list[dict] = []  # the reference's, then the policy's
+        for ending, load in loads.items():
+            output = claim(ending, of_policy if ending == "pairs" else {**settings, "model": reference})
+            before = {row["id"]: row for row in rows}
+            if ending == "pairs" and reference and not rows:
+                break
+
+            def produce(engine, output=output, before=before) -> Iterator[dict | None]:
+                remaining = (pair for pair in source if pair["id"] not in output.done)
+                return pairs.score(remaining, engine, source.first_ids, samples, options.sampling, options.seed, before)
+
+            rows = measurement.fill(output, source.ids, ending, load, produce)
+        return pairs.figures(rows, source)
+
+    plan = {
+        **source.counts,
+        "pairs": len(source.ids),
+        "model_calls": 2 * len(loads) * len(source.ids),
+        "new_tokens_at_most": samples * len(loads) * len(source.first_ids) * options.max_new_tokens,
+    }
+    return measurement.Measurement([options.pairs], plan, of_policy, measure)
 
 
 # --- a reward model on pairs --------------------------------------------------------------------------------
