@@ -184,6 +184,7 @@ def measure_principles(options: SimpleNamespace) -> measurement.Measurement:
     source = sources.Source(
         options.responses, require=fields, limit=options.limit, check=check, reading=options.reading
     )
+    faults.check_constitution(constitution, options.responses, source)
     critiques = sum(1 for _ in faults.critiques(source))
     is_read = by == "oracle" or bool(judge)
     has_kinds = is_read and all(row.get("kind") in kinds.KINDS for row in source)
