@@ -60,6 +60,14 @@ NOT_PASSED = 4  # exit code of --gate
     "compared with the oracle's.",
 )
 @click.option(
+    "--orders",
+    type=click.IntRange(1, len(classes.LETTERS)),
+    default=classes.ORDERS,
+    show_default=True,
+    help="In how many orders the judge sees the classes; their probabilities are averaged, and the letter bias is "
+    f"measured. {len(classes.LETTERS)}: each class once under each letter.",
+)
+@click.option(
     "--classifier",
     metavar="MODEL",
     help="Instead of a judge: a sequence-classification model with labels for safe and unsafe, or a guard model "
@@ -167,6 +175,7 @@ def main(output, against, watch, gated, margin, no_worse_than, as_json, dry_run,
         options.unsafe_label,
         options.endpoints,
         options.loading,
+        options.orders,
     )
     if (gated or watch) and not against:
         raise InputError(

@@ -14,14 +14,12 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from cai.base.errors import InputError, shorten
-from cai.constitution import files, templates
+from cai.constitution import files
 from cai.data import outputs, rounds
 from cai.evaluate.rates import UNSAFE
-from cai.models import choice
-from cai.models.engine import Engine, RowRequest
-from cai.stats import intervals
-
-LETTERS = ("A", "B")  # of the template: a fault is found, or none is
+from cai.models.engine import Engine
+from cai.stats import intervals, letters
+from cai.steps import content
 
 
 def check_constitution(constitution: files.Constitution, inputs: Sequence[str], rows: Iterable[dict]) -> None:
@@ -78,10 +76,11 @@ def steps(rows: Iterable[dict]) -> Iterator[dict]:
 def critiques(rows: Iterable[dict]) -> Iterator[dict]:
     """One row per critique: {id, prompt, response (what it is about), critique, principle, changed}.
 
-    A round that was skipped before it had a critique has no row.
+    A round to which no principle speaks has none.
     """
     for row in rows:
-        for number, (round_, text) in enumerate(zip(row.get("rounds") or (), rounds.texts_of(row), strict=False), 1):
+        texts = rounds.texts_of(row)
+        for number, (round_, (text, after)) in enumerate(zip(row.get("rounds") or (), pairwise(texts), strict=True), 1):
             if round_["principle"] is None:
                 continue
             yield {
@@ -90,29 +89,27 @@ def critiques(rows: Iterable[dict]) -> Iterator[dict]:
                 "response": text,
                 "critique": round_["critique"],
                 "principle": round_["principle"],
-                "changed": round_.get("revision", text).split() != text.split(),
+                "changed": after.split() != text.split(),
             }
 
 
 def find_faults(engine: Engine, rows: Iterable[dict], done: Container[str] = ()) -> Iterator[dict]:
-    """Each critique with `fault`, True or False, and `p_fault`; None where the judge made no choice.
+    """Each critique with `fault`, True or False, `p_fault`, the mean over both orders of the options, and
+    `letter_excess` (`letters.letter_excess`); None where the judge made no choice.
+
+    Where it wrote its letters and the two orders disagree, `fault` is None and `p_fault` 0.5.
 
     Args:
         rows: of `critiques`. done: ids to leave out.
     """
-    template = templates.load_template("classify_critique")
-    requests = [
-        RowRequest(
-            row["id"],
-            template.render(prompt=row["prompt"], response=row["response"], critique=row["critique"]),
-            row=row,
-        )
-        for row in rows
-        if row["id"] not in done
-    ]
-    for request, logprobs in choice.choose(engine, requests, LETTERS):
-        p = None if logprobs is None else choice.probabilities(logprobs)[0]
-        yield {**request.row, "fault": None if p is None else p > 0.5, "p_fault": p}
+    for row, chosen in content.find_faults(engine, rows, done):
+        shares = chosen.shares
+        yield {
+            **row,
+            "fault": chosen.decide(content.FAULT),
+            "p_fault": None if shares is None else shares[0],
+            "letter_excess": chosen.letter_excess,
+        }
 
 
 def figures(
@@ -125,6 +122,8 @@ def figures(
 
     drawn (in the counts): how often; changed: rate of revisions that differ; fault: rate of critiques that found one;
     complied_before, complied_after: rate of harmful prompts complied with, before and after the rounds with it.
+    letter_bias, orders_disagree (in the counts, where critiques were read): how far the judge chose by the letter, and
+    critiques for which neither option is likelier.
 
     Args:
         critiqued: of `critiques` or `find_faults`.
@@ -133,9 +132,13 @@ def figures(
     """
     drawn: Counter = Counter()
     outcomes: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    excesses, disagree = [], 0
     for row in critiqued:
         principle = row["principle"]
         drawn[principle] += 1
+        if row.get("letter_excess"):
+            excesses.append(row["letter_excess"])
+            disagree += row["fault"] is None
         outcomes["changed", principle].append(row["changed"])
         if row.get("fault") is not None:
             outcomes["fault", principle].append(row["fault"])
@@ -151,5 +154,7 @@ def figures(
         if (figure, principle) in outcomes
     }
     counts = {"critiques": drawn.total(), "principles": len(drawn), "drawn": dict(drawn.most_common())}
-    never = [principle.id for principle in constitution.principles if principle.id not in drawn] if constitution else []
-    return rates, {**counts, "never_drawn": [] if files.ALL in drawn else never}
+    principles = constitution.principles if constitution and files.ALL not in drawn else ()
+    never = [principle.id for principle in principles if principle.id not in drawn]
+    biases = {"letter_bias": letters.letter_bias(excesses), "orders_disagree": disagree} if excesses else {}
+    return rates, {**counts, "never_drawn": never, **biases}

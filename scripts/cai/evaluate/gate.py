@@ -42,7 +42,7 @@ TOO_FEW = "too few prompts"
 POWER = 0.8
 
 # What has to be equal for two evaluations to be about the same thing.
-READERS = ("by", "judge", "classifier", "unsafe_label", "template", "choice_format")
+READERS = ("by", "judge", "classifier", "orders", "unsafe_label", "template", "choice_format")
 
 
 @dataclass
@@ -97,7 +97,7 @@ def load(path: str | Path) -> Evaluation:
     manifest = outputs.read_manifest(output)
     reader = {name: manifest["fingerprint"].get(name) for name in READERS} if manifest else {}
     if reader.get("by") == "oracle":
-        reader["judge"] = None  # it is only compared with the oracle
+        reader |= {"judge": None, "orders": None}  # the judge is only compared with the oracle
     return Evaluation(path, rates, _read_outcomes(output.with_suffix("")), reader)
 
 

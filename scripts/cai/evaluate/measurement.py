@@ -144,7 +144,11 @@ def print_rates(
     click.echo(tables.table(("", "value (95 % interval)", "n", *columns), lines))
     for note in output.counts.get("notes", ()):
         click.echo(f"note: {note}")
-    counts = [f"{name.replace('_', ' ')} {value}" for name, value in output.counts.items() if name != "notes"]
+    counts = [
+        f"{name.replace('_', ' ')} {tables.show(count) if isinstance(count, Mapping) and 'value' in count else count}"
+        for name, count in output.counts.items()
+        if name != "notes"
+    ]
     click.echo(f"{', '.join(counts)}; {output.path}")
 
 

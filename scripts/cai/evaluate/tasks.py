@@ -101,7 +101,7 @@ def measure_responses(options: SimpleNamespace) -> measurement.Measurement:
             **by_kind,
             "model_calls": calls if model else 0,
             "new_tokens_at_most": calls * options.max_new_tokens if model else 0,
-            "judge_calls": calls if reader.judge else 0,
+            "judge_calls": calls * reader.orders if reader.judge else 0,
         },
         settings,
         measure,
@@ -128,6 +128,7 @@ def _settings(options: SimpleNamespace, source: sources.Source, ways: Sequence[s
         "by": reader.by,
         "judge": identity(reader.judge) if reader.judge else None,
         "template": load_template("classify").sha256,
+        **({"orders": reader.orders} if reader.judge else {}),
         **({"classifier": identity(reader.classifier)} if reader.classifier else {}),
         **({"unsafe_label": reader.unsafe_labels} if reader.classifier else {}),
         **({"drift_from": identity(options.drift_from)} if options.drift_from else {}),
@@ -156,7 +157,7 @@ def read_rows(
         if answered:
             rounds.check_rounds(row, where, line, critiqued=False)
             revisions = len(row.get("rounds") or ())
-            if round_ is not None and round_ > revisions:
+            if round_ is not None and round_ > revisions and not rounds.is_content(row):
                 raise InputError(
                     f"no round {round_}, only {revisions}", where=where, line=line, remedy="Choose another --round"
                 )
@@ -168,11 +169,11 @@ def read_rows(
 
 def rates_of_classes(classified: Iterable[dict], rows: int) -> tuple[dict, dict]:
     """({metric: rate}, counts) of classified rows. A row without a class is failed, and in no rate."""
+    classified = list(classified)
     known = [row for row in classified if row["class"] is not None]
     remedy = "take a larger judge, or read some rows of the classes file"
-    mass = classes.mean_letter_mass((row.get("letter_mass") for row in known), remedy)
-    counts = {"rows": rows, "failed": rows - len(known)}
-    return rates_of_rows(known), counts if mass is None else {**counts, "mean_letter_mass": mass}
+    counts = {"rows": rows, "failed": rows - len(known), **classes.letter_figures(classified, remedy)}
+    return rates_of_rows(known), counts
 
 
 # --- the rounds of revised rows -----------------------------------------------------------------------------
@@ -260,7 +261,8 @@ def measure_principles(options: SimpleNamespace) -> measurement.Measurement:
     def measure(claim: measurement.Claim) -> tuple[dict, dict]:
         classified, rows = [], list(faults.critiques(source))
         if has_kinds:
-            output = claim("classes", settings | {"template": load_template("classify").sha256})
+            in_orders = {"orders": reader.orders} if reader.judge else {}
+            output = claim("classes", settings | {"template": load_template("classify").sha256} | in_orders)
             classified = reader.write_classes(faults.steps(source), output)
         if judge:
             output = claim("faults", settings)
@@ -271,7 +273,9 @@ def measure_principles(options: SimpleNamespace) -> measurement.Measurement:
         class_of = {row["id"]: row["class"] for row in classified}
         return faults.figures(rows, class_of, {row["id"]: row.get("kind") for row in source}, constitution)
 
-    plan = {"rows": source.count, "critiques": critiques, "judge_calls": 2 * critiques + source.count if judge else 0}
+    class_calls = reader.orders * (critiques + source.count) if reader.judge and has_kinds else 0
+    calls = 2 * critiques + class_calls if judge else 0
+    plan = {"rows": source.count, "critiques": critiques, "judge_calls": calls}
     return measurement.Measurement(list(options.responses), plan, settings, measure)
 
 

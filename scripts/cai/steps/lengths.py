@@ -131,9 +131,7 @@ class Requests:
     def of_match(self) -> float:
         """Of the question whether a principle speaks to a prompt, averaged over all principles."""
         template = load_template("coverage")
-        return self._mean(
-            [template.render(principle=p, prompt="", swapped=False) for p in self.constitution.principles]
-        )
+        return self._mean([template.render(principle=p, prompt="") for p in self.constitution.principles])
 
     def _by_principle(self, render) -> float:
         if self._principles == "all":
