@@ -41,6 +41,11 @@ NOT_PASSED = 4  # exit code of --gate
     help="For revised rows, the revision of this round; 0 is the first response. Default: the last.",
 )
 @click.option(
+    "--every-round",
+    is_flag=True,
+    help="For revised rows (--responses) with --by phrases: the flags, skipped rounds and refusals of each round.",
+)
+@click.option(
     "--by",
     type=click.Choice(["oracle", "judge", "phrases"]),
     default="judge",

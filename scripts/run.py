@@ -82,6 +82,12 @@ from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
 @click.option(
     "--unqualified", is_flag=True, help="Run although the model is unfit to read, judge or criticise responses."
 )
+@click.option(
+    "--heldout-limit",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Measure on the first N held-out prompts only; --limit is for the prompts of --input.",
+)
 @cli.options("reasoning_tags", "seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
 @pricing.options
 @reading_options
@@ -97,7 +103,8 @@ def main(output, seeds, is_smoke, seed, as_json, dry_run, unqualified, terms, **
     """
     if is_smoke:
         output, seeds = str(Path(output) / "smoke"), 1
-        options |= {"limit": min(options["limit"] or smoke.LIMIT, smoke.LIMIT), "overwrite": True}
+        limits = {name: min(options[name] or smoke.LIMIT, smoke.LIMIT) for name in ("limit", "heldout_limit")}
+        options |= {**limits, "overwrite": True}
     choices = choose(terms, **options)
     check_inputs(choices)
     folders = {seed + n: output if seeds == 1 else str(Path(output) / f"seed-{seed + n}") for n in range(seeds)}
@@ -147,9 +154,10 @@ def check_inputs(choices: Choices) -> None:
         if not pricing.is_size(model):
             loading.check_model(loading.split_endpoint(model)[0])
     load_constitution(choices.constitution)
-    for files, fields in (("inputs", ("prompt",)), ("heldout", ("prompt", "kind"))):
+    of_files = {"inputs": (("prompt",), choices.limit), "heldout": (("prompt", "kind"), choices.heldout_limit)}
+    for files, (fields, limit) in of_files.items():
         if pricing.is_file(choices, files):
-            Source(getattr(choices, files), require=fields, limit=choices.limit, reading=choices.reading_of(files))
+            Source(getattr(choices, files), require=fields, limit=limit, reading=choices.reading_of(files))
     if choices.helpful:
         Source(choices.helpful, require=("prompt", "response"), reading=choices.reading_of("helpful"))
 

@@ -1,12 +1,14 @@
 """What each principle did: drawn, fault found, changed, complied before and after, never drawn."""
 
 import json
+import shlex
 
 import models
 import pytest
 
 from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
+from cai.data import outputs
 from cai.data.outputs import write_jsonl
 from cai.data.readers import read_jsonl
 from cai.evaluate import faults
@@ -134,6 +136,33 @@ def test_the_command(invoke, tmp_path):
         tmp_path / "g.jsonl",
     )
     assert refused.exit_code == 2 and "--faults without --responses" in refused.stderr
+
+
+@pytest.mark.parametrize("has_manifest", [True, False], ids=["manifest", "rows"])
+def test_another_constitution_is_refused(invoke, tmp_path, has_manifest):
+    """By the manifest of revise.py, which names the file; without one, by the principles that the rows name."""
+    own = tmp_path / "my own.yaml"
+    own.write_text("- id: quiet\n  principle: The response should be quiet.\n")
+    revised = [{**row, "rounds": [{**entry, "principle": "quiet"} for entry in row["rounds"]]} for row in rows()]
+    path = tmp_path / "revised.jsonl"
+    settings = {"constitution": load_constitution(str(own)).sha256}
+    if has_manifest:
+        with outputs.WholeOutput(str(path), command="revise", fingerprint=settings) as output:
+            output.finish({str(path): revised}, {})
+        manifest = json.loads((tmp_path / "revised.jsonl.run.json").read_text())
+        line = f"python scripts/revise.py --constitution {shlex.quote(str(own))} --output {path}"
+        (tmp_path / "revised.jsonl.run.json").write_text(json.dumps({**manifest, "command_line": line}))
+    else:
+        write_jsonl(path, revised)
+    words = ["--responses", path, "--faults", "--output", tmp_path / "f.jsonl", "--dry-run"]
+    result = invoke("evaluate", *words)
+    assert result.exit_code == 2 and not (tmp_path / "f.jsonl").exists()
+    if has_manifest:
+        assert "made with another constitution than harmlessness" in result.stderr
+        assert f"Give --constitution {shlex.quote(str(own))}" in result.stderr
+    else:
+        assert "no principle 'quiet' in the constitution harmlessness" in result.stderr
+    assert invoke("evaluate", *words, "--constitution", own).exit_code == 0
 
 
 def test_beside_the_oracle_the_judge_reads_critiques_only(invoke, tmp_path):

@@ -7,16 +7,62 @@ its prose is not searched for words. Leaves out which principle deserves the cre
 the first has fixed the second can't. `constitution.py ablate` measures that.
 """
 
+import os
+import shlex
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
+from cai.base.errors import InputError, shorten
 from cai.constitution import files
-from cai.data import rounds
+from cai.data import outputs, rounds
 from cai.evaluate.rates import UNSAFE
 from cai.models.engine import Engine
 from cai.stats import intervals, letters
 from cai.steps import content
+
+
+def check_constitution(constitution: files.Constitution, inputs: Sequence[str], rows: Iterable[dict]) -> None:
+    """InputError unless the rows were criticised by this constitution.
+
+    The manifest of an input tells; without one that does, the principles that the rows name.
+    """
+    manifests = {name: outputs.read_manifest(name) for name in inputs if os.path.isfile(name)}
+    used = {name: manifest for name, manifest in manifests.items() if manifest and _digest(manifest)}
+    for name, manifest in used.items():
+        if _digest(manifest) != constitution.sha256:
+            raise InputError(
+                f"its rows were made with another constitution than {constitution.name}",
+                where=name,
+                expected=f"the constitution with the SHA-256 {_digest(manifest)[:12]}…",
+                remedy=f"Give --constitution {shlex.quote(_constitution_of(manifest))}, as it was then",
+            )
+    if set(used) != set(inputs):
+        names = {round_["principle"] for row in rows for round_ in row["rounds"]} - {None, files.ALL}
+        unknown = sorted(name for name in names if name not in constitution)
+        if unknown:
+            raise InputError(
+                f"no principle {shorten(unknown[0])!r} in the constitution {constitution.name}",
+                where=", ".join(inputs),
+                expected=f"the constitution of the critiques ({len(unknown)} of their {len(names)} principles are not "
+                "in this one)",
+                remedy="Give --constitution FILE, the one that critique.py was given",
+            )
+
+
+def _digest(manifest: Mapping) -> str | None:
+    """The hash of the constitution in a manifest."""
+    digest = manifest["fingerprint"].get("constitution")
+    return digest if isinstance(digest, str) else None
+
+
+def _constitution_of(manifest: Mapping) -> str:
+    """What the command line in a manifest gave as the constitution."""
+    try:
+        words = shlex.split(str(manifest.get("command_line", "")))
+    except ValueError:
+        words = []
+    return next((word for flag, word in pairwise(words) if flag == "--constitution"), "harmlessness")
 
 
 def steps(rows: Iterable[dict]) -> Iterator[dict]:

@@ -7,6 +7,7 @@ Each is made without loading a model, so that bad input is refused first. Leaves
 printed: evaluate.py and measurement.py.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,10 +19,11 @@ from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
 from cai.data import dialogue, kinds, outputs, preferences, rounds, sources
 from cai.data.reading import AS_THEY_ARE, Reading
+from cai.data.selection import check_revised
 from cai.evaluate import benchmarks, classes, faults, habits, measurement, pairs, qualification, responding
 from cai.evaluate.rates import rates_of_rows, without_clusters
 from cai.models import loading, scorer
-from cai.stats import calibration, intervals
+from cai.stats import calibration, intervals, refusals
 
 
 def choose(options: SimpleNamespace) -> measurement.Measurement:
@@ -53,12 +55,15 @@ def choose(options: SimpleNamespace) -> measurement.Measurement:
     for option, value, needed, remedy in (
         ("--faults", options.faults, "--responses", "Give rows of revise.py"),
         ("--round", options.round_ is not None, "--responses", "A round is picked from revised rows"),
+        ("--every-round", options.every_round, "--responses", "Give rows of revise.py"),
         ("--drift-from", options.drift_from, "--model", "Name the policy that answers"),
     ):
         if value and not getattr(options, needed[2:]):
             raise InputError(f"{option} without {needed}", remedy=remedy)
     if options.reward_model:
         return measure_pairs(options)
+    if options.every_round:
+        return measure_rounds(options)
     return measure_principles(options) if options.faults else measure_responses(options)
 
 
@@ -194,6 +199,57 @@ def rates_of_classes(classified: Iterable[dict], rows: int) -> tuple[dict, dict]
     return rates_of_rows(known), counts
 
 
+# --- the rounds of revised rows -----------------------------------------------------------------------------
+
+
+def measure_rounds(options: SimpleNamespace) -> measurement.Measurement:
+    """Flags and refusals of revised rows round by round, by their phrases: no model is needed."""
+    if options.reader.by != "phrases" or options.reader.judge or options.faults or options.round_ is not None:
+        raise InputError(
+            "--every-round is not clear",
+            expected="--by phrases, and no --judge, --faults or --round",
+            remedy="To have a judge read one round, give --round N instead",
+        )
+
+    def check(row: dict, where: str, line: int) -> None:
+        options.reader.check_row(row, where, line)
+        check_revised(row, where, line)
+
+    fields = ("prompt", "kind", "response", "rounds")
+    source = sources.Source(
+        options.responses, require=fields, limit=options.limit, check=check, reading=options.reading
+    )
+    settings = {"input": source.digest, "limit": options.limit, "by": "phrases", "every_round": True}
+    return measurement.Measurement(
+        list(options.responses),
+        {"rows": source.count, "model_calls": 0},
+        settings,
+        lambda _claim: round_figures(list(source)),
+    )
+
+
+def round_figures(rows: Sequence[dict]) -> tuple[dict, dict]:
+    """({`round_<n>_<figure>`: rate}, counts) of revised rows; round 0 is the first response.
+
+    Figures: `flag_<flag>` and `skipped_<reason>`, the share of the round's rows; and for each kind of prompt
+    `<kind>_declined` and `<kind>_partly_declined`, told by phrases. The counts of every round are exact.
+    """
+    rates, rounds_ = {}, {}
+    for number in range(1 + max(len(row["rounds"]) for row in rows)):
+        having = [row for row in rows if len(row["rounds"]) >= number]
+        entries = [row["rounds"][number - 1] for row in having] if number else []
+        flags = Counter(flag for entry in entries for flag in entry.get("flags", ()))
+        skipped = Counter(entry["skipped"] for entry in entries if "skipped" in entry)
+        rounds_[f"round {number}"] = {"rows": len(having), "flags": dict(flags), "skipped": dict(skipped)}
+        figures = {f"flag_{flag}": intervals.rate(count, len(having)) for flag, count in flags.most_common()}
+        figures |= {f"skipped_{why}": intervals.rate(count, len(having)) for why, count in skipped.most_common()}
+        texts = [(row, rounds.text_of_round(row, number)) for row in having]
+        classified = [{**row, "class": refusals.read(dialogue.prompt_text(row["prompt"]), text)} for row, text in texts]
+        figures |= {name: rate for name, rate in rates_of_rows(classified).items() if name.endswith("_declined")}
+        rates |= {f"round_{number}_{name}": rate for name, rate in figures.items()}
+    return rates, {"rows": len(rows), **rounds_, "notes": [classes.PHRASES_NOTE]}
+
+
 # --- the principles of revised rows -------------------------------------------------------------------------
 
 
@@ -208,6 +264,7 @@ def measure_principles(options: SimpleNamespace) -> measurement.Measurement:
     source = sources.Source(
         options.responses, require=fields, limit=options.limit, check=check, reading=options.reading
     )
+    faults.check_constitution(constitution, options.responses, source)
     critiques = sum(1 for _ in faults.critiques(source))
     is_read = by == "oracle" or bool(judge)
     has_kinds = is_read and all(row.get("kind") in kinds.KINDS for row in source)

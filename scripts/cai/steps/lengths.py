@@ -64,7 +64,7 @@ def read_run(folder: str, rounds: int) -> Lengths:
             "no finished run with a manifest that counts the tokens of its responses",
             where=folder,
             expected="the --output of a finished run.py (with --seeds, one of its folders)",
-            remedy="Make one with --limit 40, and name it with --like",
+            remedy="Make one with --limit 40 --heldout-limit 40, and name it with --like",
         )
     tokens["samples"] = tokens["samples"] or tokens["responses"]
     for kind in ("critique", "revision"):
