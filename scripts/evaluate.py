@@ -19,7 +19,7 @@ from cai.base import cli
 from cai.base.errors import InputError
 from cai.data import outputs
 from cai.data.reading import reading_options
-from cai.evaluate import benchmarks, classes, gate, habits, responding, tasks
+from cai.evaluate import classes, gate, habits, options, responding, tasks
 from cai.evaluate.measurement import gather, print_rates, write
 
 NOT_PASSED = 4  # exit code of --gate
@@ -105,70 +105,8 @@ NOT_PASSED = 4  # exit code of --gate
     show_default=True,
     help="Sample this many times, with the seeds from --seed on, and report the spread.",
 )
-@click.option("--against", metavar="FILE", help="An earlier --output: report what has changed since, with intervals.")
-@click.option(
-    "--watch",
-    is_flag=True,
-    help="With --against: report signs that the policy learned to please its judge, such as phrases that became a "
-    "habit.",
-)
-@click.option(
-    "--gate",
-    "gated",
-    is_flag=True,
-    help="With --against: print one line VERDICT at the end, and exit with 4 if it is worse, or if there are too few "
-    "prompts to tell.",
-)
-@click.option(
-    "--margin",
-    type=click.FloatRange(0, 100),
-    default=0.0,
-    show_default=True,
-    help="Percentage points that a figure may change without being called better or worse.",
-)
-@click.option(
-    "--no-worse-than",
-    type=click.FloatRange(0, 100, min_open=True),
-    default=None,
-    metavar="POINTS",
-    help="With --gate: may the model replace the one before? Only if every figure's interval excludes a loss of more "
-    "than these percentage points; else exit with 4.",
-)
-@click.option(
-    "--unqualified", is_flag=True, help="With --gate: compare although the judge is unfit to read what responses do."
-)
-@click.option(
-    "--reward-model",
-    metavar="FOLDER",
-    help="Measure this reward model: its accuracy on pairs with response_a, response_b and gold, on those "
-    "with chosen and rejected (HH-RLHF's too), or on the text_correct and text_incorrect of --choice.",
-)
-@click.option(
-    "--choice",
-    metavar="FILE",
-    help="Instead of --input: questions with `prompt`, `corrects` and `incorrects`, from which --model chooses "
-    "the likeliest answer; the format of the paper's three evaluation sets.",
-)
-@click.option(
-    "--choice-format",
-    type=click.Choice(benchmarks.FORMS),
-    default="chat",
-    show_default=True,
-    help="Ask in a user turn with a prefilled answer, or continue the plain text, as for a pretrained model.",
-)
-@click.option(
-    "--pairs",
-    metavar="FILE",
-    help="Instead of --input: pairs with `chosen` and `rejected`, or with gold. Which one does --model make likelier, "
-    "and what does it write itself?",
-)
-@click.option("--reference", metavar="MODEL", help="With --pairs: the model before training, to compare with.")
-@click.option(
-    "--samples",
-    type=click.IntRange(min=0),
-    default=None,
-    help="With --pairs: texts per prompt, the first one greedy. Default: 1.",
-)
+@options.gate_options
+@options.other_options
 @cli.options("temperature", "top_p", "max_new_tokens", "seed", "limit")
 @cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
 @reading_options
@@ -183,15 +121,15 @@ def main(output, against, watch, gated, margin, no_worse_than, unqualified, as_j
       python scripts/evaluate.py --input scripts/cai/tiny/prompts/heldout.jsonl \\
           --model tiny --by oracle --output evaluation.jsonl
     """
-    options = gather(values)
-    options.reader = classes.Reader(
-        "classifier" if options.classifier else options.by,
-        options.judge,
-        options.classifier,
-        options.unsafe_label,
-        options.endpoints,
-        options.loading,
-        options.orders,
+    chosen = gather(values)
+    chosen.reader = classes.Reader(
+        "classifier" if chosen.classifier else chosen.by,
+        chosen.judge,
+        chosen.classifier,
+        chosen.unsafe_label,
+        chosen.endpoints,
+        chosen.loading,
+        chosen.orders,
     )
     if (gated or watch) and not against:
         raise InputError(
@@ -204,7 +142,7 @@ def main(output, against, watch, gated, margin, no_worse_than, unqualified, as_j
     if unqualified and not gated:
         raise InputError("--unqualified without --gate", remedy="It lets the gate compare; nothing else is refused")
     before = gate.load(against) if against else None
-    measurement = tasks.choose(options)
+    measurement = tasks.choose(chosen)
     measurement.files += [against] if against else []
     final = outputs.Output(
         output, command="evaluate", fingerprint=measurement.settings, overwrite=overwrite, inputs=measurement.files

@@ -12,7 +12,7 @@ import json
 import shlex
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -125,7 +125,8 @@ def main(output, seeds, is_smoke, seed, as_json, dry_run, unqualified, terms, **
         result = stages.read_stages({step.name: step.output for step in steps})
         runs.append({**result, "seconds": round(time.monotonic() - started, 1), "output": folder})
     if is_smoke:
-        print_signs(steps, choices.device, as_json)
+        if not smoke.print_signs([(step.command, step.output) for step in steps], choices.device, as_json):
+            click.get_current_context().exit(1)
     else:
         print_rates(runs, output, as_json)
     if some_failed:
@@ -235,17 +236,6 @@ def print_rates(runs: list[dict], output: str, as_json: bool) -> None:
     click.echo(f"{table}\n\n{summary} · everything is in {output}")
     for run in runs:
         click.echo(f"report  {run['report']}")
-
-
-def print_signs(steps: list[Step], device: str | None, as_json: bool) -> None:
-    """Print each sign of life of a smoke run; exit 1 where one is missing."""
-    signs = smoke.look([(step.command, step.output) for step in steps], device)
-    alive = all(sign.alive for sign in signs)
-    rows = [(sign.step, sign.name, "yes" if sign.alive else "NO", sign.seen) for sign in signs]
-    result = json.dumps({"alive": alive, "signs": [asdict(sign) for sign in signs]}, ensure_ascii=False)
-    click.echo(result if as_json else tables.table(("step", "sign of life", "", "seen"), rows))
-    if not alive:
-        click.get_current_context().exit(1)
 
 
 if __name__ == "__main__":
