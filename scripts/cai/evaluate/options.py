@@ -29,8 +29,8 @@ def gate_options(function: _Function) -> _Function:
             type=click.FloatRange(0, 100, min_open=True),
             default=None,
             metavar="POINTS",
-            help="With --gate: may the model replace the one before? Only if every figure's interval excludes a loss of more "
-            "than these percentage points; else exit with 4.",
+            help="With --gate: may the model replace the one before? Only if every figure's interval excludes a loss "
+            "of more than these percentage points; else exit with 4.",
         ),
         click.option(
             "--margin",
@@ -43,14 +43,14 @@ def gate_options(function: _Function) -> _Function:
             "--gate",
             "gated",
             is_flag=True,
-            help="With --against: print one line VERDICT at the end, and exit with 4 if it is worse, or if there are too few "
-            "prompts to tell.",
+            help="With --against: print one line VERDICT at the end, and exit with 4 if it is worse, or if there are "
+            "too few prompts to tell.",
         ),
         click.option(
             "--watch",
             is_flag=True,
-            help="With --against: report signs that the policy learned to please its judge, such as phrases that became a "
-            "habit.",
+            help="With --against: report signs that the policy learned to please its judge, such as phrases that "
+            "became a habit.",
         ),
         click.option(
             "--against", metavar="FILE", help="An earlier --output: report what has changed since, with intervals."
@@ -73,7 +73,8 @@ def other_options(function: _Function) -> _Function:
         click.option(
             "--pairs",
             metavar="FILE",
-            help="Instead of --input: pairs with `chosen` and `rejected`, or with gold. Which one does --model make likelier, "
+            help="Instead of --input: pairs with `chosen` and `rejected`, or with gold. Which one does --model make "
+            "likelier, "
             "and what does it write itself?",
         ),
         click.option(
