@@ -242,7 +242,7 @@ class Estimator:
         if not settings["judge"]:
             return responses
         read = self.requests.of_class() + max(0.0, prompt - self.requests.chat) + answer
-        return _together(responses, self._text(rows, read, 0, settings))
+        return _together(responses, self._text(rows * settings["orders"], read, 0, settings))
 
     def _text(self, calls: int, read: float, new: float, settings: dict[str, Any]) -> Work:
         """Calls that read and write so many tokens each."""
