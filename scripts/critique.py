@@ -133,8 +133,7 @@ class Critic:
     def prepare(self, team, engine, rows, settings):
         """In one process, measure whether the model is fit as a critic; in all, ask what speaks to the prompts."""
         if team.first:
-            tokens = {"new_tokens": settings.sampling.max_new_tokens} if self.template.name != "critique" else {}
-            task = qualification.Task("critic", template=self.template, **tokens)
+            task = qualification.critic_task(self.template, settings.sampling.max_new_tokens)
             how = {"endpoints": settings.endpoints, "dtype": settings.loading["dtype"]}
             qualification.report(engine.name, task, lambda: engine, **how)
         self.chooser.prepare(team, lambda: engine, rows)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from cai.constitution.templates import neutralise
+from cai.constitution.templates import load_template, neutralise
 from cai.evaluate import qualification, qualification_sets
 from cai.models.engine import Generation
 
@@ -266,6 +266,15 @@ def test_a_server_that_does_not_answer_is_not_remembered_as_unfit(cache, monkeyp
 def test_nothing_is_measured_where_it_is_switched_off(cache, monkeypatch):
     monkeypatch.setenv("CAI_QUALIFICATION", "off")
     assert qualification.qualify("tiny", qualification.Task("judge"), pytest.fail) is None
+
+
+def test_the_same_task_is_measured_once_whoever_names_its_templates():
+    plain = qualification.Task("critic").settings()
+    assert qualification.critic_task(load_template("critique"), 96).settings() == plain
+    reasoned = qualification.critic_task(load_template("critique_cot"), 512).settings()
+    assert reasoned["new_tokens"] == 512 and reasoned["templates"] != plain["templates"]
+    named = {"template": load_template("preference"), "answer_template": load_template("preference_answer")}
+    assert qualification.Task("judge", **named).settings() == qualification.Task("judge").settings()
 
 
 @pytest.mark.slow

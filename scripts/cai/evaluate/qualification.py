@@ -99,6 +99,13 @@ class Task:
         }
 
 
+def critic_task(template: Template, new_tokens: int) -> Task:
+    """The task of a critic with this template; one that is not the default may ask for reasoning, so it gets the room
+    that it has in use."""
+    is_default = template.sha256 == load_template("critique").sha256
+    return Task("critic", template=template, new_tokens=CRITIQUE_TOKENS if is_default else new_tokens)
+
+
 # --- the measurement ----------------------------------------------------------------------------------------
 
 
@@ -475,7 +482,7 @@ def require_run(choices: Choices) -> None:
     preset = PRESETS[choices.preset]
     roles = [
         *(["reader"] if "--by judge" in str(preset["evaluate"]) else []),
-        *(["judge"] if choices.rl != "none" else []),
+        *(["judge"] if choices.rl != "none" or choices.gate == choices.model else []),
         "critic",
     ]
 
