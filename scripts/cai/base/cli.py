@@ -198,7 +198,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         default=None,
         metavar="N",
         help="Show at most N of the constitution's worked examples first; 0: none.  [default: all that fit; none for "
-        "`tiny`, which was not taught to read them]",
+        "`tiny`, whose context they would fill]",
     ),
     "seed": click.option("--seed", default=0, show_default=True, help="Seed of every draw."),
     "limit": click.option("--limit", type=click.IntRange(min=1), default=None, help="Read only the first N rows."),
