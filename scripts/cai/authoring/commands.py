@@ -17,6 +17,7 @@ from cai.constitution import rendering
 from cai.data import outputs, readers, reading
 from cai.data.kinds import KINDS
 from cai.evaluate import ablation, measurement
+from cai.evaluate import coverage as coverage_of
 
 TRIES = click.option(
     "--tries",
@@ -46,20 +47,26 @@ def _beside(output: str, ending: str) -> str:
 def coverage(output, as_json, dry_run, overwrite, **values):
     """Find the prompts that no principle applies to, by a judge model.
 
-    Each prompt is asked about with each principle, in both orders. OUTPUT has `covered` and the probabilities.
+    Each prompt is asked about with each principle, in both orders. OUTPUT has `covered` and the probabilities. Nonsense
+    is asked about first: a prompt about which the judge is no surer than about nonsense is `unsure`. These answers are
+    in OUTPUT.nonsense.jsonl, without OUTPUT's suffix.
 
     \b
     Example:
       python scripts/constitution.py coverage --input prompts.jsonl --model tiny \\
           --constitution harmlessness --output coverage.jsonl
     """
-    questions = ablation.Coverage(measurement.gather(values))
-    journal = outputs.Output(
-        output, command="coverage", fingerprint=questions.settings, overwrite=overwrite, inputs=values["inputs"]
-    )
+    questions = coverage_of.Coverage(measurement.gather(values))
+
+    def claim(path: str, settings: dict) -> outputs.Output:
+        inputs = values["inputs"]
+        return outputs.Output(path, command="coverage", fingerprint=settings, overwrite=overwrite, inputs=inputs)
+
+    journal = claim(output, questions.settings_of_rows)
+    nonsense = claim(_beside(output, "nonsense"), questions.settings)
     if not dry_run:
-        questions.write(journal)
-    counts = questions.count(journal) if dry_run else journal.counts
+        questions.write(journal, nonsense)
+    counts = questions.count(journal, nonsense) if dry_run else journal.counts
     cli.finish({"command": "coverage", "output": output, **counts}, as_json=as_json)
 
 
