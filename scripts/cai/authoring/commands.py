@@ -5,12 +5,13 @@
 Leaves out what needs no model (lint, show, new, import, export, schema): scripts/constitution.py.
 """
 
+import json
 import shlex
 from pathlib import Path
 
 import click
 
-from cai.authoring import derivation, inference, proposals
+from cai.authoring import derivation, inference, proposals, validation
 from cai.base import cli
 from cai.base.errors import InputError
 from cai.constitution import rendering
@@ -27,6 +28,14 @@ TRIES = click.option(
     help="How often a question is asked until its answer can be used.",
 )
 
+THRESHOLD = click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="A principle applies to a prompt at this probability or above.",
+)
+
 
 def _beside(output: str, ending: str) -> str:
     """The file of rows beside an output: `<output>.<ending>.jsonl`, without the output's suffix."""
@@ -35,13 +44,7 @@ def _beside(output: str, ending: str) -> str:
 
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model", "endpoint", "constitution")
-@click.option(
-    "--threshold",
-    type=click.FloatRange(0, 1),
-    default=0.5,
-    show_default=True,
-    help="A principle applies to a prompt at this probability or above.",
-)
+@THRESHOLD
 @cli.options("limit", "batch_size", "device", "dtype", "json", "dry_run", "overwrite")
 @reading.reading_options
 def coverage(output, as_json, dry_run, overwrite, **values):
@@ -268,4 +271,48 @@ def infer(output, as_json, dry_run, overwrite, **values):
         click.get_current_context().exit(cli.SOME_FAILED)
 
 
-COMMANDS = (coverage, ablate, derive, prompts, infer)
+@click.command(cls=cli.Command)
+@cli.options("input", "output", "model", "endpoint", "constitution")
+@click.option("--judge", metavar="MODEL", help="The model that judges coverage and revisions.  [default: --model]")
+@click.option(
+    "-n", "count", type=click.IntRange(min=1), default=10, show_default=True, help="Prompts to try per principle."
+)
+@THRESHOLD
+@cli.options("reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed", "limit")
+@cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+@reading.reading_options
+def validate(output, as_json, dry_run, overwrite, **values):
+    """Show whether a constitution does anything: lint, coverage, and a comparison with a placebo.
+
+    Each principle is tried on -n prompts: a response is revised under it and under a placebo, requests of the same
+    length about lavender and geese, and the judge compares both revisions. OUTPUT is the report as JSON; the stages are
+    in files beside it, and the same command continues there. Exits with 3 if no principle can be told from the placebo.
+
+    \b
+    Example:
+      python scripts/constitution.py validate --input prompts.jsonl --model my-org/my-model \\
+          --constitution kitchen.yaml --output validation.json
+    """
+    task = validation.Validation(measurement.gather(values))
+
+    def claim(ending: str, settings: dict) -> outputs.Output:
+        path, inputs = _beside(output, ending), values["inputs"]
+        return outputs.Output(path, command="validate", fingerprint=settings, overwrite=overwrite, inputs=inputs)
+
+    summary = {"command": "validate", "output": output}
+    if dry_run:
+        return cli.finish({**summary, **task.plan()}, as_json=as_json)
+    judgements = claim("judged", task.judging)
+    if not judgements.complete:
+        rendering.check_free(output, overwrite)
+    report = task.write(claim, judgements)
+    rendering.save(output, json.dumps(report, ensure_ascii=False, indent=1) + "\n", overwrite=True)
+    if not as_json:
+        click.echo(validation.as_text(report))
+    shown = ("verdict", "placebo", "weakest", "failed")
+    cli.finish({**summary, **(report if as_json else {name: report[name] for name in shown})}, as_json=as_json)
+    if report["verdict"] == validation.NOT_TOLD:
+        click.get_current_context().exit(cli.SOME_FAILED)
+
+
+COMMANDS = (coverage, ablate, validate, derive, prompts, infer)

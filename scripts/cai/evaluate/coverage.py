@@ -84,15 +84,16 @@ class Coverage:
         """The settings, and what decides `covered` beside them."""
         return {**self.settings, "threshold": self.options.threshold}
 
+    def count_questions(self, done: int = 0, is_nonsense_done: bool = False) -> int:
+        """Questions that are still to be asked, each in two orders, once `done` prompts are."""
+        principles, asked = len(self.constitution.principles), min(self.source.count, PROMPTS_ASKED)
+        nonsense = principles * len(NONSENSE_PROMPTS) + len(NONSENSE_PRINCIPLES) * asked
+        return 2 * (principles * (self.source.count - done) + (0 if is_nonsense_done else nonsense))
+
     def count(self, output: outputs.Output, nonsense: outputs.Output) -> dict:
         """The prompts, and the questions that are still to be asked."""
-        principles = len(self.constitution.principles)
-        remaining = 0 if output.complete else self.source.count - len(output.done)
-        asked = min(self.source.count, PROMPTS_ASKED)
-        questions = principles * (remaining + len(NONSENSE_PROMPTS)) + len(NONSENSE_PRINCIPLES) * asked
-        if nonsense.complete:
-            questions = principles * remaining
-        return {"prompts": self.source.count, "model_calls": 2 * questions}
+        done = self.source.count if output.complete else len(output.done)
+        return {"prompts": self.source.count, "model_calls": self.count_questions(done, nonsense.complete)}
 
     def write(self, output: outputs.Output, nonsense: outputs.Output) -> list[dict]:
         """Ask about nonsense, then about every prompt, and return the rows of the prompts (resumable).
