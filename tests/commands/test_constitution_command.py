@@ -276,7 +276,7 @@ def test_a_document_of_two_hundred_rules_goes_through_every_subcommand(run, tmp_
     assert len(run("show", "--constitution", output)["principles"]) == 200
     prompts, _ = some_prompts(tmp_path, 2)
     options = ("--input", prompts, "--model", "tiny", "--constitution", output, "--output", tmp_path / "covered.jsonl")
-    assert run("coverage", *options, "--dry-run")["model_calls"] == 800
+    assert run("coverage", *options, "--dry-run")["model_calls"] == 2 * (200 * (2 + 12) + 4 * 2)  # prompts and nonsense
 
 
 def test_import_and_export_replace_nothing_unasked(invoke, tmp_path):
@@ -331,7 +331,7 @@ def test_coverage_asks_about_each_principle_both_ways_round(run, tmp_path):
         "float32",
     )
     planned = run("coverage", *options, "--dry-run")
-    assert planned["model_calls"] == 2 * 2 * 7 and not (tmp_path / "out.jsonl").exists()
+    assert planned["model_calls"] == 2 * (2 * (7 + 12) + 4 * 7) and not (tmp_path / "out.jsonl").exists()
     said = run("coverage", *options, code=3)  # the long one fits no context
     found = [row for _, row in read_jsonl(tmp_path / "out.jsonl")]
     assert [row["id"] for row in found] == [row["id"] for row in rows]
@@ -339,10 +339,15 @@ def test_coverage_asks_about_each_principle_both_ways_round(run, tmp_path):
     for row in found[:-1]:
         assert set(row["by"]) == {"harm", "kind"} and all(0 <= p <= 1 for p in row["by"].values())
         assert list(row["by"].values()) == sorted(row["by"].values(), reverse=True)
-        assert row["covered"] == (max(row["by"].values()) >= 0.5)
+        highest = max(row["by"].values())
+        assert row["covered"] == (highest >= 0.5 and (highest > said["indifference"]["high"] or "unsure"))
     assert said["uncovered"]["n"] == 6
     assert said["uncovered"]["value"] == pytest.approx(sum(row["covered"] is False for row in found) / 6)
-    assert said["speaks_to"]["harm"] == sum(row["by"].get("harm", 0) >= 0.5 for row in found)
+    highest = max(0.5, said["indifference"]["high"])
+    assert said["speaks_to"]["harm"] == sum(row["by"].get("harm", 0) > highest for row in found)
+    about_nonsense = [row for _, row in read_jsonl(tmp_path / "out.nonsense.jsonl")]
+    assert len(about_nonsense) == 12 + 7 and len(about_nonsense[0]["by"]) == 2 and len(about_nonsense[12]["by"]) == 4
+    assert said["indifference"]["n"] == 2 * 12 + 4 * 6
     again = run("coverage", *options, code=3)
     assert again == said
 

@@ -6,7 +6,7 @@ import pytest
 
 from cai.base.errors import InputError
 from cai.constitution.files import Constitution, Principle
-from cai.evaluate.ablation import check_drawn, coverage_counts, differences, without_each
+from cai.evaluate.ablation import check_drawn, differences, without_each
 
 
 def drew(row_id, *principles) -> dict:
@@ -75,15 +75,3 @@ def test_rows_must_have_drawn_from_the_constitution():
         check_drawn(drew("1", "a", "c"), constitution(), "rows.jsonl", 2)
     with pytest.raises(InputError, match="no rounds"):
         check_drawn(drew("1"), constitution(), "rows.jsonl", 3)
-
-
-def test_coverage_is_counted_over_what_could_be_asked():
-    rows = [
-        {"covered": True, "by": {"a": 0.9, "b": 0.5}, "label_mass": 1.0},
-        {"covered": False, "by": {"a": 0.2, "b": 0.1}, "label_mass": 0.5},
-        {"covered": None, "by": {}, "label_mass": None},
-    ]
-    found = coverage_counts(rows, constitution(), 0.5)
-    assert (found["prompts"], found["failed"], found["label_mass"]) == (3, 1, 0.75)
-    assert (found["uncovered"]["value"], found["uncovered"]["n"]) == (0.5, 2)
-    assert found["speaks_to"] == {"a": 1, "b": 1}

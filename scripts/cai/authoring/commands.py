@@ -5,18 +5,20 @@
 Leaves out what needs no model (lint, show, new, import, export, schema): scripts/constitution.py.
 """
 
+import json
 import shlex
 from pathlib import Path
 
 import click
 
-from cai.authoring import derivation, inference, proposals
+from cai.authoring import derivation, inference, proposals, validation
 from cai.base import cli
 from cai.base.errors import InputError
 from cai.constitution import rendering
 from cai.data import outputs, readers, reading
 from cai.data.kinds import KINDS
 from cai.evaluate import ablation, measurement
+from cai.evaluate import coverage as coverage_of
 
 TRIES = click.option(
     "--tries",
@@ -24,6 +26,14 @@ TRIES = click.option(
     default=2,
     show_default=True,
     help="How often a question is asked until its answer can be used.",
+)
+
+THRESHOLD = click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="A principle applies to a prompt at this probability or above.",
 )
 
 
@@ -34,32 +44,32 @@ def _beside(output: str, ending: str) -> str:
 
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model", "endpoint", "constitution")
-@click.option(
-    "--threshold",
-    type=click.FloatRange(0, 1),
-    default=0.5,
-    show_default=True,
-    help="A principle applies to a prompt at this probability or above.",
-)
+@THRESHOLD
 @cli.options("limit", "batch_size", "device", "dtype", "json", "dry_run", "overwrite")
 @reading.reading_options
 def coverage(output, as_json, dry_run, overwrite, **values):
     """Find the prompts that no principle applies to, by a judge model.
 
-    Each prompt is asked about with each principle, in both orders. OUTPUT has `covered` and the probabilities.
+    Each prompt is asked about with each principle, in both orders. OUTPUT has `covered` and the probabilities. Nonsense
+    is asked about first: a prompt about which the judge is no surer than about nonsense is `unsure`. These answers are
+    in OUTPUT.nonsense.jsonl, without OUTPUT's suffix.
 
     \b
     Example:
       python scripts/constitution.py coverage --input prompts.jsonl --model tiny \\
           --constitution harmlessness --output coverage.jsonl
     """
-    questions = ablation.Coverage(measurement.gather(values))
-    journal = outputs.Output(
-        output, command="coverage", fingerprint=questions.settings, overwrite=overwrite, inputs=values["inputs"]
-    )
+    questions = coverage_of.Coverage(measurement.gather(values))
+
+    def claim(path: str, settings: dict) -> outputs.Output:
+        inputs = values["inputs"]
+        return outputs.Output(path, command="coverage", fingerprint=settings, overwrite=overwrite, inputs=inputs)
+
+    journal = claim(output, questions.settings_of_rows)
+    nonsense = claim(_beside(output, "nonsense"), questions.settings)
     if not dry_run:
-        questions.write(journal)
-    counts = questions.count(journal) if dry_run else journal.counts
+        questions.write(journal, nonsense)
+    counts = questions.count(journal, nonsense) if dry_run else journal.counts
     cli.finish({"command": "coverage", "output": output, **counts}, as_json=as_json)
 
 
@@ -261,4 +271,48 @@ def infer(output, as_json, dry_run, overwrite, **values):
         click.get_current_context().exit(cli.SOME_FAILED)
 
 
-COMMANDS = (coverage, ablate, derive, prompts, infer)
+@click.command(cls=cli.Command)
+@cli.options("input", "output", "model", "endpoint", "constitution")
+@click.option("--judge", metavar="MODEL", help="The model that judges coverage and revisions.  [default: --model]")
+@click.option(
+    "-n", "count", type=click.IntRange(min=1), default=10, show_default=True, help="Prompts to try per principle."
+)
+@THRESHOLD
+@cli.options("reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed", "limit")
+@cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+@reading.reading_options
+def validate(output, as_json, dry_run, overwrite, **values):
+    """Show whether a constitution does anything: lint, coverage, and a comparison with a placebo.
+
+    Each principle is tried on -n prompts: a response is revised under it and under a placebo, requests of the same
+    length about lavender and geese, and the judge compares both revisions. OUTPUT is the report as JSON; the stages are
+    in files beside it, and the same command continues there. Exits with 3 if no principle can be told from the placebo.
+
+    \b
+    Example:
+      python scripts/constitution.py validate --input prompts.jsonl --model my-org/my-model \\
+          --constitution kitchen.yaml --output validation.json
+    """
+    task = validation.Validation(measurement.gather(values))
+
+    def claim(ending: str, settings: dict) -> outputs.Output:
+        path, inputs = _beside(output, ending), values["inputs"]
+        return outputs.Output(path, command="validate", fingerprint=settings, overwrite=overwrite, inputs=inputs)
+
+    summary = {"command": "validate", "output": output}
+    if dry_run:
+        return cli.finish({**summary, **task.plan()}, as_json=as_json)
+    judgements = claim("judged", task.judging)
+    if not judgements.complete:
+        rendering.check_free(output, overwrite)
+    report = task.write(claim, judgements)
+    rendering.save(output, json.dumps(report, ensure_ascii=False, indent=1) + "\n", overwrite=True)
+    if not as_json:
+        click.echo(validation.as_text(report))
+    shown = ("verdict", "placebo", "weakest", "failed")
+    cli.finish({**summary, **(report if as_json else {name: report[name] for name in shown})}, as_json=as_json)
+    if report["verdict"] == validation.NOT_TOLD:
+        click.get_current_context().exit(cli.SOME_FAILED)
+
+
+COMMANDS = (coverage, ablate, validate, derive, prompts, infer)

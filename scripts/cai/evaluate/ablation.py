@@ -1,16 +1,13 @@
-"""What principles do: which prompts they apply to, and what changes in the figures without one of them.
+"""What principles do: what changes in the figures of the revisions without one of them.
 
-    Coverage(options).write(output)
     measurement = measure_without_each(options, "runs/ablation")
 
-`Coverage` asks a judge model about every prompt and principle. An ablation repeats those revisions that had drawn the
-principle which is then left out: all others would be the same without it. Leaves out training with each reduced
-constitution, which `run.py` does.
+An ablation repeats those revisions that had drawn the principle which is then left out: all others would be the same
+without it. Leaves out training with each reduced constitution, which `run.py` does.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,82 +21,8 @@ from cai.evaluate import classes, measurement, rates
 from cai.models import loading
 from cai.models.engine import Engine, Generation, Message, Request
 from cai.stats import intervals, tables
-from cai.steps import matching
 from cai.steps.examples import Examples, default_most
 from cai.steps.flags import flags
-
-# --- coverage -----------------------------------------------------------------------------------------------
-
-
-class Coverage:
-    """The prompts and the principles of a constitution, to be asked about. Made without loading a model."""
-
-    def __init__(self, options: SimpleNamespace):
-        loading.check_model(options.model)
-        self.options, self.constitution = options, load_constitution(options.constitution)
-        self.source = sources.Source(options.inputs, limit=options.limit, reading=options.reading)
-        self.settings = {
-            "model": options.model,
-            "weights": hashing.identity(options.model),
-            "input": self.source.digest,
-            "limit": options.limit,
-            "constitution": self.constitution.sha256,
-            "template": templates.load_template("coverage").sha256,
-            "threshold": options.threshold,
-            "dtype": options.dtype,
-        }
-
-    def count(self, output: outputs.Output) -> dict:
-        """The prompts, and the questions that are still to be asked."""
-        remaining = 0 if output.complete else self.source.count - len(output.done)
-        return {"prompts": self.source.count, "model_calls": 2 * len(self.constitution.principles) * remaining}
-
-    def write(self, output: outputs.Output) -> None:
-        """Write the row of `matching.cover` and `covered` for every prompt (resumable), and warn of a judge that does
-        not answer.
-
-        covered: whether a principle has the threshold's probability or more; None where the judge made no choice.
-        """
-        options = self.options
-
-        def produce(engine: Engine) -> Iterator[dict]:
-            remaining = (row for row in self.source if row["id"] not in output.done)
-            for row in matching.cover(engine, remaining, self.constitution):
-                covered = any(p >= options.threshold for p in row["by"].values()) if row["by"] else None
-                yield {"id": row["id"], "prompt": row["prompt"], "covered": covered, **row}
-
-        measurement.fill(
-            output,
-            self.source.ids,
-            "coverage",
-            partial(loading.load_engine, options.model, endpoints=options.endpoints, **options.loading),
-            produce,
-            lambda rows: coverage_counts(rows, self.constitution, options.threshold),
-        )
-        remedy = "take a larger judge before you rely on this"
-        classes.mean_letter_mass([output.counts["label_mass"]], remedy)
-        if output.counts["letter_bias"]:
-            classes.warn_of_letter_bias(output.counts["letter_bias"], remedy)
-
-
-def coverage_counts(rows: Iterable[dict], constitution: Constitution, threshold: float) -> dict:
-    """prompts, failed, uncovered (a rate), label_mass, letter_bias, and to how many prompts each principle applies."""
-    rows = list(rows)
-    known = [row for row in rows if row["covered"] is not None]
-    figures = matching.summarise_letters(known)
-    return {
-        "prompts": len(rows),
-        "failed": len(rows) - len(known),
-        "uncovered": intervals.rate(sum(not row["covered"] for row in known), len(known)),
-        **{name: figures.get(name) for name in ("label_mass", "letter_bias")},
-        "speaks_to": {
-            principle.id: sum(row["by"].get(principle.id, 0.0) >= threshold for row in known)
-            for principle in constitution.principles
-        },
-    }
-
-
-# --- ablation -----------------------------------------------------------------------------------------------
 
 
 def measure_without_each(options: SimpleNamespace, stem: Path) -> measurement.Measurement:
