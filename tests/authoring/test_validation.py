@@ -1,4 +1,4 @@
-"""Validation by hand: the placebo, what can be told from it, principles that pull apart; and `validate` on tiny."""
+"""Validation by hand: the placebo, what can be distinguished from it, principles that pull apart; and `validate` on tiny."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_what_beats_the_placebo_is_told_from_it_and_the_weakest_is_named():
         ("a", 1.0, True),
         ("b", 0.0, False),
     ]
-    assert report["verdict"] == "1 of 2 principles can be told from the placebo"
+    assert report["verdict"] == "1 of 2 principles can be distinguished from the placebo"
 
 
 def test_equal_revisions_count_half_and_missing_ones_are_counted():

@@ -36,7 +36,7 @@ FURTHER = ("or a goose", "or lavender")
 
 PAIRS_COMPARED = 24  # pairs of revisions that are judged under every principle, to see which principles pull apart
 
-NOT_TOLD = "no principle can be told from the placebo"
+NOT_TOLD = "no principle can be distinguished from the placebo"
 
 Claim = Callable[[str, dict], outputs.Output]
 
@@ -250,11 +250,9 @@ def compare_with_placebo(trials: Iterable[dict], judged: Iterable[dict], ids: Se
     if not is_told:
         verdict = NOT_TOLD
     elif not count:
-        verdict = (
-            "the constitution can be told from the placebo, but no single principle: try each on more prompts (-n)"
-        )
+        verdict = "the constitution can be distinguished from the placebo, but no single principle: try each on more prompts (-n)"
     else:
-        verdict = f"{count} of {len(ids)} principles can be told from the placebo"
+        verdict = f"{count} of {len(ids)} principles can be distinguished from the placebo"
     return {
         "verdict": verdict,
         "placebo": total,

@@ -23,7 +23,7 @@ FIELDS = {"critique": ("prompt", "response", "critique"), "revision": ("prompt",
 
 
 def default_most(most: int | None, model: str) -> int | None:
-    """How many examples to show at most: by default all, and none to the bundled model, whose context they would fill."""
+    """How many examples to show at most: by default all, and none to `tiny`, whose context they would fill."""
     return 0 if most is None and model == "tiny" else most
 
 
