@@ -1,4 +1,4 @@
-"""Validation by hand: the placebo, what can be distinguished from it, principles that pull apart; and `validate` on tiny."""
+"""Validation by hand: the placebo, what differs from it, principles that pull apart; and `validate` on tiny."""
 
 import json
 

@@ -286,7 +286,8 @@ def validate(output, as_json, dry_run, overwrite, **values):
 
     Each principle is tried on -n prompts: a response is revised under it and under a placebo, requests of the same
     length about lavender and geese, and the judge compares both revisions. OUTPUT is the report as JSON; the stages are
-    in files beside it, and the same command continues there. Exits with 3 if no principle can be distinguished from the placebo.
+    are in files beside it, and the same command continues there. Exits with 3 if no principle can be distinguished from
+    the placebo.
 
     \b
     Example:

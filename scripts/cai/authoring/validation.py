@@ -250,7 +250,10 @@ def compare_with_placebo(trials: Iterable[dict], judged: Iterable[dict], ids: Se
     if not is_told:
         verdict = NOT_TOLD
     elif not count:
-        verdict = "the constitution can be distinguished from the placebo, but no single principle: try each on more prompts (-n)"
+        verdict = (
+            "the constitution can be distinguished from the placebo, but no single principle: try each on more prompts "
+            "(-n)"
+        )
     else:
         verdict = f"{count} of {len(ids)} principles can be distinguished from the placebo"
     return {
