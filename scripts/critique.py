@@ -8,6 +8,7 @@ on revised rows for another round. Leaves out the revision (revise.py) and any c
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import filterfalse
 
 import click
 
@@ -15,8 +16,8 @@ from cai.base import cli
 from cai.constitution import files, templates
 from cai.data import rounds, sources
 from cai.models.reasoning import has_reasoning_tag
+from cai.steps import content, text
 from cai.steps import principles as choosing
-from cai.steps import text
 from cai.steps.examples import Examples, default_most
 
 
@@ -37,8 +38,11 @@ from cai.steps.examples import Examples, default_most
     "--cot", is_flag=True, help="Think step by step first: the template critique_cot (all: critique_all_cot)."
 )
 @cli.options("examples")
+@content.stop_option
 @text.options
-def main(inputs, output, model, constitution, principles, matches, unmatched, template, cot, most_examples, settings):
+def main(
+    inputs, output, model, constitution, principles, matches, unmatched, template, cot, most_examples, stops, settings
+):
     """Have a model criticise responses by a principle of the constitution.
 
     \b
@@ -67,7 +71,7 @@ def main(inputs, output, model, constitution, principles, matches, unmatched, te
     chooser = choosing.Chooser(constitution, principles, settings.seed, kept)
     most = 0 if names_violated else default_most(most_examples, model)
     examples = Examples(constitution, template, "critique", most)
-    critic = Critic(chooser, template, examples, unmatched, names_violated)
+    critic = Critic(chooser, template, examples, unmatched, names_violated, stops)
     shared_matches = ["--matches", kept.path] if kept else []
     options = text.round_options(inputs)
     text.run(
@@ -86,16 +90,10 @@ def main(inputs, output, model, constitution, principles, matches, unmatched, te
             info={"round_options": [*cli.given_options("principles", "unmatched", "template", "cot"), *shared_matches]},
         ),
         settings,
-        tally=critic.tally,
+        tally=lambda answered: critic.tally(answered, model),
         inputs=inputs,
         output=output,
-        fingerprint={
-            "input": source.digest,
-            "template": template.sha256,
-            **chooser.fingerprint,
-            **({"unmatched": unmatched} if kept else {}),
-            "examples": most,
-        },
+        fingerprint={"input": source.digest, **critic.fingerprint, "examples": most},
         next_command=text.next_step("revise", output, model, "REVISIONS", *text.OF_A_ROUND, options=options),
     )
 
@@ -106,6 +104,7 @@ class Critic:
 
     unmatched: "keep" skips the round where no principle speaks to the prompt.
     names_violated: the critique's last line names the principles that are violated.
+    stops: rows whose last critique found no fault are passed on as they are.
     """
 
     chooser: choosing.Chooser
@@ -113,6 +112,17 @@ class Critic:
     examples: Examples
     unmatched: str = "draw"
     names_violated: bool = False
+    stops: bool = False
+
+    @property
+    def fingerprint(self):
+        """What the rounds depend on, beside the input and the examples."""
+        return {
+            "template": self.template.sha256,
+            **self.chooser.fingerprint,
+            **({"unmatched": self.unmatched} if self.chooser.matches else {}),
+            **({"stop_when_content": True} if self.stops else {}),
+        }
 
     def check(self, engine, new_tokens, rows):
         self.chooser.check_context(engine, new_tokens, self.template, prompt="", response="")
@@ -120,6 +130,8 @@ class Critic:
         self.examples.check(map(self.ask, rows))
 
     def settle(self, row):
+        if self.stops and rounds.is_content(row):
+            return row
         if self.unmatched == "keep" and self.chooser.is_unmatched(row):
             return begin_round(row, {"principle": None, "critique": "", "skipped": "unmatched"})
         return None
@@ -139,10 +151,10 @@ class Critic:
             new_round["violated"] = choosing.read_violated(generation.text, self.chooser.constitution)
         return begin_round(row, new_round)
 
-    def tally(self, answered):
-        """Counts over the finished rows."""
+    def tally(self, answered, model):
+        """Counts over the finished rows; those that were passed on are in `content` alone."""
         counts = Counter(empty=0, **({"unmatched": 0} if self.chooser.matches else {}))
-        for row in answered:
+        for row in filterfalse(rounds.is_content, answered):
             last = row["rounds"][-1]
             counts["empty"] += "skipped" not in last and not last["critique"]
             if self.chooser.matches and last.get("speaks") is None:
@@ -151,7 +163,8 @@ class Critic:
                 counts["violations_unread"] += 1
             if has_reasoning_tag(last["critique"]):
                 counts["leaked_tag"] += 1
-        return dict(counts)
+        saved = content.tally_passed_on(answered, model, self.render) if self.stops else {}
+        return {**counts, **saved}
 
 
 def begin_round(row, new_round):

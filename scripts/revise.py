@@ -3,11 +3,12 @@
     python scripts/revise.py --input critiques.jsonl --model tiny --output revisions.jsonl
 
 Rules check the form of each revision (steps/flags.py) and flag what is wrong with it. Flagged revisions stay in the
-file, and sft.py skips them. A row whose critique.py skipped the round is passed on as it is. Leaves out the critique
-(critique.py), and a second try for flagged revisions.
+file, and sft.py skips them. A row whose round was skipped is passed on as it is. With --gate a judge decides whether a
+revision replaces the text before it. Leaves out the critique (critique.py), and a second try for flagged revisions.
 """
 
 from collections import Counter
+from functools import partial
 
 import click
 
@@ -15,7 +16,7 @@ from cai.base import cli
 from cai.base.errors import InputError, shorten
 from cai.constitution import files, templates
 from cai.data import rounds, sources
-from cai.steps import principles, text
+from cai.steps import content, gating, principles, text
 from cai.steps.examples import Examples, default_most
 from cai.steps.flags import REASONS, flags
 
@@ -23,9 +24,11 @@ from cai.steps.flags import REASONS, flags
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model", "constitution")
 @click.option("--template", metavar="NAME|FILE", default="revise", show_default=True, help="The prompt template.")
+@gating.gate_option
 @cli.options("examples")
+@content.stop_option
 @text.options
-def main(inputs, output, model, constitution, template, most_examples, settings):
+def main(inputs, output, model, constitution, template, gate, most_examples, stops, settings):
     """Have a model revise responses after their critique.
 
     \b
@@ -34,7 +37,9 @@ def main(inputs, output, model, constitution, template, most_examples, settings)
           --constitution harmlessness --output revisions.jsonl
     """
     most = default_most(most_examples, model)
-    reviser = Reviser(files.load_constitution(constitution), templates.load_template(template), most)
+    constitution = files.load_constitution(constitution)
+    gate = gating.read_gate(gate, settings.endpoints, constitution, settings.seed) if gate else None
+    reviser = Reviser(constitution, templates.load_template(template), most, gate)
     fields = ("prompt", "response", "rounds")
     source = sources.Source(
         inputs, require=fields, limit=settings.limit, check=reviser.check_row, reading=settings.reading
@@ -42,29 +47,33 @@ def main(inputs, output, model, constitution, template, most_examples, settings)
     # A critique that finds no fault leads to a copy of the response; without copies SFT learns only to refuse.
     train = ["sft", "--input", output, "--model", model, "--keep", "copy", "--output", "SFT"]
     again = text.next_step("critique", output, model, "CRITIQUES", *text.OF_A_ROUND, options=text.round_options(inputs))
+    step = text.Step(
+        "revise",
+        model,
+        source,
+        source.ids,
+        reviser.render,
+        reviser.answer,
+        check=lambda engine: reviser.check(engine, settings.sampling.max_new_tokens, source),
+        settle=lambda row: row if rounds.is_skipped(row) else None,
+        examples=reviser.examples,
+        info={"round_options": cli.given_options("template", "gate")},
+    )
+    saved = partial(content.tally, model=model, render=reviser.render) if stops else lambda _: {}
     text.run(
-        text.Step(
-            "revise",
-            model,
-            source,
-            source.ids,
-            reviser.render,
-            reviser.answer,
-            check=lambda engine: reviser.check(engine, settings.sampling.max_new_tokens, source),
-            settle=lambda row: row if is_skipped(row) else None,
-            examples=reviser.examples,
-            info={"round_options": cli.given_options("template")},
-        ),
+        content.stop_when_content(step) if stops else step,
         settings,
-        tally=tally,
+        tally=lambda answered: {**tally(answered), **saved(answered)},
         inputs=inputs,
         output=output,
         fingerprint={
             "input": source.digest,
             "constitution": reviser.constitution.sha256,
             "template": reviser.template.sha256,
+            **(content.fingerprint() if stops else {}),
             "examples": most,
         },
+        gate=gate,
         next_command=again if reviser.rounds == 1 else train,
         alternative=train if reviser.rounds == 1 else None,
     )
@@ -73,8 +82,8 @@ def main(inputs, output, model, constitution, template, most_examples, settings)
 class Reviser:
     """What a model is asked about a row that has a critique, and the row with its revision."""
 
-    def __init__(self, constitution, template, most_examples=None):
-        self.constitution, self.template = constitution, template
+    def __init__(self, constitution, template, most_examples=None, gate=None):
+        self.constitution, self.template, self.gate = constitution, template, gate
         self.examples = Examples(constitution, template, "revision", most_examples)
         self.combined = principles.Chooser(constitution, files.ALL, seed=0)
         self.has_combined = False  # whether a critique was written under all principles
@@ -83,7 +92,7 @@ class Reviser:
     def check_row(self, row, where, line):
         rounds.check_rounds(row, where, line, critiqued=True)
         self.rounds = max(self.rounds, len(row["rounds"]))
-        if is_skipped(row):
+        if rounds.is_skipped(row):
             return
         name = row["rounds"][-1]["principle"]
         self.has_combined |= name == files.ALL
@@ -95,12 +104,14 @@ class Reviser:
                 expected="the constitution of the critique",
                 remedy="Give the same --constitution again",
             )
+        if self.gate:
+            self.gate.check_row(row, where, line)
 
     def check(self, engine, new_tokens, rows):
         if self.has_combined:
             self.combined.check_context(engine, new_tokens, self.template, prompt="", response="", critique="")
         self.examples.fit(engine, new_tokens)
-        self.examples.check(self.ask(row) for row in rows if not is_skipped(row))
+        self.examples.check(self.ask(row) for row in rows if not rounds.is_skipped(row))
 
     def ask(self, row):
         """(the principle of the row's round, the question about the row alone)."""
@@ -121,16 +132,12 @@ class Reviser:
         return {**row, "rounds": [*row["rounds"][:-1], last]}
 
 
-def is_skipped(row):
-    return "skipped" in row["rounds"][-1]
-
-
 def tally(answered):
     """Counts over the finished rows."""
     flagged, reasons, skipped = 0, Counter({reason: 0 for reason in REASONS}), Counter()
     for row in answered:
         last = row["rounds"][-1]
-        if is_skipped(row):
+        if rounds.is_skipped(row):
             skipped[last["skipped"]] += 1
             continue
         flagged += bool(last["flags"])

@@ -26,7 +26,7 @@ from cai.data.sources import Source
 from cai.evaluate import smoke, stages
 from cai.models import loading
 from cai.stats import tables
-from cai.steps import pricing
+from cai.steps import content, gating, pricing
 from cai.steps import principles as choosing
 from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
 
@@ -41,6 +41,8 @@ from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
 @cli.rows_option("--heldout", help="Prompts with their kind to measure on; for `tiny` the bundled ones. Repeatable.")
 @cli.rows_option("--helpful", help="Rows with a helpful `response` to mix into SFT. Repeatable.")
 @choosing.principles_option("draw", "match", "all")
+@gating.gate_option
+@content.stop_option
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Rounds of critique and revision."
 )
@@ -136,8 +138,9 @@ def choose(terms: pricing.Terms, *, model, inputs, heldout, preset, **options) -
 
 def check_inputs(choices: Choices) -> None:
     """Refuse bad input now, rather than hours later when its step comes."""
-    if not pricing.is_size(choices.model):
-        loading.check_model(choices.model)
+    for model in filter(None, (choices.model, choices.gate)):
+        if not pricing.is_size(model):
+            loading.check_model(loading.split_endpoint(model)[0])
     load_constitution(choices.constitution)
     for files, fields in (("inputs", ("prompt",)), ("heldout", ("prompt", "kind"))):
         if pricing.is_file(choices, files):

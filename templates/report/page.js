@@ -74,7 +74,7 @@
   function haystack(item) {
     if (!haystacks.has(item.key)) {
       const numbers = [...item.prompt.map(([, text]) => text), ...item.responses.map(([, text]) => text)];
-      for (const one of item.rounds) numbers.push(one.critique, one.revision);
+      for (const one of item.rounds) numbers.push(one.critique, one.revision, one.refused);
       for (const pair of item.pairs) numbers.push(pair.a, pair.b);
       const texts = [...new Set(numbers)].filter((number) => number !== null).map(T);
       haystacks.set(item.key, [item.id, ...texts].join("\n").toLowerCase());
@@ -139,8 +139,12 @@
     return label(`Principle ${plain(id)}`, text && `– ${plain(text)}`);
   }
   function round(one, number) {
-    const parts = [make("h4", "", `Round ${number}`, " ", ...[one.class, ...one.flags.map((flag) => `flag: ${flag}`)].filter(Boolean).map(badge)),
-      principle(one.principle, REQUEST), label("Critique"), block(T(one.critique), "critique")];
+    const badges = [one.class, one.skipped && `skipped: ${one.skipped}`, ...one.flags.map((flag) => `flag: ${flag}`)];
+    const parts = [make("h4", "", `Round ${number}`, " ", ...badges.filter(Boolean).map(badge))];
+    if (one.principle === null) return [...parts, label("No principle speaks to the prompt: the text was left as it was.")];
+    parts.push(principle(one.principle, REQUEST), label("Critique"), block(T(one.critique), "critique"));
+    if (one.skipped) return [...parts, label("The critique finds no fault: the text was left as it was.")];
+    if (one.refused !== null) return [...parts, label("The gate refused this revision, and the text before it stays"), block(T(one.refused), "revision")];
     if (one.revision === null) return parts;
     if (one.changes && !one.changes.length) return [...parts, label("Revision: the text was left as it was.")];
     parts.push(label(one.changes ? "Revision, with what was removed and added" : "Revision (too long to mark what changed)"));

@@ -55,6 +55,49 @@ def test_rounds_and_principles_are_counted(folder):
     assert len(table) == 16, "principles that were never drawn are listed too"
 
 
+def skipping_rows() -> list[dict]:
+    """A row without a principle in its first round, one that is content, and one whose revision the gate refused."""
+    revised = runs.one_round("care", "It harms.", "I won't, because it hurts people.")
+    unmatched = {"principle": None, "critique": "", "skipped": "unmatched"}
+    content = {"principle": "harm", "critique": "No fault.", "skipped": "content"}
+    first = "Sure, here is deed 2 done in three steps."
+    refused = {**runs.one_round("harm", "It harms.", first, ["gate"]), "refused": "Get lost.", "gate": {}}
+    given = [[unmatched, revised], [content], [refused, revised]]
+    return [runs.row(number, "harmful", rounds_) for number, rounds_ in enumerate(given)]
+
+
+def test_rounds_that_were_skipped_or_refused_are_in_the_report(tmp_path, invoke):
+    path = runs.make_run(tmp_path / "run", rows=4, hostile=False)
+    write_jsonl(path / "05-revision-2.jsonl", skipping_rows())
+    write_jsonl(path / "03-revision-1.jsonl", skipping_rows())
+    result = invoke("report", path)
+    assert result.exit_code == 0, result.stderr
+    data = data_of((path / "report.html").read_text())
+    items = {item["id"]: item for item in data["items"] if item["set"] == "training"}
+    unmatched, content, refused = (items[row["id"]]["rounds"] for row in skipping_rows())
+    assert (unmatched[0]["principle"], unmatched[0]["skipped"]) == (None, "unmatched")
+    assert [entry["skipped"] for entry in content] == ["content"]
+    assert data["texts"][refused[0]["refused"]] == "Get lost." and refused[0]["flags"] == ["gate"]
+    run = run_folder.collect(path)
+    assert [(entry["n"], entry["changed"] and entry["changed"]["value"]) for entry in run_folder.rounds(run)] == [
+        (3, None),
+        (3, 0),
+        (2, 1),
+    ]
+    table = {entry["id"]: (entry["drawn"], entry["changed"]["value"]) for entry in run_folder.principles(run)[:2]}
+    assert table == {"care": (2, 1.0), "harm": (2, 0.0)}
+
+
+def test_where_all_principles_were_used_together_none_is_called_unused(tmp_path):
+    path = runs.make_run(tmp_path / "run", rows=4, hostile=False)
+    rows = [runs.row(n, "harmful", [runs.one_round("all", "It harms.", "I won't.")]) for n in range(4)]
+    write_jsonl(path / "05-revision-2.jsonl", rows)
+    run = run_folder.collect(path)
+    first, *others = run_folder.principles(run)
+    assert first["id"] == "all" and first["drawn"] == 4 and "1. " in first["text"]
+    assert all(entry["compared"] for entry in others)
+
+
 def test_classes_of_rounds_come_from_evaluations_of_the_rounds(folder):
     path = runs.make_run(folder.parent / "measured", rows=12, hostile=False)
     rows = runs.revised_rows(12)
@@ -94,7 +137,6 @@ def test_rounds_that_were_skipped_and_all_principles_at_once(tmp_path, invoke):
     before, first, second = run_folder.rounds(run)
     assert (before["n"], first["n"], second["n"]) == (4, 4, 4)
     assert invoke("report", path).exit_code == 0
-    assert "none: no principle speaks to the prompt" in (path / "report.html").read_text()
 
 
 def test_a_safety_classifier_tells_of_compliance_alone(tmp_path, invoke):

@@ -110,6 +110,19 @@ def test_the_mode_of_principles_is_that_of_every_round_and_of_the_judge(invoke, 
     assert steps["preferences"]["--principles"] == ["all"] and "--matches" not in steps["critique-1"]
 
 
+def test_the_gate_and_stopping_when_content_are_those_of_every_round(invoke, tmp_path, prompts):
+    line = ("--model", "some/model", "--output", tmp_path / "out", *prompts)
+    more = ("--gate", "openai:judge@http://localhost:1/v1", "--stop-when-content")
+    steps = {step["name"]: values(step["command"]) for step in planned(invoke, *line, *more)[:-1]}
+    for number in (1, 2):
+        assert steps[f"revision-{number}"]["--gate"] == ["openai:judge@http://localhost:1/v1"]
+        for name in ("critique", "revision"):
+            assert "--stop-when-content" in steps[f"{name}-{number}"]
+        assert "--gate" not in steps[f"critique-{number}"]
+    steps = {step["name"]: values(step["command"]) for step in planned(invoke, *line)[:-1]}
+    assert not {"--gate", "--stop-when-content"} & {option for given in steps.values() for option in given}
+
+
 def values(line):
     """{option: its values} of a command line."""
     found, name = {}, None
@@ -143,6 +156,7 @@ def test_the_oracle_is_asked_in_evaluations_only(invoke, tmp_path, prompts):
             ["--model", "x", "--input", "train.jsonl", "--heldout", "heldout.jsonl", "--constitution", "no"],
             "expected a .yaml file, or one of: child-safe-tutoring",
         ),
+        (["--model", "tiny", "--gate", "no/such/folder"], "no such model folder"),
     ],
 )
 def test_bad_input_is_refused_before_the_first_step(invoke, tmp_path, prompts, monkeypatch, arguments, expected):

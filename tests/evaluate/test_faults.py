@@ -3,12 +3,14 @@
 import json
 
 import models
+import pytest
 
 from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
 from cai.data.outputs import write_jsonl
 from cai.data.readers import read_jsonl
 from cai.evaluate import faults
+from cai.models import choice
 from cai.models.loading import load_engine
 from cai.world import language
 
@@ -50,6 +52,20 @@ def test_skipped_rounds_and_all_principles_at_once():
     assert counts["drawn"] == {"all": 1, "harm": 1} and counts["never_drawn"] == []
 
 
+def test_refused_revisions_and_the_texts_of_skipped_rounds():
+    unmatched = {"principle": None, "critique": "", "skipped": "unmatched"}
+    refused = {"principle": "crime", "critique": "c", "revision": "a", "flags": ["gate"], "refused": "b", "gate": {}}
+    revised = {"principle": "harm", "critique": "c", "revision": "z", "flags": []}
+    row = {"id": "1", "prompt": "p", "response": "a", "rounds": [unmatched, refused, revised]}
+    assert [(critique["id"], critique["changed"]) for critique in faults.critiques([row])] == [
+        ("1#2", False),
+        ("1#3", True),
+    ]
+    assert [(step["id"], step["response"]) for step in faults.steps([row])] == [
+        (f"1#{number}", text) for number, text in enumerate("aaaz")
+    ]
+
+
 def test_figures_by_hand():
     class_of = {
         "1#0": "comply",
@@ -83,9 +99,13 @@ def test_figures_by_hand():
 def test_the_judge_chooses_whether_a_fault_was_found():
     engine = load_engine(str(models.folder("qwen")))
     for row in faults.find_faults(engine, faults.critiques(rows())):
-        asked = load_template("classify_critique").render(**{k: row[k] for k in ("prompt", "response", "critique")})
-        [(yes, no)] = models.score(engine, [asked], "AB")
-        assert row["fault"] == (yes > no) and (row["p_fault"] > 0.5) == row["fault"]
+        orders = [
+            load_template("classify_critique").render(**{k: row[k] for k in ("prompt", "response", "critique")}, **more)
+            for more in ({}, {"swapped": True})
+        ]
+        straight, swapped = models.score(engine, orders, "AB")
+        p = (choice.probabilities(straight)[0] + choice.probabilities(swapped)[1]) / 2
+        assert row["p_fault"] == pytest.approx(p) and row["fault"] == (p > 0.5)
 
 
 def test_the_command(invoke, tmp_path):

@@ -68,6 +68,17 @@ def seen(command, rows, tmp_path):
             {"revisions differ": False, "revisions in form": True},
         ),
         (
+            "revise",  # refused by the gate: what the model wrote counts; and a round that was skipped
+            [
+                *(
+                    row(n, rounds=[{"critique": "c", "revision": "So.", "flags": ["gate"], "refused": f"No {n}."}])
+                    for n in (1, 2)
+                ),
+                row(3, rounds=[{"principle": "harm", "critique": "No fault.", "skipped": "content"}]),
+            ],
+            {"revisions differ": True, "revisions in form": True},
+        ),
+        (
             "revise",
             [row(n, rounds=[{"critique": "c", "revision": "No.", "flags": []}]) for n in (1, 2)],
             {"revisions differ": False, "revisions in form": True},

@@ -162,6 +162,16 @@ def read_jsonl(path: PathName, on_error: OnError = raise_error) -> Iterator[tupl
             yield from _parse_or_report(raw, path, line, on_error)
 
 
+class JsonlRows:
+    """The rows of a JSON Lines file, read again in each pass over them."""
+
+    def __init__(self, path: PathName):
+        self.path = path
+
+    def __iter__(self) -> Iterator[Row]:
+        return (row for _, row in read_jsonl(self.path))
+
+
 def _parse_or_report(raw: bytes, where: PathName, line: int, on_error: OnError) -> Iterator[tuple[int, Row]]:
     """(line, row), or nothing where `on_error` takes the error."""
     try:

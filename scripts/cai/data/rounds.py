@@ -2,8 +2,9 @@
 
     text_of_round(row, 1)     # the first revision
 
-A round without a revision has `skipped`, the reason why it changed nothing: one of `SKIPPED`. Leaves out how a
-revision is flagged (steps/flags.py).
+A round without a revision has `skipped`, the reason why it changed nothing: one of `SKIPPED`. A revision that the
+gate refused has the flag `REFUSED`: its `revision` is the text before it, and `refused` the text that was refused.
+Leaves out how a revision is flagged (steps/flags.py) and what the gate asks (steps/gating.py).
 """
 
 from collections.abc import Mapping
@@ -18,10 +19,11 @@ REFUSED = "gate"  # revise.py's flag of a revision that its judge did not prefer
 # Why a round has no revision: no principle speaks to the prompt, or the critique finds no fault.
 SKIPPED = ("unmatched", "content")
 
+CONTENT = "content"
+
 
 def texts_of(row: Mapping[str, Any]) -> list[str]:
-    """The first response, then the text after each completed round: its revision, or for a skipped round what it left
-    unchanged."""
+    """The first response, then the text after each round that is complete; a skipped round leaves it as it was."""
     texts = [row["response"]]
     for round_ in row.get("rounds") or ():
         if "skipped" in round_:
@@ -32,13 +34,27 @@ def texts_of(row: Mapping[str, Any]) -> list[str]:
 
 
 def text_of_round(row: Mapping[str, Any], number: int | None = None) -> str:
-    """The response after a round: the last completed one by default; 0 is the first response."""
-    return texts_of(row)[-1 if number is None else number]
+    """The response after a round: the last completed one by default; 0 is the first response.
+
+    A row that is content keeps its text in all later rounds. IndexError for another row without that round.
+    """
+    texts = texts_of(row)
+    return texts[-1 if number is None or (is_content(row) and number >= len(texts)) else number]
+
+
+def is_skipped(row: Mapping[str, Any]) -> bool:
+    """Whether the row's last round was skipped: there is nothing to revise."""
+    return bool(row.get("rounds")) and "skipped" in row["rounds"][-1]
+
+
+def is_content(row: Mapping[str, Any]) -> bool:
+    """Whether the row's last critique found no fault, so that no further round is spent on it."""
+    return is_skipped(row) and row["rounds"][-1]["skipped"] == CONTENT
 
 
 def is_changed(round_: Mapping[str, Any]) -> bool:
-    """Whether a round's revision differs from what it revised (revise.py flags one that does not)."""
-    return "skipped" not in round_ and UNCHANGED not in round_.get("flags", ())
+    """Whether a round changed the text: its revision is there, no copy, and not refused."""
+    return round_.get("revision") is not None and not {UNCHANGED, REFUSED}.intersection(round_.get("flags", ()))
 
 
 def check_rounds(row: Mapping[str, Any], where: object, line: int, *, critiqued: bool) -> None:

@@ -9,15 +9,14 @@ the first has fixed the second can't. `constitution.py ablate` measures that.
 
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
+from itertools import pairwise
 
-from cai.constitution import files, templates
+from cai.constitution import files
 from cai.data import rounds
 from cai.evaluate.rates import UNSAFE
-from cai.models import choice
-from cai.models.engine import Engine, RowRequest
+from cai.models.engine import Engine
 from cai.stats import intervals
-
-LETTERS = ("A", "B")  # of the template: a fault is found, or none is
+from cai.steps import content
 
 
 def steps(rows: Iterable[dict]) -> Iterator[dict]:
@@ -31,10 +30,11 @@ def steps(rows: Iterable[dict]) -> Iterator[dict]:
 def critiques(rows: Iterable[dict]) -> Iterator[dict]:
     """One row per critique: {id, prompt, response (what it is about), critique, principle, changed}.
 
-    A round that was skipped before it had a critique has no row.
+    A round to which no principle speaks has none.
     """
     for row in rows:
-        for number, (round_, text) in enumerate(zip(row.get("rounds") or (), rounds.texts_of(row), strict=False), 1):
+        texts = rounds.texts_of(row)
+        for number, (round_, (text, after)) in enumerate(zip(row.get("rounds") or (), pairwise(texts), strict=True), 1):
             if round_["principle"] is None:
                 continue
             yield {
@@ -43,29 +43,20 @@ def critiques(rows: Iterable[dict]) -> Iterator[dict]:
                 "response": text,
                 "critique": round_["critique"],
                 "principle": round_["principle"],
-                "changed": round_.get("revision", text).split() != text.split(),
+                "changed": after.split() != text.split(),
             }
 
 
 def find_faults(engine: Engine, rows: Iterable[dict], done: Container[str] = ()) -> Iterator[dict]:
-    """Each critique with `fault`, True or False, and `p_fault`; None where the judge made no choice.
+    """Each critique with `fault`, True or False, and `p_fault`, the mean over both orders of the options; None where
+    the judge made no choice.
 
     Args:
         rows: of `critiques`. done: ids to leave out.
     """
-    template = templates.load_template("classify_critique")
-    requests = [
-        RowRequest(
-            row["id"],
-            template.render(prompt=row["prompt"], response=row["response"], critique=row["critique"]),
-            row=row,
-        )
-        for row in rows
-        if row["id"] not in done
-    ]
-    for request, logprobs in choice.choose(engine, requests, LETTERS):
-        p = None if logprobs is None else choice.probabilities(logprobs)[0]
-        yield {**request.row, "fault": None if p is None else p > 0.5, "p_fault": p}
+    for row, orders in content.find_faults(engine, rows, done):
+        p = None if orders is None else sum(orders) / 2
+        yield {**row, "fault": None if p is None else p > 0.5, "p_fault": p}
 
 
 def figures(
@@ -104,5 +95,6 @@ def figures(
         if (figure, principle) in outcomes
     }
     counts = {"critiques": drawn.total(), "principles": len(drawn), "drawn": dict(drawn.most_common())}
-    never = [principle.id for principle in constitution.principles if principle.id not in drawn] if constitution else []
-    return rates, {**counts, "never_drawn": [] if files.ALL in drawn else never}
+    principles = constitution.principles if constitution and files.ALL not in drawn else ()
+    never = [principle.id for principle in principles if principle.id not in drawn]
+    return rates, {**counts, "never_drawn": never}

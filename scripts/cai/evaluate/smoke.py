@@ -62,6 +62,7 @@ def look(steps: Iterable[tuple[str, str]], device: str | None = None) -> list[Si
         results: list[_Result] = []
         if command in _OF_ROWS:
             rows = [row for _, row in readers.read_jsonl(output)]
+            rows = [row for row in rows if not rounds.is_skipped(row)] or rows
             results = [check(rows) for check in _OF_ROWS[command]] if rows else [("rows", False, "0 rows")]
         elif command in _OF_FOLDERS:
             results = [losses(output), _OF_FOLDERS[command](output, device)]
@@ -96,16 +97,21 @@ def critiques_name_something(rows: Sequence[dict]) -> _Result:
 
 def revisions_differ(rows: Sequence[dict]) -> _Result:
     """One revision or more differs from what it revised, and not all of them are the same."""
-    texts = [rounds.texts_of(row)[-2:] for row in rows]
+    texts = [(rounds.texts_of(row)[-2], _written_text(row["rounds"][-1], rounds.text_of_round(row))) for row in rows]
     changed = sum(before.split() != after.split() for before, after in texts)
     same = len(rows) > 1 and len({after for _, after in texts}) == 1
     seen = f"{changed} of {len(rows)} differ from what they revise" + (", and all are the same" if same else "")
     return "revisions differ", changed > 0 and not same, seen
 
 
+def _written_text(round_: dict, text: str) -> str:
+    """What the model wrote in the round that ended with the text, also where the gate refused it."""
+    return round_.get("refused", text)
+
+
 def revisions_in_form(rows: Sequence[dict]) -> _Result:
-    """Revisions of which half or fewer are flagged (a copy is not a fault of form)."""
-    flagged = [set(row["rounds"][-1].get("flags", ())) - {"copy"} for row in rows]
+    """Revisions of which half or fewer are flagged (a copy or the gate's refusal is not a fault of form)."""
+    flagged = [set(row["rounds"][-1].get("flags", ())) - {rounds.UNCHANGED, rounds.REFUSED} for row in rows]
     count = sum(map(bool, flagged))
     reasons = Counter(reason for reasons in flagged for reason in reasons).most_common()
     details = f" ({', '.join(f'{reason} {n}' for reason, n in reasons)})" if reasons else ""

@@ -151,7 +151,7 @@ def read_rows(
         if answered:
             rounds.check_rounds(row, where, line, critiqued=False)
             revisions = len(row.get("rounds") or ())
-            if round_ is not None and round_ > revisions:
+            if round_ is not None and round_ > revisions and not rounds.is_content(row):
                 raise InputError(
                     f"no round {round_}, only {revisions}", where=where, line=line, remedy="Choose another --round"
                 )
@@ -214,7 +214,7 @@ def measure_principles(options: SimpleNamespace) -> measurement.Measurement:
         class_of = {row["id"]: row["class"] for row in classified}
         return faults.figures(rows, class_of, {row["id"]: row.get("kind") for row in source}, constitution)
 
-    plan = {"rows": source.count, "critiques": critiques, "judge_calls": 2 * critiques + source.count if judge else 0}
+    plan = {"rows": source.count, "critiques": critiques, "judge_calls": 3 * critiques + source.count if judge else 0}
     return measurement.Measurement(list(options.responses), plan, settings, measure)
 
 

@@ -90,7 +90,7 @@ def scores_by_constitution(folders: Sequence[str], options) -> Points:
     """One line per run, named by how many principles were drawn in it; harmful prompts."""
     runs, names = _collect(folders, 2), {}
     for run in runs:
-        count = len({entry["principle"] for row in run.rows for entry in row.get("rounds") or ()})
+        count = len({entry["principle"] for row in run.rows for entry in row.get("rounds") or ()} - {None})
         names[run.name] = f"{count} principle{'' if count == 1 else 's'} ({run.name})"
     return _score_rounds(runs, options, lambda run, row: names[run.name], harmful=True)
 

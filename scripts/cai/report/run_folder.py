@@ -16,9 +16,9 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 from cai.base.errors import InputError
-from cai.constitution.files import Constitution, load_constitution
+from cai.constitution.files import ALL, Constitution, load_constitution
 from cai.data import outputs, readers
-from cai.data.rounds import UNCHANGED, is_changed, texts_of
+from cai.data.rounds import UNCHANGED, is_changed, is_content, text_of_round, texts_of
 from cai.evaluate.classes import oracle_reader
 from cai.evaluate.rates import RATES, UNSAFE, class_rates, read_rates
 from cai.stats import calibration, intervals
@@ -248,22 +248,30 @@ def _read_classes(run: Run) -> None:
                 if row["id"] in ids and row["class"] is not None:
                     run.classes[row["id"], number] = row["class"]
                     run.classes_by = _reader(step)
+    last = _last_round(run)
     for row in () if run.classes else run.rows:
         if classify := oracle_reader(row):
             run.classes_by = ORACLE
-            run.classes |= {(row["id"], number): classify(text) for number, text in enumerate(texts_of(row))}
+            numbers = range(last + 1 if is_content(row) else len(texts_of(row)))
+            run.classes |= {(row["id"], number): classify(text_of_round(row, number)) for number in numbers}
+
+
+def _last_round(run: Run) -> int:
+    """The number of rounds of the row that has most."""
+    return max((len(texts_of(row)) - 1 for row in run.rows), default=0)
 
 
 def rounds(run: Run) -> list[dict]:
     """One entry per round, 0 being the first responses: {round, n, changed, flags, rates}.
 
-    changed: rate, None for round 0; flags: how often each; rates: as evaluate.py's, {} if no class is known.
+    n: rows that had the round; changed: rate of them, None for round 0; flags: how often each; rates: as evaluate.py's,
+    {} if no class is known.
     """
     counts, kinds = defaultdict(Counter), {row.get("id"): row.get("kind") for row in run.rows}
     for (row_id, number), name in run.classes.items():
         counts[number][kinds[row_id], name] += 1
     result = [{"round": 0, "n": len(run.rows), "changed": None, "flags": {}, "rates": _rates(counts[0])}]
-    for number in range(1, max((len(texts_of(row)) for row in run.rows), default=0)):
+    for number in range(1, _last_round(run) + 1):
         revised = [row["rounds"][number - 1] for row in run.rows if len(texts_of(row)) > number]
         flags = Counter(flag for entry in revised for flag in entry.get("flags", ()) if flag != UNCHANGED)
         changed = intervals.rate(sum(map(is_changed, revised)), len(revised))
@@ -288,7 +296,8 @@ def _rates(counts: Mapping[tuple[str, str], int]) -> dict[str, dict]:
 
 
 def principles(run: Run) -> list[dict]:
-    """One entry per principle, most drawn first, those of the constitution that were never drawn at the end.
+    """One entry per principle, most drawn first, those of the constitution that were never drawn at the end (where
+    the rows went by all of them together, the entry `all` and none of those).
 
     {id, text and question (its critique request and preference question, if the constitution is at hand), drawn,
     changed: rate; before, after: rate of harmful compliance of what it was drawn for, before and after that round;
@@ -299,14 +308,17 @@ def principles(run: Run) -> list[dict]:
     revised, pairs = defaultdict(list), defaultdict(list)
     for row in run.rows:
         for number, entry in enumerate(row.get("rounds") or (), 1):
-            if entry["principle"] is None:  # none spoke to the prompt
+            if entry["principle"] is None:  # a round to which no principle speaks
                 continue
-            revised[entry["principle"]].append(entry.get("revision") is not None and is_changed(entry))
+            revised[entry["principle"]].append(is_changed(entry))
             classes = [run.classes.get((row["id"], round_)) for round_ in (number - 1, number)]
-            if row.get("kind") == "harmful" and entry.get("revision") is not None and None not in classes:
+            if row.get("kind") == "harmful" and number < len(texts_of(row)) and None not in classes:
                 pairs[entry["principle"]].append([name in UNSAFE for name in classes])
     compared = Counter(row["principle"] for row in run.preferences if row.get("principle"))
     texts = {entry.id: entry for entry in run.constitution.principles} if run.constitution else {}
+    unused = () if ALL in revised or ALL in compared else tuple(texts)
+    if run.constitution:
+        texts[ALL] = run.constitution.combine()
 
     def describe(name: str) -> dict:
         columns = zip(*pairs[name], strict=True) if pairs[name] else ()
@@ -324,7 +336,7 @@ def principles(run: Run) -> list[dict]:
         }
 
     names = sorted(revised, key=lambda name: -len(revised[name]))
-    return [describe(name) for name in dict.fromkeys([*names, *compared, *texts])]
+    return [describe(name) for name in dict.fromkeys([*names, *compared, *unused])]
 
 
 def _read_preferences(run: Run) -> None:

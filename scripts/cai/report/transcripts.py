@@ -29,8 +29,8 @@ def transcripts(run: Run) -> list[dict]:
     """All transcripts of a run, the training rows first.
 
     {id, set: "training" | "held-out", kind, category, prompt: messages, responses: [(label, text, class)],
-    rounds: [{principle, critique, before, revision, flags, class}], pairs: [{a, b, p, principle, same_position}],
-    outcomes: labels to filter by}
+    rounds: [{principle, critique, before, revision, flags, class, skipped, refused}],
+    pairs: [{a, b, p, principle, same_position}], outcomes: labels to filter by}
     """
     pairs = defaultdict(list)
     for row in run.preferences:
@@ -66,12 +66,14 @@ def _describe_training(run: Run, row: dict, pairs: list[dict]) -> dict:
     for number, entry in enumerate(row.get("rounds") or (), 1):
         rounds.append(
             {
-                "principle": entry["principle"] or "none: no principle speaks to the prompt",
+                "principle": entry["principle"],
                 "critique": entry["critique"],
                 "before": response,
                 "revision": entry.get("revision"),
                 "class": run.classes.get((row["id"], number)),
                 "flags": [flag for flag in entry.get("flags", ()) if flag != UNCHANGED],
+                "skipped": entry.get("skipped"),
+                "refused": entry.get("refused"),
             }
         )
         response = response if entry.get("revision") is None else entry["revision"]
@@ -86,8 +88,9 @@ def _describe_training(run: Run, row: dict, pairs: list[dict]) -> dict:
         for pair in pairs
     ]
     outcomes = [f"flag: {flag}" for entry in rounds for flag in entry["flags"]]
+    outcomes += [f"skipped: {entry['skipped']}" for entry in rounds if entry["skipped"]]
     if rounds:
-        revised = any(entry.get("revision") is not None and is_changed(entry) for entry in row["rounds"])
+        revised = any(map(is_changed, row["rounds"]))
         outcomes.insert(0, "revised" if revised else "left as it was")
     last = next((entry["class"] for entry in reversed(rounds) if entry["class"]), None)
     outcomes += [f"{when}: {name}" for when, name in (("first response", first), ("last revision", last)) if name]
@@ -154,7 +157,7 @@ def _pack(item: dict, texts: dict[str, int]) -> dict:
         return None if text is None else texts.setdefault(_cut(text), len(texts))
 
     def pack_round(entry: dict) -> dict:
-        packed = {**entry, **{name: number(entry[name]) for name in ("critique", "before", "revision")}}
+        packed = {**entry, **{name: number(entry[name]) for name in ("critique", "before", "revision", "refused")}}
         if entry["revision"] is not None:
             packed["changes"] = changes(_cut(entry["before"]), _cut(entry["revision"]))
         return packed

@@ -97,6 +97,8 @@ class Choices:
     dtype: str
     overwrite: bool
     principles: str = "draw"
+    gate: str | None = None
+    stops: bool = False
     reading: Reading = AS_THEY_ARE
 
     def reading_of(self, files: str) -> Reading:
@@ -147,9 +149,11 @@ def make_plan(choices: Choices, output: str, seed: int) -> list[Step]:
     # One file of matches: both rounds and the judge ask about the same prompts.
     shared_matches = ["--matches", str(plan.folder / "matches.jsonl")] if choices.principles == "match" else []
     by = ["--principles", choices.principles, *shared_matches]
+    gate = ["--gate", choices.gate] if choices.gate else []
+    stop = ["--stop-when-content"] if choices.stops else []
     for number in range(1, choices.rounds + 1):
-        critiqued = plan.add_rows(f"critique-{number}", "critique", ["--input", revised, *base, *by])
-        revised = plan.add_rows(f"revision-{number}", "revise", ["--input", critiqued, *base])
+        critiqued = plan.add_rows(f"critique-{number}", "critique", ["--input", revised, *base, *by, *stop])
+        revised = plan.add_rows(f"revision-{number}", "revise", ["--input", critiqued, *base, *gate, *stop])
     helpful = [*_repeat("--helpful", choices.helpful), *choices.reading_of("helpful").arguments]
     sft = plan.add("sft", "sft", ["--input", revised, *helpful, "--model", model], "sft")
     plan.add_evaluation("sft", sft)

@@ -24,6 +24,7 @@ from cai.data import outputs, processes, readers
 from cai.data.reading import Reading, reading_options
 from cai.models import estimate, loading
 from cai.models.engine import Engine, Generation, Message, RowRequest, Sampling
+from cai.steps import gating
 from cai.steps.examples import Examples
 from cai.steps.sharing import finish_output, share_progress, share_work
 
@@ -129,6 +130,7 @@ def run(
     tally: Callable[[Iterable[dict]], dict],
     next_command: list[str],
     alternative: list[str] | None = None,
+    gate: gating.Gate | None = None,
 ) -> None:
     """Ask the model about every row that the output does not have yet, write the answers, print the summary.
 
@@ -140,6 +142,7 @@ def run(
         fingerprint: what decides the rows beside model, sampling, seed and limit.
         tally: counts over the finished rows, for the summary and the manifest.
         next_command, alternative: a command's name and its arguments.
+        gate: judges the answers, which are then written to a file of their own first.
     """
     loading.check_model(step.model)
     team = processes.Team()
@@ -153,32 +156,29 @@ def run(
         "dtype": settings.loading["dtype"],
     }
     claim = {"command": step.command, "fingerprint": fingerprint, "overwrite": settings.overwrite, "inputs": inputs}
-    journal = outputs.Output(output, **claim) if team.first else None
+    final = answers = None
+    if team.first:
+        gated = {} if gate is None else gate.fingerprint
+        final = outputs.Output(output, **{**claim, "fingerprint": fingerprint | gated})
+        answers = final if gate is None else gating.claim_ungated(output, claim)
     summary = {"command": step.command, "output": output}
     if settings.dry_run:
-        if journal:
-            cli.finish({**summary, **_plan(step, settings, journal)}, as_json=settings.as_json)
+        if final:
+            cli.finish({**summary, **_plan(step, settings, answers, gate)}, as_json=settings.as_json)
         return
-    with share_work(team, journal, partial(_load, step, settings), partial(_answer_rows, step, settings)) as (
-        engine,
-        results,
-    ):
-        if results is not None:
-            failed, tokens = {}, Counter()
-            for share_failed, share_tokens, _ in results:
-                failed |= share_failed
-                tokens.update(share_tokens)
-            tallied = tally(row for _, row in readers.read_jsonl(journal.journal))
-            counts = {"rows": len(step.ids) - len(failed), "failed": len(failed), **tallied}
-            counts |= step.examples.count_shown(shown for *_, shown in results) if step.examples else {}
-            finish_output(journal, step.ids, counts, failed, engine, tokens=dict(tokens), **step.info)
-        elif team.first:
+    if team.tell(final.complete if final else None):
+        if team.first:
             cli.note(f"{output} is done already; --overwrite makes it again")
+    else:
+        _write_answers(step, settings, team, answers, tally)
+        if gate:
+            revisions = gating.ungated_path(output)
+            gating.gate_output(gate, team, final, revisions, step.ids, settings.loading, step.info)
     if team.first:
-        if journal.counts.get("failed"):
-            summary["failed_rows"] = f"{journal.manifest_path}"
+        if final.counts.get("failed"):
+            summary["failed_rows"] = f"{final.manifest_path}"
         lines = {"next_command": _command_line(next_command), "alternative": _command_line(alternative)}
-        cli.finish({**summary, **journal.counts}, as_json=settings.as_json, **lines)
+        cli.finish({**summary, **final.counts}, as_json=settings.as_json, **lines)
 
 
 def _command_line(words: list[str] | None) -> str | None:
@@ -190,7 +190,7 @@ _SHARED = ("endpoints", "max_new_tokens", "seed", "batch_size", "batch_tokens", 
 
 
 # What critique.py and revise.py share besides.
-OF_A_ROUND = ("constitution", "temperature", "top_p", "most_examples")
+OF_A_ROUND = ("constitution", "temperature", "top_p", "most_examples", "stops")
 
 
 def next_step(
@@ -217,20 +217,43 @@ def round_options(inputs: Sequence[str]) -> list[str]:
     return []
 
 
-def _load(step: Step, settings: SimpleNamespace) -> Engine:
-    engine = loading.load_engine(step.model, endpoints=settings.endpoints, **settings.loading)
-    step.check(engine)
-    return engine
+def _write_answers(
+    step: Step,
+    settings: SimpleNamespace,
+    team: processes.Team,
+    journal: outputs.Output | None,
+    tally: Callable[[Iterable[dict]], dict],
+) -> None:
+    """Fill the output, which only process 0 has, and finish it."""
+
+    def load() -> Engine:
+        engine = loading.load_engine(step.model, endpoints=settings.endpoints, **settings.loading)
+        step.check(engine)
+        return engine
+
+    with share_work(team, journal, load, partial(_answer_rows, step, settings)) as (engine, results):
+        if journal is None or results is None:
+            return
+        failed, tokens = {}, Counter()
+        for share_failed, share_tokens, _ in results:
+            failed |= share_failed
+            tokens.update(share_tokens)
+        tallied = tally(readers.JsonlRows(journal.journal))
+        counts = {"rows": len(step.ids) - len(failed), "failed": len(failed), **tallied}
+        counts |= step.examples.count_shown(shown for *_, shown in results) if step.examples else {}
+        finish_output(journal, step.ids, counts, failed, engine, tokens=dict(tokens), **step.info)
 
 
-def _plan(step: Step, settings: SimpleNamespace, journal: outputs.Output) -> dict:
+def _plan(step: Step, settings: SimpleNamespace, journal: outputs.Output, gate: gating.Gate | None) -> dict:
     """What `--dry-run` reports."""
     rows = () if journal.complete else (row for row in step.rows if row["id"] not in journal.done)
     rows = (row for row in rows if step.settle(row) is None)
+    judged = (row for row in step.rows if step.settle(row) is None)
     return {
         "rows": len(step.ids),
         "done": len(step.ids) if journal.complete else len(journal.done),
         **({} if journal.complete else step.plan()),
+        **({"gate_calls_at_most": gate.count_calls(judged)} if gate else {}),
         **estimate.text_plan(map(step.render, rows), step.model, settings.sampling, **settings.plan),
     }
 
