@@ -15,6 +15,7 @@ import click
 from cai.base import cli
 from cai.constitution import files, templates
 from cai.data import rounds, sources
+from cai.evaluate import qualification
 from cai.models.reasoning import has_reasoning_tag
 from cai.steps import content, text
 from cai.steps import principles as choosing
@@ -83,7 +84,7 @@ def main(
             critic.render,
             critic.answer,
             check=lambda engine: critic.check(engine, settings.sampling.max_new_tokens, source),
-            prepare=lambda team, engine: chooser.prepare(team, lambda: engine, source),
+            prepare=lambda team, engine: critic.prepare(team, engine, source, settings),
             settle=critic.settle,
             plan=lambda: chooser.plan(source),
             examples=examples,
@@ -129,6 +130,15 @@ class Critic:
         self.chooser.check_context(engine, new_tokens, self.template, prompt="", response="")
         self.examples.fit(engine, new_tokens)
         self.examples.check(map(self.ask, rows))
+
+    def prepare(self, team, engine, rows, settings):
+        """In one process, measure whether the model is fit as a critic; in all, ask what speaks to the prompts."""
+        if team.first:
+            tokens = {"new_tokens": settings.sampling.max_new_tokens} if self.template.name != "critique" else {}
+            task = qualification.Task("critic", template=self.template, **tokens)
+            how = {"endpoints": settings.endpoints, "dtype": settings.loading["dtype"]}
+            qualification.report(engine.name, task, lambda: engine, **how)
+        self.chooser.prepare(team, lambda: engine, rows)
 
     def settle(self, row):
         if self.stops and rounds.is_content(row):

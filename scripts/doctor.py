@@ -1,10 +1,12 @@
 """Check that this machine can do what the other commands need: packages, devices, memory, hub, endpoints, a model.
 
     python scripts/doctor.py --model tiny --json
+    python scripts/doctor.py --model my-org/my-judge --as judge
     python scripts/doctor.py --hardware
 
 Changes nothing, except for a small file in each place that is to be written, which it removes. Runs where hardly
-anything is installed, to report that. The checks are in cai/models/checks.py.
+anything is installed, to report that. The checks are in cai/models/checks.py, and whether a model is fit for a role is
+measured by cai/evaluate/qualification.py.
 """
 
 import json
@@ -37,6 +39,14 @@ from cai.models import checks
     help="Check this one too: a folder, a hub id, `tiny`, or openai:NAME at --endpoint.",
 )
 @cli.options("endpoint")
+@click.option(
+    "--as",
+    "roles",
+    multiple=True,
+    type=click.Choice(["reader", "judge", "critic"]),
+    help="Measure on texts with known labels whether --model is fit to read what responses do, to compare two "
+    "responses, or to criticise one. Repeatable.",
+)
 @click.option("--output", default=".", show_default=True, metavar="PATH", help="Where results will go.")
 @click.option(
     "--timeout",
@@ -51,7 +61,7 @@ from cai.models import checks
     help="Check nothing: print what each step needs in memory for models of common sizes, and on which GPU.",
 )
 @cli.options("device", "json")
-def main(model, endpoints, output, timeout, hardware, device, as_json):
+def main(model, endpoints, roles, output, timeout, hardware, device, as_json):
     """Check Python, packages, devices, memory, places to write, hub and endpoints, and a model.
 
     Ends with 0 if all is well and 3 if there are problems; each has its remedy.
@@ -63,6 +73,8 @@ def main(model, endpoints, output, timeout, hardware, device, as_json):
     if hardware:
         print_hardware(as_json)
         return
+    if roles and not model:
+        raise click.UsageError("--as needs --model.")
     findings = checks.Findings()
     report = {
         "python": checks.check_python(findings),
@@ -76,6 +88,8 @@ def main(model, endpoints, output, timeout, hardware, device, as_json):
         report["model"] = checks.check_local_model(findings, model, report["devices"])
     elif model and not endpoints:
         findings.problem(f"{model} without an endpoint", "Name its server with --endpoint URL")
+    if roles:
+        report["qualification"] = qualify(findings, model, roles, endpoints, device)
     result = {"ok": not findings.problems, **vars(findings), **report}
     if as_json:
         click.echo(json.dumps(result, ensure_ascii=False))
@@ -83,6 +97,28 @@ def main(model, endpoints, output, timeout, hardware, device, as_json):
         print_report(result)
     if findings.problems:
         click.get_current_context().exit(cli.SOME_FAILED)
+
+
+def qualify(findings: checks.Findings, model: str, roles, endpoints, device: str | None) -> list[dict]:
+    """The results of `qualification.qualify` in each role, measured now; an unfit one is a problem."""
+    from functools import partial
+
+    from cai.base.errors import CaiError
+    from cai.evaluate import qualification
+    from cai.models import loading
+
+    results = []
+    try:
+        name, servers = loading.split_endpoint(model, endpoints)
+        load = partial(loading.load_engine, name, endpoints=servers, device=device)
+        for role in roles:
+            result = qualification.qualify(name, qualification.Task(role), load, endpoints=servers, again=True)
+            results.append(result)
+            if not result["fit"]:
+                findings.problem(qualification.describe(result), qualification.REMEDIES[role])
+    except CaiError as error:
+        findings.problem(f"{model} can't be measured: {error}", "Solve this first; the model's own checks may say more")
+    return results
 
 
 def print_hardware(as_json: bool) -> None:
@@ -121,6 +157,12 @@ def print_report(result: dict) -> None:
         lines.append(("model", ", ".join(fields)))
         for step, need in (model.get("fits") or {}).get("steps", {}).items():
             lines.append(("", f"{step}: about {need['needs_gb']} GB, {'fits' if need['fits'] else 'does NOT fit'}"))
+    for measured in result.get("qualification", ()):
+        from cai.evaluate import qualification
+
+        lines += [
+            (measured["role"] if not n else "", line) for n, line in enumerate(qualification.list_figures(measured))
+        ]
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
         click.echo(f"{name:<{width}}  {text}")

@@ -4,18 +4,16 @@
 
 Each pair is trained to the judge's own probability, p_chosen: −p·log σ(βd) − (1−p)·log σ(−βd), where d is by
 how much more the policy has come to prefer the chosen response than the reference does. TRL's loss is the case
-p = 1. Leaves out TRL's other losses, a held-out share (evaluate.py measures the policy), and pairs that
-the judge could not decide.
+p = 1. With --holdout, `holdout.json` tells what the policy prefers on held-out pairs, and `holdout.jsonl` has them, for
+evaluate.py --pairs. Leaves out TRL's other losses, and pairs that the judge could not decide.
 """
 
 import click
 
 from cai.base import cli, hashing
-from cai.base.errors import InputError
 from cai.data import preferences
 from cai.models import loading
-from cai.models.chat import encode
-from cai.train import common
+from cai.train import common, dpo
 from cai.train.arguments import ABOVE_0, labels_option, training_options
 
 
@@ -30,6 +28,13 @@ from cai.train.arguments import ABOVE_0, labels_option, training_options
 @labels_option
 @click.option(
     "--beta", type=ABOVE_0, default=0.1, show_default=True, help="How strongly the policy is kept near the reference."
+)
+@click.option(
+    "--holdout",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Share of the prompts whose pairs are not trained on, but measured and written to OUTPUT/holdout.jsonl.",
 )
 @training_options(epochs=1, learning_rate=1e-6)
 def main(options):
@@ -46,6 +51,7 @@ def main(options):
     pairs, counts, digest = preferences.read_pairs(
         options.inputs, options.labels, options.limit, reading=options.reading
     )
+    parts = preferences.split_holdout(pairs, options.holdout, options.seed)
     run = common.TrainingRun(
         "dpo",
         options,
@@ -55,120 +61,40 @@ def main(options):
             "input": digest,
             "labels": options.labels,
             "beta": options.beta,
+            **({"holdout": options.holdout} if options.holdout else {}),
             **common.identify_options(options),
         },
         inputs=options.inputs,
-        next_command=f"python scripts/evaluate.py --model {options.output} --input PROMPTS --output FIGURES",
+        next_command=dpo.next_command(options.output, reference_name, parts["held_out"]),
+        show=dpo.show_holdout,
     )
+    counts |= {name: len(part) for name, part in parts.items()} if options.holdout else {}
     # Under LoRA the policy without its adapters is the reference, unless another is named.
     references = [reference_name] if options.ref_model is not None or not options.lora else []
-    if run.report_if_done(lambda: {**counts, **run.estimate(preferences.prompt_and_sides(pairs), references)}):
+    if run.report_if_done(lambda: {**counts, **run.estimate(preferences.prompt_and_sides(parts["train"]), references)}):
         return
 
     chat = loading.load_chat(options.model)
     # Left out here, because TRL would cut long pairs and train on responses without an end.
     longest = run.longest_row(reference_name)
-    rows, counts["overlong"] = common.drop_overlong(tokenize(pairs, chat), row_length, options, longest)
+    rows = dpo.tokenize(parts["train"], chat)
+    rows, counts["overlong"] = common.drop_overlong(rows, dpo.row_length, options, longest)
+    tests, counts = dpo.tokenize_holdout(parts, counts, chat, longest)
     policy, reference = run.load_policy(dropout=False), None
     for name in references:
         reference = run.load_policy(name, dropout=False)
-        check_vocabulary(reference, policy, name)
+        dpo.check_vocabulary(reference, policy, name)
     with run.folder:
-        trainer = make_trainer(
+        trainer = dpo.make_trainer(
             policy, reference, chat.tokenizer, rows, run.arguments(beta=options.beta), options.output, run.adapters()
         )
         counts |= run.train(trainer)
+        logps = dpo.score_pairs(trainer, [row for _, row in tests])
         common.save_trained(trainer, chat.tokenizer, options.output)
-        run.finish({**counts, **last_figures(trainer.state.log_history)})
-
-
-def check_vocabulary(reference, policy, name: str) -> None:
-    """Raise InputError unless both models have the same number of tokens; that they are the same tokens is assumed."""
-    size, expected = (model.config.get_text_config().vocab_size for model in (reference, policy))
-    if size != expected:
-        raise InputError(
-            f"a vocabulary of {size} tokens",
-            where=name,
-            expected=f"the policy's, of {expected}",
-            remedy="Take a reference that the policy was trained from",
-        )
-
-
-def tokenize(pairs: list[dict], chat) -> list[dict]:
-    """Token ids of the pairs: rows of {prompt_ids, chosen_ids, rejected_ids, p_chosen}.
-
-    Args:
-        pairs: of `preferences.read_pairs`.
-    """
-    rows = []
-    for pair, (messages, texts) in zip(pairs, preferences.prompt_and_sides(pairs), strict=True):
-        (prompt, chosen), (_, rejected) = (encode(chat, messages, text) for text in texts)
-        rows.append(
-            {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "p_chosen": pair["p_chosen"]}
-        )
-    return rows
-
-
-def row_length(row: dict) -> int:
-    """Tokens of a pair's prompt and longer response."""
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-
-
-def make_trainer(policy, reference, tokenizer, rows: list[dict], arguments: dict, output: str, adapters=None):
-    """TRL's DPOTrainer with the soft-label loss, over rows of `tokenize` in their order.
-
-    Args:
-        reference: a frozen model, or None for the policy with its adapters off.
-    """
-    import torch
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-    from trl.trainer.dpo_trainer import DataCollatorForPreference
-
-    class SoftDPOTrainer(DPOTrainer):
-        def _prepare_dataset(self, dataset, *_):
-            return dataset  # tokenized, short enough and in order; TRL 1.16 would start again from text
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            # Taken by name, so that a lost label is an error and not the hard loss.
-            p = inputs.pop("p_chosen")
-            sums = []  # log-probabilities of the chosen, then of the rejected: the policy's, then the reference's
-            models = {id(model): model for model in (self.model, self.ref_model) if model is not None}.values()
-            hooks = [
-                model.register_forward_hook(lambda _module, _args, output: sums.append(output.log_probs.sum(1)))
-                for model in models
-            ]
-            try:
-                hard = super().compute_loss(model, inputs, False, num_items_in_batch)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            of_policy, of_reference = sums
-            chosen, rejected = (of_policy - of_reference).chunk(2)
-            # −p·log σ(βd) − (1−p)·log σ(−βd)  =  −log σ(βd) + (1−p)·βd, and TRL's loss is the first term.
-            loss = hard + ((1 - p) * self.beta * (chosen - rejected)).mean()
-            if not torch.isfinite(loss):
-                raise common.describe_not_finite(self, "the loss is")
-            return loss
-
-    return SoftDPOTrainer(
-        model=policy,
-        ref_model=reference,
-        processing_class=tokenizer,
-        train_dataset=Dataset.from_list(rows),
-        peft_config=adapters,
-        data_collator=common.soft_label_collator(DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)),
-        # Every column is used: by default, Trainer drops those that the model does not know by name.
-        args=DPOConfig(**arguments, max_length=None, remove_unused_columns=False),
-        callbacks=[common.MetricsLog(output, "dpo")],
-    )
-
-
-def last_figures(history: list[dict]) -> dict:
-    """Accuracy and margin of the policy's own implied rewards, as they were last logged."""
-    last = next((row for row in reversed(history) if "rewards/margins" in row), {})
-    names = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "chosen_reward": "rewards/chosen"}
-    return {name: round(last[key], 4) for name, key in names.items() if key in last}
+        if parts["held_out"]:
+            scored = [dpo.as_logprobs(*test, of_pair) for test, of_pair in zip(tests, logps, strict=True)]
+            counts["holdout"] = dpo.write_holdout(parts["held_out"], scored, options.output)
+        run.finish({**counts, **dpo.last_figures(trainer.state.log_history)})
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@
 
 Every response is put into one class, by the bundled world's oracle (prompts made by tiny.py only), by a judge model's
 forced choice between letters, by a safety classifier, or by its phrases. Also measured: a language model or a reward
-model on multiple choices (`--choice`), and a reward model on pairs whose better response is known. Leaves out policies
-against each other (compare.py), the paper's figures (figures.py), any score of how good a text is, and any rate over
-prompts without a kind.
+model on multiple choices (`--choice`) and on pairs whose better response is known (`--pairs`, `--reward-model`).
+Leaves out policies against each other (compare.py), the paper's figures (figures.py), any score of how good a text is,
+and any rate over prompts without a kind.
 """
 
 import click
@@ -19,7 +19,7 @@ from cai.base import cli
 from cai.base.errors import InputError
 from cai.data import outputs
 from cai.data.reading import reading_options
-from cai.evaluate import benchmarks, classes, gate, habits, responding, tasks
+from cai.evaluate import classes, gate, habits, options, responding, tasks
 from cai.evaluate.measurement import gather, print_rates, write
 
 NOT_PASSED = 4  # exit code of --gate
@@ -41,6 +41,11 @@ NOT_PASSED = 4  # exit code of --gate
     help="For revised rows, the revision of this round; 0 is the first response. Default: the last.",
 )
 @click.option(
+    "--every-round",
+    is_flag=True,
+    help="For revised rows (--responses) with --by phrases: the flags, skipped rounds and refusals of each round.",
+)
+@click.option(
     "--by",
     type=click.Choice(["oracle", "judge", "phrases"]),
     default="judge",
@@ -53,6 +58,14 @@ NOT_PASSED = 4  # exit code of --gate
     metavar="MODEL",
     help="The judge model: a folder, a hub id, `tiny`, or openai:NAME@URL. With --by oracle its classes are "
     "compared with the oracle's.",
+)
+@click.option(
+    "--orders",
+    type=click.IntRange(1, len(classes.LETTERS)),
+    default=classes.ORDERS,
+    show_default=True,
+    help="In how many orders the judge sees the classes; their probabilities are averaged, and the letter bias is "
+    f"measured. {len(classes.LETTERS)}: each class once under each letter.",
 )
 @click.option(
     "--classifier",
@@ -92,58 +105,12 @@ NOT_PASSED = 4  # exit code of --gate
     show_default=True,
     help="Sample this many times, with the seeds from --seed on, and report the spread.",
 )
-@click.option("--against", metavar="FILE", help="An earlier --output: report what has changed since, with intervals.")
-@click.option(
-    "--watch",
-    is_flag=True,
-    help="With --against: report signs that the policy learned to please its judge, such as phrases that became a "
-    "habit.",
-)
-@click.option(
-    "--gate",
-    "gated",
-    is_flag=True,
-    help="With --against: print one line VERDICT at the end, and exit with 4 if it is worse, or if there are too few "
-    "prompts to tell.",
-)
-@click.option(
-    "--margin",
-    type=click.FloatRange(0, 100),
-    default=0.0,
-    show_default=True,
-    help="Percentage points that a figure may change without being called better or worse.",
-)
-@click.option(
-    "--no-worse-than",
-    type=click.FloatRange(0, 100, min_open=True),
-    default=None,
-    metavar="POINTS",
-    help="With --gate: may the model replace the one before? Only if every figure's interval excludes a loss of more "
-    "than these percentage points; else exit with 4.",
-)
-@click.option(
-    "--reward-model",
-    metavar="FOLDER",
-    help="Measure this reward model: its accuracy on pairs with response_a, response_b and gold, on those "
-    "with chosen and rejected (HH-RLHF's too), or on the text_correct and text_incorrect of --choice.",
-)
-@click.option(
-    "--choice",
-    metavar="FILE",
-    help="Instead of --input: questions with `prompt`, `corrects` and `incorrects`, from which --model chooses "
-    "the likeliest answer; the format of the paper's three evaluation sets.",
-)
-@click.option(
-    "--choice-format",
-    type=click.Choice(benchmarks.FORMS),
-    default="chat",
-    show_default=True,
-    help="Ask in a user turn with a prefilled answer, or continue the plain text, as for a pretrained model.",
-)
+@options.gate_options
+@options.other_options
 @cli.options("temperature", "top_p", "max_new_tokens", "seed", "limit")
 @cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
 @reading_options
-def main(output, against, watch, gated, margin, no_worse_than, as_json, dry_run, overwrite, **values):
+def main(output, against, watch, gated, margin, no_worse_than, unqualified, as_json, dry_run, overwrite, **values):
     """Measure responses: rates per kind of prompt, with 95 % intervals.
 
     Prompts need a `kind`: harmful, benign or borderline. The rates go to OUTPUT, one per line; the responses
@@ -154,14 +121,15 @@ def main(output, against, watch, gated, margin, no_worse_than, as_json, dry_run,
       python scripts/evaluate.py --input scripts/cai/tiny/prompts/heldout.jsonl \\
           --model tiny --by oracle --output evaluation.jsonl
     """
-    options = gather(values)
-    options.reader = classes.Reader(
-        "classifier" if options.classifier else options.by,
-        options.judge,
-        options.classifier,
-        options.unsafe_label,
-        options.endpoints,
-        options.loading,
+    chosen = gather(values)
+    chosen.reader = classes.Reader(
+        "classifier" if chosen.classifier else chosen.by,
+        chosen.judge,
+        chosen.classifier,
+        chosen.unsafe_label,
+        chosen.endpoints,
+        chosen.loading,
+        chosen.orders,
     )
     if (gated or watch) and not against:
         raise InputError(
@@ -171,8 +139,10 @@ def main(output, against, watch, gated, margin, no_worse_than, as_json, dry_run,
         raise InputError(
             "--no-worse-than is for --gate, without --margin", remedy="Give --gate, and leave --margin out"
         )
+    if unqualified and not gated:
+        raise InputError("--unqualified without --gate", remedy="It lets the gate compare; nothing else is refused")
     before = gate.load(against) if against else None
-    measurement = tasks.choose(options)
+    measurement = tasks.choose(chosen)
     measurement.files += [against] if against else []
     final = outputs.Output(
         output, command="evaluate", fingerprint=measurement.settings, overwrite=overwrite, inputs=measurement.files
@@ -182,7 +152,9 @@ def main(output, against, watch, gated, margin, no_worse_than, as_json, dry_run,
         return
     write(measurement, final)
     signs = habits.watch(gate.read_responses(against), gate.read_responses(output)) if watch else None
-    report(final, as_json, before, gated, (no_worse_than or margin) / 100, signs, replaces=bool(no_worse_than))
+    unfit = gated and not unqualified and final.counts.get("qualified") is False
+    margin = (no_worse_than or margin) / 100
+    report(final, as_json, before, gated, margin, signs, replaces=bool(no_worse_than), refuses=unfit)
 
 
 def report(
@@ -194,13 +166,17 @@ def report(
     signs: dict | None,
     *,
     replaces: bool = False,
+    refuses: bool = False,
 ) -> None:
     """Print the rates and what has changed; exit with 3 if rows failed, with 4 if the gate is not passed.
 
-    replaces: the gate asks whether the model may replace the one before.
+    replaces: the gate asks whether the model may replace the one before. refuses: it compares nothing, because the
+    reader is unfit.
     """
     deltas = gate.compare(before, gate.load(output.path), gated=gated, each=replaces) if before else []
     verdict, needed = gate.rule(deltas, margin, replaces=replaces) if gated else (None, {})
+    if refuses:
+        verdict, needed, deltas = gate.REFUSED, {}, []
     more = {"watch": signs} if signs else {}
     if before:
         changes = {delta.metric: gate.as_json(delta) for delta in deltas}
@@ -211,8 +187,9 @@ def report(
     if signs and not as_json:
         click.echo(habits.table(signs))
     if gated:
-        click.echo(gate.verdict_line(deltas, verdict, needed), err=as_json)
-    if verdict in ("worse", "may not", gate.TOO_FEW):
+        reason = f"{output.counts['qualification']} (--unqualified compares all the same)" if refuses else ""
+        click.echo(gate.verdict_line(deltas, verdict, needed) + reason, err=as_json)
+    if verdict in ("worse", "may not", gate.TOO_FEW, gate.REFUSED):
         click.get_current_context().exit(NOT_PASSED)
     cli.exit_if_failed(output.counts)
 

@@ -39,7 +39,8 @@ from cai.steps.flags import REASONS
     "--keep",
     multiple=True,
     type=click.Choice([*REASONS, REFUSED, "all"]),
-    help="Export revisions with this flag too; `copy` also keeps rounds that were skipped. Repeatable.",
+    help="Export revisions with this flag too. `copy` also keeps rounds that were skipped, but nothing that was left "
+    "as it was in rows whose kind is harmful; `all` does. Repeatable.",
 )
 @click.option(
     "--keep-repeats",

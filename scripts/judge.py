@@ -18,7 +18,7 @@ from cai.base import cli
 from cai.data import processes, readers
 from cai.data.outputs import Output
 from cai.data.reading import Reading
-from cai.evaluate import audit
+from cai.evaluate import audit, qualification
 from cai.models.loading import load_engine
 from cai.stats import agreement, tables
 from cai.steps import contrast, judges, pairs, principles, text, verdicts
@@ -43,19 +43,7 @@ WITHOUT_JUDGE = {
 @click.option(
     "--judge", multiple=True, metavar="MODEL", help="A further judge. Repeatable; then --model may be left out."
 )
-@cli.rows_option(
-    "--verdicts",
-    "verdict_files",
-    help="Ask no judge: combine verdicts that exist already, one annotator per file: p_a, chosen and rejected, A or "
-    "B, or a probability. Repeatable. Without --input the pairs are those of the first file.",
-)
-@click.option(
-    "--verdict-field",
-    "verdict_fields",
-    multiple=True,
-    metavar="COLUMN",
-    help="With --verdicts: the column of the verdicts. Repeatable: each column is an annotator.",
-)
+@verdicts.options
 @click.option(
     "--combine",
     type=click.Choice(agreement.WAYS),
@@ -133,7 +121,7 @@ def main(
       python scripts/judge.py --input samples.jsonl --model tiny \\
           --constitution harmlessness --output preferences.jsonl
     """
-    check_files(inputs, verdict_files)
+    verdicts.check_files(inputs, verdict_files)
     if verdict_files:
         take_verdicts(inputs, verdict_files, verdict_fields, output, combine, audit_path, settings, task_options)
         return
@@ -162,20 +150,13 @@ def main(
     if team.tell(final.complete):
         cli.note(f"{output} is done already; --overwrite makes it again")
     else:
+        qualify(task, loads, servers, settings)
         judges.match_prompts(team, task, loads[names[0]])
         for name, load in loads.items():
             judges.judge_output(team, outputs[name], task, load)
         if len(names) > 1:
             judges.combine_judges(final, outputs, task, combine)
     finish({**summary, **final.counts}, output, names, audit_path, settings)
-
-
-def check_files(inputs, verdict_files) -> None:
-    """Refuse a command line without pairs."""
-    if not inputs and not verdict_files:
-        raise click.UsageError("--input is missing: pairs, or several responses per prompt.")
-    if not verdict_files:
-        cli.refuse_options(["verdict_fields"], "without --verdicts there is no column to read")
 
 
 def finish(summary: dict, output: str, names: list[str], audit_path: str | None, settings) -> None:
@@ -195,7 +176,7 @@ def finish(summary: dict, output: str, names: list[str], audit_path: str | None,
 def take_verdicts(inputs, files, columns, output: str, combine: str, audit_path: str | None, settings, options) -> None:
     """judge.py --verdicts: combine the verdicts and print the summary; one process does it."""
     parameters = {option.name for option in click.get_current_context().command.params}
-    used = {"verdict_files", "verdict_fields", "combine", "audit_path", "clamp"} | WITHOUT_JUDGE - {"prefer_input"}
+    used = verdicts.USED | WITHOUT_JUDGE - {"prefer_input"}
     cli.refuse_options(parameters - used, "--verdicts asks no judge")
     limits = judges.read_limits(options["clamp"], (0.0, 1.0))
     labels = verdicts.Verdicts(inputs, files, columns, options["against"], options["pairs_per_prompt"], settings)
@@ -209,6 +190,20 @@ def take_verdicts(inputs, files, columns, output: str, combine: str, audit_path:
         return
     findings = labels.write(claim, combine, limits)
     finish({**summary, "findings": findings, **claim.counts}, output, labels.names, audit_path, settings)
+
+
+def qualify(task: judges.Task, loads: dict, servers: dict, settings) -> None:
+    """Measure each judge on pairs whose better side is known, with the templates of this task."""
+    question, dtype = task.question, settings.loading["dtype"]
+    asked = qualification.Task(
+        "judge",
+        template=question.template,
+        answer_template=question.written,
+        reasoning=question.reasoning,
+        sampling=settings.sampling,
+    )
+    for name, load in loads.items():
+        qualification.report(name, asked, load, endpoints=servers[name], dtype=dtype)
 
 
 def prefer(inputs, output: str, against: str | None, most: int | None, settings) -> None:

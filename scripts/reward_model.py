@@ -83,7 +83,7 @@ def main(options):
     loading.check_can_score(options.model)
     weights = reward_model.read_weights(options.inputs, options.mix)
     pairs, counts, digests = reward_model.read_sources(weights, options)
-    parts = reward_model.split_holdout(pairs, options.holdout, options.seed)
+    parts = preferences.split_holdout(pairs, options.holdout, options.seed)
     names = ("labels", "default_label", "min_margin", "holdout", "eval_steps", "patience", "center")
     run = common.TrainingRun(
         "reward_model",

@@ -12,7 +12,7 @@ import json
 import shlex
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -23,7 +23,7 @@ from cai.base.paths import TINY
 from cai.constitution.files import load_constitution
 from cai.data.reading import reading_options
 from cai.data.sources import Source
-from cai.evaluate import smoke, stages
+from cai.evaluate import qualification, smoke, stages
 from cai.models import loading
 from cai.stats import tables
 from cai.steps import content, duplicates, gating, pricing
@@ -79,10 +79,19 @@ from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
     default=None,
     help="Rows in one forward pass of the steps that write or judge text. Default: the preset's.",
 )
+@click.option(
+    "--unqualified", is_flag=True, help="Run although the model is unfit to read, judge or criticise responses."
+)
+@click.option(
+    "--heldout-limit",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Measure on the first N held-out prompts only; --limit is for the prompts of --input.",
+)
 @cli.options("reasoning_tags", "seed", "limit", "device", "dtype", "json", "dry_run", "overwrite")
 @pricing.options
 @reading_options
-def main(output, seeds, is_smoke, seed, as_json, dry_run, terms, **options):
+def main(output, seeds, is_smoke, seed, as_json, dry_run, unqualified, terms, **options):
     """Run the complete method: critique, revision, SFT, judging, reward model, PPO, and measure each stage.
 
     --prompt-field is for the files of --input, --heldout and --helpful, --response-field for --helpful, --kind-field,
@@ -94,7 +103,8 @@ def main(output, seeds, is_smoke, seed, as_json, dry_run, terms, **options):
     """
     if is_smoke:
         output, seeds = str(Path(output) / "smoke"), 1
-        options |= {"limit": min(options["limit"] or smoke.LIMIT, smoke.LIMIT), "overwrite": True}
+        limits = {name: min(options[name] or smoke.LIMIT, smoke.LIMIT) for name in ("limit", "heldout_limit")}
+        options |= {**limits, "overwrite": True}
     choices = choose(terms, **options)
     check_inputs(choices)
     folders = {seed + n: output if seeds == 1 else str(Path(output) / f"seed-{seed + n}") for n in range(seeds)}
@@ -106,6 +116,8 @@ def main(output, seeds, is_smoke, seed, as_json, dry_run, terms, **options):
     loading.choose_device(choices.device)
     if choices.device and choices.device.startswith("cuda"):
         choices = replace(choices, device="cuda")
+    if not unqualified:
+        qualification.require_run(choices)
     runs, some_failed = [], False
     for seed, folder in folders.items():
         started, steps = time.monotonic(), make_plan(choices, folder, seed)
@@ -113,7 +125,8 @@ def main(output, seeds, is_smoke, seed, as_json, dry_run, terms, **options):
         result = stages.read_stages({step.name: step.output for step in steps})
         runs.append({**result, "seconds": round(time.monotonic() - started, 1), "output": folder})
     if is_smoke:
-        print_signs(steps, choices.device, as_json)
+        if not smoke.print_signs([(step.command, step.output) for step in steps], choices.device, as_json):
+            click.get_current_context().exit(1)
     else:
         print_rates(runs, output, as_json)
     if some_failed:
@@ -142,9 +155,10 @@ def check_inputs(choices: Choices) -> None:
         if not pricing.is_size(model):
             loading.check_model(loading.split_endpoint(model)[0])
     load_constitution(choices.constitution)
-    for files, fields in (("inputs", ("prompt",)), ("heldout", ("prompt", "kind"))):
+    of_files = {"inputs": (("prompt",), choices.limit), "heldout": (("prompt", "kind"), choices.heldout_limit)}
+    for files, (fields, limit) in of_files.items():
         if pricing.is_file(choices, files):
-            Source(getattr(choices, files), require=fields, limit=choices.limit, reading=choices.reading_of(files))
+            Source(getattr(choices, files), require=fields, limit=limit, reading=choices.reading_of(files))
     if choices.helpful:
         Source(choices.helpful, require=("prompt", "response"), reading=choices.reading_of("helpful"))
 
@@ -225,17 +239,6 @@ def print_rates(runs: list[dict], output: str, as_json: bool) -> None:
     click.echo(f"{table}\n\n{summary} · everything is in {output}")
     for run in runs:
         click.echo(f"report  {run['report']}")
-
-
-def print_signs(steps: list[Step], device: str | None, as_json: bool) -> None:
-    """Print each sign of life of a smoke run; exit 1 where one is missing."""
-    signs = smoke.look([(step.command, step.output) for step in steps], device)
-    alive = all(sign.alive for sign in signs)
-    rows = [(sign.step, sign.name, "yes" if sign.alive else "NO", sign.seen) for sign in signs]
-    result = json.dumps({"alive": alive, "signs": [asdict(sign) for sign in signs]}, ensure_ascii=False)
-    click.echo(result if as_json else tables.table(("step", "sign of life", "", "seen"), rows))
-    if not alive:
-        click.get_current_context().exit(1)
 
 
 if __name__ == "__main__":

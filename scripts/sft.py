@@ -20,9 +20,12 @@ from cai.data.rounds import REFUSED
 from cai.data.selection import check_revised, choose_revisions
 from cai.models import loading
 from cai.models.chat import encode
+from cai.stats import intervals, refusals
 from cai.steps.flags import REASONS
 from cai.train import common
 from cai.train.arguments import training_options
+
+MOST_COMPLYING = 0.2  # of the harmful rows that are trained on; above it a warning is printed
 
 
 @click.command(cls=cli.Command)
@@ -49,7 +52,8 @@ from cai.train.arguments import training_options
     "--keep",
     multiple=True,
     type=click.Choice([*REASONS, REFUSED, "all"]),
-    help="Train on revisions with this flag too. Repeatable.",
+    help="Train on revisions with this flag too. `copy` also keeps rounds that were skipped, but nothing that was left "
+    "as it was in rows whose kind is harmful; `all` does. Repeatable.",
 )
 @training_options(epochs=2, learning_rate=1e-5)
 def main(options):
@@ -109,20 +113,12 @@ def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | N
     Raises:
         InputError: a row that is not one of revise.py, or no text to train on.
     """
-    ours = Reading(skip_invalid=reading.skip_invalid)
-    revised = inputs and sources.Source(
-        inputs, require=("prompt", "rounds"), limit=limit, check=check_revised, reading=ours
-    )
-    rows, flags, skipped = [], Counter(), 0
-    for row in revised:
-        texts, raised = choose_revisions(row, rounds, keep)
-        flags.update(raised)
-        skipped += not texts
-        rows.extend((dialogue.as_messages(row["prompt"]), text) for text in texts.values())
-    counts, digests = {}, {}
+    rows, counts, digests = [], {}, {}
     if inputs:
-        counts = {"revised_rows": revised.count, "revisions": len(rows), "rows_left_out": skipped}
-        counts["flagged"], digests["input"] = dict(flags), revised.digest
+        ours = Reading(skip_invalid=reading.skip_invalid)
+        revised = sources.Source(inputs, require=("prompt", "rounds"), limit=limit, check=check_revised, reading=ours)
+        rows, counts = read_revisions(revised, rounds, keep)
+        digests["input"] = revised.digest
     if helpful:
         answers = sources.Source(helpful, require=("prompt", "response"), limit=limit, reading=reading)
         # What follows an end token in an answer is no part of it (`cut_at_end_token`).
@@ -138,13 +134,39 @@ def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | N
             cli.warn(f"{counts['helpful_empty']} helpful rows have an empty response and are left out")
     if not rows:
         raise InputError(
-            f"no revision to train on (flags: {dict(flags)})" if inputs else "every response is empty",
+            f"no revision to train on (flags: {counts['flagged']})" if inputs else "every response is empty",
             where=", ".join(inputs or helpful),
             remedy="Look at the revisions, or keep some flagged ones with --keep REASON"
             if inputs
             else "Give responses with text",
         )
     return rows, counts, digests
+
+
+def read_revisions(revised: sources.Source, rounds: str, keep: frozenset[str]):
+    """([(prompt messages, revision)], counts); of rows with the kind harmful, how many of the texts still comply."""
+    rows, left_out, kept, is_complying = [], Counter(), Counter(), []
+    skipped = fallbacks = 0
+    for row in revised:
+        selection = choose_revisions(row, rounds, keep)
+        left_out.update(selection.left_out)
+        kept.update(selection.kept)
+        skipped += not selection.texts
+        fallbacks += selection.falls_back
+        rows.extend((dialogue.as_messages(row["prompt"]), text) for text in selection.texts.values())
+        if row.get("kind") == "harmful" and selection.texts:
+            *_, text = selection.texts.values()
+            is_complying.append(refusals.read(dialogue.prompt_text(row["prompt"]), text) == "complied")
+    counts = {"revised_rows": revised.count, "revisions": len(rows), "rows_left_out": skipped}
+    counts |= {"flagged": dict(left_out), "kept_flags": dict(kept), "fallbacks": fallbacks}
+    if is_complying:
+        counts["still_complying"] = intervals.rate(sum(is_complying), len(is_complying))
+        if counts["still_complying"]["value"] > MOST_COMPLYING:
+            cli.warn(
+                f"{sum(is_complying)} of {len(is_complying)} harmful rows have a text that does not decline, and SFT "
+                "will teach it. Told by phrases alone, which know refusals only: read some of them before training"
+            )
+    return rows, counts
 
 
 def tokenize(rows: list[tuple[list[dict], str]], chat) -> list[dict]:

@@ -6,15 +6,20 @@ Leaves out measuring: `evaluate.py` and `judge.py` read what this writes.
 """
 
 import itertools
+import json
 import random
 import shutil
+from pathlib import Path
 
 import click
 
-from cai.base import cli
+from cai.base import cli, paths
 from cai.base.errors import InputError
 from cai.data import outputs, readers
+from cai.models import loading
 from cai.world import language, oracle
+
+_SIZES = {"hidden": 128, "layers": 6, "feed_forward": 384}
 
 _STYLES = {
     "harmful": ("comply", "partial", "good", "evasive", "preachy"),
@@ -36,41 +41,68 @@ def main():
 @main.command(cls=cli.Command)
 @click.option("--output", required=True, metavar="DIR", help="Folder for the model.")
 @click.option(
-    "--tokens", type=click.IntRange(min=1), default=25_000_000, show_default=True, help="Training tokens in all."
+    "--from", "start", metavar="MODEL", help="Continue from this earlier build: `tiny`, or a folder that build wrote."
 )
-@click.option("--hidden", default=128, show_default=True, help="Width of the model.")
-@click.option("--layers", default=6, show_default=True, help="Layers.")
-@click.option("--feed-forward", default=384, show_default=True, help="Width of the feed-forward layer.")
-@click.option("--learning-rate", default=2e-3, show_default=True, help="Highest learning rate.")
+@click.option(
+    "--tokens", type=click.IntRange(min=1), help="Training tokens in all.  [default: 25000000; with --from 2000000]"
+)
+@click.option("--hidden", type=int, help="Width of the model.  [default: 128]")
+@click.option("--layers", type=int, help="Layers.  [default: 6]")
+@click.option("--feed-forward", type=int, help="Width of the feed-forward layer.  [default: 384]")
+@click.option("--learning-rate", type=float, help="Highest learning rate.  [default: 0.002; with --from 0.0006]")
 @click.option("--threads", default=2, show_default=True, help="CPU threads.")
 @cli.options("seed", "json", "dry_run")
-def build(output, tokens, hidden, layers, feed_forward, learning_rate, threads, seed, as_json, dry_run):
+def build(output, start, tokens, learning_rate, threads, seed, as_json, dry_run, **sizes):
     """Train `tiny` again from its seed; resumes where it was stopped. About three quarters of an hour on two cores.
+
+    With --from the tokenizer and the sizes of the earlier build are kept, and its weights are trained further.
 
     \b
     Example:
       python scripts/tiny.py build --output tiny-new --tokens 200000
     """
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    if start is not None:
+        if sizes:
+            raise click.UsageError(
+                "--from keeps the sizes of the earlier build: leave --hidden, --layers, --feed-forward out."
+            )
+        start = Path(paths.model_path(start))
+        if start.resolve() == Path(output).resolve():
+            raise click.UsageError("--output is the folder of --from: give another one.")
     settings = {
         "output": output,
         "seed": seed,
-        "tokens": tokens,
-        "hidden": hidden,
-        "layers": layers,
-        "feed_forward": feed_forward,
-        "learning_rate": learning_rate,
+        "tokens": tokens or (2_000_000 if start else 25_000_000),
+        "learning_rate": learning_rate or (6e-4 if start else 2e-3),
+        **(_earlier_settings(start) if start else _SIZES | sizes),
     }
     if dry_run:
         return cli.finish({"would_build": output, **settings}, as_json=as_json)
     from cai.world.build import build as build_model
 
-    compiled = tokens >= 1_000_000 and shutil.which("g++") is not None  # else compiling takes longer than it saves
+    compiled = settings["tokens"] >= 5_000_000 and shutil.which("g++") is not None  # else compiling saves no time
     cli.finish(
-        {"output": output, **build_model(threads=threads, report=cli.note, compiled=compiled, **settings)},
+        {"output": output, **build_model(threads=threads, report=cli.note, compiled=compiled, start=start, **settings)},
         as_json=as_json,
         next_command=f"python scripts/run.py --model {output} --preset tiny "
         "--input train.jsonl --heldout heldout.jsonl --output runs/new",
     )
+
+
+def _earlier_settings(folder: Path) -> dict:
+    """The sizes of an earlier build, and its build.json as `from`. InputError for a folder that build did not write."""
+    loading.check_model(str(folder))
+    try:
+        earlier = json.loads((folder / "build.json").read_text(encoding="utf-8"))
+        return {**{name: int(earlier[name]) for name in _SIZES}, "from": earlier}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"no build to continue from ({error!r})",
+            where=folder,
+            expected=f"a build.json with {', '.join(_SIZES)}",
+            remedy="Name `tiny`, or a folder that tiny.py build wrote",
+        ) from None
 
 
 @main.command(cls=cli.Command)

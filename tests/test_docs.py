@@ -603,7 +603,7 @@ def test_the_variables_told_are_those_the_templates_take():
     assert set(told) == {path.stem for path in (ROOT / "templates").glob("*.jinja")}
     told["critique_cot"] = told["critique"]
     constitution = load_constitution("harmlessness")
-    values = {"principle": constitution["harm"], "constitution": constitution}
+    values = {"principle": constitution["harm"], "constitution": constitution, "order": [0]}
     for name, variables in told.items():
         given = {one: values.get(one, f"the {one}") for one in re.findall(r"`(\w+)`", variables)}
         text = str(load_template(name, "system" if name == "in_context" else "user").render(**given))

@@ -371,7 +371,7 @@ def test_coverage_is_the_mean_of_both_orders_by_direct_computation(run, tmp_path
     principle = load_constitution(str(file))["kind"]
     shares = []
     for swapped in (False, True):
-        question = template.render(principle=principle, prompt=rows[0]["prompt"], swapped=swapped)
+        question = template.render(principle=principle, prompt=rows[0]["prompt"], order=(1, 0) if swapped else (0, 1))
         [logprobs] = models.score(engine, [question], ["A", "B"])
         yes, no = reversed(logprobs) if swapped else logprobs
         shares.append(math.exp(yes) / (math.exp(yes) + math.exp(no)))

@@ -17,10 +17,7 @@ from cai.data import outputs, preferences, readers
 from cai.models import loading
 from cai.models.engine import Sampling
 from cai.models.loading import load_engine
-from cai.train import common
-
-conftest.load_command("dpo")
-command = sys.modules["command_dpo"]
+from cai.train import common, dpo
 
 FAST = ("--learning-rate", "1e-3", "--batch-size", "4", "--device", "cpu", "--json")
 
@@ -52,14 +49,14 @@ def trainer(tmp_path, pairs, *, family="qwen", beta=0.5, apart=False, adapters=N
     """A trainer over the pairs, in their order. apart: from a reference with other weights."""
     path = str(models.folder(family))
     chat = loading.load_chat(path)
-    rows = command.tokenize(pairs, chat)
+    rows = dpo.tokenize(pairs, chat)
     policy = loading.load_policy(path, dropout=False)
     other = str(models.build(family, tmp_path / "other", seed=1)) if apart else path
     reference = None if adapters else loading.load_policy(other, dropout=False)
     arguments = common.trainer_arguments(
         tmp_path, **{"learning_rate": 1e-3, "batch_size": len(rows), "device": "cpu", "beta": beta, **settings}
     )
-    return command.make_trainer(policy, reference, chat.tokenizer, rows, arguments, tmp_path, adapters), rows
+    return dpo.make_trainer(policy, reference, chat.tokenizer, rows, arguments, tmp_path, adapters), rows
 
 
 def sigmoid(x):
@@ -175,8 +172,8 @@ def test_rows_as_the_judge_writes_them(tmp_path):
     assert counts == {"rows": 4, "undecided": 1} and len(pairs) == 3
     chat = loading.load_chat(str(models.folder("qwen")))
     options = SimpleNamespace(max_length=100, batch_size=1, epochs=1, seed=0)
-    rows = command.tokenize(pairs, chat)
-    kept, overlong = common.drop_overlong(rows, command.row_length, options)
+    rows = dpo.tokenize(pairs, chat)
+    kept, overlong = common.drop_overlong(rows, dpo.row_length, options)
     assert overlong == 1 and [row["p_chosen"] for row in kept] == [0.9, 0.9] and rows[2] not in kept
     assert rows[1]["prompt_ids"] == chat.encode(chat.render(turns))  # every turn is kept
     assert rows[0]["chosen_ids"][-1] == rows[0]["rejected_ids"][-1] == chat.stop_id
@@ -231,6 +228,39 @@ def test_it_prefers_what_is_chosen_and_is_read_back(invoke, tmp_path, adapters):
     assert again.exit_code == 0 and json.loads(again.stdout)["margin"] == said["margin"]
     other = invoke(*args, "--beta", "0.3")
     assert other.exit_code == 2 and "beta was 0.1, now 0.3" in other.stderr
+
+
+def test_held_out_pairs_are_measured_and_written(invoke, tmp_path):
+    path, out = many(tmp_path, 60), tmp_path / "out"
+    args = ["dpo", "--input", path, "--model", models.folder("llama"), "--output", out, *FAST, "--holdout", "0.2"]
+    result = invoke(*args)
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert summary["train"] + summary["held_out"] + summary["overlong"] + summary["undecided"] == summary["rows"] == 61
+    assert summary["holdout"]["pairs"] == summary["held_out"] > 5 and summary["steps"] == -(-summary["train"] // 4)
+    assert "--pairs" in summary["next"] and "holdout.jsonl --reference" in summary["next"]
+    rows = [row for _, row in readers.read_jsonl(out / "holdout.jsonl")]
+    measures = json.loads((out / "holdout.json").read_text())
+    margins, outright = [], []
+    chat = loading.load_chat(str(models.folder("llama")))
+    policy, reference = (loading.load_policy(str(folder)).eval() for folder in (out, models.folder("llama")))
+    for row in dpo.tokenize([row for row in rows if len(row["rejected"]) < 1000], chat):
+        of = [
+            log_probability(model, row, side)
+            for model in (policy, reference)
+            for side in ("chosen_ids", "rejected_ids")
+        ]
+        margins.append(of[0] - of[1] - of[2] + of[3])
+        outright.append(of[0] > of[1])
+    assert len(margins) == measures["pairs"] and min(map(abs, margins)) > 0.01
+    assert measures["relative"]["value"] == sum(margin > 0 for margin in margins) / len(margins)
+    assert measures["outright"]["value"] == sum(outright) / len(outright)
+    assert measures["logp_margin"]["value"] == pytest.approx(sum(margins) / len(margins), abs=1e-3)
+    text = invoke(*[a for a in args if a != "--json"]).stdout  # of the finished run
+    assert "moved towards the chosen     yes" in text and "held-out logp margin" in text
+    assert "holdout was 0.2, now 0.3" in invoke(*args[:-1], "0.3").stderr
+    result = invoke(*args[:-1], "0.999999", "--dry-run")
+    assert result.exit_code == 2 and "pairs are held out" in result.stderr
 
 
 def test_a_reference_of_its_own(invoke, tmp_path):

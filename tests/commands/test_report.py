@@ -46,7 +46,8 @@ def test_rounds_and_principles_are_counted(folder):
     run = run_folder.collect(runs.make_run(folder.parent / "counted", rows=12, hostile=False))
     first, one, two = run_folder.rounds(run)
     assert (first["changed"], one["changed"]["value"], two["changed"]["value"]) == (None, 4 / 12, 0)
-    assert one["flags"] == {} and one["rates"] == {}, "no class was measured"
+    assert one["flags"] == {"copy": 8} and two["flags"] == {"copy": 12}
+    assert one["rates"] == {}, "no class was measured"
     table = {entry["id"]: entry for entry in run_folder.principles(run)}
     assert table["harm"]["drawn"] == 12 and table["harm"]["changed"]["value"] == 4 / 12
     assert table["harm"]["before"] is None, "not measured is not 0 %"
@@ -137,6 +138,28 @@ def test_rounds_that_were_skipped_and_all_principles_at_once(tmp_path, invoke):
     before, first, second = run_folder.rounds(run)
     assert (before["n"], first["n"], second["n"]) == (4, 4, 4)
     assert invoke("report", path).exit_code == 0
+
+
+def test_flags_skipped_rounds_and_refused_revisions_are_in_both_pages(tmp_path, invoke):
+    """Rounds counted by hand: two copies, one bare refusal, a skipped round of each kind, and a refused revision."""
+    path = runs.make_run(tmp_path / "run", rows=6, hostile=False)
+    first = runs.row(0, "harmful", [])["response"]
+    unmatched = {"principle": None, "critique": "", "skipped": "unmatched"}
+    content = {"principle": "care", "critique": "No fault.", "skipped": "content"}
+    refused = {**runs.one_round("harm", "It harms.", first, ["gate"]), "refused": "Get lost.", "gate": {}}
+    bare = runs.one_round("harm", "It harms.", "I can't.", ["bare_refusal"])
+    copied = runs.one_round("harm", "No fault.", first, ["copy"])
+    rounds = [unmatched, content, refused, bare, copied, copied]
+    rows = [runs.row(number, "harmful", [entry]) for number, entry in enumerate(rounds)]
+    for name in ("03-revision-1.jsonl", "05-revision-2.jsonl"):
+        write_jsonl(path / name, rows)
+    _, first_round = run_folder.rounds(run_folder.collect(path))
+    assert first_round["flags"] == {"copy": 2, "bare_refusal": 1}
+    assert first_round["skipped"] == {"unmatched": 1, "content": 1} and first_round["refused"] == 1
+    assert invoke("report", path).exit_code == 0
+    cells = ["copy 2, bare refusal 1", "unmatched 1, content 1", "1"]
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in (path / "report.html").read_text()
+    assert " | ".join(cells) + " |\n" in (path / "report.md").read_text()
 
 
 def test_a_safety_classifier_tells_of_compliance_alone(tmp_path, invoke):

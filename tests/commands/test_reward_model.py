@@ -14,6 +14,7 @@ import pytest
 
 from cai.data import outputs, readers
 from cai.data.dialogue import as_messages
+from cai.data.preferences import is_held_out
 from cai.models.scorer import load_scorer
 from cai.train import reward_model
 
@@ -74,7 +75,7 @@ def test_it_learns_what_is_preferred_and_is_read_back(invoke, tmp_path, adapters
 
     scorer = load_scorer(str(out), device="cpu")
     assert scorer.temperature == pytest.approx(summary["holdout"]["temperature"]) != 1.0
-    pairs = [row for _, row in readers.read_jsonl(path) if reward_model.is_held_out(row["prompt"], 0.1, 0)]
+    pairs = [row for _, row in readers.read_jsonl(path) if is_held_out(row["prompt"], 0.1, 0)]
     texts = [(as_messages(row["prompt"]), row[side]) for side in ("chosen", "rejected") for row in pairs]
     rows, _ = reward_model.tokenize(pairs, scorer.chat, 1024)
     found = reward_model.measure(scorer.scores(texts), rows)

@@ -135,6 +135,24 @@ def values(line):
     return found
 
 
+def test_a_limit_cuts_the_prompts_and_not_the_heldout_ones(invoke, tmp_path, prompts):
+    """Six of each: --limit is for those to train on, --heldout-limit for those to measure on; the price follows."""
+    line = ("--model", "tiny", "--output", tmp_path / "out", *prompts, "--rl", "none", "--gpu", "h100")
+    for limits, calls in (
+        ((), (6, 6)),
+        (("--limit", 2), (2, 6)),
+        (("--heldout-limit", 3), (6, 3)),
+        (("--limit", 2, "--heldout-limit", 3), (2, 3)),
+        (("--smoke", "--limit", 2), (2, 6)),
+        (("--smoke", "--heldout-limit", 3), (6, 3)),
+    ):
+        steps = {step["name"]: step for step in planned(invoke, *line, *limits)}
+        assert (steps["responses"]["calls"], steps["evaluate-base"]["calls"]) == calls, limits
+    bundled = {step["name"]: step for step in planned(invoke, *line[:4], "--smoke", "--gpu", "h100")}
+    limited = [values(bundled[name]["command"])["--limit"] for name in ("responses", "evaluate-base", "evaluate-ppo")]
+    assert limited == [["8"], ["8"], ["8"]]
+
+
 def test_the_oracle_is_asked_in_evaluations_only(invoke, tmp_path, prompts):
     steps = planned(invoke, "--model", "some/model", "--output", tmp_path / "out", *prompts, "--preset", "tiny")
     assert {step["name"] for step in steps if "--by oracle" in step["command"]} == {

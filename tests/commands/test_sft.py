@@ -92,6 +92,8 @@ def test_the_last_good_revision_or_all(revised, helpful):
         "revisions": 3,
         "rows_left_out": 1,
         "flagged": {"copy": 1, "bare_refusal": 1, "empty": 1},
+        "kept_flags": {},
+        "fallbacks": 0,
     }
     rows, counts, _ = sft.read_rows([str(revised)], [str(helpful)], "all", frozenset(), None)
     assert answers(rows) == [
@@ -128,6 +130,38 @@ def test_flagged_revisions_that_are_asked_for(revised):
     assert texts("copy").count("Don't.") == 2
     assert "" not in texts("empty")  # it has another flag too
     assert "" in texts("empty", "bare_refusal") and "" in texts("all")
+    _, counts, _ = sft.read_rows([str(revised)], [], "last", frozenset({"copy"}), None)
+    assert counts["kept_flags"] == {"copy": 1} and counts["flagged"] == {"bare_refusal": 1, "empty": 1}
+
+
+def test_rows_that_fall_back_to_an_earlier_revision_are_counted(tmp_path):
+    path = tmp_path / "revised.jsonl"
+    cut = {**ROWS[0], "id": "5", "rounds": [a_round("Ask."), a_round("Ask the", "unfinished")]}
+    outputs.write_jsonl(path, [*ROWS, cut])
+    rows, counts, _ = sft.read_rows([str(path)], [], "last", frozenset({"copy"}), None)
+    assert answers(rows)[-1] == "Ask." and counts["fallbacks"] == 1
+
+
+def test_harmful_rows_whose_revision_still_complies_are_counted(tmp_path, capsys):
+    """By hand: of four harmful rows that are trained on, the last text of two complies; harmless ones don't count."""
+    decline, comply = "I can't help with that, because it hurts people.", "Sure. Lift the bar and push."
+    texts = [("harmful", comply, decline), ("harmful", decline, comply), ("harmful", comply, comply)]
+    texts += [("harmful", decline, decline), ("harmful", comply, ""), ("benign", comply, comply), (None, "", comply)]
+    rows = [
+        {"id": str(n), "prompt": "How?", "kind": kind, "response": "So.", "rounds": [a_round(first), a_round(last)]}
+        for n, (kind, first, last) in enumerate(texts)
+    ]
+    rows[4]["rounds"] = [a_round("", "empty"), a_round("", "empty")]
+    path = tmp_path / "revised.jsonl"
+    outputs.write_jsonl(path, rows)
+    _, counts, _ = sft.read_rows([str(path)], [], "last", frozenset(), None)
+    assert (counts["still_complying"]["value"], counts["still_complying"]["n"]) == (0.5, 4)
+    assert "2 of 4 harmful rows have a text that does not decline" in capsys.readouterr().err
+    outputs.write_jsonl(path, [rows[0], rows[3]])
+    _, counts, _ = sft.read_rows([str(path)], [], "all", frozenset(), None)
+    assert counts["still_complying"]["value"] == 0 and not capsys.readouterr().err
+    outputs.write_jsonl(path, [rows[5]])
+    assert "still_complying" not in sft.read_rows([str(path)], [], "last", frozenset(), None)[1]
 
 
 @pytest.mark.parametrize(

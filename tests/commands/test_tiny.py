@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -207,6 +209,48 @@ def test_a_small_build_is_made_from_its_seed_and_answers(invoke, tmp_path):
     assert tokenizer.decode(asked) == "<|bos|><|user|>How do I bake the bread?<|end|><|assistant|>"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     assert model.config.eos_token_id == tokenizer.eos_token_id
+
+
+SMALL = ("--tokens", 20_000, "--threads", 1, "--json")
+
+
+@pytest.mark.slow
+def test_a_build_continues_from_an_earlier_one(invoke, tmp_path):
+    """Weights, sizes and tokenizer of the earlier build are where it begins; the same seed gives the same weights."""
+    from safetensors.torch import load_file
+
+    sizes = ("--hidden", 64, "--layers", 1, "--feed-forward", 64)
+    assert invoke("tiny", "build", "--output", tmp_path / "first", *sizes, *SMALL).exit_code == 0
+    for name in ("second", "again"):
+        line = ("--from", tmp_path / "first", "--seed", 1, "--learning-rate", 1e-9, "--output", tmp_path / name)
+        result = invoke("tiny", "build", *line, *SMALL)
+        assert result.exit_code == 0, result.output
+    first, second, again = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second", "again"))
+    assert all((second[key] == again[key]).all() for key in second)
+    # so small a learning rate changes next to nothing
+    assert all((second[key] - first[key]).abs().max() < 1e-3 for key in first)
+    assert (tmp_path / "first/tokenizer.json").read_text() == (tmp_path / "second/tokenizer.json").read_text()
+    build_file = json.loads((tmp_path / "second/build.json").read_text())
+    assert build_file["from"] == json.loads((tmp_path / "first/build.json").read_text())
+    assert (build_file["seed"], build_file["hidden"], build_file["layers"]) == (1, 64, 1) and build_file["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--from", "tiny", "--hidden", 64), "--from keeps the sizes of the earlier build"),
+        (("--from", "out"), "--output is the folder of --from"),
+        (("--from", "no-such-folder"), "no build to continue from"),
+        (("--from", "old"), "KeyError('hidden')"),
+    ],
+)
+def test_a_build_continues_from_builds_only(invoke, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY, "old", ignore=shutil.ignore_patterns("prompts"))
+    Path("old/build.json").write_text("{}")
+    result = invoke("tiny", "build", *arguments, "--output", "out")
+    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not Path("out").exists()
 
 
 def test_the_bundled_model_is_small():

@@ -29,6 +29,10 @@ VALUES = {
         "reasoning": "",
     },
     "coverage": {"principle": PRINCIPLE, "prompt": "P?"},
+    "check_prompt": {"principle": PRINCIPLE, "prompt": "P?"},
+    "derive": {"sentence": "Never lecture.", "problem": ""},
+    "propose_prompts": {"principle": PRINCIPLE, "kind": "harmful", "count": "5", "known": "- K?", "problem": ""},
+    "infer": {"prompt": "P?", "response_a": "R1.", "response_b": "R2.", "better": "A", "problem": ""},
     "classify": {"prompt": "P?", "response": "R."},
     "classify_answer": {"prompt": "P?", "response": "R."},
     "classify_critique": {"prompt": "P?", "response": "R.", "critique": "C."},
@@ -36,7 +40,7 @@ VALUES = {
     "in_context": {"constitution": load_constitution("harmlessness")},
 }
 SYSTEM = ("in_context",)  # a system message alone; the others begin with the user
-PREFILLED = ("preference", "classify", "classify_critique", "classify_harm", "coverage")
+PREFILLED = ("preference", "classify", "classify_critique", "classify_harm", "coverage", "check_prompt")
 
 
 def load(name):

@@ -120,7 +120,9 @@ def test_the_round_that_is_kept_is_in_the_ledger(tmp_path):
                                ("c", "left_out", [], []), ("d", "left_out", [], [])]  # fmt: skip
     assert [line["reason"] for line in last.ledger] == [None, None, "copy, preamble, empty", "copy"]
     assert last.counts["left_out_by"] == {"copy, preamble, empty": 1, "copy": 1}
+    assert (last.counts["fallbacks"], last.counts["kept_flags"]) == (1, {})
     every = make(tmp_path, rows, "trl-sft", rounds="all", keep={"copy"})
+    assert every.ledger[3]["flags"] == ["copy"] and every.counts["kept_flags"] == {"copy": 1}
     assert ledger_of(every)[0] == ("a", "kept", [1, 2], [1, 2]) and ledger_of(every)[3] == ("d", "kept", [1], [4])
     assert every.records[3]["completion"][0]["content"] == "No."
     assert (every.counts["kept"], every.counts["written"]) == (3, 4)

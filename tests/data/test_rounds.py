@@ -51,7 +51,7 @@ def test_skipped_rounds_are_in_order_for_both_commands():
     for critiqued in (False, True):
         rounds.check_rounds(row(REVISED, CONTENT), "f", 1, critiqued=critiqued)
         rounds.check_rounds(row(UNMATCHED), "f", 1, critiqued=critiqued)
-        with pytest.raises(InputError, match="skipped \\(unmatched, content\\) and no revision"):
+        with pytest.raises(InputError, match=r"skipped .unmatched or content. and no revision"):
             rounds.check_rounds(row({**CONTENT, "revision": "x"}), "f", 1, critiqued=critiqued)
         with pytest.raises(InputError, match="skipped"):
             rounds.check_rounds(row({**CONTENT, "skipped": "tired"}), "f", 1, critiqued=critiqued)

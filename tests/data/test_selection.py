@@ -18,7 +18,7 @@ REFUSED = revised("Second.", "gate", refused="Third.", gate={"p": [0.2, 0.4]})
 
 
 @pytest.mark.parametrize(
-    ("rounds", "keep", "last", "every", "flags"),
+    ("rounds", "keep", "last", "every", "left_out"),
     [
         ([revised("Second."), revised("Third.")], (), {2: "Third."}, {1: "Second.", 2: "Third."}, []),
         ([revised("Second."), revised("", "empty")], (), {1: "Second."}, {1: "Second."}, ["empty"]),
@@ -33,11 +33,51 @@ REFUSED = revised("Second.", "gate", refused="Third.", gate={"p": [0.2, 0.4]})
         ([revised("", "empty", "copy")], ("all",), {1: ""}, {1: ""}, []),
     ],
 )
-def test_the_text_of_a_round_and_why_others_are_left_out(rounds, keep, last, every, flags):
+def test_the_text_of_a_round_and_why_others_are_left_out(rounds, keep, last, every, left_out):
     row = {"prompt": "Why?", "response": "First.", "rounds": rounds}
     check_revised(row, "in.jsonl", 1)
-    assert choose_revisions(row, "last", frozenset(keep)) == (last, flags)
-    assert choose_revisions(row, "all", frozenset(keep)) == (every, flags)
+    for which, texts in (("last", last), ("all", every)):
+        selection = choose_revisions(row, which, frozenset(keep))
+        assert (selection.texts, selection.left_out) == (texts, left_out)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rounds", "keep", "last"),
+    [
+        ("harmful", [revised("First.", "copy"), revised("First.", "copy")], ("copy",), {}),
+        ("harmful", [skipped("content")], ("copy",), {}),
+        ("harmful", [revised("Second."), revised("Second.", "copy")], ("copy",), {1: "Second."}),
+        ("harmful", [revised("First.", "copy"), revised("Third.")], ("copy",), {2: "Third."}),
+        ("harmful", [revised("First.", "copy")], ("all",), {1: "First."}),
+        ("harmful", [revised("", "empty")], ("copy", "empty"), {1: ""}),
+        ("benign", [revised("Second."), revised("Second.", "copy")], ("copy",), {2: "Second."}),
+        ("borderline", [skipped("unmatched")], ("copy",), {1: "First."}),
+        (None, [revised("First.", "copy")], ("copy",), {1: "First."}),
+    ],
+)
+def test_copies_of_harmful_rows_are_not_kept(kind, rounds, keep, last):
+    row = {"prompt": "Why?", "kind": kind, "response": "First.", "rounds": rounds}
+    assert choose_revisions(row, "last", frozenset(keep)).texts == last
+
+
+@pytest.mark.parametrize(
+    ("rounds", "keep", "which", "kept", "falls_back"),
+    [
+        ([revised("Second."), revised("Third.")], (), "last", [], False),
+        ([revised("Second."), revised("", "empty")], (), "last", [], True),
+        ([revised("Second."), revised("", "empty")], (), "all", [], False),
+        ([revised("Second."), revised("", "empty")], ("empty",), "last", ["empty"], False),
+        ([revised("Second."), revised("Second.", "copy")], (), "last", [], False),  # the same text
+        ([revised("First.", "copy"), skipped("content")], ("copy",), "last", ["copy"], False),
+        ([revised("First.", "copy"), skipped("content")], ("copy",), "all", ["copy", "copy"], False),
+        ([revised("First.", "copy"), revised("", "copy", "empty")], ("copy",), "last", ["copy"], True),
+        ([revised("", "copy", "empty")], ("all",), "last", ["copy", "empty"], False),
+        ([revised("", "empty")], (), "last", [], False),  # nothing is trained on
+    ],
+)
+def test_flags_that_are_kept_and_earlier_revisions(rounds, keep, which, kept, falls_back):
+    selection = choose_revisions({"prompt": "Why?", "response": "First.", "rounds": rounds}, which, frozenset(keep))
+    assert (selection.kept, selection.falls_back) == (kept, falls_back)
 
 
 def test_a_round_that_changed_nothing_needs_the_response():
@@ -46,7 +86,7 @@ def test_a_round_that_changed_nothing_needs_the_response():
 
 
 @pytest.mark.parametrize(
-    ("more", "keep", "texts", "flags"),
+    ("more", "keep", "texts", "left_out"),
     [
         ({}, (), {0: "So."}, []),
         ({"response": "So.<|im_end|>user"}, (), {0: "So."}, []),
@@ -57,5 +97,6 @@ def test_a_round_that_changed_nothing_needs_the_response():
         ({"flags": "a column of somebody's own"}, (), {0: "So."}, []),
     ],
 )
-def test_a_response(more, keep, texts, flags):
-    assert choose_response({"prompt": "Why?", "response": "So.", **more}, frozenset(keep)) == (texts, flags)
+def test_a_response(more, keep, texts, left_out):
+    selection = choose_response({"prompt": "Why?", "response": "So.", **more}, frozenset(keep))
+    assert (selection.texts, selection.left_out) == (texts, left_out)

@@ -203,6 +203,7 @@ def test_figures_by_hand():
     rates, counts = benchmarks.figures(rows)
     assert {name: one["value"] for name, one in rates.items() if name.startswith(("acc", "base"))} == {
         "accuracy": 0.75,
+        "accuracy_norm": 0.75,
         "baseline_first": 0.75,
         "baseline_commonest": 0.75,
         "baseline_chance": 0.5,
@@ -215,6 +216,34 @@ def test_figures_by_hand():
     assert rates["answer_mass"]["value"] == pytest.approx(math.exp(-1) + math.exp(-2))
     clustered = intervals.clustered_rate([1, 0, 1, 1], [0, 0, 1, 1])
     assert rates["accuracy"]["low"] == clustered["low"] < intervals.rate(3, 4)["low"]
+
+
+def test_accuracy_by_characters_and_the_warning_that_length_decides():
+    def results(answers, right, scores):
+        rows = [question(n, right=right, answers=answers) for n in range(3)]
+        return [benchmarks.result(row, scores) for row in rows]
+
+    # −3.0 over 2 characters against −5.0 over 10: the sum prefers the short answer, per character the long one wins.
+    rates, counts = benchmarks.figures(results((" no", " ten signs."), " ten signs.", [-5.0, -3.0]))
+    assert (rates["accuracy"]["value"], rates["accuracy_norm"]["value"]) == (0, 1)
+    assert (rates["baseline_longest"]["value"], rates["baseline_shortest"]["value"]) == (1, 0)
+    [note] = counts["notes"]
+    assert note.startswith("every correct answer is the longer one")
+    rates, counts = benchmarks.figures(results((" no", " ten signs."), " no", [-3.0, -5.0]))
+    assert (rates["accuracy"]["value"], rates["accuracy_norm"]["value"]) == (1, 0)
+    assert counts["notes"][0].startswith("every correct answer is the shorter one")
+    mixed = results((" no", " ten signs."), " no", [-3.0, -5.0]) + results(
+        (" no", " ten signs."), " ten signs.", [-5, -3]
+    )
+    assert "notes" not in benchmarks.figures(mixed)[1]
+    # Characters and not bytes, and without the space in front: −4 / 2 against −4.5 / 3.
+    [row, *_] = results((" éé", " abc"), " abc", [-4.5, -4.0])
+    assert row["right_norm"] and not row["right"]
+    texts = [
+        benchmarks.result(transcripts(n, right="I would not do it.", wrong="Push."), [1.0, 0.0], 1.0) for n in range(2)
+    ]
+    rates, counts = benchmarks.figures(texts)
+    assert "accuracy_norm" not in rates and counts["notes"][0].startswith("every correct text is the longer one")
 
 
 def test_the_context_is_the_conversation_without_question_and_options():

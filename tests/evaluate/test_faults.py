@@ -1,12 +1,14 @@
 """What each principle did: drawn, fault found, changed, complied before and after, never drawn."""
 
 import json
+import shlex
 
 import models
 import pytest
 
 from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
+from cai.data import outputs
 from cai.data.outputs import write_jsonl
 from cai.data.readers import read_jsonl
 from cai.evaluate import faults
@@ -92,7 +94,10 @@ def test_figures_by_hand():
         "complied_before crime": (0.5, 2),
         "complied_after crime": (0.5, 2),
     }
-    assert counts["drawn"] == {"harm": 4, "crime": 2} and counts["critiques"] == 6
+    assert counts["drawn"] == {"harm": 4, "crime": 2} and counts["critiques"] == 6 and "letter_bias" not in counts
+    biased = [{**one, "letter_excess": [0.1, -0.1]} for one in critiqued]
+    _, counts = faults.figures(biased, {}, {}, constitution)
+    assert counts["letter_bias"]["value"] == pytest.approx(0.1) and counts["orders_disagree"] == 1
     assert sorted([*counts["never_drawn"], "harm", "crime"]) == sorted(one.id for one in constitution.principles)
 
 
@@ -101,11 +106,13 @@ def test_the_judge_chooses_whether_a_fault_was_found():
     for row in faults.find_faults(engine, faults.critiques(rows())):
         orders = [
             load_template("classify_critique").render(**{k: row[k] for k in ("prompt", "response", "critique")}, **more)
-            for more in ({}, {"swapped": True})
+            for more in ({}, {"order": (1, 0)})
         ]
         straight, swapped = models.score(engine, orders, "AB")
         p = (choice.probabilities(straight)[0] + choice.probabilities(swapped)[1]) / 2
         assert row["p_fault"] == pytest.approx(p) and row["fault"] == (p > 0.5)
+        of_a = (choice.probabilities(straight)[0] + choice.probabilities(swapped)[0]) / 2
+        assert row["letter_excess"] == pytest.approx([of_a - 0.5, 0.5 - of_a])
 
 
 def test_the_command(invoke, tmp_path):
@@ -129,6 +136,33 @@ def test_the_command(invoke, tmp_path):
         tmp_path / "g.jsonl",
     )
     assert refused.exit_code == 2 and "--faults without --responses" in refused.stderr
+
+
+@pytest.mark.parametrize("has_manifest", [True, False], ids=["manifest", "rows"])
+def test_another_constitution_is_refused(invoke, tmp_path, has_manifest):
+    """By the manifest of revise.py, which names the file; without one, by the principles that the rows name."""
+    own = tmp_path / "my own.yaml"
+    own.write_text("- id: quiet\n  principle: The response should be quiet.\n")
+    revised = [{**row, "rounds": [{**entry, "principle": "quiet"} for entry in row["rounds"]]} for row in rows()]
+    path = tmp_path / "revised.jsonl"
+    settings = {"constitution": load_constitution(str(own)).sha256}
+    if has_manifest:
+        with outputs.WholeOutput(str(path), command="revise", fingerprint=settings) as output:
+            output.finish({str(path): revised}, {})
+        manifest = json.loads((tmp_path / "revised.jsonl.run.json").read_text())
+        line = f"python scripts/revise.py --constitution {shlex.quote(str(own))} --output {path}"
+        (tmp_path / "revised.jsonl.run.json").write_text(json.dumps({**manifest, "command_line": line}))
+    else:
+        write_jsonl(path, revised)
+    words = ["--responses", path, "--faults", "--output", tmp_path / "f.jsonl", "--dry-run"]
+    result = invoke("evaluate", *words)
+    assert result.exit_code == 2 and not (tmp_path / "f.jsonl").exists()
+    if has_manifest:
+        assert "made with another constitution than harmlessness" in result.stderr
+        assert f"Give --constitution {shlex.quote(str(own))}" in result.stderr
+    else:
+        assert "no principle 'quiet' in the constitution harmlessness" in result.stderr
+    assert invoke("evaluate", *words, "--constitution", own).exit_code == 0
 
 
 def test_beside_the_oracle_the_judge_reads_critiques_only(invoke, tmp_path):

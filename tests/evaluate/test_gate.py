@@ -9,7 +9,7 @@ import simulations
 
 from cai.base.errors import InputError
 from cai.data.outputs import write_jsonl
-from cai.evaluate import gate
+from cai.evaluate import benchmarks, gate
 from cai.evaluate.rates import outcomes, rates_of_rows
 from cai.stats import intervals
 
@@ -144,6 +144,56 @@ def test_a_model_may_replace_another_if_no_figure_may_have_lost_the_margin():
     assert gate.replacement([held, lost], 0.03) == "may not", "surely worse by more than the margin"
     unclear = change("over_refusal", 0.02, 0.045, 2000)
     assert gate.replacement([unclear], 0.03) == "may not", "an equal model would pass with so many"
+
+
+def choices(tmp_path, name, p_correct, right, contexts=2):
+    """An evaluation of choices, as evaluate.py writes it: `contexts` rows share each conversation."""
+    rows = [
+        {"id": str(n), "context": f"c{n // contexts}", "p_correct": p, "right": is_right, "right_norm": is_right}
+        for n, (p, is_right) in enumerate(zip(p_correct, right, strict=True))
+    ]
+    write_jsonl(tmp_path / f"{name}.choices.jsonl", rows)
+    losses = [benchmarks.choice_loss(row) for row in rows]
+    rates = {
+        "accuracy": intervals.rate(sum(right), len(rows)),
+        "p_correct": intervals.mean(p_correct),
+        "log_loss": intervals.mean(losses),
+    }
+    write_jsonl(tmp_path / f"{name}.jsonl", [{"id": m, "metric": m, **figure} for m, figure in rates.items()])
+    return gate.load(tmp_path / f"{name}.jsonl")
+
+
+def test_choices_are_compared_item_by_item(tmp_path):
+    draw = random.Random(0)
+    p = [draw.uniform(0.2, 0.8) for _ in range(60)]
+    before = choices(tmp_path, "before", p, [x > 0.5 for x in p])
+    now = choices(tmp_path, "now", [x + 0.05 for x in p], [x > 0.45 for x in p])
+    deltas = {delta.metric: delta for delta in gate.compare(before, now)}
+    assert all(delta.paired for delta in deltas.values()) and deltas["log_loss"].high < 0
+    apart = intervals.unpaired(before.rates["log_loss"], now.rates["log_loss"])
+    assert deltas["log_loss"].high - deltas["log_loss"].low < (apart[1] - apart[0]) / 2
+
+
+def test_rows_of_one_context_count_as_alike(tmp_path):
+    # Ten contexts of six rows that all change alike: sixty rows are no more than ten.
+    changed = [n < 30 for n in range(60)]
+    widths = []
+    for contexts in (1, 6):
+        before = choices(tmp_path, "before", [0.4] * 60, [False] * 60, contexts)
+        now = choices(tmp_path, "now", [0.6 if c else 0.4 for c in changed], changed, contexts)
+        [delta] = [delta for delta in gate.compare(before, now) if delta.metric == "accuracy"]
+        widths.append(delta.high - delta.low)
+    assert widths[1] > 1.8 * widths[0]
+
+
+def test_a_model_that_is_never_right_is_not_better(tmp_path):
+    before = choices(tmp_path, "before", [0.1] * 400, [False] * 400)
+    deltas = gate.compare(before, choices(tmp_path, "now", [0.3 + n % 2 / 10 for n in range(400)], [False] * 400))
+    ruling, needed = gate.rule(deltas, 0.0, replaces=False)
+    assert ruling == "same" and any(delta.gain > 0 for delta in deltas)
+    assert gate.verdict_line(deltas, ruling, needed).startswith("VERDICT: same (accuracy 0 %: not called better) | ")
+    once = choices(tmp_path, "now", [0.3 + n % 2 / 10 for n in range(400)], [n < 9 for n in range(400)])
+    assert gate.verdict(gate.compare(before, once)) == "better"
 
 
 @pytest.mark.parametrize("n", [1, 5, 12])

@@ -132,7 +132,7 @@ def test_both_orders_of_the_options_are_in_the_template():
 
     texts = {"prompt": "P?", "response": "R.", "critique": "C."}
     straight, swapped = (
-        load_template(content.TEMPLATE).render(**texts, swapped=swapped)[0]["content"] for swapped in (False, True)
+        load_template(content.TEMPLATE).render(**texts, order=order)[0]["content"] for order in ((0, 1), (1, 0))
     )
     yes, no = "Yes: it names something that should be changed.", "No: it finds nothing wrong."
     assert f"(A) {yes}\n(B) {no}" in straight and f"(A) {no}\n(B) {yes}" in swapped

@@ -47,7 +47,7 @@ def test_the_probability_is_the_mean_of_both_orders():
     template, engine = load_template("coverage"), load()
     for principle in RULES.principles:
         questions = [
-            template.render(principle=principle, prompt=rows(7)[0]["prompt"], swapped=s) for s in (False, True)
+            template.render(principle=principle, prompt=rows(7)[0]["prompt"], order=o) for o in ((0, 1), (1, 0))
         ]
         plain, swapped = (choice.probabilities(p) for p in models.score(engine, questions, ["A", "B"]))
         assert covered["by"][principle.id] == pytest.approx((plain[0] + swapped[1]) / 2, abs=2e-4)

@@ -7,6 +7,7 @@ import models
 import pytest
 
 from cai.base.errors import CaiError
+from cai.data import preferences
 from cai.models import loading
 from cai.models.scorer import load_scorer, score_sequences
 from cai.stats import calibration, intervals
@@ -107,11 +108,11 @@ def test_dropout_is_off(tmp_path):
 
 def test_a_prompts_pairs_are_held_out_together():
     prompts = [f"prompt {n}" for n in range(2000)]
-    out = {p for p in prompts if reward_model.is_held_out(p, 0.1, seed=0)}
+    out = {p for p in prompts if preferences.is_held_out(p, 0.1, seed=0)}
     assert 150 < len(out) < 250
-    assert out == {p for p in prompts if reward_model.is_held_out([{"role": "user", "content": p}], 0.1, seed=0)}
-    assert out != {p for p in prompts if reward_model.is_held_out(p, 0.1, seed=1)}
-    assert not any(reward_model.is_held_out(p, 0.0, seed=0) for p in prompts)
+    assert out == {p for p in prompts if preferences.is_held_out([{"role": "user", "content": p}], 0.1, seed=0)}
+    assert out != {p for p in prompts if preferences.is_held_out(p, 0.1, seed=1)}
+    assert not any(preferences.is_held_out(p, 0.0, seed=0) for p in prompts)
 
 
 def test_overlong_pairs_are_counted():

@@ -5,13 +5,31 @@
 Leaves out what needs no model (lint, show, new, import, export, schema): scripts/constitution.py.
 """
 
+import shlex
 from pathlib import Path
 
 import click
 
+from cai.authoring import derivation, inference, proposals
 from cai.base import cli
+from cai.base.errors import InputError
+from cai.constitution import rendering
 from cai.data import outputs, readers, reading
+from cai.data.kinds import KINDS
 from cai.evaluate import ablation, measurement
+
+TRIES = click.option(
+    "--tries",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="How often a question is asked until its answer can be used.",
+)
+
+
+def _beside(output: str, ending: str) -> str:
+    """The file of rows beside an output: `<output>.<ending>.jsonl`, without the output's suffix."""
+    return f"{Path(output).with_suffix('')}.{ending}.jsonl"
 
 
 @click.command(cls=cli.Command)
@@ -83,4 +101,164 @@ def ablate(output, as_json, dry_run, overwrite, **values):
     cli.finish({**summary, "principles": rows} if as_json else summary, as_json=as_json)
 
 
-COMMANDS = (coverage, ablate)
+@click.command(cls=cli.Command)
+@cli.options("constitution", "output", "model", "endpoint", "principle")
+@TRIES
+@cli.options("reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed")
+@cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+def derive(output, as_json, dry_run, overwrite, **values):
+    """Let a model phrase critique, revision and preference for principles that are plain sentences.
+
+    Each answer is checked: its form, the lint, and that it asks for what the sentence asks for. A principle without a
+    usable answer keeps the requests phrased from its sentence, with the tag `underived` (exit 3). The answers are in
+    OUTPUT.answers.jsonl, without OUTPUT's suffix; the same command continues there.
+
+    \b
+    Example:
+      python scripts/constitution.py derive --constitution kitchen.yaml --model my-org/my-model --output derived.yaml
+    """
+    task = derivation.Derivation(measurement.gather(values))
+    journal = outputs.Output(
+        _beside(output, "answers"),
+        command="derive",
+        fingerprint=task.settings,
+        overwrite=overwrite,
+        inputs=[task.constitution.path],
+    )
+    if Path(output).resolve() == Path(task.constitution.path).resolve():
+        raise InputError("the output is the constitution that is read", where=output, remedy="Name another output")
+    summary = {"command": "derive", "output": output}
+    if dry_run:
+        return cli.finish({**summary, **task.plan(journal)}, as_json=as_json)
+    if not journal.complete:
+        rendering.check_free(output, overwrite)
+    constitution = task.compose(task.write(journal))
+    rendering.save_unless_same(output, constitution, overwrite)
+    cli.finish({**summary, "principles": len(constitution.principles), **journal.counts}, as_json=as_json)
+
+
+@click.command(cls=cli.Command)
+@cli.options("constitution", "model", "endpoint", "principle")
+@click.option("--kind", multiple=True, type=click.Choice(KINDS), help="Kind of prompt; repeatable.  [default: all]")
+@click.option(
+    "-n", "count", type=click.IntRange(1, 1000), default=10, show_default=True, help="Prompts per principle and kind."
+)
+@click.option(
+    "--heldout-share",
+    type=click.FloatRange(0, 1),
+    default=0.2,
+    show_default=True,
+    help="Share of the prompts, of each principle and kind, that goes to --heldout.",
+)
+@click.option("--heldout", metavar="PATH", help="Where the held-out prompts go.  [default: OUTPUT.heldout.jsonl]")
+@click.option("--check", metavar="MODEL", help="A judge that confirms each prompt's kind; may be openai:NAME@URL.")
+@TRIES
+@cli.options("output", "reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed")
+@cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+def prompts(output, heldout, as_json, dry_run, overwrite, **values):
+    """Let a model write prompts for each principle: harmful, borderline and benign, with a share held out.
+
+    Near-duplicates are left out over all kinds, so that no held-out prompt resembles one of OUTPUT, and asked for
+    again up to --tries times. Exits with 3 if prompts are missing. The answers are in OUTPUT.answers.jsonl, without
+    OUTPUT's suffix; the same command continues there.
+
+    \b
+    Example:
+      python scripts/constitution.py prompts --constitution harmlessness --model my-org/my-model -n 20 \\
+          --output train.jsonl --heldout heldout.jsonl
+    """
+    task = proposals.Proposals(measurement.gather(values))
+
+    def claim(path: str, settings: dict) -> outputs.Output:
+        inputs = [task.constitution.path]
+        return outputs.Output(path, command="prompts", fingerprint=settings, overwrite=overwrite, inputs=inputs)
+
+    paths = (output, heldout or _beside(output, "heldout"))
+    if len({Path(path).resolve() for path in paths}) == 1:
+        raise InputError("the same file as --output", where="--heldout", remedy="Name two files")
+    train, held_out = (claim(path, task.settings) for path in paths)
+    summary = {"command": "prompts", "output": output, "heldout": paths[1]}
+    if dry_run:
+        return cli.finish({**summary, **task.plan()}, as_json=as_json)
+    if not (train.complete and held_out.complete):
+        rows, counts = task.write(lambda ending, settings: claim(_beside(output, ending), settings))
+        counts = {"prompts": len(rows), **task.count(rows), **counts}
+        for final, name in zip((train, held_out), proposals.SPLITS, strict=True):
+            _write_rows(final, [row for row in rows if row["split"] == name], counts)
+    command = f"python scripts/run.py --model {shlex.quote(values['model'])} --constitution "
+    command += shlex.join([values["constitution"], "--input", output, "--heldout", paths[1], "--output", "runs/new"])
+    cli.finish({**summary, **train.counts}, as_json=as_json, next_command=command)
+
+
+def _write_rows(output: outputs.Output, rows: list[dict], counts: dict) -> None:
+    with output:
+        if not output.complete:
+            for row in rows:
+                if row["id"] not in output.done:
+                    output.write(row)
+            output.finish([row["id"] for row in rows], counts)
+
+
+@click.command(cls=cli.Command)
+@cli.options("input", "output", "model", "endpoint")
+@click.option("--judge", metavar="MODEL", help="The model that predicts held-out pairs.  [default: --model]")
+@click.option("--candidates", metavar="NAME|FILE", help="A constitution whose principles are scored too.")
+@click.option(
+    "--propose",
+    type=click.IntRange(min=0),
+    default=100,
+    show_default=True,
+    help="Pairs about which the model is asked why one response is better; 0: score --candidates only, on all pairs.",
+)
+@click.option(
+    "--clusters", type=click.IntRange(min=1), default=20, show_default=True, help="Proposals to score, at most."
+)
+@click.option("--best", type=click.IntRange(min=1), default=5, show_default=True, help="Principles in OUTPUT, at most.")
+@click.option(
+    "--heldout-share",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Share of the prompts whose pairs are predicted, and never shown to the model that proposes.",
+)
+@TRIES
+@cli.options("reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed", "limit")
+@cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+@reading.reading_options
+def infer(output, as_json, dry_run, overwrite, **values):
+    """Find principles behind preferences: candidates, and how many held-out pairs each predicts.
+
+    Reads pairs: chosen and rejected, or response_a, response_b and gold. OUTPUT is a constitution of the candidates
+    that predict more than the longer response, the shorter, either position, and a placebo; without any it is not
+    written (exit 3). All figures are in OUTPUT.scores.jsonl, without OUTPUT's suffix.
+
+    \b
+    Example:
+      python scripts/constitution.py infer --input preferences.jsonl --model my-org/my-model --output inferred.yaml
+    """
+    task = inference.Inference(measurement.gather(values))
+
+    def claim(ending: str, settings: dict) -> outputs.Output:
+        path, inputs = _beside(output, ending), values["inputs"]
+        return outputs.Output(path, command="infer", fingerprint=settings, overwrite=overwrite, inputs=inputs)
+
+    scores = claim("scores", task.settings)
+    summary = {"command": "infer", "output": output, "scores": str(scores.path)}
+    if dry_run:
+        return cli.finish({**summary, **task.plan()}, as_json=as_json)
+    if not scores.complete:
+        rendering.check_free(output, overwrite)
+    rows, counts, constitution = task.write(claim)
+    _write_rows(scores, rows, counts)
+    if constitution.principles:
+        rendering.save_unless_same(output, constitution, overwrite)
+    else:
+        cli.warn(f"no candidate predicts more than every baseline: {output} is not written")
+    if not as_json:
+        click.echo(inference.as_text(rows))
+    cli.finish({**summary, "principles": len(constitution.principles), **counts}, as_json=as_json)
+    if not constitution.principles:
+        click.get_current_context().exit(cli.SOME_FAILED)
+
+
+COMMANDS = (coverage, ablate, derive, prompts, infer)

@@ -25,7 +25,7 @@ import click
 from click.core import ParameterSource
 
 from cai.base import run_settings
-from cai.base.errors import CaiError
+from cai.base.errors import LEAVE_OUT, CaiError
 from cai.base.files import expand_patterns
 from cai.base.paths import SCRIPTS
 
@@ -34,6 +34,8 @@ SOME_FAILED = 3
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _ROWS = "rows"  # the entry of click's context that keeps a RowReport
+
+_QUALIFICATIONS = "qualifications"  # the entry of click's context that keeps verdicts on models
 
 _KEY_NAME = "key_name"  # the entry of click's context that keeps the value of --key-name
 
@@ -96,13 +98,17 @@ def row_report() -> RowReport:
 def report_rows(inputs: str, skipped: dict[str, str], repeated: int) -> None:
     """Note bad rows that are left out and repeated prompts, for the summary, the manifests and the exit code."""
     report = row_report()
+    skipped = {place: reason.replace(f", {LEAVE_OUT}", "") for place, reason in skipped.items()}
     if new := [reason for place, reason in skipped.items() if place not in report.skipped]:
         for reason in new[:5]:
             warn(f"left out: {reason}")
-        warn(f"{len(new)} bad rows of {inputs} are left out")
+        warn(f"bad rows of {inputs} that are left out: {len(new)}")
     if repeated and inputs not in report.repeated:
         report.repeated[inputs] = repeated
-        warn(f"{repeated} prompts of {inputs} repeat an earlier one; delete them unless they should count twice")
+        warn(
+            f"{repeated} prompts of {inputs} repeat an earlier one; delete them unless they should count twice "
+            "(export.py leaves them out)"
+        )
     report.skipped.update(skipped)
 
 
@@ -110,6 +116,19 @@ def report_input(**description: Any) -> None:
     """Note what a `Source` has read, for the manifests (see `RowReport`)."""
     if description not in (inputs := row_report().inputs):
         inputs.append(description)
+
+
+def report_qualification(verdict: str, is_fit: bool) -> None:
+    """Note whether a model is fit for what this command does with it, for the summary and the manifests."""
+    if context := click.get_current_context(silent=True):
+        context.meta.setdefault(_QUALIFICATIONS, {})[verdict] = is_fit
+
+
+def qualification_counts() -> dict[str, Any]:
+    """{qualification: the verdicts, qualified: whether all models are fit} of this command; {} where none is known."""
+    context = click.get_current_context(silent=True)
+    verdicts = context.meta.get(_QUALIFICATIONS) if context else None
+    return {"qualification": " | ".join(verdicts), "qualified": all(verdicts.values())} if verdicts else {}
 
 
 def refuse_options(names: Collection[str], reason: str) -> None:
@@ -282,6 +301,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         ctx.meta[_ROWS] = RowReport()
+        ctx.meta[_QUALIFICATIONS] = {}
         run_settings.forget_dated_template()
         # A command that runs this one in its own process (run.py) handles the error itself.
         if ctx.parent is not None and not isinstance(ctx.parent.command, click.Group):
@@ -436,12 +456,17 @@ def finish(
 ) -> None:
     """Print the summary; exit with 3 if records failed or were skipped, else return.
 
+    What is known of the models comes first. Where one is unfit, no line to run next is recommended.
+
     Args:
         summary: flat names to values, in the order to show them; nested values are shown as JSON.
         next_command: the line to run next, printed for people and under "next" in JSON.
         alternative: a line to run instead, printed as "or".
     """
-    summary = {**summary, **row_report().counts}
+    first: dict[str, Any] = {name: summary[name] for name in ("qualification", "qualified") if name in summary}
+    summary = first | summary | row_report().counts
+    if summary.get("qualified") is False:
+        next_command = alternative = None
     for name, line in (("next", next_command), ("or", alternative)):
         if line:
             summary[name] = _from_here(line)

@@ -3,6 +3,9 @@
 Leaves out bugs of ours: those stay ordinary exceptions with a traceback.
 """
 
+# The end of a remedy for a bad row, which is not repeated where the row has been left out.
+LEAVE_OUT = "or leave it out with --skip-invalid"
+
 
 class CaiError(Exception):
     """Failed while running: what is done is kept, the same command continues (exit code 1)."""

@@ -91,9 +91,23 @@ _AVOID = _set("""
     remove removes drop drops""")
 
 # Words that turn a demand into its opposite: all of these except those that find fault with an absence.
-_FORBIDS = (_NOT | _AVOID | {"neither", "nor"}) - _set("fail fails failing failed lack lacks")
+FORBIDS = (_NOT | _AVOID | {"neither", "nor"}) - _set("fail fails failing failed lack lacks")
 
 _CLAUSE = re.compile(r"[.,;:?!()“”\"]|\b(?:but|while|instead|rather|because|although|unless|when|where|if|so)\b")
+
+
+# What negates in a request as “not” does, though not in what a sentence demands.
+_NEGATES = re.compile(r"\b(?:fail(?:s|ed|ing)? to|lack(?:s|ed|ing)?|free (?:of|from)|deletes?|cuts?|strips?)\b")
+
+_REPLACES = re.compile(r"\breplac(?:e|es|ing) (.+?) (?:with|by)\b")
+
+_LESS = re.compile(r"([^,.;:?!]*)(?<!\bat )\b(?:less|least|fewer|fewest)\b")
+
+
+def read_request(text: str) -> str:
+    """A request in lower case, with “not” in front of what it wants less of or names as missing (“fails to”)."""
+    text = re.sub(r"\b(?:instead of|rather than)\b", ", not", _REPLACES.sub(r"not \1, ", text.lower()))
+    return _LESS.sub(r" not \1", _NEGATES.sub("not", text))
 
 
 def _words(text: str) -> list[str]:
@@ -109,11 +123,12 @@ def _stem(word: str) -> str:
     return _ENDING.sub("", word)
 
 
-def _content(words: list[str]) -> frozenset[str]:
-    return frozenset(_stem(w) for w in words if w not in _COMMON and w not in _TASK and w not in _FORBIDS)
+def content_words(words: list[str]) -> frozenset[str]:
+    """The stems of the words that say what a text is about."""
+    return frozenset(_stem(w) for w in words if w not in _COMMON and w not in _TASK and w not in FORBIDS)
 
 
-def _clauses(text: str) -> Iterator[list[str]]:
+def split_clauses(text: str) -> Iterator[list[str]]:
     """The words of each clause, which ends at a punctuation mark or a word that begins another."""
     for part in _CLAUSE.split(text):
         if words := _words(part):
@@ -136,7 +151,7 @@ def _texts(principle: Principle) -> dict[str, str]:
 
 def _double_negatives(principle: Principle) -> Iterator[Finding]:
     for name, text in _texts(principle).items():
-        for words in _clauses(re.sub(r"\b(?:and|or)\b", ",", text)):
+        for words in split_clauses(re.sub(r"\b(?:and|or)\b", ",", text)):
             if twice := _negated_twice(words):
                 yield _finding(
                     "double-negative",
@@ -239,7 +254,7 @@ def _negated(principle: Principle) -> Iterator[Finding]:
         is_wrapped = bool(_WRAPPING.search(text))
         is_fault = name == "critique" and not is_wrapped and bool(_FAULT_FINDING.search(text))
         opposite = wanted if is_fault else forbidden if is_wrapped or name != "critique" else []
-        if any(_covers(a, b) for a in _demands(_WRAPPING.sub("", text))[0] for b in opposite):
+        if any(_covers(a, b) for a in _demands(read_request(_WRAPPING.sub("", text)))[0] for b in opposite):
             problem = f"the {name} {'finds fault with' if is_fault else 'asks for'} what “{sentence}” "
             yield _finding(
                 "negated",
@@ -317,7 +332,7 @@ def _overlap(first: str, second: str) -> float:
 @_remembered
 def _meaning(text: str) -> frozenset[str]:
     """The words that carry meaning, or all words where none does."""
-    return _content(_words(text)) or frozenset(_words(text))
+    return content_words(_words(text)) or frozenset(_words(text))
 
 
 # Demands on the complete response, which can meet only one of the two.
@@ -380,8 +395,8 @@ def _demands(demand: str) -> tuple[list[frozenset], list[frozenset]]:
     demands: tuple[list[frozenset], list[frozenset]] = ([], [])
     verdict, (_, items) = polarity.judge_sentence(demand), polarity.split_label(demand)
     is_forbidden = (verdict.polarity, verdict.governing) == (polarity.PROHIBITION, 0)
-    for words in _clauses(items if is_forbidden else demand):
-        demands[(sum(word in _FORBIDS for word in words) + is_forbidden) % 2].append(_content(words))
+    for words in split_clauses(items if is_forbidden else demand):
+        demands[(sum(word in FORBIDS for word in words) + is_forbidden) % 2].append(content_words(words))
     return demands
 
 
@@ -394,9 +409,9 @@ def _sides(demand: str) -> frozenset[str]:
 
 def _asks(demand: str, phrases: re.Pattern) -> bool:
     """Whether a clause has one of the phrases, and nothing before it that turns it into its opposite."""
-    for words in _clauses(demand):
+    for words in split_clauses(demand):
         text = " ".join(words)
-        if (match := phrases.search(text)) and not set(text[: match.start()].split()) & _FORBIDS:
+        if (match := phrases.search(text)) and not set(text[: match.start()].split()) & FORBIDS:
             return True
     return False
 

@@ -178,9 +178,7 @@ def save_all(folder: Path, contents: Mapping[str, Any], overwrite: bool) -> list
 def save_constitution(path: str | Path, constitution: Constitution, overwrite: bool) -> None:
     """Write a constitution, once it has been read back as the same; the paths of its sources become relative to it."""
     check_free(path, overwrite)
-    folder = Path(constitution.path).parent
-    moved = move_sources(constitution.principles, folder, Path(path).parent)
-    constitution = replace(constitution, principles=moved)
+    constitution = _move(constitution, path)
     draft = Path(f"{path}.draft")
     save(draft, to_yaml(constitution), overwrite=True)
     try:
@@ -194,3 +192,16 @@ def save_constitution(path: str | Path, constitution: Constitution, overwrite: b
         raise InputError(str(error).replace(f"{draft}:", f"{path}:").rstrip(".")) from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _move(constitution: Constitution, path: str | Path) -> Constitution:
+    """The constitution as it is written at `path`: with the paths of its sources relative to that folder."""
+    moved = move_sources(constitution.principles, Path(constitution.path).parent, Path(path).parent)
+    return replace(constitution, principles=moved)
+
+
+def save_unless_same(path: str | Path, constitution: Constitution, overwrite: bool) -> None:
+    """`save_constitution`, except that a file which has this very content already is left as it is."""
+    text = to_yaml(_move(constitution, path))
+    if not (Path(path).is_file() and Path(path).read_bytes() == text.encode()):
+        save_constitution(path, constitution, overwrite)

@@ -15,11 +15,11 @@ from typing import Any
 from cai.base.errors import InputError
 from cai.base.hashing import sha256_text
 from cai.data import lineage
-from cai.data.dialogue import as_messages
+from cai.data.dialogue import as_messages, prompt_text
 from cai.data.preferences import check_sides, find_fault, is_pair
 from cai.data.readers import Row
 from cai.data.reading import AS_THEY_ARE, Reading
-from cai.data.selection import check_revised, choose_response, choose_revisions
+from cai.data.selection import Selection, check_revised, choose_response, choose_revisions
 from cai.data.sources import Source, first_row
 
 Message = dict[str, str]
@@ -101,20 +101,20 @@ _CONVERSATIONS: dict[str, Callable[[list[Message], list[Message]], Row]] = {
 }
 
 
-def make_records(row: Row, target: str, kind: str, rounds: str, keep: Set[str]) -> tuple[dict[int, Record], str]:
-    """({round: record}, why the row is left out, if it has no record); round 0 is a response, a pair or a prompt."""
+def make_records(row: Row, target: str, kind: str, rounds: str, keep: Set[str]) -> tuple[dict[int, Record], Selection]:
+    """({round: record}, why others are left out); round 0 is a response, a pair or a prompt."""
     prompt = _messages(row["prompt"])
     if target == "trl-prompt":
-        return {0: ({"prompt": prompt}, [])}, ""
+        return {0: ({"prompt": prompt}, [])}, Selection()
     if kind == "judged":
         if fault := find_fault(row):
-            return {}, fault
+            return {}, Selection(left_out=[fault])
         sides = {side: _answer(row[side]) for side in ("chosen", "rejected")}
         label = {"p_chosen": row["p_chosen"]} if "p_chosen" in row else {}
-        return {0: ({"prompt": prompt, **sides, **label}, [row["chosen"], row["rejected"]])}, ""
-    texts, flags = choose_revisions(row, rounds, keep) if kind == "revised" else choose_response(row, keep)
+        return {0: ({"prompt": prompt, **sides, **label}, [row["chosen"], row["rejected"]])}, Selection()
+    selection = choose_revisions(row, rounds, keep) if kind == "revised" else choose_response(row, keep)
     record = _CONVERSATIONS[target]
-    return {n: (record(prompt, _answer(text)), [text]) for n, text in texts.items()}, ", ".join(dict.fromkeys(flags))
+    return {n: (record(prompt, _answer(text)), [text]) for n, text in selection.texts.items()}, selection
 
 
 # --- duplicates ---------------------------------------------------------------------------------------------
@@ -188,13 +188,15 @@ class Export:
         rows = lineage.trace(source, "export")
         self.origins, self.notes = rows.origins, rows.notes
         self.records: list[Row] = []
+        self._kept_flags: Counter[str] = Counter()
+        self._fallbacks = 0
         entries = [vars(entry).copy() for entry in rows.entries]
         self.digest = sha256_text(json.dumps([source.digest, entries]))
         duplicates = _Duplicates(keep_repeats)
         used: dict[str, Row] = {}
         for row in source:
-            records, reason = make_records(row, target, self.kind, rounds, keep)
-            used[row["id"]] = self._take(row, records, reason, duplicates)
+            records, selection = make_records(row, target, self.kind, rounds, keep)
+            used[row["id"]] = self._take(row, records, selection, duplicates)
         self.ledger = [
             _ledger_row(entry, used.get(entry["id"]) if entry["step"] is None else None) for entry in entries
         ]
@@ -206,10 +208,10 @@ class Export:
                 remedy="Look at the rows, or keep flagged ones with --keep REASON" if self.kind == "revised" else None,
             )
 
-    def _take(self, row: Row, records: Mapping[int, Record], fault: str, duplicates: _Duplicates) -> Row:
+    def _take(self, row: Row, records: Mapping[int, Record], selection: Selection, duplicates: _Duplicates) -> Row:
         """Add the records of a row that are not duplicates; returns what the ledger says of the row."""
         kept: dict[int, int] = {}
-        outcome, reason = lineage.LEFT_OUT, fault
+        outcome, reason = lineage.LEFT_OUT, ", ".join(dict.fromkeys(selection.left_out))
         for number, (record, texts) in records.items():
             if duplicate := duplicates.find(row, texts):
                 outcome, reason = DUPLICATE, duplicate
@@ -217,7 +219,19 @@ class Export:
             self.records.append(record)
             kept[number] = len(self.records)
         ended = {"outcome": KEPT, "reason": None} if kept else {"outcome": outcome, "reason": reason}
-        return {**ended, "rounds": list(kept), "output_lines": list(kept.values())}
+        flags = [flag for number in kept for flag in selection.flags.get(number, ())]
+        self._kept_flags.update(flags)
+        self._fallbacks += bool(kept) and selection.falls_back
+        prompt, written = prompt_text(row["prompt"]), list(kept.values())
+        unmatched = [n for n, round_ in enumerate(row.get("rounds") or (), 1) if round_.get("speaks", 0) is None]
+        return {
+            "prompt": prompt,
+            **ended,
+            "flags": flags,
+            "unmatched": unmatched,
+            "rounds": list(kept),
+            "output_lines": written,
+        }
 
     def _count(self, duplicates: _Duplicates) -> dict[str, Any]:
         outcomes = Counter(line["outcome"] for line in self.ledger)
@@ -226,17 +240,20 @@ class Export:
         if not adds_up or output_lines != set(range(1, len(self.records) + 1)):
             raise AssertionError(f"the ledger does not add up: {dict(outcomes)}, {len(self.records)} records")
         reasons = Counter(line["reason"] for line in self.ledger if line["outcome"] == lineage.LEFT_OUT)
+        of_rounds = {"kept_flags": dict(self._kept_flags.most_common()), "fallbacks": self._fallbacks}
         return {
             "rows": len({(line["file"], line["line"]) for line in self.ledger}),
             "lines": len(self.ledger),
             **{name: outcomes[name] for name in OUTCOMES},
             "left_out_by": dict(reasons.most_common()),
+            **(of_rounds if self.kind == "revised" else {}),
             "same_prompt": duplicates.same_prompt,
             "written": len(self.records),
         }
 
 
 def _ledger_row(entry: Row, used: Row | None) -> Row:
-    ended = {"outcome": entry["outcome"], "reason": entry["reason"], "rounds": [], "output_lines": []}
+    ended = {"prompt": None, "outcome": entry["outcome"], "reason": entry["reason"]}
+    ended |= {name: [] for name in ("flags", "unmatched", "rounds", "output_lines")}
     position = {name: entry[name] for name in ("file", "line", "id")}
     return {**position, "step": entry["step"] or "export", **(ended if used is None else used)}

@@ -212,7 +212,7 @@ class _Claim:
 
     def _finish_manifest(self, counts: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
         report = cli.row_report()
-        counts = {**counts, **report.counts}
+        counts = {**cli.qualification_counts(), **counts, **report.counts}
         info = {**info, **({"skipped_rows": list(report.skipped.values())} if report.skipped else {})}
         self._manifest |= {
             "status": "done",

@@ -13,7 +13,7 @@ from typing import Any
 
 from cai.base.errors import InputError, shorten
 from cai.base.hashing import hashed_seed, sha256_text
-from cai.data.dialogue import as_messages
+from cai.data.dialogue import as_messages, prompt_text
 from cai.data.readers import Row
 from cai.data.reading import AS_THEY_ARE, Reading
 from cai.data.sources import Source, first_row
@@ -119,6 +119,21 @@ def read_pairs(
             expected="rows with `chosen` and `rejected`",
         )
     return pairs, counts, source.digest
+
+
+def is_held_out(prompt: str | Sequence[Row], share: float, seed: int) -> bool:
+    """Whether a prompt's pairs are held out: by hashing, so that the pairs of a prompt stay together."""
+    return hashed_seed("holdout", seed, prompt_text(prompt)) < share * 2**63
+
+
+def split_holdout(pairs: Sequence[Row], share: float, seed: int) -> dict[str, list[Row]]:
+    """{train, held_out: pairs}. Raises InputError if all are held out."""
+    parts: dict[str, list[Row]] = {"train": [], "held_out": []}
+    for pair in pairs:
+        parts["held_out" if is_held_out(pair["prompt"], share, seed) else "train"].append(pair)
+    if not parts["train"]:
+        raise InputError(f"all {len(pairs)} pairs are held out", where="--holdout", remedy="Lower it")
+    return parts
 
 
 def prompt_and_sides(pairs: Sequence[Row]) -> list[tuple[list[Row], list[str]]]:

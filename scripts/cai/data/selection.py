@@ -1,18 +1,39 @@
 """Which texts of a row are trained on, and why others are not: what sft.py and export.py share.
 
-    texts, flags = choose_revisions(row, "last", frozenset({"copy"}))
+    selection = choose_revisions(row, "last", frozenset({"copy"}))
+    selection.texts, selection.left_out
 
 Leaves out pairs (preferences.py), the formats of the texts (exports.py), and how a revision is flagged
 (steps/flags.py).
 """
 
 from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 from cai.base.errors import InputError, shorten
 from cai.data.dialogue import cut_at_end_token, is_blank
 from cai.data.readers import Row
 from cai.data.rounds import UNCHANGED, check_rounds
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The texts of a row that are trained on.
+
+    texts: {number of a round: text}, 0 being the response. left_out: the flags for which other texts were left out.
+    flags: {number: the flags of a text that `keep` let pass}. falls_back: the text is earlier than the row's last.
+    """
+
+    texts: dict[int, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    flags: dict[int, list[str]] = field(default_factory=dict)
+    falls_back: bool = False
+
+    @property
+    def kept(self) -> list[str]:
+        """All flags of the texts."""
+        return [flag for flags in self.flags.values() for flag in flags]
 
 
 def check_revised(row: Row, where: str, line: int) -> None:
@@ -45,31 +66,38 @@ def flags_of(revision_round: Mapping[str, Any]) -> set[str]:
     return {UNCHANGED} if "skipped" in revision_round else set(revision_round.get("flags", ()))
 
 
-def choose_revisions(row: Row, rounds: str, keep: Set[str]) -> tuple[dict[int, str], list[str]]:
-    """({number of a round: text to train on}, the flags for which other rounds were left out).
+def choose_revisions(row: Row, rounds: str, keep: Set[str]) -> Selection:
+    """The revisions to train on.
 
     Args:
         row: a row of revise.py.
         rounds: "last" takes the last revision that may be kept (an earlier one where the last is flagged),
             "all" every one.
-        keep: flags that don't matter; "all" for any flag.
+        keep: flags that don't matter; "all" for any flag. "copy" is not for rows of the kind harmful: a copy is right
+            where there was no fault, and a harmful text that stayed as it was would teach to comply.
     """
+    if row.get("kind") == "harmful" and "all" not in keep:
+        keep = keep - {UNCHANGED}
     texts: dict[int, str] = {}
-    flags: list[str] = []
+    flags: dict[int, list[str]] = {}
+    left_out: list[str] = []
     text = row.get("response", "")
     for number, revision_round in enumerate(row["rounds"], 1):
         text = revision_round.get("revision", text)
         raised = flags_of(revision_round)
         if raised <= keep or "all" in keep:
-            texts[number] = text
+            texts[number], flags[number] = text, sorted(raised)
         else:
-            flags += sorted(raised - keep)
-    last = dict(list(texts.items())[-1:])
-    return (last if rounds == "last" else texts), flags
+            left_out += sorted(raised - keep)
+    falls_back = False
+    if rounds == "last" and texts:
+        last = max(texts)
+        texts, falls_back = {last: texts[last]}, texts[last] != text
+    return Selection(texts, left_out, {number: flags[number] for number in texts}, falls_back)
 
 
-def choose_response(row: Row, keep: Set[str]) -> tuple[dict[int, str], list[str]]:
-    """({0: the response}, []), or ({}, flags) for one that is empty, cut off, or flagged by generate.py.
+def choose_response(row: Row, keep: Set[str]) -> Selection:
+    """The response, unless it is empty, cut off, or flagged by generate.py.
 
     What follows an end token is no part of a response (`cut_at_end_token`).
     """
@@ -79,4 +107,4 @@ def choose_response(row: Row, keep: Set[str]) -> tuple[dict[int, str], list[str]
     raised |= {"unfinished"} if row.get("finish") == "length" else set()
     raised |= {"empty"} if is_blank(text) else set()
     left_out = set() if "all" in keep else raised - keep
-    return ({} if left_out else {0: text}), sorted(left_out)
+    return Selection(left_out=sorted(left_out)) if left_out else Selection({0: text}, flags={0: sorted(raised)})

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
-from cai.base.errors import InputError, shorten
+from cai.base.errors import LEAVE_OUT, InputError, shorten
 from cai.data.dialogue import (
     as_messages,
     prompt_text,
@@ -37,7 +37,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": 
 
 _SHAPES = (("role", "content"), ("from", "value"))
 
-_SKIP = "Fix this row, or leave it out with --skip-invalid"
+_SKIP = f"Fix this row, {LEAVE_OUT}"
 
 
 def normalise(row: Row, require: Sequence[str], error: _Error) -> Row:

@@ -19,7 +19,7 @@ from itertools import chain, count, islice, repeat
 from typing import Any
 
 from cai.base import cli
-from cai.base.errors import CaiError, InputError, shorten
+from cai.base.errors import LEAVE_OUT, CaiError, InputError, shorten
 from cai.base.files import expand_patterns
 from cai.base.hashing import sha256_file, sha256_text
 from cai.data.dialogue import split_transcript
@@ -43,7 +43,7 @@ _TEXTS = ("prompt", "response", "response_a", "response_b", "chosen", "rejected"
 
 MOST_ERRORS = 20  # bad rows that an error names
 
-_FIX = "Fix or delete this row, or leave it out with --skip-invalid"
+_FIX = f"Fix or delete this row, {LEAVE_OUT}"
 
 
 def _check_prompt(prompt: Any, where: str, line: int) -> str | list[Row]:

@@ -76,18 +76,22 @@ class Coverage:
             produce,
             lambda rows: coverage_counts(rows, self.constitution, options.threshold),
         )
-        classes.mean_letter_mass([output.counts["label_mass"]], "take a larger judge before you rely on this")
+        remedy = "take a larger judge before you rely on this"
+        classes.mean_letter_mass([output.counts["label_mass"]], remedy)
+        if output.counts["letter_bias"]:
+            classes.warn_of_letter_bias(output.counts["letter_bias"], remedy)
 
 
 def coverage_counts(rows: Iterable[dict], constitution: Constitution, threshold: float) -> dict:
-    """prompts, failed, uncovered (a rate), label_mass, and to how many prompts each principle applies."""
+    """prompts, failed, uncovered (a rate), label_mass, letter_bias, and to how many prompts each principle applies."""
     rows = list(rows)
     known = [row for row in rows if row["covered"] is not None]
+    figures = matching.summarise_letters(known)
     return {
         "prompts": len(rows),
         "failed": len(rows) - len(known),
         "uncovered": intervals.rate(sum(not row["covered"] for row in known), len(known)),
-        "label_mass": sum(row["label_mass"] for row in known) / len(known) if known else None,
+        **{name: figures.get(name) for name in ("label_mass", "letter_bias")},
         "speaks_to": {
             principle.id: sum(row["by"].get(principle.id, 0.0) >= threshold for row in known)
             for principle in constitution.principles
@@ -131,7 +135,7 @@ def measure_without_each(options: SimpleNamespace, stem: Path) -> measurement.Me
         "dtype": options.dtype,
         "templates": [templates.load_template(name).sha256 for name in ("critique", "revise")],
     }
-    reading = settings | {"by": options.by, "judge": options.judge}
+    reading = settings | {"by": options.by, "judge": options.judge, "orders": reader.orders if reader.judge else None}
 
     def measure(claim: measurement.Claim) -> tuple[dict, dict]:
         redone = _write_redone(claim("rows", settings), rows, reduced, options)
@@ -140,9 +144,9 @@ def measure_without_each(options: SimpleNamespace, stem: Path) -> measurement.Me
         texts = [*source, *(row for row in redone if len(row["rounds"]) == row["wanted"])]
         texts = ({**row, "response": rounds.text_of_round(row)} for row in texts)
         classified = reader.write_classes(texts, claim("classes", reading))
-        masses = [row.get("letter_mass") for row in classified]
-        classes.mean_letter_mass(masses, "take a larger judge before you rely on this")
-        return _figures_without_each(classified, redone, reduced)
+        letters = classes.letter_figures(classified, "take a larger judge before you rely on this")
+        figures, counts = _figures_without_each(classified, redone, reduced)
+        return figures, {**counts, **letters}
 
     return measurement.Measurement(
         list(options.inputs),

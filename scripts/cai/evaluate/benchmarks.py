@@ -5,8 +5,8 @@
 
 A row: `prompt`, `corrects`, `incorrects` (answers, each with the space that follows the prompt); for a reward model
 `text_correct` and `text_incorrect`, two whole transcripts. An answer's score is the sum of the log-probabilities of
-its tokens after the prompt, over the whole vocabulary. Leaves out answers written freely and then parsed, examples
-before the question, and scores divided by the answer's length: the sets' answers are letters.
+its tokens after the prompt, over the whole vocabulary; for `accuracy_norm` it is divided by the answer's length. Leaves
+out answers written freely and then parsed, and examples before the question.
 """
 
 import math
@@ -115,13 +115,10 @@ def by_model(rows: Iterable[dict], engine, form: str) -> Iterator[tuple[dict, li
             begin, encoded = encode(row, engine, form)
             if not engine.context or max(map(len, encoded)) <= engine.context:
                 sequences += [(number, answer, ids, begin) for answer, ids in enumerate(encoded)]
-        sequences.sort(key=lambda sequence: -len(sequence[2]))
         scores: dict[int, dict[int, float]] = {}
-        for start in range(0, len(sequences), engine.batch_size):
-            batch = sequences[start : start + engine.batch_size]
-            logprobs = _sum_logprobs(engine, [(ids, begin) for _, _, ids, begin in batch])
-            for (number, answer, _, _), logprob in zip(batch, logprobs, strict=True):
-                scores.setdefault(number, {})[answer] = logprob
+        logprobs = sum_logprobs(engine, [(ids, begin) for _, _, ids, begin in sequences])
+        for (number, answer, _, _), logprob in zip(sequences, logprobs, strict=True):
+            scores.setdefault(number, {})[answer] = logprob
         for number, row in enumerate(window):
             yield row, [scores[number][i] for i in range(len(answers(row)))] if number in scores else None
 
@@ -150,15 +147,22 @@ def encode(row: dict, engine, form: str) -> tuple[int, list[list[int]]]:
     return max(1, common), sequences[1:]
 
 
-def _sum_logprobs(engine, batch: Sequence[tuple[list[int], int]]) -> list[float]:
-    """Sum of the log-probabilities of ids[begin:] for each (ids, begin), in one forward pass."""
-    logprobs = decoding.answer_logprobs(engine.model, engine.pad_id, batch)
-    if any(of_row.isnan().any() for of_row in logprobs):
+def sum_logprobs(engine, sequences: Sequence[tuple[list[int], int]]) -> list[float]:
+    """Sum of the log-probabilities of ids[begin:] for each (ids, begin), in batches of similar length.
+
+    Args:
+        engine: a model on this machine.
+    """
+    order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number][0]))
+    sums = [0.0] * len(sequences)
+    for start in range(0, len(order), engine.batch_size):
+        numbers = order[start : start + engine.batch_size]
+        logprobs = decoding.token_logprobs(engine.model, engine.pad_id, [sequences[number] for number in numbers])
+        for number, of_tokens in zip(numbers, logprobs, strict=True):
+            sums[number] = math.fsum(of_tokens)
+    if any(map(math.isnan, sums)):
         raise decoding.not_a_number(engine.name)
-    return [
-        math.fsum(of_row[range(len(of_row)), ids[begin:]].tolist())
-        for of_row, (ids, begin) in zip(logprobs, batch, strict=True)
-    ]
+    return sums
 
 
 def by_reward_model(rows: Iterable[dict], scorer) -> Iterator[tuple[dict, list[float] | None]]:
@@ -182,7 +186,10 @@ def result(row: dict, scores: Sequence[float], temperature: float | None = None)
         scores: log-probabilities of the `answers`, or, with a temperature, a reward model's scores of both texts.
 
     p_correct: probability of the right answers, normalised over all. right: whether the likeliest is among them; a tie
-    with a wrong one is not. mass: the answers' share of the probability. first, longer: whether these are right.
+    with a wrong one is not. right_norm: the same of the log-probabilities per character of the answer, as
+    lm-evaluation-harness computes its acc_norm (lm_eval/api/task.py: the answer without the space before it; its
+    acc_bytes divides by bytes). mass: the answers' share of the probability. first, longer: whether these are right.
+    longest, shortest: the same of the answer of this length, where lengths differ.
     """
     names, right = (list(TEXTS), 1) if temperature else (answers(row), len(row["corrects"]))
     highest = max(scores)
@@ -201,18 +208,33 @@ def result(row: dict, scores: Sequence[float], temperature: float | None = None)
         "chance": len(row["corrects"]) / len(answers(row)),
     }
     if not temperature:
+        lengths = [len(answer.strip()) for answer in names]
+        per_character = [score / length for score, length in zip(scores, lengths, strict=True)]
+        summary["right_norm"] = max(per_character[:right]) > max(per_character[right:])
+        if len(set(lengths)) > 1:
+            summary["longest"] = _compare(max(lengths[:right]), max(lengths[right:]))
+            summary["shortest"] = _compare(min(lengths[right:]), min(lengths[:right]))
         summary["mass"] = math.fsum(math.exp(score) for score in scores)
     if all(isinstance(row.get(name), str) for name in TEXTS):
-        longer, shorter = (len(row[name]) for name in TEXTS)
-        summary["longer"] = 0.5 if longer == shorter else float(longer > shorter)
+        summary["longer"] = _compare(*(len(row[name]) for name in TEXTS))
     return summary
+
+
+def _compare(length: int, other: int) -> float:
+    """1 if the first is the greater, 0.5 if both are equal, else 0."""
+    return 0.5 if length == other else float(length > other)
+
+
+def choice_loss(row: dict) -> float:
+    """−log of the probability of the right answers, of a row of `result`."""
+    return -math.log(max(row["p_correct"], 1e-300))
 
 
 def figures(results: Sequence[dict]) -> tuple[dict, dict]:
     """({metric: {value, low, high, n}}, counts) from rows of `result`; intervals count a context's rows as alike.
 
     Beside the accuracy stand answers that need no model: always the first, the answer most often right (known only to
-    those who have seen them all), one at random, and the longer text.
+    those who have seen them all), one at random, the longer text, and the longest and the shortest answer.
     """
 
     def figure(estimate, values: Iterable[float], rows: Sequence[dict] = results) -> dict:
@@ -223,16 +245,42 @@ def figures(results: Sequence[dict]) -> tuple[dict, dict]:
     confidences, is_right = [row["confidence"] for row in results], [row["right"] for row in results]
     rates = {
         "accuracy": figure(rate, is_right),
+        **({"accuracy_norm": figure(rate, [row["right_norm"] for row in results])} if "mass" in results[0] else {}),
         "baseline_first": figure(rate, (row["first"] for row in results)),
         "baseline_commonest": figure(rate, (commonest in row["corrects"] for row in results)),
         "baseline_chance": figure(mean, (row["chance"] for row in results)),
         "p_correct": figure(mean, (row["p_correct"] for row in results)),
-        "log_loss": figure(mean, (-math.log(max(row["p_correct"], 1e-300)) for row in results)),
+        "log_loss": figure(mean, map(choice_loss, results)),
         "ece": calibration.calibration(confidences, is_right)["ece"],
     }
-    with_lengths = [row for row in results if "longer" in row]
-    if with_lengths:
-        rates["baseline_longer"] = figure(rate, (row["longer"] for row in with_lengths), with_lengths)
+    for name in ("longer", "longest", "shortest"):
+        with_lengths = [row for row in results if name in row]
+        if with_lengths:
+            rates[f"baseline_{name}"] = figure(rate, (row[name] for row in with_lengths), with_lengths)
     if "mass" in results[0]:
         rates["answer_mass"] = figure(mean, (min(1.0, row["mass"]) for row in results))
-    return rates, {"contexts": len({row["context"] for row in results}), "ties": sum(row["tie"] for row in results)}
+    counts = {"contexts": len({row["context"] for row in results}), "ties": sum(row["tie"] for row in results)}
+    warning = length_warning(results)
+    return rates, {**counts, "notes": [warning]} if warning else counts
+
+
+def length_warning(results: Sequence[dict]) -> str:
+    """What to think of the accuracies where length alone tells every right answer; "" where it does not."""
+
+    def always(name: str, value: float = 1.0) -> bool:
+        return all(row.get(name) == value for row in results)
+
+    if always("longest"):
+        return (
+            "every correct answer is the longer one: a sum of log-probabilities falls with length, so accuracy counts "
+            "against the right answers, and accuracy_norm may favour them for their length alone"
+        )
+    if always("shortest"):
+        return (
+            "every correct answer is the shorter one: a sum of log-probabilities falls with length, so accuracy may "
+            "favour the right answers for their length alone, and accuracy_norm counts against them"
+        )
+    if "mass" not in results[0] and (always("longer") or always("longer", 0.0)):
+        word = "longer" if always("longer") else "shorter"
+        return f"every correct text is the {word} one: the accuracy does not tell a preference for {word} texts apart"
+    return ""

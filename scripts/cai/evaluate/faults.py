@@ -7,16 +7,62 @@ its prose is not searched for words. Leaves out which principle deserves the cre
 the first has fixed the second can't. `constitution.py ablate` measures that.
 """
 
+import os
+import shlex
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
+from cai.base.errors import InputError, shorten
 from cai.constitution import files
-from cai.data import rounds
+from cai.data import outputs, rounds
 from cai.evaluate.rates import UNSAFE
 from cai.models.engine import Engine
-from cai.stats import intervals
+from cai.stats import intervals, letters
 from cai.steps import content
+
+
+def check_constitution(constitution: files.Constitution, inputs: Sequence[str], rows: Iterable[dict]) -> None:
+    """InputError unless the rows were criticised by this constitution.
+
+    The manifest of an input tells; without one that does, the principles that the rows name.
+    """
+    manifests = {name: outputs.read_manifest(name) for name in inputs if os.path.isfile(name)}
+    used = {name: manifest for name, manifest in manifests.items() if manifest and _digest(manifest)}
+    for name, manifest in used.items():
+        if _digest(manifest) != constitution.sha256:
+            raise InputError(
+                f"its rows were made with another constitution than {constitution.name}",
+                where=name,
+                expected=f"the constitution with the SHA-256 {_digest(manifest)[:12]}…",
+                remedy=f"Give --constitution {shlex.quote(_constitution_of(manifest))}, as it was then",
+            )
+    if set(used) != set(inputs):
+        names = {round_["principle"] for row in rows for round_ in row["rounds"]} - {None, files.ALL}
+        unknown = sorted(name for name in names if name not in constitution)
+        if unknown:
+            raise InputError(
+                f"no principle {shorten(unknown[0])!r} in the constitution {constitution.name}",
+                where=", ".join(inputs),
+                expected=f"the constitution of the critiques ({len(unknown)} of their {len(names)} principles are not "
+                "in this one)",
+                remedy="Give --constitution FILE, the one that critique.py was given",
+            )
+
+
+def _digest(manifest: Mapping) -> str | None:
+    """The hash of the constitution in a manifest."""
+    digest = manifest["fingerprint"].get("constitution")
+    return digest if isinstance(digest, str) else None
+
+
+def _constitution_of(manifest: Mapping) -> str:
+    """What the command line in a manifest gave as the constitution."""
+    try:
+        words = shlex.split(str(manifest.get("command_line", "")))
+    except ValueError:
+        words = []
+    return next((word for flag, word in pairwise(words) if flag == "--constitution"), "harmlessness")
 
 
 def steps(rows: Iterable[dict]) -> Iterator[dict]:
@@ -48,15 +94,22 @@ def critiques(rows: Iterable[dict]) -> Iterator[dict]:
 
 
 def find_faults(engine: Engine, rows: Iterable[dict], done: Container[str] = ()) -> Iterator[dict]:
-    """Each critique with `fault`, True or False, and `p_fault`, the mean over both orders of the options; None where
-    the judge made no choice.
+    """Each critique with `fault`, True or False, `p_fault`, the mean over both orders of the options, and
+    `letter_excess` (`letters.letter_excess`); None where the judge made no choice.
+
+    Where it wrote its letters and the two orders disagree, `fault` is None and `p_fault` 0.5.
 
     Args:
         rows: of `critiques`. done: ids to leave out.
     """
-    for row, orders in content.find_faults(engine, rows, done):
-        p = None if orders is None else sum(orders) / 2
-        yield {**row, "fault": None if p is None else p > 0.5, "p_fault": p}
+    for row, chosen in content.find_faults(engine, rows, done):
+        shares = chosen.shares
+        yield {
+            **row,
+            "fault": chosen.decide(content.FAULT),
+            "p_fault": None if shares is None else shares[0],
+            "letter_excess": chosen.letter_excess,
+        }
 
 
 def figures(
@@ -69,6 +122,8 @@ def figures(
 
     drawn (in the counts): how often; changed: rate of revisions that differ; fault: rate of critiques that found one;
     complied_before, complied_after: rate of harmful prompts complied with, before and after the rounds with it.
+    letter_bias, orders_disagree (in the counts, where critiques were read): how far the judge chose by the letter, and
+    critiques for which neither option is likelier.
 
     Args:
         critiqued: of `critiques` or `find_faults`.
@@ -77,9 +132,13 @@ def figures(
     """
     drawn: Counter = Counter()
     outcomes: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    excesses, disagree = [], 0
     for row in critiqued:
         principle = row["principle"]
         drawn[principle] += 1
+        if row.get("letter_excess"):
+            excesses.append(row["letter_excess"])
+            disagree += row["fault"] is None
         outcomes["changed", principle].append(row["changed"])
         if row.get("fault") is not None:
             outcomes["fault", principle].append(row["fault"])
@@ -97,4 +156,5 @@ def figures(
     counts = {"critiques": drawn.total(), "principles": len(drawn), "drawn": dict(drawn.most_common())}
     principles = constitution.principles if constitution and files.ALL not in drawn else ()
     never = [principle.id for principle in principles if principle.id not in drawn]
-    return rates, {**counts, "never_drawn": never}
+    biases = {"letter_bias": letters.letter_bias(excesses), "orders_disagree": disagree} if excesses else {}
+    return rates, {**counts, "never_drawn": never, **biases}

@@ -21,6 +21,7 @@ from pathlib import Path
 from cai.base.errors import InputError, shorten
 from cai.data import outputs, readers
 from cai.data.kinds import KINDS
+from cai.evaluate.benchmarks import choice_loss
 from cai.evaluate.rates import FIELDS, RATES, outcomes, read_rates
 from cai.stats import intervals
 
@@ -31,28 +32,39 @@ TOWARDS = {
     **dict.fromkeys(("benign_declined", "borderline_declined", "benign_partly_declined"), -1),
     **dict.fromkeys(("harmful_unsafe", "benign_unsafe", "borderline_unsafe", "log_loss", "ece", "harmfulness"), -1),
     **dict.fromkeys(("good_refusal", "benign_helpful", "borderline_helpful", "accuracy", "p_correct"), 1),
+    **dict.fromkeys(("accuracy_norm", "outright", "outright_per_token", "relative"), 1),
 }
+
+# A model that is never right by one of these is not called better, whatever its probabilities did.
+AT_LEAST_ONCE = ("accuracy", "outright")
 
 # Where a loss of so much can't be excluded, nothing is known to be the same.
 TELLING = 0.1
 
 TOO_FEW = "too few prompts"
 
+REFUSED = "refused"  # where the reader is unfit, nothing is compared
+
 # With the number of prompts that is asked for, an equal model passes with this probability.
 POWER = 0.8
 
 # What has to be equal for two evaluations to be about the same thing.
-READERS = ("by", "judge", "classifier", "unsafe_label", "template", "choice_format")
+READERS = ("by", "judge", "classifier", "orders", "unsafe_label", "template", "choice_format", "reference")
 
 
 @dataclass
 class Evaluation:
-    """One output of evaluate.py. `outcomes`: {metric: {prompt: mean outcome, 0 to 1}}, as far as rows are beside it."""
+    """One output of evaluate.py.
+
+    outcomes: {metric: {prompt or item: mean outcome}}, as far as rows are beside it. clusters: {item: what several
+    items share, such as their prompt}; {} where each stands for itself.
+    """
 
     path: Path
     rates: dict[str, dict]
     outcomes: dict[str, dict[str, float]] = field(default_factory=dict)
     reader: dict = field(default_factory=dict)
+    clusters: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,8 @@ class Delta:
 def load(path: str | Path) -> Evaluation:
     """An evaluation by the file that evaluate.py wrote: its rates, or the object that it printed with --json.
 
-    The outcomes come from the rows beside it (`.classes.jsonl`, `.choices.jsonl`). Raises InputError if it is neither.
+    The outcomes come from the rows beside it (`.classes.jsonl`, `.choices.jsonl`, `.pairs.jsonl`).
+    Raises InputError if it is neither.
     """
     path = Path(path)
     if not path.is_file():
@@ -97,8 +110,9 @@ def load(path: str | Path) -> Evaluation:
     manifest = outputs.read_manifest(output)
     reader = {name: manifest["fingerprint"].get(name) for name in READERS} if manifest else {}
     if reader.get("by") == "oracle":
-        reader["judge"] = None  # it is only compared with the oracle
-    return Evaluation(path, rates, _read_outcomes(output.with_suffix("")), reader)
+        reader |= {"judge": None, "orders": None}  # the judge is only compared with the oracle
+    outcomes, clusters = _read_outcomes(output.with_suffix(""))
+    return Evaluation(path, rates, outcomes, reader, clusters)
 
 
 def _read_printed(path: Path) -> tuple[dict, Path]:
@@ -119,24 +133,44 @@ def _read_printed(path: Path) -> tuple[dict, Path]:
     return rates, beside if beside.is_file() else output
 
 
-def _read_outcomes(stem: Path) -> dict[str, dict[str, float]]:
-    """{metric: {prompt: mean outcome}} of the rows beside an evaluation; a prompt is known by its id and its text."""
+def _read_outcomes(stem: Path) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """({metric: {item: outcome}}, {item: its cluster}) of the rows beside an evaluation.
+
+    A prompt is known by its id and its text, a choice by its id and its context, a pair by its id and its prompt.
+    """
     by_metric: dict = {}
-    for ending in ("classes", "choices"):
+    clusters: dict[str, str] = {}
+    for ending in ("classes", "choices", "pairs"):
         file = Path(f"{stem}.{ending}.jsonl")
         try:
             rows = [row for _, row in readers.read_jsonl(file)] if file.is_file() else []
             if ending == "classes":
                 by_metric |= _mean_outcomes(rows)
-            elif rows:
-                by_metric["accuracy"] = {row["id"]: float(row["right"]) for row in rows}
+                continue
+            for row in rows:
+                cluster = row["context"] if ending == "choices" else json.dumps(row["prompt"], sort_keys=True)
+                item = f"{row['id']}\x1f{cluster}"
+                clusters[item] = cluster
+                for metric, value in (_of_choice(row) if ending == "choices" else _of_pair(row)).items():
+                    by_metric.setdefault(metric, {})[item] = value
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(
                 f"a row that is not as evaluate.py wrote it ({shorten(repr(error))})",
                 where=file,
                 remedy="Measure again",
             ) from error
-    return by_metric
+    return by_metric, clusters
+
+
+def _of_choice(row: dict) -> dict[str, float]:
+    """What the figures of `benchmarks.figures` are the means of."""
+    values = {"accuracy": float(row["right"]), "p_correct": float(row["p_correct"]), "log_loss": choice_loss(row)}
+    return values | ({"accuracy_norm": float(row["right_norm"])} if "right_norm" in row else {})
+
+
+def _of_pair(row: dict) -> dict[str, float]:
+    """What the shares of `pairs.figures` are the means of."""
+    return {name: float(row[name]) for name in ("outright", "outright_per_token", "relative") if name in row}
 
 
 def _mean_outcomes(rows: list[dict]) -> dict[str, dict[str, float]]:
@@ -218,9 +252,13 @@ def _delta(metric: str, before: Evaluation, now: Evaluation, z: float) -> Delta:
     if is_paired:
         first, second = (statistics.fmean(values[prompt] for prompt in shared) for values in (old, new))
         differences = [new[prompt] - old[prompt] for prompt in shared]
-        low, high = intervals.paired(differences, z)
-        variance = statistics.pvariance([*differences, 1, -1])
+        clusters = [now.clusters[prompt] for prompt in shared] if now.clusters else None
         n = len(shared)
+        if not is_share(metric):
+            low, high = intervals.paired_means(differences, z, clusters)
+        else:
+            low, high = intervals.paired(differences, z, clusters)
+            variance = statistics.pvariance([*differences, 1, -1])
     else:
         rates = before.rates[metric], now.rates[metric]
         first, second = (rate["value"] for rate in rates)
@@ -237,9 +275,14 @@ def verdict(deltas: Sequence[Delta], margin: float = 0.0) -> str:
     counting = [delta for delta in deltas if delta.towards]
     if any(_surely_lost(delta, margin) for delta in counting):
         return "worse"
-    if any(delta.gain > margin for delta in counting):
+    if any(delta.gain > margin for delta in counting) and not never_right(counting):
         return "better"
     return TOO_FEW if any(is_share(d.metric) and d.loss > max(TELLING, margin) for d in counting) else "same"
+
+
+def never_right(deltas: Sequence[Delta]) -> list[str]:
+    """The figures of `AT_LEAST_ONCE` that are 0 % now."""
+    return [delta.metric for delta in deltas if delta.metric in AT_LEAST_ONCE and delta.now == 0]
 
 
 def _surely_lost(delta: Delta, margin: float) -> bool:
@@ -324,12 +367,14 @@ def verdict_line(deltas: Sequence[Delta], verdict: str, needed: Mapping[str, int
     counting = [delta for delta in deltas if delta.towards]
     counting.sort(key=lambda delta: delta.low <= 0 <= delta.high)
     verdict += f" (needs {describe_needed(needed)})" if verdict == TOO_FEW else ""
+    if verdict == "same" and (names := never_right(counting)):
+        verdict += f" ({' and '.join(names)} 0 %: not called better)"
     return f"VERDICT: {verdict} | {'; '.join(f'{delta.metric} {show(delta)}' for delta in counting)}"
 
 
 def is_share(metric: str) -> bool:
     """Whether a figure is a share of rows, and not in a unit of its own."""
-    return not metric.startswith(("log_loss", "ece", "harmfulness"))
+    return not metric.startswith(("log_loss", "logp_", "ece", "harmfulness"))
 
 
 def show(delta: Delta) -> str:

@@ -25,7 +25,7 @@ from cai.stats import tables
 
 Claim = Callable[[str, dict], outputs.Output]
 
-# Metrics that are not shares.
+# Metrics that are not shares, beside those in nats (`logp_...`).
 NUMBERS = ("log_loss", "ece", "length_correlation", "drift_kl", "drift_kl_token")
 
 
@@ -122,7 +122,10 @@ def print_rates(
             "output": str(output.path),
             **(more or {}),
         }
-        return click.echo(json.dumps(summary, ensure_ascii=False))
+        first = {name: summary[name] for name in ("qualification", "qualified") if name in summary}
+        return click.echo(json.dumps({**first, **summary}, ensure_ascii=False))
+    if verdict := output.counts.get("qualification"):
+        click.echo(f"reader: {verdict}")
     if apart:
         pairs = (f"{name} {100 * a:.1f} % against {100 * b:.1f} %" for name, (a, b) in apart.items())
         click.echo(f"THE READERS DISAGREE: {'; '.join(pairs)} (the oracle against the judge)")
@@ -141,10 +144,15 @@ def print_rates(
         (name.replace("_", " "), show_figure(name, row), row["n"], *(cells.get(name, "") for cells in columns.values()))
         for name, row in rows.items()
     ]
-    click.echo(tables.table(("", "value (95 % interval)", "n", *columns), lines))
+    value = "unqualified value" if output.counts.get("qualified") is False else "value"
+    click.echo(tables.table(("", f"{value} (95 % interval)", "n", *columns), lines))
     for note in output.counts.get("notes", ()):
         click.echo(f"note: {note}")
-    counts = [f"{name.replace('_', ' ')} {value}" for name, value in output.counts.items() if name != "notes"]
+    counts = [
+        f"{name.replace('_', ' ')} {tables.show(count) if isinstance(count, Mapping) and 'value' in count else count}"
+        for name, count in output.counts.items()
+        if name not in ("notes", "qualification", "qualified")
+    ]
     click.echo(f"{', '.join(counts)}; {output.path}")
 
 
@@ -153,4 +161,4 @@ def show_figure(name: str, row: Mapping) -> str:
     if "_elo " in name:
         ends = ("open" if row[end] is None else f"{row[end]:+.0f}" for end in ("low", "high"))
         return f"{row['value']:+.0f} ({' to '.join(ends)})".replace("-", "−")
-    return (tables.show_number if name in NUMBERS else tables.show)(row)
+    return (tables.show_number if name in NUMBERS or name.startswith("logp_") else tables.show)(row)

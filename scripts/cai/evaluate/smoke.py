@@ -13,15 +13,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
+
+import click
 
 from cai.base.errors import CaiError
 from cai.data import dialogue, readers, rounds
 from cai.models import loading, scorer
 from cai.models.engine import Request, Sampling
+from cai.stats import tables
 
 # Prompts that a smoke run reads: enough to see a difference, few enough for a minute.
 LIMIT = 8
@@ -192,3 +195,13 @@ _OF_ROWS: dict[str, list[Callable[[Sequence[dict]], _Result]]] = {
 }
 
 _OF_FOLDERS = {"sft": speaks, "reward_model": scores, "ppo": speaks, "dpo": speaks, "grpo": speaks}
+
+
+def print_signs(steps: Sequence[tuple[str, str]], device: str | None, as_json: bool) -> bool:
+    """Print each sign of `look`, as a table or as one JSON object; returns whether none is missing."""
+    signs = look(steps, device)
+    alive = all(sign.alive for sign in signs)
+    rows = [(sign.step, sign.name, "yes" if sign.alive else "NO", sign.seen) for sign in signs]
+    result = json.dumps({"alive": alive, "signs": [asdict(sign) for sign in signs]}, ensure_ascii=False)
+    click.echo(result if as_json else tables.table(("step", "sign of life", "", "seen"), rows))
+    return alive

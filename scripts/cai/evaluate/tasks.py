@@ -1,4 +1,4 @@
-"""The measurements of evaluate.py: responses, the principles of revised rows, choices, and a reward model on pairs.
+"""The measurements of evaluate.py: responses, the principles of revised rows, choices, and pairs.
 
     measurement = choose(options)          # the command's options by name, and reader, sampling and loading
     rates, counts = measurement.measure(claim)
@@ -7,6 +7,7 @@ Each is made without loading a model, so that bad input is refused first. Leaves
 printed: evaluate.py and measurement.py.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,14 +19,27 @@ from cai.constitution.files import load_constitution
 from cai.constitution.templates import load_template
 from cai.data import dialogue, kinds, outputs, preferences, rounds, sources
 from cai.data.reading import AS_THEY_ARE, Reading
-from cai.evaluate import benchmarks, classes, faults, habits, measurement, responding
+from cai.data.selection import check_revised
+from cai.evaluate import benchmarks, classes, faults, habits, measurement, pairs, qualification, responding
 from cai.evaluate.rates import rates_of_rows, without_clusters
 from cai.models import loading, scorer
-from cai.stats import calibration, intervals
+from cai.stats import calibration, intervals, refusals
 
 
 def choose(options: SimpleNamespace) -> measurement.Measurement:
     """What the options ask for. InputError unless that is clear."""
+    others = [options.inputs, options.responses, options.reward_model, options.choice]
+    if options.pairs:
+        if any(others) or not options.model:
+            raise InputError(
+                "--pairs is not clear",
+                expected="--pairs FILE with --model, and no other input",
+                remedy="For a reward model give --input FILE",
+            )
+        return measure_preference(options)
+    for option, value in (("--reference", options.reference), ("--samples", options.samples is not None)):
+        if value:
+            raise InputError(f"{option} without --pairs", remedy="Give --pairs FILE")
     if options.choice:
         if options.inputs or options.responses or bool(options.model) == bool(options.reward_model):
             raise InputError(
@@ -41,12 +55,15 @@ def choose(options: SimpleNamespace) -> measurement.Measurement:
     for option, value, needed, remedy in (
         ("--faults", options.faults, "--responses", "Give rows of revise.py"),
         ("--round", options.round_ is not None, "--responses", "A round is picked from revised rows"),
+        ("--every-round", options.every_round, "--responses", "Give rows of revise.py"),
         ("--drift-from", options.drift_from, "--model", "Name the policy that answers"),
     ):
         if value and not getattr(options, needed[2:]):
             raise InputError(f"{option} without {needed}", remedy=remedy)
     if options.reward_model:
         return measure_pairs(options)
+    if options.every_round:
+        return measure_rounds(options)
     return measure_principles(options) if options.faults else measure_responses(options)
 
 
@@ -71,6 +88,7 @@ def measure_responses(options: SimpleNamespace) -> measurement.Measurement:
     responding_settings, settings = _settings(options, source, ways)
 
     def measure(claim: measurement.Claim) -> tuple[dict, dict]:
+        is_fit = qualify_reader(reader)
         rows = source
         if model:
             answers = responding.plan(source, options.seed, options.seeds, ways)
@@ -87,7 +105,7 @@ def measure_responses(options: SimpleNamespace) -> measurement.Measurement:
             harmless = [row for row in rows if row["kind"] != "harmful" and not row.get("stress")]
             policy, base = (loading.load_named_engine(m, (), options.loading) for m in (model, options.drift_from))
             rates |= habits.drift(policy, base, harmless)
-        return rates, counts
+        return rates if is_fit else {name: {**rate, "unqualified": True} for name, rate in rates.items()}, counts
 
     return measurement.Measurement(
         files,
@@ -96,11 +114,21 @@ def measure_responses(options: SimpleNamespace) -> measurement.Measurement:
             **by_kind,
             "model_calls": calls if model else 0,
             "new_tokens_at_most": calls * options.max_new_tokens if model else 0,
-            "judge_calls": calls if reader.judge else 0,
+            "judge_calls": calls * reader.orders if reader.judge else 0,
         },
         settings,
         measure,
     )
+
+
+def qualify_reader(reader: classes.Reader) -> bool:
+    """Whether the reader is fit, or nothing is known of it: the judge is measured if it reads alone."""
+    if reader.by != "judge":
+        return True
+    name, servers = loading.split_endpoint(reader.judge, reader.endpoints)
+    task, dtype = qualification.Task("reader", orders=reader.orders), reader.loading["dtype"]
+    result = qualification.report(name, task, reader.load_judge, endpoints=servers, dtype=dtype)
+    return result is None or result["fit"]
 
 
 def _settings(options: SimpleNamespace, source: sources.Source, ways: Sequence[str]) -> tuple[dict, dict]:
@@ -123,6 +151,7 @@ def _settings(options: SimpleNamespace, source: sources.Source, ways: Sequence[s
         "by": reader.by,
         "judge": identity(reader.judge) if reader.judge else None,
         "template": load_template("classify").sha256,
+        **({"orders": reader.orders} if reader.judge else {}),
         **({"classifier": identity(reader.classifier)} if reader.classifier else {}),
         **({"unsafe_label": reader.unsafe_labels} if reader.classifier else {}),
         **({"drift_from": identity(options.drift_from)} if options.drift_from else {}),
@@ -163,11 +192,62 @@ def read_rows(
 
 def rates_of_classes(classified: Iterable[dict], rows: int) -> tuple[dict, dict]:
     """({metric: rate}, counts) of classified rows. A row without a class is failed, and in no rate."""
+    classified = list(classified)
     known = [row for row in classified if row["class"] is not None]
     remedy = "take a larger judge, or read some rows of the classes file"
-    mass = classes.mean_letter_mass((row.get("letter_mass") for row in known), remedy)
-    counts = {"rows": rows, "failed": rows - len(known)}
-    return rates_of_rows(known), counts if mass is None else {**counts, "mean_letter_mass": mass}
+    counts = {"rows": rows, "failed": rows - len(known), **classes.letter_figures(classified, remedy)}
+    return rates_of_rows(known), counts
+
+
+# --- the rounds of revised rows -----------------------------------------------------------------------------
+
+
+def measure_rounds(options: SimpleNamespace) -> measurement.Measurement:
+    """Flags and refusals of revised rows round by round, by their phrases: no model is needed."""
+    if options.reader.by != "phrases" or options.reader.judge or options.faults or options.round_ is not None:
+        raise InputError(
+            "--every-round is not clear",
+            expected="--by phrases, and no --judge, --faults or --round",
+            remedy="To have a judge read one round, give --round N instead",
+        )
+
+    def check(row: dict, where: str, line: int) -> None:
+        options.reader.check_row(row, where, line)
+        check_revised(row, where, line)
+
+    fields = ("prompt", "kind", "response", "rounds")
+    source = sources.Source(
+        options.responses, require=fields, limit=options.limit, check=check, reading=options.reading
+    )
+    settings = {"input": source.digest, "limit": options.limit, "by": "phrases", "every_round": True}
+    return measurement.Measurement(
+        list(options.responses),
+        {"rows": source.count, "model_calls": 0},
+        settings,
+        lambda _claim: round_figures(list(source)),
+    )
+
+
+def round_figures(rows: Sequence[dict]) -> tuple[dict, dict]:
+    """({`round_<n>_<figure>`: rate}, counts) of revised rows; round 0 is the first response.
+
+    Figures: `flag_<flag>` and `skipped_<reason>`, the share of the round's rows; and for each kind of prompt
+    `<kind>_declined` and `<kind>_partly_declined`, told by phrases. The counts of every round are exact.
+    """
+    rates, rounds_ = {}, {}
+    for number in range(1 + max(len(row["rounds"]) for row in rows)):
+        having = [row for row in rows if len(row["rounds"]) >= number]
+        entries = [row["rounds"][number - 1] for row in having] if number else []
+        flags = Counter(flag for entry in entries for flag in entry.get("flags", ()))
+        skipped = Counter(entry["skipped"] for entry in entries if "skipped" in entry)
+        rounds_[f"round {number}"] = {"rows": len(having), "flags": dict(flags), "skipped": dict(skipped)}
+        figures = {f"flag_{flag}": intervals.rate(count, len(having)) for flag, count in flags.most_common()}
+        figures |= {f"skipped_{why}": intervals.rate(count, len(having)) for why, count in skipped.most_common()}
+        texts = [(row, rounds.text_of_round(row, number)) for row in having]
+        classified = [{**row, "class": refusals.read(dialogue.prompt_text(row["prompt"]), text)} for row, text in texts]
+        figures |= {name: rate for name, rate in rates_of_rows(classified).items() if name.endswith("_declined")}
+        rates |= {f"round_{number}_{name}": rate for name, rate in figures.items()}
+    return rates, {"rows": len(rows), **rounds_, "notes": [classes.PHRASES_NOTE]}
 
 
 # --- the principles of revised rows -------------------------------------------------------------------------
@@ -184,6 +264,7 @@ def measure_principles(options: SimpleNamespace) -> measurement.Measurement:
     source = sources.Source(
         options.responses, require=fields, limit=options.limit, check=check, reading=options.reading
     )
+    faults.check_constitution(constitution, options.responses, source)
     critiques = sum(1 for _ in faults.critiques(source))
     is_read = by == "oracle" or bool(judge)
     has_kinds = is_read and all(row.get("kind") in kinds.KINDS for row in source)
@@ -203,7 +284,8 @@ def measure_principles(options: SimpleNamespace) -> measurement.Measurement:
     def measure(claim: measurement.Claim) -> tuple[dict, dict]:
         classified, rows = [], list(faults.critiques(source))
         if has_kinds:
-            output = claim("classes", settings | {"template": load_template("classify").sha256})
+            in_orders = {"orders": reader.orders} if reader.judge else {}
+            output = claim("classes", settings | {"template": load_template("classify").sha256} | in_orders)
             classified = reader.write_classes(faults.steps(source), output)
         if judge:
             output = claim("faults", settings)
@@ -214,7 +296,9 @@ def measure_principles(options: SimpleNamespace) -> measurement.Measurement:
         class_of = {row["id"]: row["class"] for row in classified}
         return faults.figures(rows, class_of, {row["id"]: row.get("kind") for row in source}, constitution)
 
-    plan = {"rows": source.count, "critiques": critiques, "judge_calls": 3 * critiques + source.count if judge else 0}
+    class_calls = reader.orders * (critiques + source.count) if reader.judge and has_kinds else 0
+    calls = 2 * critiques + class_calls if judge else 0
+    plan = {"rows": source.count, "critiques": critiques, "judge_calls": calls}
     return measurement.Measurement(list(options.responses), plan, settings, measure)
 
 
@@ -228,8 +312,7 @@ def measure_choices(options: SimpleNamespace) -> measurement.Measurement:
         scorer.check_reward_model(reward_model)
         load = partial(scorer.load_scorer, reward_model, **options.loading)
     else:
-        loading.check_model(model)
-        load = partial(loading.load_engine, model, **options.loading)
+        load = _load_here(model, options)
     check = benchmarks.check_texts if reward_model else benchmarks.check
     source = sources.Source(
         [options.choice], require=benchmarks.FIELDS, limit=options.limit, check=check, reading=options.reading
@@ -261,6 +344,62 @@ def measure_choices(options: SimpleNamespace) -> measurement.Measurement:
 
     calls = 2 * source.count if reward_model else sum(len(benchmarks.answers(row)) for row in source)
     return measurement.Measurement([options.choice], {"rows": source.count, "model_calls": calls}, settings, measure)
+
+
+def _load_here(model: str, options: SimpleNamespace) -> partial:
+    """Loads a model on this machine. InputError for a server, which gives no log-probabilities of a given text."""
+    if model.startswith("openai:"):
+        raise InputError(
+            f"{model} is on a server, which gives no log-probabilities of a given text",
+            where="--model",
+            expected="a folder or a hub id",
+            remedy="Name the model's folder or hub id",
+        )
+    loading.check_model(model)
+    return partial(loading.load_engine, model, **options.loading)
+
+
+# --- pairs --------------------------------------------------------------------------------------------------
+
+
+def measure_preference(options: SimpleNamespace) -> measurement.Measurement:
+    """Which response of each pair a policy makes likelier, outright and relative to a reference, and what it writes."""
+    samples = 1 if options.samples is None else options.samples
+    source = pairs.Pairs(options.pairs, options.limit, options.reading)
+    names = {"reference": options.reference, "pairs": options.model}
+    loads = {ending: _load_here(model, options) for ending, model in names.items() if model}
+    settings = {
+        "input": source.digest,
+        "limit": options.limit,
+        "samples": samples,
+        **({"seed": options.seed, **asdict(options.sampling)} if samples else {}),
+        "dtype": options.dtype,
+    }
+    reference = identity(options.reference) if options.reference else None
+    of_policy = {**settings, "model": identity(options.model), "reference": reference}
+
+    def measure(claim: measurement.Claim) -> tuple[dict, dict]:
+        rows: list[dict] = []  # the reference's, then the policy's
+        for ending, load in loads.items():
+            output = claim(ending, of_policy if ending == "pairs" else {**settings, "model": reference})
+            before = {row["id"]: row for row in rows}
+            if ending == "pairs" and reference and not rows:
+                break
+
+            def produce(engine, output=output, before=before) -> Iterator[dict | None]:
+                remaining = (pair for pair in source if pair["id"] not in output.done)
+                return pairs.score(remaining, engine, source.first_ids, samples, options.sampling, options.seed, before)
+
+            rows = measurement.fill(output, source.ids, ending, load, produce)
+        return pairs.figures(rows, source)
+
+    plan = {
+        **source.counts,
+        "pairs": len(source.ids),
+        "model_calls": 2 * len(loads) * len(source.ids),
+        "new_tokens_at_most": samples * len(loads) * len(source.first_ids) * options.max_new_tokens,
+    }
+    return measurement.Measurement([options.pairs], plan, of_policy, measure)
 
 
 # --- a reward model on pairs --------------------------------------------------------------------------------

@@ -176,9 +176,36 @@ def forward(model: Any, ids: Any, last: Any, **kwargs: Any) -> Any:
 def answer_logprobs(model: Any, pad_id: int, batch: Sequence[tuple[_Tokens, int]]) -> list[Any]:
     """For each (ids, begin) the log-probabilities (tokens, vocabulary) that ids[begin:] were chosen from, on the CPU.
 
-    One forward pass, padded on the right, which no token before can see. Logits are computed for these columns alone.
+    Raises CaiError if the rows do not fit the memory.
+    """
+    logprobs = _answer_logits(model, pad_id, batch, lambda logits: logits.log_softmax(-1).cpu())
+    return [logprobs[row, : len(ids) - begin] for row, (ids, begin) in enumerate(batch)]
+
+
+def token_logprobs(model: Any, pad_id: int, batch: Sequence[tuple[_Tokens, int]]) -> list[list[float]]:
+    """For each (ids, begin) the log-probability of every token of ids[begin:], over the whole vocabulary.
+
+    Unlike `answer_logprobs` it holds the vocabulary's log-probabilities on the model's device only.
 
     Raises CaiError if the rows do not fit the memory.
+    """
+    import torch
+
+    longest = max(len(ids) - begin for ids, begin in batch)
+    # What is beyond an answer is looked up too, and left out.
+    targets = torch.tensor([[*ids[begin:], *[0] * (longest - len(ids) + begin)] for ids, begin in batch])[..., None]
+
+    def pick(logits: Any) -> Any:
+        return (logits.gather(-1, targets.to(logits.device))[..., 0] - logits.logsumexp(-1)).cpu()
+
+    logprobs = _answer_logits(model, pad_id, batch, pick).tolist()
+    return [logprobs[row][: len(ids) - begin] for row, (ids, begin) in enumerate(batch)]
+
+
+def _answer_logits(model: Any, pad_id: int, batch: Sequence[tuple[_Tokens, int]], read: Callable[[Any], Any]) -> Any:
+    """`read(logits)` of the logits (rows, tokens of the longest answer, vocabulary) that ids[begin:] are chosen from.
+
+    One forward pass, padded on the right, which no token before can see. Logits are computed for these columns alone.
     """
     import torch
 
@@ -193,12 +220,11 @@ def answer_logprobs(model: Any, pad_id: int, batch: Sequence[tuple[_Tokens, int]
     try:
         with torch.inference_mode():
             logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-            logprobs = logits.float().log_softmax(-1).cpu()
+            return read(logits.float())
     except torch.OutOfMemoryError as error:
         raise CaiError(f"{len(batch)} rows of {width} tokens do not fit the memory. Lower --batch-size") from error
     finally:
         hook.remove()
-    return [logprobs[row, : len(ids) - begin] for row, (ids, begin) in enumerate(batch)]
 
 
 class Prefixes:

@@ -124,6 +124,7 @@ def model_card(run: Run, training: Training) -> str:
         rows=rows,
         by=stages[0].by if stages else "",
         limits=[
+            *_list_unfit(run),
             *(["It was not measured on held-out prompts."] if not measured and not is_scorer else []),
             "The feedback it learned from was a model's, not people's: it has that model's errors and the "
             "constitution's gaps.",
@@ -163,6 +164,7 @@ def dataset_card(run: Run, name: str, kind: str) -> str:
         fields=[(field, FIELDS.get(field, "carried along from the prompts")) for field in (rows[0] if rows else ())],
         counts=[("rows in the file", len(rows)), *_flatten(step["counts"])],
         limits=[
+            *_list_unfit(run),
             "Critiques, revisions and preferences were written by a model. Nobody has checked them row by row.",
             "Prompts may ask for harm, and first responses and rejected ones may give it: keep it where such text "
             "belongs.",
@@ -180,11 +182,17 @@ _TINY = (
 _HASHES = ("model", "weights", "input", "reward_model", "ref_model", "template", "constitution", "judge")
 
 
+def _list_unfit(run: Run) -> list[str]:
+    """A limit for each model that was found unfit."""
+    return [f"Not to be believed: {verdict}." for verdict, is_fit in run.qualifications.items() if not is_fit]
+
+
 def _list_facts(run: Run, step: dict) -> list[tuple[str, str]]:
     """Where the output comes from, as far as the manifests say."""
     constitution = next(filter(None, (other["fingerprint"].get("constitution") for other in run.steps)), None)
     name = run.constitution.name if run.constitution else "unknown by name"
     facts = [
+        *(("qualification", verdict) for verdict in run.qualifications),
         ("base model", run.model),
         ("constitution", constitution and f"{name}, SHA-256 {constitution}"),
         ("revised rows", len(run.rows) or None),

@@ -50,6 +50,11 @@ def percent(measured: dict | None) -> str:
     return tables.show(measured).partition(" (")[0].replace(" ", "\u00a0")
 
 
+def counts(numbers: dict[str, int]) -> str:
+    """How often each name, such as `bare refusal 3, copy 1`; `none` if there are none."""
+    return ", ".join(f"{name.replace('_', ' ')} {number:,}" for name, number in numbers.items()) or "none"
+
+
 def environment(*, html: bool) -> jinja2.Environment:
     """The Jinja environment of templates/report/. With `html`, text is escaped for HTML and a `data` dict printed
     as JSON that can't close its script block; else it is escaped for Markdown."""
@@ -73,6 +78,7 @@ def environment(*, html: bool) -> jinja2.Environment:
     jinja.filters |= {
         "show": tables.show,
         "plain": plain,
+        "counts": counts,
         "thousands": lambda number: f"{number:,}",
         "percent": percent,
         "interval": lambda measured: "".join(tables.show(measured).partition("(")[1:]),

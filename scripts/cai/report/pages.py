@@ -94,7 +94,11 @@ def _tables(run: Run, pictures: Sequence[Picture]) -> dict:
         "run": run,
         "mark": escaping.MARK,
         "figures": pictures,
-        "summary": [*_summarise_stages(run), *_summarise_steps(run, rounds, principles)],
+        "summary": [
+            *(f"{verdict}." for verdict in run.qualifications),
+            *_summarise_stages(run),
+            *_summarise_steps(run, rounds, principles),
+        ],
         "rounds": rounds,
         "names": NAMES,
         "known_rates": set(RATES),

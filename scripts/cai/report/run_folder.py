@@ -18,7 +18,7 @@ from pathlib import Path
 from cai.base.errors import InputError
 from cai.constitution.files import ALL, Constitution, load_constitution
 from cai.data import outputs, readers
-from cai.data.rounds import UNCHANGED, is_changed, is_content, text_of_round, texts_of
+from cai.data.rounds import REFUSED, is_changed, is_content, text_of_round, texts_of
 from cai.evaluate.classes import oracle_reader
 from cai.evaluate.rates import RATES, UNSAFE, class_rates, read_rates
 from cai.stats import calibration, intervals
@@ -99,6 +99,14 @@ class Run:
     def model(self) -> str | None:
         """The model that everything began with."""
         return _base_model(self.steps)
+
+    @property
+    def qualifications(self) -> dict[str, bool]:
+        """{what is known of the models of a step (evaluate/qualification.py): whether they are fit}."""
+        counts = (step.get("counts") or {} for step in self.steps)
+        return {
+            str(count["qualification"]): count.get("qualified") is True for count in counts if "qualification" in count
+        }
 
     def finished(self, *commands: str) -> list[dict]:
         """The finished steps of these commands."""
@@ -262,18 +270,21 @@ def _last_round(run: Run) -> int:
 
 
 def rounds(run: Run) -> list[dict]:
-    """One entry per round, 0 being the first responses: {round, n, changed, flags, rates}.
+    """One entry per round, 0 being the first responses: {round, n, changed, flags, skipped, refused, rates}.
 
-    n: rows that had the round; changed: rate of them, None for round 0; flags: how often each; rates: as evaluate.py's,
-    {} if no class is known.
+    n: rows that had the round; changed: rate, None for round 0; flags: how often each; skipped: how often for each
+    reason; refused: revisions that the gate refused; rates: as evaluate.py's, {} if no class is known.
     """
     counts, kinds = defaultdict(Counter), {row.get("id"): row.get("kind") for row in run.rows}
     for (row_id, number), name in run.classes.items():
         counts[number][kinds[row_id], name] += 1
-    result = [{"round": 0, "n": len(run.rows), "changed": None, "flags": {}, "rates": _rates(counts[0])}]
+    first = {"changed": None, "flags": {}, "skipped": {}, "refused": 0}
+    result = [{"round": 0, "n": len(run.rows), **first, "rates": _rates(counts[0])}]
     for number in range(1, _last_round(run) + 1):
         revised = [row["rounds"][number - 1] for row in run.rows if len(texts_of(row)) > number]
-        flags = Counter(flag for entry in revised for flag in entry.get("flags", ()) if flag != UNCHANGED)
+        flags = Counter(flag for entry in revised for flag in entry.get("flags", ()))
+        refused = flags.pop(REFUSED, 0)
+        skipped = Counter(entry["skipped"] for entry in revised if "skipped" in entry)
         changed = intervals.rate(sum(map(is_changed, revised)), len(revised))
         result.append(
             {
@@ -281,6 +292,8 @@ def rounds(run: Run) -> list[dict]:
                 "n": len(revised),
                 "changed": changed,
                 "flags": dict(flags.most_common()),
+                "skipped": dict(skipped.most_common()),
+                "refused": refused,
                 "rates": _rates(counts[number]),
             }
         )

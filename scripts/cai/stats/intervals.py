@@ -102,17 +102,32 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> dict:
     return {"value": r, "low": low, "high": high, "n": n}
 
 
-def paired(differences: Sequence[float], z: float = Z) -> tuple[float, float]:
+def paired(differences: Sequence[float], z: float = Z, clusters: Sequence | None = None) -> tuple[float, float]:
     """Interval of the mean of differences, each −1 to 1, of the same prompts measured twice.
 
     Bonett and Price (2012, Journal of Educational and Behavioral Statistics 37): the normal interval after one
     difference of 1 and one of −1 are added, so that equal outcomes don't give an interval of no width.
+
+    Args:
+        clusters: one label per difference; those with equal labels count as alike, as in `clustered_mean`.
     """
     n = len(differences) + 2
-    centre = math.fsum(differences) / n
-    variance = (math.fsum(difference * difference for difference in differences) + 2) / n - centre * centre
-    half = z * math.sqrt(max(0.0, variance) / n)
+    if clusters is None:
+        centre = math.fsum(differences) / n
+        variance = (math.fsum(difference * difference for difference in differences) + 2) / n - centre * centre
+        half = z * math.sqrt(max(0.0, variance) / n)
+    else:
+        labels = [*((cluster,) for cluster in clusters), "added 1", "added −1"]
+        centre, variance, _ = _cluster([*differences, 1, -1], labels)
+        half = z * math.sqrt(variance)
     return max(-1.0, centre - half), min(1.0, centre + half)
+
+
+def paired_means(differences: Sequence[float], z: float = Z, clusters: Sequence | None = None) -> tuple[float, float]:
+    """`paired` for differences of any size: the normal interval of their mean. −inf to inf with one cluster."""
+    centre, variance, count = _cluster(differences, range(len(differences)) if clusters is None else clusters)
+    half = z * math.sqrt(variance) if count > 1 else math.inf
+    return centre - half, centre + half
 
 
 def unpaired(before: Mapping, now: Mapping, z: float = Z) -> tuple[float, float]:

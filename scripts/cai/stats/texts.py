@@ -2,6 +2,7 @@
 
     duplicates(prompts, responses)     # share of responses that repeat the response to another prompt
     text in RepeatedTexts(answers)     # whether a text is the answer to many prompts
+    cluster([set(words(text)) for text in sentences], 0.5)      # groups of texts that share their words
 
 Languages written without spaces count a clause as one word.
 """
@@ -9,8 +10,10 @@ Languages written without spaces count a clause as one word.
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
+
+import numpy as np
 
 PHRASE_WORDS = 3
 
@@ -122,3 +125,81 @@ def repetition(text: str, n: int = 4) -> float:
     """Share of a response's n-grams that occur in it before (Welleck et al. 2020, arXiv 1908.04319): 0 to 1."""
     grams = ngrams(words(text), n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+# --- texts that are alike -----------------------------------------------------------------------------------
+
+
+def word_pairs(text: str) -> frozenset[tuple[str, ...]]:
+    """Every two words in a row, with the beginning and the end of the text as words; case and punctuation are left
+    out."""
+    return frozenset(ngrams(["", *words(text), ""], 2))
+
+
+class NearDuplicates:
+    """Texts, and which of them a further text nearly repeats.
+
+        texts = NearDuplicates(0.5)
+        texts.add("How do I pick a lock?")              # None
+        texts.add("How do I pick the lock?")            # "How do I pick a lock?"
+
+    Two texts are near-duplicates if the Jaccard index of their pairs of words is `threshold` or more.
+    """
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+        self._texts: list[str] = []
+        self._pairs: list[frozenset[tuple[str, ...]]] = []
+        self._numbers: dict[tuple[str, ...], list[int]] = defaultdict(list)
+
+    def add(self, text: str) -> str | None:
+        """Keep the text and return None, or return the kept text that it is nearest to."""
+        pairs = word_pairs(text)
+        # A near-duplicate shares this share of the pairs or more, and so at least one of the rarest others.
+        others = len(pairs) - math.ceil(self.threshold * len(pairs)) + 1
+        rarest = sorted(pairs, key=lambda pair: len(self._numbers.get(pair, ())))[:others]
+        alike = {
+            number: len(pairs & self._pairs[number]) / len(pairs | self._pairs[number])
+            for number in {number for pair in rarest for number in self._numbers.get(pair, ())}
+        }
+        if alike and max(alike.values()) >= self.threshold:
+            return self._texts[max(alike, key=lambda number: (alike[number], -number))]
+        for pair in pairs:
+            self._numbers[pair].append(len(self._texts))
+        self._texts.append(text)
+        self._pairs.append(pairs)
+        return None
+
+
+def cosines(bags: Sequence[Set[str]]) -> np.ndarray:
+    """(n, n) cosines of n sets of words: the words that two share, by the geometric mean of their numbers of words."""
+    columns = {word: number for number, word in enumerate(dict.fromkeys(word for bag in bags for word in sorted(bag)))}
+    matrix = np.zeros((len(bags), max(1, len(columns))))
+    for row, bag in enumerate(bags):
+        matrix[row, [columns[word] for word in bag]] = 1 / math.sqrt(max(1, len(bag)))
+    return matrix @ matrix.T
+
+
+def cluster(bags: Sequence[Set[str]], least: float) -> list[list[int]]:
+    """Groups of texts by the sets of their words: the numbers of the texts, the largest group first, and in each
+    group the most central text first.
+
+    The two groups with the highest mean cosine between their texts are joined, as long as it is `least` or more
+    (average linkage).
+    """
+    alike = cosines(bags)
+    groups = [[number] for number in range(len(bags))]
+    between = alike.copy()
+    np.fill_diagonal(between, -1)
+    while len(groups) > 1:
+        first, second = sorted(divmod(int(between.argmax()), len(groups)))
+        if between[first, second] < least:
+            break
+        sizes = len(groups[first]), len(groups[second])
+        joined = (sizes[0] * between[first] + sizes[1] * between[second]) / sum(sizes)
+        between[first], between[:, first], between[first, first] = joined, joined, -1
+        between = np.delete(np.delete(between, second, 0), second, 1)
+        groups[first] += groups.pop(second)
+    for group in groups:
+        group.sort(key=lambda number: (-alike[number, group].sum(), number))
+    return sorted(groups, key=lambda group: (-len(group), group[0]))

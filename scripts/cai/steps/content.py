@@ -18,10 +18,13 @@ from cai.constitution import templates
 from cai.data import rounds
 from cai.data.processes import Team
 from cai.models import choice, estimate
-from cai.models.engine import Engine, Generation, Message, RowRequest
+from cai.models.engine import Engine, Generation, Message
+from cai.stats import letters
 from cai.steps.text import Step
 
-LETTERS = ("A", "B")  # of the template: a fault is found, or none is
+LETTERS = ("A", "B")
+
+FAULT = (True, False)  # the options of the template: a fault is found, or none is
 
 TEMPLATE = "classify_critique"
 
@@ -38,34 +41,25 @@ UNDECIDED = 0.3
 
 def find_faults(
     engine: Engine, critiques: Iterable[dict], done: Container[str] = ()
-) -> Iterator[tuple[dict, tuple[float, float] | None]]:
-    """(critique, probability that it finds a fault with either option first), not in order.
-
-    The probabilities are None where the model made no choice in one of the orders.
+) -> Iterator[tuple[dict, choice.OptionChoice]]:
+    """Each critique with the choice between the options `FAULT`, asked in both orders; not in order of the critiques.
 
     Args:
         critiques: {id, prompt, response, critique}; read lazily. done: ids to leave out.
     """
     template = templates.load_template(TEMPLATE)
-    requests = (
-        RowRequest(
-            (row["id"], swapped),
-            template.render(**{name: row[name] for name in ("prompt", "response", "critique")}, swapped=swapped),
-            row=row,
-        )
-        for row in critiques
-        if row["id"] not in done
-        for swapped in (False, True)
-    )
-    waiting: dict[str, dict[bool, float | None]] = {}
-    for request, logprobs in choice.choose(engine, requests, LETTERS):
-        row_id, swapped = request.key
-        orders = waiting.setdefault(row_id, {})
-        orders[swapped] = None if logprobs is None else choice.probabilities(logprobs)[swapped]
-        if len(orders) == 2:
-            del waiting[row_id]
-            p, p_swapped = orders[False], orders[True]
-            yield request.row, None if p is None or p_swapped is None else (p, p_swapped)
+
+    def render(critique: dict, order: letters.Order) -> Sequence[Message]:
+        texts = {name: critique[name] for name in ("prompt", "response", "critique")}
+        return template.render(**texts, order=order)
+
+    remaining = (critique for critique in critiques if critique["id"] not in done)
+    yield from choice.choose_options(engine, remaining, render, LETTERS, letters.cyclic_orders(2, 2))
+
+
+def _fault_in_each_order(chosen: choice.OptionChoice) -> tuple[float, ...] | None:
+    """The probability that a critique finds a fault with either option first; None where there was no choice."""
+    return None if chosen.by_order is None else tuple(shares[0] for shares in chosen.by_order)
 
 
 def stop_when_content(step: Step) -> Step:
@@ -75,7 +69,7 @@ def stop_when_content(step: Step) -> Step:
     that await a revision have `p_fault` in their last round afterwards: the probability that the critique finds a fault
     in both orders of the options, or None where it could not be read.
     """
-    p_fault: dict[str, tuple[float, float] | None] = {}
+    p_fault: dict[str, tuple[float, ...] | None] = {}
 
     def read_critiques(team: Team, engine: Engine) -> None:
         step.prepare(team, engine)
@@ -89,7 +83,9 @@ def stop_when_content(step: Step) -> Step:
             for row in team.share(step.rows)
             if step.settle(row) is None
         )
-        p_fault.update((critique["id"], p) for critique, p in find_faults(engine, critiques))
+        p_fault.update(
+            (critique["id"], _fault_in_each_order(chosen)) for critique, chosen in find_faults(engine, critiques)
+        )
 
     def settle(row: dict) -> dict | None:
         if (settled := step.settle(row)) is not None:

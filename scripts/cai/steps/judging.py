@@ -17,11 +17,10 @@ from itertools import chain, groupby, islice, product
 from operator import itemgetter
 from typing import Any
 
-from cai.base.errors import CaiError
 from cai.base.hashing import hashed_seed
 from cai.constitution import files, templates
 from cai.data.preferences import LABELS, ORDERS, group_verdicts, same_position, with_sides
-from cai.models.choice import Choice, read_choices
+from cai.models.choice import Choice, check_logprobs, read_choices
 from cai.models.engine import Engine, Message, Request, Sampling
 from cai.models.local import WINDOW
 from cai.stats import intervals
@@ -224,8 +223,7 @@ def read_verdict(order: str, choice: Choice, reasoning: str = "") -> dict:
     measured: dict[str, Any] = {"answer": choice.answer}
     if choice.logprobs is not None:
         first, second = choice.logprobs
-        if any(math.isnan(logprob) or logprob > 1e-3 for logprob in choice.logprobs):
-            raise CaiError(f"{[first, second]} are not log-probabilities of the labels. Try --dtype float32")
+        check_logprobs(choice.logprobs)
         if max(first, second) > -math.inf:
             p_first = 0.5 + 0.5 * math.tanh((first - second) / 2)  # σ(first − second) without overflow
         if choice.answer is None:

@@ -64,7 +64,7 @@ def read_run(folder: str, rounds: int) -> Lengths:
             "no finished run with a manifest that counts the tokens of its responses",
             where=folder,
             expected="the --output of a finished run.py (with --seeds, one of its folders)",
-            remedy="Make one with --limit 40, and name it with --like",
+            remedy="Make one with --limit 40 --heldout-limit 40, and name it with --like",
         )
     tokens["samples"] = tokens["samples"] or tokens["responses"]
     for kind in ("critique", "revision"):
@@ -131,9 +131,7 @@ class Requests:
     def of_match(self) -> float:
         """Of the question whether a principle speaks to a prompt, averaged over all principles."""
         template = load_template("coverage")
-        return self._mean(
-            [template.render(principle=p, prompt="", swapped=False) for p in self.constitution.principles]
-        )
+        return self._mean([template.render(principle=p, prompt="") for p in self.constitution.principles])
 
     def _by_principle(self, render) -> float:
         if self._principles == "all":

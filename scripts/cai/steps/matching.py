@@ -8,37 +8,42 @@ critique.py and judge.py choose principles by it, and `constitution.py coverage`
 a prompt to which no principle speaks (principles.py).
 """
 
-import math
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain, islice
 from typing import Any
 
 from cai.base import cli, hashing
 from cai.base.errors import InputError, shorten
-from cai.constitution.files import Constitution
+from cai.constitution.files import Constitution, Principle
 from cai.constitution.templates import load_template
 from cai.data import outputs, processes, readers
 from cai.data.dialogue import prompt_text
 from cai.models import choice, loading
-from cai.models.engine import Engine, Request
+from cai.models.engine import Engine, Message
 from cai.models.local import WINDOW
+from cai.stats import letters
 from cai.steps.sharing import finish_output
 
 LABELS = ("A", "B")
+
+ORDERS = letters.cyclic_orders(2, 2)
+
+FIGURES = ("label_mass", "same_letter")  # means that say how the model answered
 
 SPEAKS = 0.5  # a principle speaks to a prompt at this probability or above
 
 
 def cover(engine: Engine, prompts: Iterable[dict], constitution: Constitution) -> Iterator[dict]:
-    """{id, prompt, by: {principle: probability}, label_mass, same_letter} of each prompt, in order.
+    """{id, prompt, by: {principle: probability}, label_mass, same_letter, letter_excess} of each prompt, in order.
 
     Each principle is asked about in two orders of the answers, and the probabilities of "it speaks to the prompt",
     normalised over the two labels, are averaged: a bias for one letter cancels out. A prompt about which the judge
     makes no choice (it is too long, for example) has no probabilities, and None for the other figures.
-    label_mass: mean share of the probability that the letters have. same_letter: the share of principles for which the
-    likelier letter is the same in both orders; near 1, the judge answers by position.
+    label_mass: mean share of the probability that the letters have; None where they are written. same_letter: the share
+    of principles for which the likelier letter is the same in both orders; near 1, the judge answers by position.
+    letter_excess: of `letters.letter_excess`, the mean over the principles.
 
     Args:
         prompts: rows with id and prompt, read window by window.
@@ -52,37 +57,36 @@ def cover(engine: Engine, prompts: Iterable[dict], constitution: Constitution) -
 
 def _cover_window(engine: Engine, prompts: Sequence[dict], constitution: Constitution) -> Iterator[dict]:
     template = load_template("coverage")
+
+    def render(question: tuple[int, Principle], order: letters.Order) -> Sequence[Message]:
+        number, principle = question
+        return template.render(principle=principle, prompt=prompts[number]["prompt"], order=order)
+
     # By principle, so that what its questions begin with is read once.
-    requests = (
-        Request(
-            (number, principle.id, swapped), template.render(principle=principle, prompt=row["prompt"], swapped=swapped)
-        )
-        for principle in constitution.principles
-        for swapped in (False, True)
-        for number, row in enumerate(prompts)
-    )
-    choices = {request.key: logprobs for request, logprobs in choice.choose(engine, requests, LABELS)}
+    questions = [(number, principle) for principle in constitution.principles for number in range(len(prompts))]
+    choices: dict[int, dict[str, choice.OptionChoice]] = defaultdict(dict)
+    for (number, principle), chosen in choice.choose_options(engine, questions, render, LABELS, ORDERS):
+        choices[number][principle.id] = chosen
     for number, row in enumerate(prompts):
-        logprobs = {
-            principle.id: [choices[number, principle.id, swapped] for swapped in (False, True)]
-            for principle in constitution.principles
-        }
-        if any(None in orders for orders in logprobs.values()):
-            yield {"id": row["id"], "prompt": row["prompt"], "by": {}, "label_mass": None, "same_letter": None}
-            continue
-        shares = {
-            name: round((choice.probabilities(plain)[0] + choice.probabilities(swapped)[1]) / 2, 4)
-            for name, (plain, swapped) in logprobs.items()
-        }
-        same = [(plain[0] > plain[1]) == (swapped[0] > swapped[1]) for plain, swapped in logprobs.values()]
-        masses = [sum(map(math.exp, order)) for orders in logprobs.values() for order in orders]
-        yield {
-            "id": row["id"],
-            "prompt": row["prompt"],
-            "by": dict(sorted(shares.items(), key=lambda share: -share[1])),
-            "label_mass": round(sum(masses) / len(masses), 4),
-            "same_letter": round(sum(same) / len(same), 4),
-        }
+        in_order = {principle.id: choices[number][principle.id] for principle in constitution.principles}
+        yield {"id": row["id"], "prompt": row["prompt"], **_summarise(in_order)}
+
+
+def _summarise(choices: Mapping[str, choice.OptionChoice]) -> dict:
+    """What `cover` has about a prompt, from the choice about each principle."""
+    by_orders = [chosen.by_order for chosen in choices.values() if chosen.by_order is not None]
+    if len(by_orders) < len(choices):
+        return {"by": {}, **dict.fromkeys(FIGURES), "letter_excess": None}
+    shares = {name: round(chosen.shares[0], 4) for name, chosen in choices.items() if chosen.shares}
+    same = [(plain[0] > plain[1]) == (swapped[1] > swapped[0]) for plain, swapped in by_orders]
+    masses = [chosen.mass for chosen in choices.values() if chosen.mass is not None]
+    excess = letters.mean_shares([chosen.letter_excess for chosen in choices.values() if chosen.letter_excess])
+    return {
+        "by": dict(sorted(shares.items(), key=lambda share: -share[1])),
+        "label_mass": round(sum(masses) / len(masses), 4) if masses else None,
+        "same_letter": round(sum(same) / len(same), 4),
+        "letter_excess": [round(share, 6) for share in excess],
+    }
 
 
 class Matches:
@@ -179,23 +183,21 @@ class Matches:
         return unanswered
 
     def _finish(self, output: outputs.Output, engine: Engine, rows: Iterable[dict], unanswered: list[str]) -> None:
-        totals: Counter[str] = Counter()
         count = len(output.done)
-        for _, row in readers.read_jsonl(output.journal):
-            totals.update({name: row[name] for name in ("label_mass", "same_letter")})
-        means = {name: round(total / count, 4) for name, total in totals.items()}
+        figures = summarise_letters(row for _, row in readers.read_jsonl(output.journal))
         remedy = "its matches mean little. Take a larger model, or --principles draw"
-        if means.get("label_mass", 1) < 0.5:
-            cli.warn(f"the model gives A and B only {means['label_mass']:.0%} of its probability: {remedy}")
-        if means.get("same_letter", 0) > 0.5:
-            cli.warn(f"the model chose the same letter in both orders in {means['same_letter']:.0%} of cases: {remedy}")
+        if figures.get("label_mass", 1) < 0.5:
+            cli.warn(f"the model gives A and B only {figures['label_mass']:.0%} of its probability: {remedy}")
+        if figures.get("same_letter", 0) > 0.5:
+            share = f"{figures['same_letter']:.0%}"
+            cli.warn(f"the model chose the same letter in both orders in {share} of cases: {remedy}")
         if unanswered:
             cli.warn(
                 f"no principle is known to speak to {len(unanswered)} prompts, which are too long or were not "
                 f"answered, such as {unanswered[0]!r}"
             )
         order = dict.fromkeys([row["id"] for row in _unique(rows)] + list(output.done))
-        counts = {"prompts": count, "unanswered": len(unanswered), **means}
+        counts = {"prompts": count, "unanswered": len(unanswered), **figures}
         finish_output(output, list(order), counts, {}, engine)
 
     def _missing(self, rows: Iterable[dict]) -> Iterator[dict]:
@@ -217,6 +219,15 @@ class Matches:
             self._speaking[row["id"]] = tuple(
                 (name, p) for name, p in by.items() if p >= SPEAKS and name in self.constitution
             )
+
+
+def summarise_letters(rows: Iterable[dict]) -> dict:
+    """{label_mass, same_letter, letter_bias} over rows of `cover`: two means and `letters.letter_bias`, where known."""
+    rows = list(rows)
+    known = {name: [row[name] for row in rows if row.get(name) is not None] for name in FIGURES}
+    means = {name: round(sum(values) / len(values), 4) for name, values in known.items() if values}
+    excesses = [row["letter_excess"] for row in rows if row.get("letter_excess")]
+    return {**means, **({"letter_bias": letters.letter_bias(excesses)} if excesses else {})}
 
 
 def key_of(prompt: Any) -> str:

@@ -20,9 +20,9 @@ from cai.data.reading import AS_THEY_ARE, Reading
 TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 
 # The settings of each step. A critique that found no fault leaves the response as it was: from such copies
-# SFT learns to stay helpful, hence `--keep copy`. Pairs are sampled hotter than answers are, because two that
-# are alike teach a reward model nothing. `batch_size` is that of the steps that write or judge text;
-# `size`: updates, prompts in each, and minibatches.
+# of harmless rows SFT learns to stay helpful, hence `--keep copy`. Pairs are sampled hotter than answers are,
+# because two that are alike teach a reward model nothing. `batch_size` is that of the steps that write or
+# judge text; `size`: updates, prompts in each, and minibatches.
 PRESETS = {
     "tiny": {
         "batch_size": 64,
@@ -81,7 +81,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user chose, as the options of run.py; `preset` is a key of PRESETS."""
+    """What the user chose, as the options of run.py; `preset` is a key of PRESETS.
+
+    `limit` is that of the prompts to train on, `heldout_limit` that of the prompts to measure on.
+    """
 
     model: str
     constitution: str
@@ -99,6 +102,7 @@ class Choices:
     principles: str = "draw"
     gate: str | None = None
     stops: bool = False
+    heldout_limit: int | None = None
     reading: Reading = AS_THEY_ARE
 
     def reading_of(self, files: str) -> Reading:
@@ -115,7 +119,9 @@ class _Plan:
         self.choices, self.folder, self.preset = choices, folder, PRESETS[choices.preset]
         self.steps: list[Step] = []
         self.numbers = count(1)
-        self.limit = [] if choices.limit is None else ["--limit", str(choices.limit)]
+        self.limit, self.heldout_limit = (
+            [] if limit is None else ["--limit", str(limit)] for limit in (choices.limit, choices.heldout_limit)
+        )
         self.shared = ["--seed", str(seed), "--dtype", choices.dtype]
         self.shared += ["--device", choices.device] if choices.device else []
         self.shared += ["--overwrite"] if choices.overwrite else []
@@ -135,7 +141,8 @@ class _Plan:
     def add_evaluation(self, stage: str, model: str) -> None:
         judge = ["--judge", self.choices.model] if "--by judge" in str(self.preset["evaluate"]) else []
         reading = self.choices.reading_of("heldout").arguments
-        arguments = [*_repeat("--input", self.choices.heldout), "--model", model, *judge, *self.limit, *reading]
+        prompts = [*_repeat("--input", self.choices.heldout), *self.heldout_limit, *reading]
+        arguments = [*prompts, "--model", model, *judge]
         self.add(f"evaluate-{stage}", "evaluate", arguments, f"evaluation-{stage}.jsonl")
 
 

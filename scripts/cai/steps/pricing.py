@@ -361,7 +361,7 @@ def count_inputs(steps: Sequence[Step], choices: Choices, terms: Terms) -> Count
         prompts, prompt_tokens = _count_prompts(choices, "inputs")
     elif choices.limit:
         prompts = min(prompts, choices.limit)
-    heldout, heldout_tokens = min(HELDOUT, choices.limit or HELDOUT), None
+    heldout, heldout_tokens = min(HELDOUT, choices.heldout_limit or HELDOUT), None
     if is_file(choices, "heldout"):
         heldout, heldout_tokens = _count_prompts(choices, "heldout")
     helpful = Source(choices.helpful, reading=choices.reading_of("helpful")).count if choices.helpful else 0
@@ -371,7 +371,8 @@ def count_inputs(steps: Sequence[Step], choices: Choices, terms: Terms) -> Count
 
 def _count_prompts(choices: Choices, files: str) -> tuple[int, float]:
     """(number of prompts, mean tokens of one)."""
-    source = Source(getattr(choices, files), limit=choices.limit, reading=choices.reading_of(files))
+    limit = choices.heldout_limit if files == "heldout" else choices.limit
+    source = Source(getattr(choices, files), limit=limit, reading=choices.reading_of(files))
     tokens, _, count = estimate.count_tokens((as_messages(row["prompt"]) for row in source), choices.model)
     return count, tokens / count
 

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
+
+import click
 
 from cai.base import cli
 from cai.base.errors import InputError, shorten
@@ -26,9 +28,39 @@ from cai.stats import agreement, annotators
 from cai.stats.annotators import Vote
 from cai.steps import judging, pairs
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
 _Combine = Callable[[annotators.Votes], float | None]
 
 _Key = tuple[int, int]  # hashes of the prompt, and of both responses in whichever order
+
+# The options of judge.py that have an effect with --verdicts, beside those that have one without a judge.
+USED = {"verdict_files", "verdict_fields", "combine", "audit_path", "clamp"}
+
+
+def options(function: _Function) -> _Function:
+    """Decorator: adds --verdicts and --verdict-field."""
+    function = click.option(
+        "--verdict-field",
+        "verdict_fields",
+        multiple=True,
+        metavar="COLUMN",
+        help="With --verdicts: the column of the verdicts. Repeatable: each column is an annotator.",
+    )(function)
+    return cli.rows_option(
+        "--verdicts",
+        "verdict_files",
+        help="Ask no judge: combine verdicts that exist already, one annotator per file: p_a, chosen and rejected, A "
+        "or B, or a probability. Repeatable. Without --input the pairs are those of the first file.",
+    )(function)
+
+
+def check_files(inputs: Sequence[str], files: Sequence[str]) -> None:
+    """Raise UsageError for a command line without pairs, or with --verdict-field and no file that it is for."""
+    if not inputs and not files:
+        raise click.UsageError("--input is missing: pairs, or several responses per prompt.")
+    if not files:
+        cli.refuse_options(["verdict_fields"], "without --verdicts there is no column to read")
 
 
 @dataclass

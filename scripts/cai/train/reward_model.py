@@ -92,21 +92,6 @@ def read_sources(weights: dict[str, float], options) -> tuple[list[dict], dict, 
     return pairs, counts, digests
 
 
-def is_held_out(prompt, share: float, seed: int) -> bool:
-    """Whether a prompt's pairs are held out: by hashing, so that the pairs of a prompt stay together."""
-    return hashing.hashed_seed("holdout", seed, dialogue.prompt_text(prompt)) < share * 2**63
-
-
-def split_holdout(pairs: list[dict], share: float, seed: int) -> dict[str, list[dict]]:
-    """{train, held_out: pairs}. Raises InputError if all are held out."""
-    parts: dict[str, list[dict]] = {"train": [], "held_out": []}
-    for pair in pairs:
-        parts["held_out" if is_held_out(pair["prompt"], share, seed) else "train"].append(pair)
-    if not parts["train"]:
-        raise InputError(f"all {len(pairs)} pairs are held out", where="--holdout", remedy="Lower it")
-    return parts
-
-
 def tokenize(pairs: list[dict], chat, max_length: int) -> tuple[list[dict], int]:
     """Token ids of the pairs.
 
@@ -136,7 +121,9 @@ def tokenize(pairs: list[dict], chat, max_length: int) -> tuple[list[dict], int]
 def tokenize_parts(
     parts: dict[str, list[dict]], counts: dict, chat, longest: int, max_length: int
 ) -> tuple[list[dict], list[dict], dict]:
-    """(rows to train on, held-out rows, counts) of `split_holdout`. Raises InputError if no row is left to train on.
+    """(rows to train on, held-out rows, counts) of `preferences.split_holdout`.
+
+    Raises InputError if no row is left to train on.
 
     Args:
         longest, max_length: tokens, of `TrainingRun.longest_row` and of --max-length.

@@ -7,6 +7,7 @@ Leaves out validation against the oracle: `evaluate.py` does that.
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from cai.world import language, oracle
 from cai.world.demonstrations import ASSISTANT, BOS, CATEGORY, DECISION, END, PAD, SPECIAL, SYSTEM, Demonstrations
 
 VOCABULARY = 2304
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 # The loss on the first token of a decision counts as much as a short sentence, since it is what such a row teaches.
 DECISION_WEIGHT = 6.0
@@ -164,17 +167,24 @@ STAGES = (
     (
         math.inf,
         {
-            "respond": 0.12,
-            "critique": 0.1,
-            "revise": 0.08,
-            "judge": 0.39,
-            "follow_up": 0.07,
-            "check": 0.12,
-            "scope": 0.02,
-            "classify": 0.04,
+            "respond": 0.08,
+            "critique": 0.06,
+            "revise": 0.04,
+            "judge": 0.34,
+            "follow_up": 0.025,
+            "check": 0.05,
+            "scope": 0.015,
+            "classify": 0.12,
+            "classify_critique": 0.03,
             "critique_cot": 0.015,
-            "preference_cot": 0.03,
+            "preference_cot": 0.015,
             "judge_cot": 0.015,
+            "coverage": 0.05,
+            "critique_listed": 0.06,
+            "revise_listed": 0.025,
+            "judge_listed": 0.035,
+            "critique_worked": 0.01,
+            "revise_worked": 0.015,
         },
     ),
 )
@@ -189,10 +199,23 @@ LENGTHS = {
     "check": 85,
     "scope": 45,
     "classify": 157,
+    "classify_critique": 145,
     "critique_cot": 157,
     "preference_cot": 182,
     "judge_cot": 183,
+    "coverage": 122,
+    "critique_listed": 250,
+    "revise_listed": 293,
+    "judge_listed": 257,
+    "critique_worked": 350,
+    "revise_worked": 500,
 }
+
+
+def _padded_width(tokens: int) -> int:
+    """The width of a batch whose longest row has so many tokens: few different widths, each compiled once."""
+    step = 32 if tokens <= 256 else 128
+    return -(-tokens // step) * step
 
 
 def batches(demos: Demonstrations, tokenizer, shares: dict[str, float], tokens: int):
@@ -204,7 +227,7 @@ def batches(demos: Demonstrations, tokenizer, shares: dict[str, float], tokens: 
         rows = sorted(encode(tokenizer, drawn), key=lambda row: len(row.ids))
         groups, group = [], []
         for row in rows:
-            width = -(-len(row.ids) // 32) * 32
+            width = _padded_width(len(row.ids))
             if group and width * (len(group) + 1) > tokens:
                 groups.append(group)
                 group = []
@@ -214,15 +237,24 @@ def batches(demos: Demonstrations, tokenizer, shares: dict[str, float], tokens: 
 
 
 def build(
-    output: str, *, tokens: int, threads: int, report: Callable[[str], None], compiled: bool = True, **settings: Any
+    output: str,
+    *,
+    tokens: int,
+    threads: int,
+    report: Callable[[str], None],
+    start: Path | None = None,
+    compiled: bool = True,
+    **settings: Any,
 ) -> dict:
     """Train `tiny` from its seed and save it in `output`; resumes from the checkpoint there.
 
     Args:
         tokens: training tokens in all (targets and what is read before them).
+        start: the folder of an earlier build of the same sizes, to continue from. Its tokenizer is kept, the
+            optimizers begin again, and all demonstrations are of the last stage.
         report: called with a line of text now and then.
         compiled: torch.compile the layers, which takes a C++ compiler and then two thirds of the time.
-        settings: seed, hidden, layers, feed_forward and learning_rate.
+        settings: seed, hidden, layers, feed_forward and learning_rate; others are kept in build.json.
 
     Returns a dict of what was done, saved as build.json beside the weights.
     """
@@ -231,55 +263,51 @@ def build(
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"seed": settings["seed"], "tokens": tokens, **settings}
+    stages = STAGES if start is None else STAGES[-1:]
     checkpoint = folder / "checkpoint.pt"
-    training = _Training(settings, folder, resumed=checkpoint.exists(), compiled=compiled)
+    training = _Training(settings, folder, start, resumed=checkpoint.exists(), compiled=compiled)
     if checkpoint.exists():
         training.load(checkpoint)
     started = saved = time.time()
-    streams = [batches(training.demos, training.tokenizer, shares, BATCH_TOKENS) for _, shares in STAGES]
+    streams = [batches(training.demos, training.tokenizer, shares, BATCH_TOKENS) for _, shares in stages]
     while training.done < tokens:
         training.set_learning_rate()
-        stage = next(number for number, (until, _) in enumerate(STAGES) if training.done < until)
-        training.update(next(streams[stage]), stage)
+        stage = next(number for number, (until, _) in enumerate(stages) if training.done < until)
+        training.update(next(streams[stage]))
         if training.step % 100 == 0:
             report(
                 f"step {training.step}  {training.done / 1e6:.2f} of {tokens / 1e6:.1f} M tokens  "
-                f"loss {_recent(training.losses[stage]):.4f}  probes {' '.join(map(str, training.probe_rates()))}  "
+                f"loss {_recent(training.losses):.4f}  probes {' '.join(map(str, training.probe_rates()))}  "
                 f"{time.time() - started:.0f} s"
             )
         if time.time() - saved > 60:
             training.save(checkpoint)
             saved = time.time()
-    if training.losses[-1] and not math.isfinite(_recent(training.losses[-1])):
+    if not math.isfinite(_recent(training.losses)):
         raise InputError("the loss is NaN or infinite", where=output, remedy="Lower --learning-rate")
-    # half precision halves the file; float16 rounds these weights eight times as finely as bfloat16
-    training.model.to(torch.float16).save_pretrained(folder)
+    summary = training.finish(folder, round(time.time() - started))
     checkpoint.unlink(missing_ok=True)
-    summary = {
-        **settings,
-        "steps": training.step,
-        "parameters": sum(p.numel() for p in training.model.parameters()),
-        "loss": round(_recent(training.losses[-1]), 4),
-        "probes_right": training.probe_rates(),
-        "seconds": round(time.time() - started),
-    }
-    (folder / "build.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 class _Training:
     """The model in training, its optimizers and its demonstrations, at `step` after `done` tokens."""
 
-    def __init__(self, settings: dict[str, Any], folder: Path, *, resumed: bool, compiled: bool):
+    def __init__(self, settings: dict[str, Any], folder: Path, start: Path | None, *, resumed: bool, compiled: bool):
         self.settings, self.done, self.step = settings, 0, 0
         self.demos = Demonstrations(settings["seed"])
-        if resumed:
+        if start is not None:
+            for name in TOKENIZER_FILES:
+                shutil.copyfile(start / name, folder / name)
+        if resumed or start is not None:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
         else:
             # a small build, to try things out, needs no more than a small tokenizer
             self.tokenizer = make_tokenizer(self.demos, folder, samples=min(20_000, settings["tokens"] // 100))
         sizes = (settings[name] for name in ("hidden", "layers", "feed_forward", "seed"))
         self.model = make_model(len(self.tokenizer), *sizes)
+        if start is not None:
+            self.model.load_state_dict(LlamaForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict())
         self.probe = torch.nn.Linear(settings["hidden"], PROBES)
         self.probe_losses = torch.tensor(PROBE_LOSSES)
         # Muon for the matrices of the layers, AdamW for the embedding, the norms and the probe
@@ -290,7 +318,7 @@ class _Training:
             torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW([*others, *self.probe.parameters()], lr=rate, weight_decay=0.0, betas=(0.9, 0.98)),
         ]
-        self.losses: list[list[float]] = [[] for _ in STAGES]
+        self.losses: list[float] = []  # of each update
         self.probed: list[list[tuple[int, int]]] = []  # of each of the last updates: (right, all) by kind of probe
         self.model.train()
         self.body = torch.compile(self.model.model, dynamic=False) if compiled else self.model.model
@@ -325,6 +353,21 @@ class _Training:
         self.demos.rng.setstate(state["random"])
         self.done, self.step = state["done"], state["step"]
 
+    def finish(self, folder: Path, seconds: int) -> dict:
+        """Save the weights and build.json, and return what it holds."""
+        # half precision halves the file; float16 rounds these weights eight times as finely as bfloat16
+        self.model.to(torch.float16).save_pretrained(folder)
+        summary = {
+            **self.settings,
+            "steps": self.step,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "loss": round(_recent(self.losses), 4),
+            "probes_right": self.probe_rates(),
+            "seconds": seconds,
+        }
+        (folder / "build.json").write_text(json.dumps(summary, indent=2) + "\n")
+        return summary
+
     def set_learning_rate(self) -> None:
         """A warm-up, a long plateau, and a linear decay to zero over the last two fifths."""
         progress = self.done / self.settings["tokens"]
@@ -332,7 +375,7 @@ class _Training:
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = self.settings["learning_rate"] * scale
 
-    def update(self, rows: list[Encoded], stage: int) -> None:
+    def update(self, rows: list[Encoded]) -> None:
         """One optimizer step on the rows."""
         self.model.zero_grad(set_to_none=True)
         ids, weights, probes = self._batch(rows)
@@ -347,7 +390,7 @@ class _Training:
         losses = functional.cross_entropy(logits.float(), ids[:, 1:][is_target], reduction="none")
         weights = weights[:, 1:][is_target]
         loss = (losses * weights).sum() / weights.sum()
-        self.losses[stage].append(loss.item())
+        self.losses.append(loss.item())
         if len(readings):
             loss = loss + PROBE_WEIGHT * functional.cross_entropy(readings.float(), kind, weight=self.probe_losses)
             right, group = readings.argmax(1) == kind, kind.clamp(max=CATEGORY)
@@ -363,7 +406,7 @@ class _Training:
     def _batch(self, rows: list[Encoded]):
         """(token ids, loss weights), both (rows, tokens), and (layer, row, position, kind) of the probes."""
         # few different shapes, so that each is compiled once; rows of padding alone weigh nothing
-        width = -(-max(len(row.ids) for row in rows) // 32) * 32
+        width = _padded_width(max(len(row.ids) for row in rows))
         height = max(len(rows), BATCH_TOKENS // width)
         ids, weights, probes = torch.full((height, width), PAD), torch.zeros(height, width), []
         for index, row in enumerate(rows):

@@ -9,10 +9,12 @@ demonstrations. Leaves out the training (world/build.py).
 
 import random
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 
-from cai.constitution.files import Principle, load_constitution
+from cai.constitution.files import Constitution, Principle, load_constitution
 from cai.constitution.templates import load_template
+from cai.stats.letters import Order, cyclic_orders
 from cai.world import language, oracle
 
 SPECIAL = ("<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -41,9 +43,17 @@ _NARROW = {
     "belongings-and-animals": ("theft", "vandalism", "hacking", "cruelty"),
 }
 
-_MANNERS = {"plain-refusal": "preachy", "not-evasive": "evasive"}
+_MANNERS = {"plain-refusal": ("preachy",), "not-evasive": ("evasive",)}
 
 _FAULTS = {"preachy": "scolds instead of answering with respect", "evasive": "dodges the question"}
+
+
+# The options of templates/classify.jinja by what the oracle says of a response.
+_OPTIONS = {"comply": 0, "partial": 0, "helpful": 0, "good": 1, "evasive": 2, "preachy": 3, "off_topic": 4}
+
+CLASS_ORDERS = cyclic_orders(5, 5)
+
+BOTH_ORDERS = cyclic_orders(2, 2)
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class Rule:
     principle: Principle
     critique_scope: tuple[str, ...]
     preference_scope: tuple[str, ...]
-    manner: str = ""
+    manners: tuple[str, ...] = ()
 
 
 # So that the words decide and not the sentence: principles about any few categories, in several wordings.
@@ -88,10 +98,29 @@ _SCOPED = (
 
 def scoped_rule(rng: random.Random) -> Rule:
     names = rng.sample(language.HARM_NAMES, rng.choice((1, 2, 3, 3, 3, 4, 5, 6)))
+    return _rule_about(tuple(names), rng.choice(_SCOPED))
+
+
+def _rule_about(names: tuple[str, ...], wording: tuple[str, str, str]) -> Rule:
     spoken = [language.SPOKEN[n] for n in names]
     text = spoken[0] if len(spoken) == 1 else ", ".join(spoken[:-1]) + " or " + spoken[-1]
-    critique, revision, preference = (s.format(text) for s in rng.choice(_SCOPED))
-    return Rule(Principle("scoped", critique, revision, preference), tuple(names), tuple(names))
+    critique, revision, preference = (s.format(text) for s in wording)
+    return Rule(Principle("scoped", critique, revision, preference), names, names)
+
+
+def combine_rules(rules: list[Rule]) -> Rule:
+    """Several rules as one numbered list: it speaks of everything that one of them speaks of."""
+
+    def unite(scopes: list[tuple[str, ...]]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for scope in scopes for name in scope))
+
+    principles = Constitution("listed", "", "", tuple(rule.principle for rule in rules))
+    return Rule(
+        principles.combine(),
+        unite([rule.critique_scope for rule in rules]),
+        unite([rule.preference_scope for rule in rules]),
+        unite([rule.manners for rule in rules]),
+    )
 
 
 # ---------------------------------------------------------------- strange text
@@ -147,30 +176,42 @@ class Demonstrations:
         "revise",
         "judge",
         "classify",
+        "classify_critique",
         "critique_cot",
         "preference_cot",
         "judge_cot",
         "follow_up",
         "check",
         "scope",
+        "coverage",
+        "critique_listed",
+        "revise_listed",
+        "judge_listed",
+        "critique_worked",
+        "revise_worked",
     )
 
     def __init__(self, seed: int):
         self.rng = random.Random(f"tiny/{seed}")
+        constitution = load_constitution("harmlessness")
         self.rules = [
-            Rule(p, _NARROW.get(p.id, language.HARM_NAMES), language.HARM_NAMES, _MANNERS.get(p.id, ""))
-            for p in load_constitution("harmlessness").principles
+            Rule(p, _NARROW.get(p.id, language.HARM_NAMES), language.HARM_NAMES, _MANNERS.get(p.id, ()))
+            for p in constitution.principles
         ]
+        self.worked_rounds = constitution.examples
         self.words = oracle.words()
         nouns = {noun for group in language.NOUNS.values() for noun in group}
         self.object_words = nouns | set(language.ADJECTIVES) | set(language.MARKERS)
         verbs = {verb for category in language.CATEGORIES for verb in category.verbs if verb}
         self.act_words = self.object_words | {verb.split()[0] for verb in verbs}
-        self.other_order: list[tuple] = []
+        self.other_order: dict[str, list[tuple]] = defaultdict(list)  # by task
         self.marks: list[tuple[str, list[Mark]]] = []
         self.templates = {
             name: load_template(name)
-            for name in ("critique", "critique_cot", "revise", "preference", "preference_cot", "classify")
+            for name in (
+                *("critique", "critique_cot", "revise", "preference", "preference_cot"),
+                *("classify", "classify_critique", "coverage"),
+            )
         }
 
     def draw(self, task: str) -> tuple[list[dict], str, list]:
@@ -216,6 +257,19 @@ class Demonstrations:
 
     def _rule(self) -> Rule:
         return self.rng.choice(self.rules) if self.rng.random() < 0.5 else scoped_rule(self.rng)
+
+    def _listed_rule(self) -> Rule:
+        """2–12 scoped rules as one, half the time of one category each in one wording; else rules of harmlessness."""
+        rng, point = self.rng, self.rng.random()
+        if point < 0.5:
+            names, wording = (
+                rng.sample(language.HARM_NAMES, rng.randint(2, len(language.HARM_NAMES))),
+                rng.choice(_SCOPED),
+            )
+            return combine_rules([_rule_about((name,), wording) for name in names])
+        if point < 0.8:
+            return combine_rules([scoped_rule(rng) for _ in range(rng.randint(2, 12))])
+        return combine_rules(rng.sample(self.rules, rng.randint(2, len(self.rules))))
 
     def _slip(self, act: language.Act, style: str) -> str:
         """A response of the style (comply or good) that went wrong as a small model's answers do.
@@ -303,7 +357,7 @@ class Demonstrations:
         harmless = f"What is asked{DECISION} harms nobody."
         way_out = "It should decline, say why and offer another way."
         if not harm:
-            if rule.manner and style == rule.manner:
+            if style in rule.manners:
                 return "manner", f"{harmless} The response {_FAULTS[style]}. It should help to {act.text}."
             return "", f"{harmless} No fault."
         # A category that the principle speaks of is named, where the principle's words and those of the request meet.
@@ -312,13 +366,14 @@ class Demonstrations:
         request = f"The principle speaks of{DECISION} {name}, and that is asked."
         if outcome in ("comply", "partial"):
             return "harm", f"{request} The response{DECISION} helps to {act.text}. {way_out}"
-        if rule.manner and rule.manner in (style, outcome):
-            return "manner", f"{request} The response{DECISION} {_FAULTS[rule.manner]}. {way_out}"
+        for manner in rule.manners:
+            if manner in (style, outcome):
+                return "manner", f"{request} The response{DECISION} {_FAULTS[manner]}. {way_out}"
         return "", f"{request} The response{DECISION} does not help to {act.text}. No fault."
 
-    def _criticised(self):
+    def _criticised(self, rule: Rule | None = None):
         act, row = self._scene()
-        rule = self._rule()
+        rule = rule or self._rule()
         styles = (
             "comply comply comply comply partial good good evasive preachy slip"
             if act.category.kind == "harmful"
@@ -329,26 +384,55 @@ class Demonstrations:
         self._mark(row, response, scope=rule.critique_scope)
         return act, row, rule, response, fault, critique
 
-    def _render(self, template: str, row: dict, rule: Rule | None = None, **texts: str) -> list[dict]:
+    def _render(self, template: str, row: dict, rule: Rule | None = None, **values: str | Order) -> list[dict]:
         """The template's messages; decisions in the texts are not marked, since the model reads them."""
         principle = {"principle": rule.principle} if rule else {}
-        texts = {name: text.replace(DECISION, "") for name, text in texts.items()}
+        texts = {name: v.replace(DECISION, "") if isinstance(v, str) else v for name, v in values.items()}
         return self.templates[template].render(prompt=row["prompt"], **principle, **texts)
 
-    def _critique(self):
-        _, row, rule, response, _, critique = self._criticised()
+    def _critique(self, rule: Rule | None = None):
+        _, row, rule, response, _, critique = self._criticised(rule)
         return self._render("critique", row, rule, response=response), critique
+
+    def _critique_listed(self):
+        return self._critique(self._listed_rule())
+
+    def _critique_worked(self):
+        messages, target = self._critique()
+        return [*self._worked_turns("critique"), *messages], target
 
     def _critique_cot(self):
         act, row, rule, response, _, critique = self._criticised()
-        reasoning = f"The person asks how to {act.text}. The response {self._does(row, response)}. {critique}"
-        return self._render("critique_cot", row, rule, response=response), reasoning
+        return self._render("critique_cot", row, rule, response=response), self._think(act, row, response, critique)
 
-    def _revise(self):
-        act, row, rule, response, fault, critique = self._criticised()
+    def _think(self, act: language.Act, row: dict, response: str, critique: str) -> str:
+        return f"The person asks how to {act.text}. The response {self._does(row, response)}. {critique}"
+
+    def _revise(self, rule: Rule | None = None):
+        act, row, rule, response, fault, critique = self._criticised(rule)
         style = "good" if act.category.kind == "harmful" else "comply"
         target = language.respond(self.rng, act, style) if fault else response
         return self._render("revise", row, rule, response=response, critique=critique), target
+
+    def _revise_listed(self):
+        return self._revise(self._listed_rule())
+
+    def _revise_worked(self):
+        messages, target = self._revise()
+        return [*self._worked_turns("revise"), *messages], target
+
+    def _worked_turns(self, step: str) -> list[dict]:
+        """Some of the constitution's worked rounds as earlier turns: what was asked in them, and the answer."""
+        turns = []
+        for worked in self.rng.sample(self.worked_rounds, self.rng.choice((1, 1, 2, 3))):
+            principle = Principle("worked", worked["critique_request"], worked["revision_request"], "")
+            texts = {"prompt": worked["prompt"], "response": worked["response"]}
+            if step == "revise":
+                texts["critique"] = worked["critique"]
+            answer = worked["revision" if step == "revise" else "critique"]
+            messages = self.templates[step].render(principle=principle, **texts)
+            turns += [*messages, {"role": "assistant", "content": answer}]
+        return turns
 
     def _does(self, row: dict, response: str) -> str:
         """What a response does, in a few words (for reasoning)."""
@@ -363,12 +447,12 @@ class Demonstrations:
             return "dodges the question"
         return "misses the point"
 
-    def _compared(self):
+    def _compared(self, listed: bool = False):
         """Two responses of which one is better under the principle: more often than not a good one and one with a
         slip, as one policy's own samples differ; else two of any sort."""
         while True:
             act, row = self._scene(harmful=0.62, benign=0.22)
-            rule = self._rule()
+            rule = self._listed_rule() if listed else self._rule()
             harmful = act.category.kind == "harmful"
             if self.rng.random() < 0.6:
                 best = "good" if harmful and act.category.name in rule.preference_scope else "comply"
@@ -386,18 +470,22 @@ class Demonstrations:
             if tier_a != tier_b:
                 return row, rule, a, b, "A" if tier_a > tier_b else "B"
 
-    def _judge(self):
+    def _judge(self, listed: bool = False):
         # Each comparison comes in both orders, and being of one length in one batch: what is left to learn from the two
         # is which response is better, not which letter is more frequent.
-        if self.other_order:
-            row, rule, a, b, label = self.other_order.pop()
+        waiting = self.other_order["judge_listed" if listed else "judge"]
+        if waiting:
+            row, rule, a, b, label = waiting.pop()
         else:
-            row, rule, a, b, label = self._compared()
-            self.other_order.append((row, rule, b, a, "BA"["AB".index(label)]))
+            row, rule, a, b, label = self._compared(listed)
+            waiting.append((row, rule, b, a, "BA"["AB".index(label)]))
         self._mark(row, a, b, scope=rule.preference_scope)
         if self.rng.random() < 0.15:
             a, b = (self._disturbed(a), b) if self.rng.random() < 0.5 else (a, self._disturbed(b))
         return self._render("preference", row, rule, response_a=a, response_b=b, reasoning=""), f"{DECISION}{label})"
+
+    def _judge_listed(self):
+        return self._judge(listed=True)
 
     def _disturbed(self, response: str) -> str:
         text, joint = strange(self.rng), self.rng.choice((" ", " ", "\n", "\n\n", ""))
@@ -429,29 +517,52 @@ class Demonstrations:
         return self._render("preference", row, rule, **texts), f"{DECISION}{label})"
 
     def _classify(self):
+        # Each question comes in two of the cyclic orders: what is left to learn is the class, and which letter has it.
+        waiting = self.other_order["classify"]
+        if waiting:
+            row, response, option, order = waiting.pop()
+        else:
+            row, response, option = self._classified()
+            order, other = self.rng.sample(CLASS_ORDERS, 2)
+            waiting.append((row, response, option, other))
+        self._mark(row, response)
+        letter = "ABCDE"[order.index(option)]
+        return self._render("classify", row, response=response, order=order), f"{DECISION}{letter})"
+
+    def _classified(self) -> tuple[dict, str, int]:
+        """A request, a response, and which option of classify.jinja says what the response does."""
         act, row = self._scene(harmful=0.5, benign=0.25)
         while True:
             _, response = self._response(act, "comply comply partial good good evasive preachy slip slip")
             outcome, reading = oracle.classify(row, response), oracle.read(response)
             about_another = (reading.promised or reading.declined or act.text) != act.text
             if outcome in ("comply", "partial") and about_another:
-                continue  # help with another harmful act: harmful, and beside the point; two letters would fit
-            letter = {
-                "comply": "A",
-                "partial": "A",
-                "helpful": "A",
-                "good": "B",
-                "evasive": "C",
-                "preachy": "D",
-                "off_topic": "E",
-            }.get(outcome)
+                continue  # help with another harmful act: harmful, and beside the point; two options would fit
             if outcome == "refused" and about_another:
-                letter = "E"
+                outcome = "off_topic"
             elif outcome == "refused":
                 is_evasive = reading.dodged or not (reading.reasons and reading.offers)
-                letter = "D" if reading.preached else "C" if is_evasive else "B"
-            self._mark(row, response)
-            return self._render("classify", row, response=response), f"{DECISION}{letter})"
+                outcome = "preachy" if reading.preached else "evasive" if is_evasive else "good"
+            return row, response, _OPTIONS[outcome]
+
+    def _classify_critique(self):
+        """Whether a critique finds a fault: half the time it does. Each question comes in both orders."""
+        waiting = self.other_order["classify_critique"]
+        if waiting:
+            row, response, critique, finds_fault, order = waiting.pop()
+        else:
+            finds_fault, order = self.rng.random() < 0.5, self.rng.choice(BOTH_ORDERS)
+            act, row, _, response, fault, critique = self._criticised()
+            while bool(fault) != finds_fault:
+                act, row, _, response, fault, critique = self._criticised()
+            if self.rng.random() < 0.3:
+                critique = self._think(act, row, response, critique)
+            waiting.append((row, response, critique, finds_fault, order[::-1]))
+        self.marks.clear()
+        self._mark(row, response)
+        letter = "AB"[order.index(0 if finds_fault else 1)]
+        texts = {"response": response, "critique": critique}
+        return self._render("classify_critique", row, **texts, order=order), f"{DECISION}{letter})"
 
     def _follow_up(self):
         """What comes after a response: the end of the conversation, or the person asking again because it was
@@ -484,6 +595,22 @@ class Demonstrations:
         self._mark(row, scope=rule.preference_scope)
         answer = f" {language.SPOKEN[act.category.name]}." if in_scope else " nothing."
         return _ask(f"{principle}\n\nWhat of this is in the following? {row['prompt']}"), f"Of this:{DECISION}{answer}"
+
+    def _coverage(self):
+        """Whether a principle speaks to a prompt: half the time it does. Each question comes in both orders."""
+        waiting = self.other_order["coverage"]
+        if waiting:
+            row, rule, speaks, order = waiting.pop()
+        else:
+            speaks, order = self.rng.random() < 0.5, self.rng.choice(BOTH_ORDERS)
+            _, row = self._scene(harmful=1.0 if speaks else 0.6, benign=0.0 if speaks else 0.2)
+            rule = self._rule()
+            while row["kind"] == "harmful" and (row["category"] in rule.critique_scope) != speaks:
+                rule = self._rule()
+            waiting.append((row, rule, speaks, order[::-1]))
+        self._mark(row, scope=rule.critique_scope)
+        letter = "AB"[order.index(0 if speaks else 1)]
+        return self._render("coverage", row, rule, order=order), f"{DECISION}{letter})"
 
 
 def _sentences(response: str) -> list[str]:

@@ -1,0 +1,210 @@
+"""DPO: pairs to token ids, the trainer with the soft-label loss, and what the policy prefers on held-out pairs.
+
+    trainer = make_trainer(policy, reference, chat.tokenizer, tokenize(pairs, chat), arguments, output)
+    write_holdout(held_out, scored, output)
+
+Leaves out sampled text, which evaluate.py --pairs adds to the figures on the held-out pairs.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from cai.base import cli, files
+from cai.base.errors import InputError
+from cai.data import dialogue, outputs, preferences
+from cai.models import loading
+from cai.models.chat import encode
+from cai.stats import preference, tables
+from cai.train import common
+
+# What the summary shows of `preference.figures`; all of it is in holdout.json.
+SUMMARY = ("relative", "logp_margin", "outright", "outright_reference", "outright_change", "longer")
+
+
+def check_vocabulary(reference, policy, name: str) -> None:
+    """Raise InputError unless both models have the same number of tokens; that they are the same tokens is assumed."""
+    size, expected = (model.config.get_text_config().vocab_size for model in (reference, policy))
+    if size != expected:
+        raise InputError(
+            f"a vocabulary of {size} tokens",
+            where=name,
+            expected=f"the policy's, of {expected}",
+            remedy="Take a reference that the policy was trained from",
+        )
+
+
+def tokenize(pairs: list[dict], chat) -> list[dict]:
+    """Token ids of the pairs: rows of {prompt_ids, chosen_ids, rejected_ids, p_chosen}.
+
+    Args:
+        pairs: of `preferences.read_pairs`.
+    """
+    rows = []
+    for pair, (messages, texts) in zip(pairs, preferences.prompt_and_sides(pairs), strict=True):
+        (prompt, chosen), (_, rejected) = (encode(chat, messages, text) for text in texts)
+        rows.append(
+            {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "p_chosen": pair["p_chosen"]}
+        )
+    return rows
+
+
+def row_length(row: dict) -> int:
+    """Tokens of a pair's prompt and longer response."""
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def make_trainer(policy, reference, tokenizer, rows: list[dict], arguments: dict, output: str, adapters=None):
+    """TRL's DPOTrainer with the soft-label loss, over rows of `tokenize` in their order.
+
+    Args:
+        reference: a frozen model, or None for the policy with its adapters off.
+    """
+    import torch
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    class SoftDPOTrainer(DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):
+            return dataset  # tokenized, short enough and in order; TRL 1.16 would start again from text
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            # Taken by name, so that a lost label is an error and not the hard loss.
+            p = inputs.pop("p_chosen")
+            hard, (of_policy, of_reference) = self.compute_logps(model, inputs, num_items_in_batch)
+            chosen, rejected = (of_policy - of_reference).chunk(2)
+            # −p·log σ(βd) − (1−p)·log σ(−βd)  =  −log σ(βd) + (1−p)·βd, and TRL's loss is the first term.
+            loss = hard + ((1 - p) * self.beta * (chosen - rejected)).mean()
+            if not torch.isfinite(loss):
+                raise common.describe_not_finite(self, "the loss is")
+            return loss
+
+        def compute_logps(self, model, inputs, num_items_in_batch=None):
+            """(TRL's loss, [the policy's, the reference's]): each (2 · pairs,), the chosen and then the rejected."""
+            sums = []  # log-probabilities of the chosen, then of the rejected: the policy's, then the reference's
+            models = {id(model): model for model in (self.model, self.ref_model) if model is not None}.values()
+            hooks = [
+                model.register_forward_hook(lambda _module, _args, output: sums.append(output.log_probs.sum(1)))
+                for model in models
+            ]
+            try:
+                hard = super().compute_loss(model, inputs, False, num_items_in_batch)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            return hard, sums
+
+    return SoftDPOTrainer(
+        model=policy,
+        ref_model=reference,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows),
+        peft_config=adapters,
+        data_collator=common.soft_label_collator(DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)),
+        # Every column is used: by default, Trainer drops those that the model does not know by name.
+        args=DPOConfig(**arguments, max_length=None, remove_unused_columns=False),
+        callbacks=[common.MetricsLog(output, "dpo")],
+    )
+
+
+def score_pairs(trainer, rows: Sequence[dict]) -> list[list[float]]:
+    """Log-probabilities of each pair: chosen and rejected by the policy as it is now, then by the reference.
+
+    Each process scores all of them: a sharded model needs every process in each forward pass.
+    """
+    import torch
+
+    logps, size = [], trainer.args.per_device_train_batch_size
+    trainer.model.eval()
+    for start in range(0, len(rows), size):
+        inputs = trainer._prepare_inputs(trainer.data_collator(rows[start : start + size]))
+        del inputs["p_chosen"]
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            _, sums = trainer.compute_logps(trainer.model_wrapped, inputs)
+        logps += torch.cat([of_model.float().view(2, -1) for of_model in sums]).T.tolist()
+    return logps
+
+
+def last_figures(history: list[dict]) -> dict:
+    """Accuracy and margin of the policy's own implied rewards, as they were last logged."""
+    last = next((row for row in reversed(history) if "rewards/margins" in row), {})
+    names = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "chosen_reward": "rewards/chosen"}
+    return {name: round(last[key], 4) for name, key in names.items() if key in last}
+
+
+# --- held-out pairs ---------------------------------------------------------------------------------------------------
+
+
+def tokenize_holdout(
+    parts: dict[str, list[dict]], counts: dict, chat, longest: int
+) -> tuple[list[tuple[dict, dict]], dict]:
+    """([(pair, row of `tokenize`)] of the held-out pairs that are short enough, counts) of `preferences.split_holdout`.
+
+    Args:
+        counts: with the overlong rows to train on. longest: tokens, of `TrainingRun.longest_row`.
+    """
+    rows = zip(parts["held_out"], tokenize(parts["held_out"], chat), strict=True)
+    tests = [(pair, row) for pair, row in rows if row_length(row) <= longest]
+    if not parts["held_out"]:
+        return tests, counts
+    overlong = len(parts["held_out"]) - len(tests)
+    train = len(parts["train"]) - counts["overlong"]
+    return tests, {**counts, "train": train, "held_out": len(tests), "overlong": counts["overlong"] + overlong}
+
+
+def next_command(output: str, reference: str, held_out: Sequence[dict]) -> str:
+    """The line that measures the policy: on the held-out pairs if there are any."""
+    pairs = f"--pairs {pairs_file(output)} --reference {reference}" if held_out else "--input PROMPTS"
+    return f"python scripts/evaluate.py --model {output} {pairs} --output FIGURES"
+
+
+def pairs_file(output: str | Path) -> Path:
+    """Where the held-out pairs are."""
+    return Path(output) / "holdout.jsonl"
+
+
+def as_logprobs(pair: dict, row: dict, logps: Sequence[float]) -> preference.PairLogprobs:
+    """A held-out pair for `preference.figures`.
+
+    Args:
+        row: its token ids, of `tokenize`.
+        logps: of `score_pairs`.
+    """
+    return preference.PairLogprobs(
+        dialogue.prompt_text(pair["prompt"]),
+        (logps[0], logps[1]),
+        (len(row["chosen_ids"]), len(row["rejected_ids"])),
+        (len(pair["chosen"]), len(pair["rejected"])),
+        reference=(logps[2], logps[3]),
+    )
+
+
+def write_holdout(pairs: Sequence[dict], scored: Sequence[preference.PairLogprobs], output: str | Path) -> dict:
+    """Write holdout.jsonl (all held-out pairs) and holdout.json, once; returns what the summary shows.
+
+    Args:
+        scored: those that were short enough to be measured; {} is returned, and no holdout.json written, for none.
+    """
+    measures = {"pairs": len(scored), **preference.figures(scored)} if scored else {}
+    if loading.is_main_process():
+        outputs.write_jsonl(pairs_file(output), pairs)
+        if measures:
+            files.write_text(Path(output) / "holdout.json", json.dumps(measures, indent=1) + "\n")
+        else:
+            cli.warn("every held-out pair is too long: nothing was measured on them")
+    return {name: measures[name] for name in ("pairs", *SUMMARY) if name in measures}
+
+
+def show_holdout(summary: dict) -> dict:
+    """The summary for people: figures with their intervals, and the two questions in words."""
+    measures = summary.get("holdout", {})
+    lines = {
+        f"held-out {name.replace('_', ' ')}": (tables.show_number if name.startswith("logp_") else tables.show)(value)
+        for name, value in measures.items()
+        if name != "pairs"
+    }
+    if measures:
+        lines["moved towards the chosen"] = preference.answer(measures["relative"])
+        lines["prefers the chosen outright"] = preference.answer(measures["outright"])
+    return {name: value for name, value in summary.items() if name != "holdout"} | lines
