@@ -88,6 +88,7 @@ def main(
             settle=critic.settle,
             plan=lambda: chooser.plan(source),
             examples=examples,
+            written=lambda row: None if rounds.is_skipped(row) else row["rounds"][-1]["critique"],
             info={"round_options": [*cli.given_options("principles", "unmatched", "template", "cot"), *shared_matches]},
         ),
         settings,

@@ -18,9 +18,8 @@ from cai.data.preferences import without_responses
 from cai.data.sources import Source
 from cai.models.reasoning import has_reasoning_tag
 from cai.steps import text
+from cai.steps.flags import DUPLICATE, LEAKED_TAG
 from cai.steps.in_context import check_room, read_in_context
-
-LEAKED_TAG = "leaked_tag"  # the flag of a response in which a tag of reasoning is left
 
 
 class Samples:
@@ -81,25 +80,26 @@ def main(inputs, output, model, samples, system, in_context, constitution, templ
 
     def answer(row, generation):
         flags = {"flags": [LEAKED_TAG]} if has_reasoning_tag(generation.text) else {}
-        if row.get("flags") == [LEAKED_TAG]:
+        if own_flags(row):
             row = {name: value for name, value in row.items() if name != "flags"}  # they are of an earlier response
         context = {"in_context": shown.constitution.name} if shown else {}
         return {**row, "response": generation.text, "model": model, "finish": generation.finish, **context, **flags}
 
-    def tally(answered):
-        counts = Counter(prompts=source.count, unfinished=0, empty=0)
-        for row in answered:
-            counts.update(unfinished=row["finish"] == "length", empty=not row["response"])
-            if row.get("flags") == [LEAKED_TAG]:
-                counts[LEAKED_TAG] += 1
-        return dict(counts)
-
     text.run(
-        text.Step("generate", model, rows, rows.ids, render, answer),
+        text.Step(
+            "generate",
+            model,
+            rows,
+            rows.ids,
+            render,
+            answer,
+            written=lambda row: row["response"],
+            flag_duplicate=flag_duplicate,
+        ),
         settings,
         inputs=inputs,
         output=output,
-        tally=tally,
+        tally=lambda answered: {"prompts": source.count, **count_faults(answered)},
         fingerprint={
             "input": source.digest,
             "samples": samples,
@@ -112,6 +112,27 @@ def main(inputs, output, model, samples, system, in_context, constitution, templ
             else text.next_step("critique", output, model, "CRITIQUES")
         ),
     )
+
+
+def count_faults(answered):
+    """Counts over the finished rows."""
+    counts = Counter(unfinished=0, empty=0)
+    for row in answered:
+        counts.update(unfinished=row["finish"] == "length", empty=not row["response"])
+        if LEAKED_TAG in own_flags(row):
+            counts[LEAKED_TAG] += 1
+    return dict(counts)
+
+
+def flag_duplicate(row):
+    return {**row, "flags": [*own_flags(row), DUPLICATE]}
+
+
+def own_flags(row):
+    """The flags of the response; [] where `flags` is a column of another origin."""
+    flags = row.get("flags")
+    is_ours = isinstance(flags, list) and all(flag in (LEAKED_TAG, DUPLICATE) for flag in flags)
+    return flags if is_ours else []
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 The judge answers a forced choice in both orders; the labels' log-probabilities are read and averaged (paper,
 section 4.1). A principle is drawn for each comparison, or matched to its prompt, or all are used. Several judges run
-one after the other, each with its own file beside the output, and their labels are then combined. With --prefer-input
-no judge is asked: one file is preferred to the other. Leaves out any training.
+one after the other, each with its own file beside the output, and their labels are then combined. No judge is asked
+with --verdicts, which combines labels that exist already, and with --prefer-input, which prefers one file to another.
+Leaves out any training.
 """
 
 import shlex
@@ -20,7 +21,7 @@ from cai.data.reading import Reading
 from cai.evaluate import audit, qualification
 from cai.models.loading import load_engine
 from cai.stats import agreement, tables
-from cai.steps import contrast, judges, pairs, principles, text
+from cai.steps import contrast, judges, pairs, principles, text, verdicts
 
 # The parameters that have an effect without a judge.
 WITHOUT_JUDGE = {
@@ -31,11 +32,18 @@ WITHOUT_JUDGE = {
 
 
 @click.command(cls=cli.Command)
-@cli.options("input", "output", "date")
+@cli.rows_option(
+    "--input",
+    "inputs",
+    help="File of pairs, or of responses of which those to one prompt are compared (JSONL, JSON, CSV, Parquet), a "
+    "pattern such as 'part-*.jsonl', a folder of save_to_disk, or a dataset id. Repeatable.",
+)
+@cli.options("output", "date")
 @click.option("--model", metavar="MODEL", help="The judge: a folder, a hub id, or `tiny` (bundled).")
 @click.option(
     "--judge", multiple=True, metavar="MODEL", help="A further judge. Repeatable; then --model may be left out."
 )
+@verdicts.options
 @click.option(
     "--combine",
     type=click.Choice(agreement.WAYS),
@@ -89,7 +97,19 @@ WITHOUT_JUDGE = {
     "reliability diagram (PNG) beside it.",
 )
 @text.options
-def main(inputs, output, model, judge, combine, audit_path, prefer_input, settings, **task_options):
+def main(
+    inputs,
+    output,
+    model,
+    judge,
+    verdict_files,
+    verdict_fields,
+    combine,
+    audit_path,
+    prefer_input,
+    settings,
+    **task_options,
+):
     """Compare responses to the same prompt, and write which one is better and how sure the judge is.
 
     Rows have a `response` (those of one prompt_id are compared), a `response_a` and a `response_b`, or TRL's
@@ -101,6 +121,10 @@ def main(inputs, output, model, judge, combine, audit_path, prefer_input, settin
       python scripts/judge.py --input samples.jsonl --model tiny \\
           --constitution harmlessness --output preferences.jsonl
     """
+    verdicts.check_files(inputs, verdict_files)
+    if verdict_files:
+        take_verdicts(inputs, verdict_files, verdict_fields, output, combine, audit_path, settings, task_options)
+        return
     if prefer_input:
         prefer(inputs, output, task_options["against"], task_options["pairs_per_prompt"], settings)
         return
@@ -132,7 +156,11 @@ def main(inputs, output, model, judge, combine, audit_path, prefer_input, settin
             judges.judge_output(team, outputs[name], task, load)
         if len(names) > 1:
             judges.combine_judges(final, outputs, task, combine)
-    summary |= final.counts
+    finish({**summary, **final.counts}, output, names, audit_path, settings)
+
+
+def finish(summary: dict, output: str, names: list[str], audit_path: str | None, settings) -> None:
+    """Write the audit, and print the summary."""
     if audit_path:
         measured = audit.measure((row for _, row in readers.read_jsonl(output)), names)
         summary["audit"] = audit.write(audit_path, measured, title=", ".join(names))
@@ -143,6 +171,25 @@ def main(inputs, output, model, judge, combine, audit_path, prefer_input, settin
         f"python scripts/reward_model.py --input {shlex.quote(output)} --model SFT_MODEL --output REWARD_MODEL"
     )
     cli.finish(summary, as_json=settings.as_json, next_command=next_command)
+
+
+def take_verdicts(inputs, files, columns, output: str, combine: str, audit_path: str | None, settings, options) -> None:
+    """judge.py --verdicts: combine the verdicts and print the summary; one process does it."""
+    parameters = {option.name for option in click.get_current_context().command.params}
+    used = verdicts.USED | WITHOUT_JUDGE - {"prefer_input"}
+    cli.refuse_options(parameters - used, "--verdicts asks no judge")
+    limits = judges.read_limits(options["clamp"], (0.0, 1.0))
+    labels = verdicts.Verdicts(inputs, files, columns, options["against"], options["pairs_per_prompt"], settings)
+    audit.check_path(audit_path, [*inputs, *files, output])
+    claim = labels.claim(output, combine, limits, settings.overwrite)
+    summary = {"command": "judge", "output": output}
+    if not processes.Team().first:
+        return
+    if settings.dry_run:
+        cli.finish({**summary, **labels.plan}, as_json=settings.as_json)
+        return
+    findings = labels.write(claim, combine, limits)
+    finish({**summary, "findings": findings, **claim.counts}, output, labels.names, audit_path, settings)
 
 
 def qualify(task: judges.Task, loads: dict, servers: dict, settings) -> None:

@@ -18,7 +18,7 @@ from cai.constitution import files, templates
 from cai.data import rounds, sources
 from cai.steps import content, gating, principles, text
 from cai.steps.examples import Examples, default_most
-from cai.steps.flags import REASONS, flags
+from cai.steps.flags import DUPLICATE, REASONS, flags
 
 
 @click.command(cls=cli.Command)
@@ -58,6 +58,8 @@ def main(inputs, output, model, constitution, template, gate, most_examples, sto
         settle=lambda row: row if rounds.is_skipped(row) else None,
         examples=reviser.examples,
         info={"round_options": cli.given_options("template", "gate")},
+        written=lambda row: row["rounds"][-1].get("revision"),
+        flag_duplicate=flag_duplicate,
     )
     saved = partial(content.tally, model=model, render=reviser.render) if stops else lambda _: {}
     text.run(
@@ -130,6 +132,11 @@ class Reviser:
         revision_flags = flags(rounds.text_of_round(row), generation.text, generation.finish)
         last = {**row["rounds"][-1], "revision": generation.text, "flags": revision_flags}
         return {**row, "rounds": [*row["rounds"][:-1], last]}
+
+
+def flag_duplicate(row):
+    *earlier, last = row["rounds"]
+    return {**row, "rounds": [*earlier, {**last, "flags": [*last["flags"], DUPLICATE]}]}
 
 
 def tally(answered):

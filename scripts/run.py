@@ -26,7 +26,7 @@ from cai.data.sources import Source
 from cai.evaluate import qualification, smoke, stages
 from cai.models import loading
 from cai.stats import tables
-from cai.steps import content, gating, pricing
+from cai.steps import content, duplicates, gating, pricing
 from cai.steps import principles as choosing
 from cai.steps.plan import PRESETS, Choices, Step, make_plan, shorten_path
 
@@ -121,7 +121,7 @@ def main(output, seeds, is_smoke, seed, as_json, dry_run, unqualified, terms, **
     runs, some_failed = [], False
     for seed, folder in folders.items():
         started, steps = time.monotonic(), make_plan(choices, folder, seed)
-        some_failed |= run_steps(steps)
+        some_failed |= run_steps(steps, checks_revisions=not is_smoke)
         result = stages.read_stages({step.name: step.output for step in steps})
         runs.append({**result, "seconds": round(time.monotonic() - started, 1), "output": folder})
     if is_smoke:
@@ -163,8 +163,9 @@ def check_inputs(choices: Choices) -> None:
         Source(choices.helpful, require=("prompt", "response"), reading=choices.reading_of("helpful"))
 
 
-def run_steps(steps: list[Step]) -> bool:
-    """Run every step; returns whether in one of them some records failed. CaiError where one stops."""
+def run_steps(steps: list[Step], checks_revisions: bool) -> bool:
+    """Run every step; returns whether in one of them some records failed. CaiError where one stops, and where most
+    revisions are the same text, unless `checks_revisions` is off: a smoke run reports it among its signs."""
     times, some_failed = [], False
     try:
         for number, step in enumerate(steps, 1):
@@ -180,6 +181,8 @@ def run_steps(steps: list[Step]) -> bool:
                 cli.warn(f"{title}: some records failed; going on with the others")
             elif code:
                 raise _stopped(title, code)
+            if checks_revisions and step.command == "revise":
+                duplicates.check_revisions(step.output, title)
     finally:
         cli.note("\n" + tables.table(("step", "seconds", "peak MB so far"), times))
     return some_failed

@@ -4,7 +4,7 @@ import pytest
 
 from cai.base.errors import InputError
 from cai.data.rounds import check_rounds, text_of_round, texts_of
-from cai.steps.flags import REASONS, flags, repeats
+from cai.steps.flags import DUPLICATE, REASONS, flags, repeats
 
 GOOD = (
     "I won't help you break the lock, because the house belongs to someone else. "
@@ -69,7 +69,7 @@ def test_a_cut_off_revision_is_unfinished():
 
 def test_every_reason_has_been_seen_above():
     seen = {reason for case in test_flags.pytestmark[0].args[1] for reason in case[1]} | {"unfinished"}
-    assert seen == set(REASONS)
+    assert seen == {*REASONS} - {DUPLICATE}  # which one text alone cannot show
 
 
 def test_loops_are_found_at_any_phase_and_not_taken_long_over():

@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -44,6 +44,13 @@ def csv_cell(value: Any) -> Any:
 def dump_row(row: Row) -> bytes:
     """A row as one line of JSON Lines."""
     return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+
+
+def amend_line(line: bytes, amend: Callable[[Row], Row]) -> bytes:
+    """A line with its row amended; the very same bytes where the row stays as it is."""
+    row = json.loads(line)
+    amended = amend(row)
+    return line if amended is row else dump_row(amended)
 
 
 def read_manifest(path: PathName) -> dict[str, Any] | None:
@@ -327,12 +334,16 @@ class Output(_Claim):
         self._offsets[row["id"]] = self._end
         self._end += len(line)
 
-    def finish(self, order: Iterable[str], counts: dict[str, Any], **info: Any) -> dict[str, Any]:
+    def finish(
+        self, order: Iterable[str], counts: dict[str, Any], amend: Callable[[Row], Row] | None = None, **info: Any
+    ) -> dict[str, Any]:
         """Put the journal's rows into `order` as `<path>`, write the manifest, and return it.
 
         Args:
             order: ids; one that has no row is skipped (the caller counts it as failed).
             counts: numbers for the manifest, returned as `counts` when the command is run again.
+            amend: what each row becomes now that all are there; the same row if nothing changes. The journal keeps the
+                rows as they were, so that a run that is stopped meanwhile ends with the same ones.
             info: more entries of the manifest.
         """
         try:
@@ -341,7 +352,8 @@ class Output(_Claim):
                 for row_id in order:
                     if row_id in self._offsets:
                         journal.seek(self._offsets[row_id])
-                        file.write(journal.readline())
+                        line = journal.readline()
+                        file.write(amend_line(line, amend) if amend else line)
         except OSError as error:
             raise _full_disk(self.path, error) from error
         manifest = self._finish_manifest(counts, info)

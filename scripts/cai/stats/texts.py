@@ -1,6 +1,7 @@
 """Counts of texts: words, phrases, duplicates and repetition.
 
     duplicates(prompts, responses)     # share of responses that repeat the response to another prompt
+    text in RepeatedTexts(answers)     # whether a text is the answer to many prompts
     cluster([set(words(text)) for text in sentences], 0.5)      # groups of texts that share their words
 
 Languages written without spaces count a clause as one word.
@@ -10,10 +11,14 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence, Set
+from typing import Any
 
 import numpy as np
 
 PHRASE_WORDS = 3
+
+# A text is repeated from so many different prompts on, and from this share of them.
+REPEATED_PROMPTS, REPEATED_SHARE = 5, 0.05
 
 
 def words(text: str) -> list[str]:
@@ -31,6 +36,49 @@ def duplicates(prompts: Sequence, responses: Sequence[str]) -> float:
     for prompt, key in zip(prompts, keys, strict=True):
         prompts_of[key].add(str(prompt))
     return sum(len(prompts_of[key]) > 1 for key in keys) / len(keys)
+
+
+class RepeatedTexts:
+    """Texts that answer many different prompts: `REPEATED_PROMPTS` or more, and `REPEATED_SHARE` or more of them.
+
+    Texts are the same if they are equal except for case, punctuation and spaces; blank ones are left out. Texts that
+    are nearly the same are not looked for: answers of one pattern, each about its own prompt, are no fault.
+
+    Args:
+        answers: (prompt, text); read once. Memory holds a few hashes per pair, and one text of each group that is
+            large enough.
+    """
+
+    def __init__(self, answers: Iterable[tuple[Any, str]]):
+        pairs, prompts = set(), set()
+        self._prompts_of: Counter[int] = Counter()
+        self._examples: dict[int, str] = {}
+        for prompt, text in answers:
+            if not text.strip():
+                continue
+            key, prompt_key = _hash_text(text), hash(str(prompt))
+            prompts.add(prompt_key)
+            if (pair := hash((prompt_key, key))) not in pairs:
+                pairs.add(pair)
+                self._prompts_of[key] += 1
+                if self._prompts_of[key] == REPEATED_PROMPTS:
+                    self._examples[key] = text
+        self._least = max(REPEATED_PROMPTS, math.ceil(REPEATED_SHARE * len(prompts)))
+
+    def __contains__(self, text: str) -> bool:
+        return bool(text.strip()) and self._prompts_of[_hash_text(text)] >= self._least
+
+    def most_frequent(self) -> tuple[str, int] | None:
+        """(the text that answers most prompts, how many); None if no text is repeated."""
+        if not self._prompts_of:
+            return None
+        [(key, prompts)] = self._prompts_of.most_common(1)
+        return (self._examples[key], prompts) if prompts >= self._least else None
+
+
+def _hash_text(text: str) -> int:
+    """The same for texts that differ in case, punctuation and spaces; texts without a word are compared as they are."""
+    return hash(tuple(words(text) or text.split()))
 
 
 def ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:

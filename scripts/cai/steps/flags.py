@@ -3,7 +3,8 @@
     flags(response="I can't help with that.", revision="Revised response: no.", finish="stop")  # ["preamble"]
 
 The rules need no model. They do not tell whether a revision is better than the response that it revises. A flagged
-revision stays in its row; sft.py skips it unless `--keep` names the flag.
+revision stays in its row; sft.py skips it unless `--keep` names the flag. `duplicate`, the same text for many prompts,
+needs all rows and is added at the end (duplicates.py).
 """
 
 import re
@@ -11,7 +12,11 @@ import re
 from cai.models.reasoning import has_reasoning_tag
 
 # In the order in which a revision's flags are listed.
-REASONS = ("empty", "unfinished", "copy", "leaked_tag", "preamble", "repeated_tail", "bare_refusal")
+REASONS = ("empty", "unfinished", "copy", "leaked_tag", "preamble", "repeated_tail", "bare_refusal", "duplicate")
+
+LEAKED_TAG = "leaked_tag"
+
+DUPLICATE = "duplicate"
 
 # Delimiters of our templates (also with the bracket that stands in for theirs), control tokens of common
 # chat templates, and the speakers of a transcript.
@@ -56,7 +61,7 @@ _BARE_WORDS = 25  # a refusal this short without a reason or an offer is the eva
 
 
 def flags(response: str, revision: str, finish: str) -> list[str]:
-    """The visible faults of a revision, as words of `REASONS`; [] if there are none.
+    """The visible faults of a revision, as words of `REASONS` without `DUPLICATE`; [] if there are none.
 
     Args:
         response: the text that was revised.

@@ -198,7 +198,8 @@ def gate_output(
         failed = {**manifest.get("failed_rows", {}), **lost}
         decisions = count_decisions(readers.JsonlRows(output.journal))
         counts = {**manifest.get("counts", {}), "failed": len(failed), "gate": decisions}
-        sharing.finish_output(output, ids, counts, failed, judge, tokens=manifest.get("tokens", {}), **info)
+        kept = {name: manifest[name] for name in ("tokens", "most_repeated") if name in manifest}
+        sharing.finish_output(output, ids, counts, failed, judge, **kept, **info)
 
 
 def _judge_share(gate: Gate, revisions: str, team: processes.Team, journal: Any, judge: Engine) -> dict[str, str]:

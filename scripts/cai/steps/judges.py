@@ -68,8 +68,7 @@ def read_task(
 
     model: the first judge, which is asked what speaks to a prompt.
     """
-    limits = clamp or (COT_LIMITS if cot else (0.0, 1.0))
-    _check_limits(*limits)
+    limits = read_limits(clamp, COT_LIMITS if cot else (0.0, 1.0))
     rules = files.load_constitution(constitution)
     paths = [*inputs, *([against] if against else [])]
     kept = read_matches(principles, matches, model, rules, output, paths, settings)
@@ -106,13 +105,16 @@ def read_task(
     return Task(comparisons, question, chooser, limits, paths, fingerprint)
 
 
-def _check_limits(low: float, high: float) -> None:
+def read_limits(clamp: tuple[float, float] | None, default: tuple[float, float]) -> tuple[float, float]:
+    """The limits of --clamp. Raises InputError for limits that favour one side."""
+    low, high = clamp or default
     if abs(low + high - 1) > 1e-9 or low >= 0.5:
         raise InputError(
             f"--clamp {low} {high}",
             expected="LOW below 0.5 and HIGH = 1 - LOW, such as 0.4 0.6",
             remedy="Other limits would favour one side",
         )
+    return low, high
 
 
 def _bare(comparison: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from cai.data.reading import Reading, reading_options
 from cai.models import estimate, loading
 from cai.models.engine import Engine, Generation, Message, RowRequest, Sampling
 from cai.steps import gating
+from cai.steps.duplicates import Duplicates
 from cai.steps.examples import Examples
 from cai.steps.sharing import finish_output, share_progress, share_work
 
@@ -104,6 +105,7 @@ class Step:
     plan: further entries of what `--dry-run` reports.
     examples: those that `render` adds, whose number is counted.
     info: further entries of the manifest.
+    written, flag_duplicate: arguments of `Duplicates`.
     """
 
     command: str
@@ -118,6 +120,8 @@ class Step:
     plan: Callable[[], dict] = dict
     examples: Examples | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
+    written: Callable[[dict], str | None] = lambda _: None
+    flag_duplicate: Callable[[dict], dict] | None = None
 
 
 def run(
@@ -238,10 +242,12 @@ def _write_answers(
         for share_failed, share_tokens, _ in results:
             failed |= share_failed
             tokens.update(share_tokens)
-        tallied = tally(readers.JsonlRows(journal.journal))
-        counts = {"rows": len(step.ids) - len(failed), "failed": len(failed), **tallied}
+        rows = Duplicates(readers.JsonlRows(journal.journal), step.written, step.flag_duplicate)
+        repeated, info = rows.report()
+        counts = {"rows": len(step.ids) - len(failed), "failed": len(failed), **tally(rows), **repeated}
         counts |= step.examples.count_shown(shown for *_, shown in results) if step.examples else {}
-        finish_output(journal, step.ids, counts, failed, engine, tokens=dict(tokens), **step.info)
+        amend = rows.amend if repeated else None
+        finish_output(journal, step.ids, counts, failed, engine, amend=amend, tokens=dict(tokens), **step.info, **info)
 
 
 def _plan(step: Step, settings: SimpleNamespace, journal: outputs.Output, gate: gating.Gate | None) -> dict:
