@@ -62,8 +62,9 @@ def test_one_refusal_for_everything_is_flagged_in_every_step(invoke, prompts):
     for row in rows_of(revisions):
         # A copy of what was the same for all is no better than the first: --keep copy alone does not keep it.
         assert row["rounds"][-1]["flags"] == ["copy", "bare_refusal", "duplicate"]
-        assert choose_revisions(row, "last", {"copy", "bare_refusal"}) == ({}, ["duplicate"])
-        assert choose_revisions(row, "last", {"copy", "bare_refusal", "duplicate"})[0] == {1: NO}
+        selection = choose_revisions(row, "last", {"copy", "bare_refusal"})
+        assert (selection.texts, selection.left_out) == ({}, ["duplicate"])
+        assert choose_revisions(row, "last", {"copy", "bare_refusal", "duplicate"}).texts == {1: NO}
 
 
 def test_answers_that_differ_have_no_flag(invoke, prompts):
