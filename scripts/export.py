@@ -14,8 +14,7 @@ from cai.base import cli
 from cai.base.errors import InputError
 from cai.data import exports, outputs
 from cai.data.reading import reading_options
-from cai.data.rounds import REFUSED
-from cai.steps.flags import REASONS
+from cai.steps.flags import selection_options
 
 
 @click.command(cls=cli.Command)
@@ -28,20 +27,7 @@ from cai.steps.flags import REASONS
     help="The format. trl-sft: prompt and completion. trl-preference: prompt, chosen, rejected and p_chosen. "
     "trl-prompt: the prompt alone. openai: messages. sharegpt: conversations.",
 )
-@click.option(
-    "--rounds",
-    type=click.Choice(["last", "all"]),
-    default="last",
-    show_default=True,
-    help="Export the last revision of a row that is not flagged, or all of them.",
-)
-@click.option(
-    "--keep",
-    multiple=True,
-    type=click.Choice([*REASONS, REFUSED, "all"]),
-    help="Export revisions with this flag too. `copy` also keeps rounds that were skipped, but nothing that was left "
-    "as it was in rows whose kind is harmful; `all` does. Repeatable.",
-)
+@selection_options("Export")
 @click.option(
     "--keep-repeats",
     is_flag=True,

@@ -16,12 +16,11 @@ from cai.base.errors import InputError
 from cai.data import dialogue, sources
 from cai.data.dialogue import is_blank
 from cai.data.reading import AS_THEY_ARE, Reading
-from cai.data.rounds import REFUSED
 from cai.data.selection import check_revised, choose_revisions
 from cai.models import loading
 from cai.models.chat import encode
 from cai.stats import intervals, refusals
-from cai.steps.flags import REASONS
+from cai.steps.flags import selection_options
 from cai.train import common
 from cai.train.arguments import training_options
 
@@ -41,20 +40,7 @@ MOST_COMPLYING = 0.2  # of the harmful rows that are trained on; above it a warn
     "these. Repeatable.",
 )
 @cli.options("output", "model")
-@click.option(
-    "--rounds",
-    type=click.Choice(["last", "all"]),
-    default="last",
-    show_default=True,
-    help="Train on the last revision of a row that is not flagged, or on all of them.",
-)
-@click.option(
-    "--keep",
-    multiple=True,
-    type=click.Choice([*REASONS, REFUSED, "all"]),
-    help="Train on revisions with this flag too. `copy` also keeps rounds that were skipped, but nothing that was left "
-    "as it was in rows whose kind is harmful; `all` does. Repeatable.",
-)
+@selection_options("Train on")
 @training_options(epochs=2, learning_rate=1e-5)
 def main(options):
     """Fine-tune a model on revised responses, with helpful ones mixed in.

@@ -8,7 +8,12 @@ needs all rows and is added at the end (duplicates.py).
 """
 
 import re
+from collections.abc import Callable
+from typing import Any
 
+import click
+
+from cai.data.rounds import REFUSED
 from cai.models.reasoning import has_reasoning_tag
 
 # In the order in which a revision's flags are listed.
@@ -58,6 +63,32 @@ _REASON_OR_OFFER = re.compile(
 )
 
 _BARE_WORDS = 25  # a refusal this short without a reason or an offer is the evasion the paper trains away
+
+
+def selection_options(verb: str) -> Callable[[Any], Any]:
+    """Decorator: `--rounds` and `--keep`, which say what is used of revised rows (data/selection.py).
+
+    verb: what the command does to them, as its help begins.
+    """
+
+    def add(function: Any) -> Any:
+        keep = click.option(
+            "--keep",
+            multiple=True,
+            type=click.Choice([*REASONS, REFUSED, "all"]),
+            help=f"{verb} revisions with this flag too. `copy` also keeps rounds that were skipped, but nothing that "
+            "was left as it was in rows whose kind is harmful; `all` does. Repeatable.",
+        )
+        rounds = click.option(
+            "--rounds",
+            type=click.Choice(["last", "all"]),
+            default="last",
+            show_default=True,
+            help=f"{verb} the last revision of a row that is not flagged, or all of them.",
+        )
+        return rounds(keep(function))
+
+    return add
 
 
 def flags(response: str, revision: str, finish: str) -> list[str]:
