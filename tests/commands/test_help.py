@@ -78,6 +78,10 @@ def test_help_has_a_purpose_an_example_and_every_option(words):
             assert option.opts[-1] in text and option.help
 
 
+# evaluate.py has a gate for figures; revise.py and run.py have one for revisions, which names its judge.
+TWO_MEANINGS = {"--gate"}
+
+
 def test_options_are_spelled_the_same_everywhere():
     ways = defaultdict(lambda: defaultdict(list))
     for words in ALL:
@@ -86,7 +90,7 @@ def test_options_are_spelled_the_same_everywhere():
                 assert re.fullmatch("-n|--[a-z]+(-[a-z]+)*", flag), (words, flag)
                 # One flag, one variable, one way of giving it, in whatever command.
                 ways[flag][option.name, option.is_flag, option.nargs].append(words)
-    assert not {flag: dict(found) for flag, found in ways.items() if len(found) > 1}
+    assert {flag: dict(found) for flag, found in ways.items() if len(found) > 1}.keys() <= TWO_MEANINGS
 
 
 NO_STEPS = ("tiny", "report", "figures", "push", "constitution", "doctor", "export")
