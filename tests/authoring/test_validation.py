@@ -115,7 +115,7 @@ def test_nonsense_can_not_be_told_from_a_placebo(validate, tmp_path):
     code, report, output = validate(tmp_path / "c.yaml", "-n", "12")
     assert code == 3 and report["verdict"] == NOT_TOLD
     assert json.loads(output.read_text(encoding="utf-8"))["placebo"] == report["placebo"]
-    assert report["coverage"]["uncovered"]["value"] == 1
+    assert report["coverage"]["uncovered"]["value"] > 0.5
     before = output.read_bytes()
     assert validate(tmp_path / "c.yaml", "-n", "12")[0] == 3 and output.read_bytes() == before
 

@@ -161,7 +161,7 @@ def test_the_judge_chooses_the_likeliest_letter(measure, write, tmp_path):
 
     judge = models.folder("qwen")
     rows = [{**row, "response": f"Lift the bar {row['id']} times."} for row in plain(6)]
-    result = measure("--responses", write(rows), "--judge", judge)
+    result = measure("--responses", write(rows), "--judge", judge, "--orders", 1)
     assert result.exit_code == 0, result.output
     engine, template = load_engine(str(judge)), load_template("classify")
     for row in rows_of(tmp_path / "e.classes.jsonl"):

@@ -114,7 +114,7 @@ def test_a_list_of_sentences_is_a_constitution(tmp_path):
         ("- principle: x\n  source: doc.md\n", 2, "file, lines, quote"),
         ("- principle: x\n  source: {file: doc.md, lines: [1, 2]}\n", 2, "without `quote`"),
         ("- principle: x\n  source: {file: doc.md, lines: [1, 2], quote: ' '}\n", 2, "`quote` is empty"),
-        ("- principle: x\n  source: {file: doc.md, lines: [1, 2], quote: x}\n", 2, "'quote'"),
+        ("- principle: x\n  source: {file: doc.md, lines: [1, 2], quotes: x}\n", 2, "'quote'"),
         ("- principle: x\n  source:\n    lines: [2, 1]\n    file: doc.md\n    quote: x\n", 3, "lines 2, 1"),
         ("- principle: x\n  source: {file: doc.md, lines: [0, 1], quote: x}\n", 2, "lines 0, 1"),
         ("- principle: x\n  source: {file: doc.md, lines: [4], quote: x}\n", 2, "lines 4"),

@@ -255,7 +255,7 @@ def test_no_key_in_the_manifest_the_report_or_the_title_of_the_process(tmp_path)
 
 
 SERVED = {
-    "critique": ("critique", "--model", "openai:m", "--endpoint"),
+    "critique": ("critique", "--examples", "0", "--model", "openai:m", "--endpoint"),
     "judge": ("judge", "--model", "openai:m", "--endpoint"),
     "evaluate": ("evaluate", "--judge", "openai:m@"),
     "coverage": ("constitution", "coverage", "--model", "openai:m", "--endpoint"),

@@ -9,6 +9,7 @@ import pytest
 from cai.constitution.files import load_constitution
 from cai.data.outputs import read_manifest, write_jsonl
 from cai.data.readers import read_jsonl
+from cai.evaluate.classes import ORDERS
 from cai.models import hardware
 from cai.steps.lengths import Requests, read_run
 from cai.steps.pricing import HELDOUT, LIKE, PACE, SCALING
@@ -40,7 +41,7 @@ def test_calls_and_tokens_by_hand(price):
     )
     choice = requests.of_comparison("preference", None)
     read = {
-        "evaluate-base": HELDOUT * (100 + requests.of_class() + 96 + 256),
+        "evaluate-base": HELDOUT * (100 + ORDERS * (requests.of_class() + 96 + 256)),
         "responses": 1000 * 100,
         "critique-1": 1000 * (critique + 96 + 256),
         "revision-1": 1000 * (revision + 96 + 256 + 256),
@@ -57,7 +58,9 @@ def test_calls_and_tokens_by_hand(price):
         **{name: 1000 for name in ("responses", "critique-1", "revision-1")},
         **{"sft": 0, "samples": 2000, "preferences": 0, "reward-model": 0, "ppo": 12_800},
     }
-    assert steps["evaluate-base"]["calls"] == 2 * HELDOUT and steps["preferences"]["calls"] == 2 * 1000 * comb(3, 2)
+    assert steps["evaluate-base"]["calls"] == (1 + ORDERS) * HELDOUT and steps["preferences"][
+        "calls"
+    ] == 2 * 1000 * comb(3, 2)
 
 
 def test_hours_and_money_by_hand(price):
@@ -102,7 +105,7 @@ def test_what_does_not_fit_is_named(price):
 @pytest.mark.parametrize("size", hardware.SIZES)
 def test_every_size_has_a_price(price, size):
     priced = price("--model", f"size:{size}", "--prompts", 10, "--limit", 5, "--heldout-limit", 7, "--gpu", "b200")
-    assert priced["steps"]["responses"]["calls"] == 5 and priced["steps"]["evaluate-base"]["calls"] == 2 * 7
+    assert priced["steps"]["responses"]["calls"] == 5 and priced["steps"]["evaluate-base"]["calls"] == (1 + ORDERS) * 7
     assert priced["total"]["hours"]["value"] > 0
 
 
