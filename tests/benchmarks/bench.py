@@ -157,7 +157,8 @@ def our_steps(bench: Bench, count: int, folder: Path) -> list[list[str]]:
     ]
     files = [source, *(folder / f"{name}.jsonl" for name in ("generate", "critique", "revise"))]
     for given, made in pairwise(files):
-        command(made.stem, "--input", given, "--output", made, *shared)
+        no_examples = [] if made.stem == "generate" else ["--examples", 0]  # the pipeline shows none
+        command(made.stem, "--input", given, "--output", made, *shared, *no_examples)
     rows = [row for _, row in read_jsonl(files[-1])]
     return [
         [row["response"] for row in rows],
