@@ -121,7 +121,9 @@ def test_nonsense_can_not_be_told_from_a_placebo(validate, tmp_path):
 
 
 @pytest.mark.slow
-def test_harmlessness_is_told_from_a_placebo(validate):
+def test_a_report_on_a_whole_constitution_is_consistent(validate):
+    """Whether `tiny` tells harmlessness from a placebo on so few prompts depends on its weights."""
     code, report, _ = validate("harmlessness", "-n", "6")
-    assert code == 0 and report["placebo"]["low"] > 0.5 and report["weakest"]
+    assert (code == 0) == (report["verdict"] != NOT_TOLD) == (report["placebo"]["low"] > 0.5)
+    assert report["weakest"]
     assert report["lint"]["ok"] and report["placebo"]["n"] + report["failed"] == 96
