@@ -245,7 +245,8 @@ def _constitution_of(rows: Iterable[dict], set_name: str) -> tuple[Constitution,
     by_row = {}
     for row in rows:
         question = row["principle"]["preference"] if row["principle"] else BETTER
-        by_row[row["id"]] = Principle(sha256_text(question)[:12], "", "", question)
+        # One id for all: the judge is asked principle by principle, and here each has a pair or two.
+        by_row[row["id"]] = Principle("qualification", "", "", question)
     return replace(bundled, principles=tuple(dict.fromkeys(by_row.values())), examples=()), by_row
 
 
