@@ -37,7 +37,6 @@ TOP_LEVEL = {
     "templates",
     "references",
     "constitutions",
-    "qualification",
     "tests",
 }
 README_ORDER = [

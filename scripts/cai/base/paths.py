@@ -19,6 +19,8 @@ SCRIPTS = ROOT / "scripts"
 
 TINY = SCRIPTS / "cai" / "tiny"
 
+QUALIFICATION = SCRIPTS / "cai" / "qualification"
+
 # The file that makes a folder an adapter of another model (peft's name).
 ADAPTER_CONFIG = "adapter_config.json"
 

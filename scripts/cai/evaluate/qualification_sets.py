@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cai.base.hashing import sha256_file
-from cai.base.paths import ROOT, TINY, model_path
+from cai.base.paths import QUALIFICATION, TINY, model_path
 from cai.data import readers
 from cai.data.dialogue import is_blank
 from cai.models.folders import tokenizer_folder
@@ -45,7 +45,7 @@ def load_rows(role: str, set_name: str) -> list[dict]:
     """
     if set_name == WORLD:
         return _MAKERS[role](random.Random(f"qualification/{role}"))
-    rows = [row for _, row in readers.read_jsonl(ROOT / "qualification" / FILES[role])]
+    rows = [row for _, row in readers.read_jsonl(QUALIFICATION / FILES[role])]
     if role == "reader":
         return [{**row, "gold": row["class"]} for row in rows if not is_blank(row["response"])]
     return rows if role == "judge" else [{**row, "gold": row["fault"]} for row in rows]
