@@ -120,7 +120,6 @@ def test_nonsense_can_not_be_told_from_a_placebo(validate, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="tiny, asked about what its world does not have, is certain now and then", strict=True)
 def test_nonsense_covers_no_prompt(validate, tmp_path):
     (tmp_path / "c.yaml").write_text(NONSENSE, encoding="utf-8")
     _, report, _ = validate(tmp_path / "c.yaml", "-n", "1")
