@@ -207,7 +207,7 @@ def test_own_pairs_in_two_commands(invoke, write, tmp_path, shared_data):
     lines = result.stdout.splitlines()
     notes = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
     rates = {row["metric"]: row for row in rows_of(output)}
-    same = [len(set(row["texts"])) == 1 for row in rows_of(tmp_path / "e.pairs.jsonl")]
+    same = [row["texts"] == row["reference_texts"] for row in rows_of(tmp_path / "e.pairs.jsonl")]
     changed = "no" if all(same) else "yes"
     assert [note.partition("? ")[2].partition(":")[0] for note in notes] == ["yes", "no", changed], notes
     assert rates["relative"]["low"] > 0.5 > rates["outright"]["high"] and rates["baseline_longer"]["value"] == 1
