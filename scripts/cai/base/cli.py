@@ -232,7 +232,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
         show_default=True,
-        help="auto: bfloat16 where the device supports it, float32 on a CPU.",
+        help="auto: bfloat16 on a GPU, and where nothing is trained on a CPU that is faster with it; else float32.",
     ),
     "json": click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."),
     "dry_run": click.option("--dry-run", is_flag=True, help="Print what would be done; load no model, write nothing."),

@@ -29,7 +29,7 @@ from cai.data.outputs import read_manifest
 from cai.models import folders
 from cai.models.chat import Chat
 from cai.models.engine import Message, Sampling
-from cai.models.local import BATCH_SIZE, CHUNK_TOKENS, OTHER_CHUNK_TOKENS
+from cai.models.local import BATCH_SIZE, auto_dtype, chunk_tokens
 
 # Makers' data sheets: memory in GB, memory bandwidth in TB/s, dense bfloat16 in TFLOP/s.
 GPUS = {
@@ -115,7 +115,7 @@ class Shape:
 
 def shape_of(model: str) -> Shape | None:
     """The sizes of a local folder's model from config.json and the headers of its weights; None elsewhere."""
-    folder, count = _weights_folder(model), parameters(model)
+    folder, count = folders.weights_folder(model), folders.count_parameters(model)
     if count is None or not (folder / "config.json").is_file():
         return None
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -134,21 +134,6 @@ def shape_of(model: str) -> Shape | None:
         )
     except KeyError:
         return None
-
-
-def _weights_folder(model: str) -> Path:
-    """The folder of a model's weights: of an adapter, its base's, which is what takes the memory."""
-    return Path(folders.adapter_chain(model_path(model))[-1])
-
-
-def parameters(model: str) -> int | None:
-    """Number of parameters in a local folder's safetensors files, read from their headers; None elsewhere."""
-    total = 0
-    for file in _weights_folder(model).glob("*.safetensors"):
-        with file.open("rb") as handle:
-            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total or None
 
 
 def token_counter(model: str) -> Callable[[Sequence[_Conversation]], list[int]]:
@@ -175,7 +160,7 @@ def text_memory(shape: Shape, *, size: int, rows: int, longest: int, new: int, c
     Args:
         size: bytes of one number (`BYTES`).
         rows, longest, new: rows of the largest batch, tokens of its longest prompt and of each answer.
-        chunk: tokens of prompts in one forward pass (`local.CHUNK_TOKENS`).
+        chunk: tokens of prompts in one forward pass (`local.chunk_tokens`).
     """
     read = min(rows * longest, max(chunk, longest))
     # Widest point of a block: the residual and its normed copy, gate, up and their product.
@@ -310,14 +295,8 @@ def rl_memory(
     """
     memory = trained_memory(trained, frozen, tokens=batch_size * (longest + new), lora_rank=lora_rank, cpu=cpu)
     # Weights, gradients and moments stay where they are while the policy writes.
-    writing = text_memory(
-        trained[0],
-        size=4 if cpu else 2,
-        rows=rows,
-        longest=longest,
-        new=new,
-        chunk=CHUNK_TOKENS["cpu"] if cpu else OTHER_CHUNK_TOKENS,
-    )
+    chunk = chunk_tokens(trained[0].hidden, cpu)
+    writing = text_memory(trained[0], size=4 if cpu else 2, rows=rows, longest=longest, new=new, chunk=chunk)
     memory["activations"] = max(memory["activations"], writing["kv_cache"] + writing["activations"])
     return memory
 
@@ -391,11 +370,11 @@ def text_plan(
     if shape is None or not calls:
         return plan | _unknown_hours(gpu, shape is not None)
     cpu = device == "cpu"
-    size = BYTES[("float32" if cpu else "bfloat16") if dtype == "auto" else dtype]
+    size = BYTES[auto_dtype("cpu" if cpu else "cuda", shape.parameters) if dtype == "auto" else dtype]
     rows = min(batch_size or BATCH_SIZE, calls)
     if batch_tokens:
         rows = max(1, min(rows, batch_tokens // (longest + new)))
-    chunk = CHUNK_TOKENS["cpu"] if cpu else OTHER_CHUNK_TOKENS
+    chunk = chunk_tokens(shape.hidden, cpu)
     plan["memory_gb"] = gigabytes(text_memory(shape, size=size, rows=rows, longest=longest, new=new, chunk=chunk))
     if gpu:
         hours = text_hours(

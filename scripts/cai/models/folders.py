@@ -9,6 +9,7 @@ is checked as far as its files are in the local cache. Leaves out what takes the
 """
 
 import json
+import math
 import os
 import re
 from functools import cache
@@ -197,6 +198,26 @@ def adapter_chain(path: str) -> list[str]:
 def local_folders(path: str) -> list[Path]:
     """The folders of `adapter_chain` that are here."""
     return [folder for part in adapter_chain(path) if (folder := local_folder(part))]
+
+
+def weights_folder(model: str) -> Path:
+    """The folder of a model's weights: of an adapter, its base's, which is what takes the memory."""
+    return Path(adapter_chain(str(model_path(model)))[-1])
+
+
+def count_parameters(model: str) -> int | None:
+    """Number of parameters in the safetensors files of a folder or of the hub's cache, from their headers; None where
+    there are none, or where one can't be read, which loading explains."""
+    from safetensors import SafetensorError, safe_open
+
+    folder, total = local_folder(str(weights_folder(model))), 0
+    try:
+        for file in folder.glob("*.safetensors") if folder else ():
+            with safe_open(file, framework="numpy") as tensors:
+                total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return None
+    return total or None
 
 
 def tokenizer_folder(path: str) -> str:

@@ -23,13 +23,13 @@ from typing import Any
 from cai.base import cli
 from cai.base.errors import CaiError, InputError, shorten
 from cai.base.paths import model_path
-from cai.models import folders
+from cai.models import attention, folders
 from cai.models.chat import Chat, check_embedding
 from cai.models.decoding import config_context, slow_warning
 from cai.models.decoding import context_length as context_length  # for the callers of this module
 from cai.models.engine import Engine
 from cai.models.folders import find_model as find_model  # for the callers of this module
-from cai.models.local import LocalEngine
+from cai.models.local import LocalEngine, auto_dtype
 
 
 def keep_freed_memory() -> None:
@@ -65,7 +65,7 @@ def load_engine(
         model: `openai:NAME` is the model NAME of the servers at `endpoints` (servers.py).
         batch_size, batch_tokens: bounds of a batch; see `LocalEngine`.
         device: cpu, cuda, cuda:1, mps; None: the best one, and of several GPUs one per process.
-        dtype: float32, bfloat16, float16, or auto (bfloat16 on CUDA, float32 elsewhere).
+        dtype: float32, bfloat16, float16, or auto (`local.auto_dtype`).
     Raises:
         InputError: no such model, or it lacks config, weights, tokenizer or chat template.
     """
@@ -250,7 +250,7 @@ def _load_local(name: str, device: str | None, dtype: str) -> LocalEngine:
     tokenizer = load_tokenizer(name)
     is_quantised = folders.quantisation(str(model_path(name))) is not None
     placement: dict[str, Any] = {"device_map": {"": device}} if is_quantised and device != "cpu" else {}
-    model = load_weights(AutoModelForCausalLM, name, inference_dtype(device, dtype), **placement)
+    model = load_weights(AutoModelForCausalLM, name, inference_dtype(device, dtype, name), **placement)
     check_embedding(Chat(tokenizer, name), model.get_input_embeddings().weight.shape[0])
     try:
         model = (model if placement else model.to(device)).eval()
@@ -258,17 +258,17 @@ def _load_local(name: str, device: str | None, dtype: str) -> LocalEngine:
         raise CaiError(f"{name} does not fit the memory of {device}") from error
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
         raise InputError(f"{device!r} can't be used: {shorten(error)}", where="--device") from error
+    if attention.suits(model):
+        attention.use(model)
     engine = LocalEngine(name, model, tokenizer)
     if engine.slow_reason:
         cli.warn(slow_warning(name, engine.slow_reason))
     return engine
 
 
-def inference_dtype(device: str, dtype: str) -> str:
-    """The dtype of weights that are not trained: auto is bfloat16 on CUDA, float32 elsewhere."""
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if device.startswith("cuda") else "float32"
+def inference_dtype(device: str, dtype: str, model: str) -> str:
+    """The dtype of a model's weights that are not trained: auto is `auto_dtype`."""
+    return auto_dtype(device, folders.count_parameters(model)) if dtype == "auto" else dtype
 
 
 def split_endpoint(name: str, endpoints: Sequence[str] = ()) -> tuple[str, tuple[str, ...]]:

@@ -26,7 +26,7 @@ from cai.data.dialogue import as_messages
 from cai.data.sources import Source
 from cai.models import estimate, hardware
 from cai.models.estimate import GPUS, Shape
-from cai.models.local import CHUNK_TOKENS, OTHER_CHUNK_TOKENS
+from cai.models.local import auto_dtype, chunk_tokens
 from cai.stats import tables
 from cai.steps.lengths import Lengths, Requests, read_run
 from cai.steps.plan import Choices, Step
@@ -161,7 +161,7 @@ class Estimator:
         self.choices, self.counted, self.lengths, self.requests = choices, counted, lengths, requests
         self.shape, self.gpu = hardware.shape_of(choices.model), terms.gpu
         self.cpu = choices.device == "cpu" and not terms.gpu
-        auto = "float32" if self.cpu else "bfloat16"
+        auto = auto_dtype("cpu" if self.cpu else "cuda", self.shape.parameters if self.shape else None)
         self.size = estimate.BYTES[auto if choices.dtype == "auto" else choices.dtype]
         # Of the prompt alone, as it stands inside another request.
         self.prompt_text = max(0.0, lengths.prompt - requests.chat)
@@ -250,13 +250,9 @@ class Estimator:
         if not self.shape or not calls:
             return work
         rows, most = min(settings["batch_size"], calls), settings["max_new_tokens"] if new else 0
+        chunk = chunk_tokens(self.shape.hidden, self.cpu)
         memory = estimate.text_memory(
-            self.shape,
-            size=self.size,
-            rows=rows,
-            longest=round(LONGEST * read),
-            new=most,
-            chunk=CHUNK_TOKENS["cpu"] if self.cpu else OTHER_CHUNK_TOKENS,
+            self.shape, size=self.size, rows=rows, longest=round(LONGEST * read), new=most, chunk=chunk
         )
         hours = self.gpu and estimate.text_hours(
             self.shape,
