@@ -66,7 +66,7 @@ SMOKE = {
     "revise": {"--examples": 0},
     "sft": {"--epochs": 1},
     "samples": {"--samples": 2},
-    "judge": {"--pairs-per-prompt": 2, "--examples": 0},
+    "judge": {"--pairs-per-prompt": 1, "--examples": 0},
     "reward_model": {"--epochs": 1},
     "ppo": {"--epochs": 1, "--updates": 1},
     "dpo": {"--epochs": 1},
