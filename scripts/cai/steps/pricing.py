@@ -262,7 +262,8 @@ class Estimator:
         if not settings["judge"]:
             return responses
         read = self.requests.of_class() + max(0.0, prompt - self.requests.chat) + answer
-        return _together(responses, self._text(rows * settings["orders"], read, 0, settings, self.reader))
+        classes = self._text(rows * settings["orders"], read, 0, settings, self.reader)
+        return _together(responses, classes, is_same=self.reader == self.choices.model)
 
     def _text(self, calls: int, read: float, new: float, settings: dict[str, Any], model: str | None = None) -> Work:
         """Calls that read and write so many tokens each.
@@ -358,11 +359,15 @@ class Estimator:
         return Work(episodes, read, new, hours, memory, is_text=False)
 
 
-def _together(first: Work, second: Work) -> Work:
-    """Two kinds of calls in one step, one after the other; the memory of the one that needs more. The hours are those
-    that are known: a server's are not."""
+def _together(first: Work, second: Work, *, is_same: bool = True) -> Work:
+    """Two kinds of calls in one step, one after the other. The hours are those that are known: a server's are not. The
+    memory is that of the first, which writes, or of a larger model.
+
+    is_same: both by the same model.
+    """
     known = [work.hours for work in (first, second) if work.hours is not None]
-    memory = max((work.memory for work in (first, second) if work.memory), key=lambda m: sum(m.values()), default=None)
+    needs = [work.memory for work in ((first,) if is_same else (first, second)) if work.memory]
+    memory = max(needs, key=lambda parts: sum(parts.values()), default=None)
     return Work(
         first.calls + second.calls,
         first.read + second.read,
