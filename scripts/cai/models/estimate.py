@@ -24,11 +24,11 @@ import click
 
 from cai.base import cli
 from cai.base.errors import InputError
-from cai.base.paths import model_path
 from cai.data.outputs import read_manifest
 from cai.models import folders
 from cai.models.chat import Chat
 from cai.models.engine import Message, Sampling
+from cai.models.gguf import resolve
 from cai.models.local import BATCH_SIZE, CHUNK_TOKENS, OTHER_CHUNK_TOKENS
 
 # Makers' data sheets: memory in GB, memory bandwidth in TB/s, dense bfloat16 in TFLOP/s.
@@ -138,7 +138,7 @@ def shape_of(model: str) -> Shape | None:
 
 def _weights_folder(model: str) -> Path:
     """The folder of a model's weights: of an adapter, its base's, which is what takes the memory."""
-    return Path(folders.adapter_chain(model_path(model))[-1])
+    return Path(folders.adapter_chain(resolve(model))[-1])
 
 
 def parameters(model: str) -> int | None:
@@ -153,7 +153,7 @@ def parameters(model: str) -> int | None:
 
 def token_counter(model: str) -> Callable[[Sequence[_Conversation]], list[int]]:
     """A function from conversations to their numbers of tokens; by characters where the tokenizer is not on disk."""
-    folder = Path(folders.tokenizer_folder(model_path(model)))
+    folder = Path(folders.tokenizer_folder(resolve(model)))
     if not (folder / "tokenizer.json").is_file():
         return lambda talks: [_characters(talk) // 4 + 4 * len(talk) for talk in talks]
     from transformers import PreTrainedTokenizerFast  # comes without torch, unlike AutoTokenizer
@@ -372,10 +372,7 @@ def text_plan(
     """
     prompt_tokens, longest, calls = count_tokens(conversations, model)
     new = sampling.max_new_tokens
-    new_tokens, on_disk = (
-        calls * new,
-        sum(file.stat().st_size for file in Path(model_path(model)).glob("*.safetensors")),
-    )
+    new_tokens, on_disk = (calls * new, sum(file.stat().st_size for file in Path(resolve(model)).glob("*.safetensors")))
     plan: dict[str, Any] = {
         "model_calls": calls,
         "prompt_tokens_about": prompt_tokens,
