@@ -135,7 +135,7 @@ def is_within(version: str, bounds: str) -> bool:
 
 def check_devices(findings: Findings, requested: str | None) -> _Report:
     """CPU and accelerators with their memory in GB (10⁹ bytes), and whether they compute in bfloat16."""
-    total, free = _memory()
+    total, free = available_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpu: _Report = {"cores": cores, "memory_gb": total, "free_gb": free}
     accelerators: list[_Report] = []
@@ -174,7 +174,7 @@ def check_devices(findings: Findings, requested: str | None) -> _Report:
     return {"cpu": cpu, "accelerators": accelerators}
 
 
-def _memory() -> tuple[float | None, float | None]:
+def available_memory() -> tuple[float | None, float | None]:
     """(total, available) memory in GB that this process may use; None where the system does not tell."""
     try:
         import psutil

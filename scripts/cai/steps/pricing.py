@@ -294,7 +294,9 @@ class Estimator:
         others = [self.shape] if frozen else []
         rank = settings["lora_rank"] if settings["lora"] else None
         batch = round(min(settings["batch_size"], rows) * longest)
-        memory = estimate.trained_memory([self.shape], others, tokens=batch, lora_rank=rank, cpu=self.cpu)
+        memory = estimate.supervised_memory(
+            [self.shape], others, tokens=batch, longest=round(longest), lora_rank=rank, cpu=self.cpu
+        )
         hours = None
         if self.gpu:
             hours = estimate.training_hours(
