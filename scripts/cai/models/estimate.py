@@ -263,14 +263,23 @@ def bound_tokens(shape: Shape, *, cpu: bool) -> int:
 
 
 def supervised_memory(
-    trained: Sequence[Shape], frozen: Sequence[Shape], *, tokens: int, longest: int, lora_rank: int | None, cpu: bool
+    trained: Sequence[Shape],
+    frozen: Sequence[Shape],
+    *,
+    tokens: int,
+    longest: int,
+    lora_rank: int | None,
+    cpu: bool,
+    processes: int = 1,
 ) -> dict[str, int]:
     """`trained_memory` of sft.py, reward_model.py and dpo.py, which bound a batch by tokens and hold few logits.
 
     Args:
         tokens, longest: of the largest batch and of its longest row, both sides of a pair together.
+        processes: several do not bound their batches.
     """
-    tokens = min(tokens, max(longest, bound_tokens(trained[0], cpu=cpu)))
+    if processes == 1:
+        tokens = min(tokens, max(longest, bound_tokens(trained[0], cpu=cpu)))
     return trained_memory(trained, frozen, tokens=tokens, lora_rank=lora_rank, cpu=cpu, held_logits=HELD_LOGITS)
 
 
@@ -498,6 +507,7 @@ def training_plan(
     frozen: Sequence[str] = (),
     gpu: str | None = None,
     device: str | None = None,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """What `--dry-run` prints for a training: rows, optimizer steps, tokens, memory, hours.
 
@@ -507,6 +517,7 @@ def training_plan(
         frozen: folders of models that every row also goes through, such as a reference. (That under LoRA, the policy
             without its adapters, takes no memory; the time of its pass is not counted.)
         device: cpu means float32 without checkpointing; else bfloat16 over float32 weights, with it.
+        processes: that train together, each with its own batches.
     """
     rows, tokens = round(epochs * len(lengths)), round(epochs * sum(lengths))
     plan: dict[str, Any] = {
@@ -521,7 +532,13 @@ def training_plan(
     widest = max(lengths) * min(batch_size, len(lengths))
     plan["memory_gb"] = gigabytes(
         supervised_memory(
-            [shape], others, tokens=widest, longest=max(lengths), lora_rank=lora_rank, cpu=device == "cpu"
+            [shape],
+            others,
+            tokens=widest,
+            longest=max(lengths),
+            lora_rank=lora_rank,
+            cpu=device == "cpu",
+            processes=processes,
         )
     )
     if gpu:

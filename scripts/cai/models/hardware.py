@@ -58,10 +58,10 @@ def step_memory(shape: Shape, gpu: bool) -> dict[str, float]:
     needs = {
         "generate, critique, revise": text(new=NEW),
         "judge": text(new=0),
-        "sft (--lora)": supervise(1, 16),
-        "sft (--full)": supervise(1, None),
-        "reward_model, dpo (--lora)": supervise(2, 16),
-        "reward_model (--full)": supervise(2, None),
+        # Counted for a reward model, which reads two responses per row.
+        "sft, reward_model (--lora)": supervise(2, 16),
+        "sft, reward_model (--full)": supervise(2, None),
+        "dpo (--lora)": supervise(2, 16),
         "dpo (--full)": {**supervise(2, None), "reference": frozen},
         # A value model of the policy's size is trained beside it; under LoRA the reference is the policy without
         # its adapters.

@@ -159,7 +159,7 @@ class Estimator:
 
     def __init__(self, choices: Choices, terms: Terms, counted: "Counted", lengths: Lengths, requests: Requests):
         self.choices, self.counted, self.lengths, self.requests = choices, counted, lengths, requests
-        self.shape, self.gpu = hardware.shape_of(choices.model), terms.gpu
+        self.shape, self.gpu, self.gpus = hardware.shape_of(choices.model), terms.gpu, terms.gpus
         self.cpu = choices.device == "cpu" and not terms.gpu
         auto = "float32" if self.cpu else "bfloat16"
         self.size = estimate.BYTES[auto if choices.dtype == "auto" else choices.dtype]
@@ -295,7 +295,13 @@ class Estimator:
         rank = settings["lora_rank"] if settings["lora"] else None
         batch = round(min(settings["batch_size"], rows) * longest)
         memory = estimate.supervised_memory(
-            [self.shape], others, tokens=batch, longest=round(longest), lora_rank=rank, cpu=self.cpu
+            [self.shape],
+            others,
+            tokens=batch,
+            longest=round(longest),
+            lora_rank=rank,
+            cpu=self.cpu,
+            processes=self.gpus,
         )
         hours = None
         if self.gpu:
