@@ -28,8 +28,20 @@ SMOLLM2 = dict(
     num_attention_heads=9,
     num_key_value_heads=3,
     head_dim=64,
-    vocab_size=49_152,
 )
+VOCABULARY = 49_152
+
+
+def build_model(folder: Path) -> str:
+    """Random weights of that shape, with a tokenizer of bytes; returns their folder."""
+    import models
+    from transformers import AutoModelForCausalLM
+
+    models.build("llama", folder, **SMOLLM2)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 def write_rows(pairs: str, command: str, rows: int, folder: Path) -> list[str]:
@@ -55,11 +67,7 @@ def main() -> None:
     parser.add_argument("--root", default=str(ROOT), help="another checkout, to compare with")
     options, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = options.model
-        if model is None:
-            import models
-
-            model = str(models.build("llama", Path(folder) / "model", **SMOLLM2))
+        model = options.model or build_model(Path(folder) / "model")
         arguments = write_rows(options.pairs, options.command, options.rows, Path(folder))
         line = [sys.executable, f"{options.root}/scripts/{options.command}.py", *arguments, "--model", model]
         line += [

@@ -44,6 +44,7 @@ METHODS = {
         "log",
         "remove_callback",
         "train",
+        "training_step",
         "is_world_process_zero",
         "save_model",
         "evaluate",
@@ -70,7 +71,7 @@ METHODS = {
     "transformers.modeling_layers.GradientCheckpointingLayer": ["gradient_checkpointing"],
     "peft.PeftModel": ["disable_adapter", "get_base_model", "save_pretrained"],
     "peft.tuners.lora.LoraModel": ["merge_and_unload"],
-    "accelerate.Accelerator": ["autocast", "get_state_dict", "reduce", "unwrap_model", "wait_for_everyone"],
+    "accelerate.Accelerator": ["autocast", "get_state_dict", "no_sync", "reduce", "unwrap_model", "wait_for_everyone"],
     "datasets.Dataset": ["from_list", "select"],
     "huggingface_hub.HfApi": ["create_commit", "create_repo", "repo_info", "upload_folder"],
     # Left out of TRL's own preparation, because rows come tokenized.
