@@ -78,7 +78,10 @@ def test_parts_begin_at_the_first_column_that_a_row_needs():
 
 def texts_and_scores(engine):
     requests = [Request(str(n), [{"role": "user", "content": "word " * (1 + 5 * n)}], seed=n) for n in range(9)]
-    texts = {request.key: answer.text for request, answer in engine.generate(requests, Sampling(temperature=0.0, max_new_tokens=12))}
+    texts = {
+        request.key: answer.text
+        for request, answer in engine.generate(requests, Sampling(temperature=0.0, max_new_tokens=12))
+    }
     return texts, {request.key: scores for request, scores in engine.score(requests, ["A", "B"])}
 
 

@@ -171,7 +171,7 @@ class Estimator:
 
     def __init__(self, choices: Choices, terms: Terms, counted: "Counted", lengths: Lengths, requests: Requests):
         self.choices, self.counted, self.lengths, self.requests = choices, counted, lengths, requests
-        self.shape, self.gpu = hardware.shape_of(choices.model), terms.gpu
+        self.shape, self.gpu, self.gpus = hardware.shape_of(choices.model), terms.gpu, terms.gpus
         self.critic, self.judge, self.reader = map(choices.model_of, ("critic", "judge", "reader"))
         self.cpu = choices.device == "cpu" and not terms.gpu
         # Of the prompt alone, as it stands inside another request.
@@ -321,7 +321,15 @@ class Estimator:
         others = [self.shape] if frozen else []
         rank = settings["lora_rank"] if settings["lora"] else None
         batch = round(min(settings["batch_size"], rows) * longest)
-        memory = estimate.trained_memory([self.shape], others, tokens=batch, lora_rank=rank, cpu=self.cpu)
+        memory = estimate.supervised_memory(
+            [self.shape],
+            others,
+            tokens=batch,
+            longest=round(longest),
+            lora_rank=rank,
+            cpu=self.cpu,
+            processes=self.gpus,
+        )
         hours = None
         if self.gpu:
             hours = estimate.training_hours(
