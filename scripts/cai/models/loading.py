@@ -173,7 +173,7 @@ def load_weights(auto_class: Any, name: str, dtype: str, *, new_head: bool = Fal
         return _merge_adapter(body, path)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    with _explain_errors(name), _quiet_report() if new_head else nullcontext():
+    with _explain_errors(name), quiet_report() if new_head else nullcontext():
         model, info = auto_class.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
@@ -196,7 +196,7 @@ def load_weights(auto_class: Any, name: str, dtype: str, *, new_head: bool = Fal
 
 
 @contextmanager
-def _quiet_report() -> Iterator[None]:
+def quiet_report() -> Iterator[None]:
     """Without transformers' report of missing and unused weights, which a new head is expected to cause."""
     from transformers.utils import logging
 
