@@ -13,6 +13,7 @@ import click
 from cai.base import cli, hashing
 from cai.data import preferences
 from cai.models import loading
+from cai.models.chat import ENDINGS
 from cai.train import arguments, common, reward_model
 
 
@@ -66,6 +67,15 @@ from cai.train import arguments, common, reward_model
     show_default=True,
     help="Weight of a penalty that keeps the scores near 0; 0.01 is usual.",
 )
+@click.option(
+    "--ending",
+    type=click.Choice(ENDINGS),
+    default="eos",
+    show_default=True,
+    help="Where the responses end that are scored. eos: at the end token, as a policy writes it; export.py then "
+    "writes a folder that all engines score alike. template: where the chat template ends a turn, which in ChatML and "
+    "Gemma is a line break later; engines that append token ids do not.",
+)
 @arguments.training_options(epochs=1, learning_rate=1e-5)
 def main(options):
     """Train a reward model on preferences with soft labels.
@@ -92,6 +102,7 @@ def main(options):
             "model": hashing.identity(options.model),
             "input": digests,
             **{name: getattr(options, name) for name in names},
+            **({"ending": options.ending} if options.ending != "eos" else {}),
             **common.identify_options(options),
         },
         inputs=list(weights),
@@ -104,6 +115,7 @@ def main(options):
         return
 
     chat = loading.load_chat(options.model)
+    chat.set_ending(options.ending)
     rows, test_rows, counts = reward_model.tokenize_parts(parts, counts, chat, run.longest_row(), options.max_length)
     order = reward_model.training_order(rows, options.batch_size, options.epochs, options.seed)
     eval_steps = reward_model.choose_eval_steps(options, len(order), test_rows)
@@ -122,6 +134,7 @@ def main(options):
             patience=options.patience,
         )
         counts |= run.train(trainer)
+        reward_model.keep_ending(trainer, options.ending)
         measures = reward_model.measure_holdout(trainer, test_rows)
         common.save_trained(trainer, chat.tokenizer, options.output)
         if measures:

@@ -55,6 +55,15 @@ class Engines:
         """What the engine reads of a response; `cai` is our own way (`chat.encode`)."""
         return getattr(self, f"_read_{way}")(prompt, response)
 
+    def try_to_read(self, way: str, prompt: list[Message], response: str) -> Reading | None:
+        """`read`, or None where the template refuses the conversation as this engine gives it."""
+        from jinja2 import TemplateError
+
+        try:
+            return self.read(way, prompt, response)
+        except (TemplateError, TypeError, ValueError):
+            return None
+
     def _read_cai(self, prompt: list[Message], response: str) -> Reading:
         ids = list(chain(*encode(self.chat, prompt, response)))
         return Reading(ids, len(ids) - 1)
@@ -185,9 +194,9 @@ def check_scores(
         for (prompt, text), mine, target in zip(responses, ours, expected, strict=True):
             if target is None:
                 continue
-            reading = engines.read(way, prompt, text)
-            if theirs is None or body.exceeds(reading):
-                causes[cause or "context"] += 1
+            reading = engines.try_to_read(way, prompt, text)
+            if theirs is None or reading is None or body.exceeds(reading):
+                causes[cause or ("template" if reading is None else "context")] += 1
                 continue
             differences.append(abs(body.score(reading, theirs) - target))
             if differences[-1] > TOLERANCE:

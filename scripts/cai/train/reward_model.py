@@ -253,6 +253,15 @@ def decide_evaluations(eval_steps: int, patience: int) -> dict:
     return {"eval_strategy": "steps", "eval_steps": eval_steps, **(keeping if patience else {})}
 
 
+def keep_ending(trainer, ending: str) -> None:
+    """Put where scored responses end into the model's configuration (`chat.ENDINGS`), as `load_scorer` reads it."""
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    if ending != "eos":
+        setattr(config, scorer.ENDING, ending)
+    elif hasattr(config, scorer.ENDING):  # of the reward model that was trained further
+        delattr(config, scorer.ENDING)
+
+
 def measure_holdout(trainer, rows: Sequence[dict]) -> dict:
     """`measure` of the trained model, {} without rows; its temperature is put into the model's configuration."""
     measures = measure(score_pairs(trainer, rows), rows) if rows else {}
