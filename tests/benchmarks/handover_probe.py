@@ -21,6 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 from unittest.mock import MagicMock
 
 STAND_INS = ("flash_attn", "vllm")
@@ -30,7 +31,7 @@ PROGRAMS = ("python3", "deepspeed", "torchrun", "trl", "llamafactory-cli", "axol
 
 
 class _StandIn(ModuleType):
-    __path__: list = []
+    __path__: ClassVar[list] = []
     __version__ = "0"
 
     def __getattr__(self, name):
@@ -84,6 +85,10 @@ def tokenizer_of(folder):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
+
+
+def read_rows(folder):
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
 def as_written(tokenizer, response, end):
@@ -144,7 +149,7 @@ def probe_verl(folder, policy, scores):
     from hydra import compose, initialize_config_dir
     from verl.utils.config import omega_conf_to_dataclass
 
-    program, *words = launched(folder, MODEL=policy)
+    _, *words = launched(folder, MODEL=policy)
     module, arguments = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
     is_rl = module.endswith("main_ppo")
     with initialize_config_dir(str(Path(verl.trainer.__file__).parent / "config"), version_base=None):
@@ -192,7 +197,7 @@ def probe_trl(folder, policy, scores):
     from trl.cli.commands import get_commands  # noqa: F401, that the command line imports at all
     from trl.scripts.utils import get_dataset
 
-    program, stage, *words = launched(folder, MODEL=policy)
+    _, stage, *words = launched(folder, MODEL=policy)
     os.chdir(folder)
     module = importlib.import_module(f"trl.scripts.{stage}")
     own = ("--accelerate_config", "--num_machines", "--num_processes", "--machine_rank", "--main_process_ip",
@@ -211,7 +216,9 @@ def probe_trl(folder, policy, scores):
     training.use_vllm = False
     training.output_dir = tempfile.mkdtemp()
     tokenizer = tokenizer_of(policy)
-    trainer = GRPOTrainer(policy, str(folder / "reward"), args=training, train_dataset=dataset, processing_class=tokenizer)
+    trainer = GRPOTrainer(
+        policy, str(folder / "reward"), args=training, train_dataset=dataset, processing_class=tokenizer
+    )
     prompts = [row["prompt"] for row in scores]
     written = [as_written(tokenizer, row["response"], row["end"]) for row in scores]
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
@@ -229,7 +236,7 @@ def probe_llamafactory(folder, policy, scores):
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
-    program, _, file, *words = launched(folder, MODEL=policy)
+    _, _, file, *words = launched(folder, MODEL=policy)
     os.chdir(folder)
     settings = yaml.safe_load(Path(file).read_text()) | dict(word.split("=", 1) for word in words)
     # what a machine without a GPU refuses
@@ -254,7 +261,9 @@ def probe_llamafactory(folder, policy, scores):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         batch = torch.tensor([ids + as_written(tokenizer, row["response"], row["end"])])
         with torch.no_grad():
-            values = model(input_ids=batch, attention_mask=torch.ones_like(batch), return_dict=True, use_cache=False)[-1]
+            values = model(input_ids=batch, attention_mask=torch.ones_like(batch), return_dict=True, use_cache=False)[
+                -1
+            ]
         differences.append(abs(float(values[0, -1]) - row["score"]))
     return {**result, "largest": max(differences)}
 
@@ -274,7 +283,7 @@ def probe_axolotl(folder, policy, scores):
         env_capabilities={"torch_version": "2.11.0"},
     )
     normalize_config(config)
-    result = {"rows": sum(1 for _ in open("rows.jsonl")), "first": ""}
+    result = {"rows": len(read_rows(folder)), "first": ""}
     strategy_of(config, policy, result)
     return result
 
@@ -284,22 +293,22 @@ def strategy_of(config, policy, result):
     if config.rl == "grpo":
         return
     tokenizer = tokenizer_of(policy)
-    rows = [json.loads(line) for line in open("rows.jsonl")]
+    rows = read_rows(Path())
     if config.rl == "dpo":
         from axolotl.prompt_strategies.dpo import load
 
         transform, _ = load(config.datasets[0].type, config, dataset_idx=0)
-        result["first"] = str([transform(row, tokenizer=tokenizer) for row in rows][0])[:80]
+        result["first"] = str([transform(row, tokenizer=tokenizer) for row in rows])[:80]
     elif config.reward_model:
         from axolotl.prompt_strategies.bradley_terry import load
 
         strategy = load(config.datasets[0].type.removeprefix("bradley_terry."), tokenizer, config, config.datasets[0])
-        result["first"] = str([strategy._tokenize_single_prompt(dict(row)) for row in rows][0])[:80]
+        result["first"] = str([strategy._tokenize_single_prompt(dict(row)) for row in rows])[:80]
     else:
         from axolotl.prompt_strategies import load
 
         strategy = load(config.datasets[0].type, tokenizer, config, config.datasets[0])
-        result["first"] = str([strategy.tokenize_prompt(row) for row in rows][0])[:80]
+        result["first"] = str([strategy.tokenize_prompt(row) for row in rows])[:80]
 
 
 def probe_nemo_rl(folder, policy, scores):
@@ -307,13 +316,13 @@ def probe_nemo_rl(folder, policy, scores):
     spec = importlib.util.spec_from_file_location("nemo_config", source / "nemo_rl/utils/config.py")
     config = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(config)
-    program, _, _, _, base, *overrides = launched(folder, MODEL=policy, NEMO_RL=str(source))
+    _, _, _, _, base, *overrides = launched(folder, MODEL=policy, NEMO_RL=str(source))
     config.register_omegaconf_resolvers()
     loaded = config.parse_hydra_overrides(config.load_config(source / base), overrides)
     from omegaconf import OmegaConf
 
     OmegaConf.to_container(loaded, resolve=True)
-    rows = [json.loads(line) for line in open(folder / "rows.jsonl")]
+    rows = read_rows(folder)
     return {"rows": len(rows), "first": str(rows[0])[:80]}
 
 

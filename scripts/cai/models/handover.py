@@ -9,6 +9,7 @@ models/launch.py, models/reward_folders.py.
 
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,16 @@ class Handover:
         Raises:
             InputError: the engine of this hand-over reads other scores from the exported folder.
         """
-        loading = {"device": device, "dtype": dtype, "policy": self.terms.model}
-        before = score_check.check_scores(self._scorer, responses, **loading)
+        check = partial(
+            score_check.check_scores, responses=responses, policy=self.terms.model, device=device, dtype=dtype
+        )
+        before = check(self._scorer)
         bias = reward_folders.read_head(self._scorer).score_row()[1]
         reference = [None if score is None else score - bias for score in before["scores"]]
         with tempfile.TemporaryDirectory(prefix="reward-") as temporary:
             copy = Path(temporary) / "reward"
             reward_folders.write_folder(self._scorer, copy, self.faults, is_temporary=True)
-            after = score_check.check_scores(str(copy), responses, **loading, reference=reference)
+            after = check(str(copy), reference=reference)
         for line in score_check.show_report(before["engines"]):
             cli.note(f"as it is: {line}")
         for line in score_check.show_report(after["engines"]):

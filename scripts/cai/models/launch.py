@@ -58,6 +58,8 @@ CONVERT = {
     "--config checkpoints/step_N/config.yaml --dcp-ckpt-path checkpoints/step_N/policy/weights --hf-ckpt-path policy`.",
 }
 
+Row = tuple[Sequence[Message], Sequence[str]]  # the prompt of a row, and the responses in it
+
 LEARNING_RATES = {"sft": 1e-5, "reward": 1e-5, "ppo": 1e-6, "grpo": 1e-6, "dpo": 5e-7}
 
 # Rows of one optimizer step, responses per prompt of GRPO, and passes over the responses of an update.
@@ -95,9 +97,7 @@ def is_rl(stage: str) -> bool:
     return stage in ("ppo", "grpo")
 
 
-def launch_files(
-    engine: str, stage: str, terms: Terms, texts: Sequence[tuple[list[Message], list[str]]], notes: Sequence[str]
-) -> dict[str, str]:
+def launch_files(engine: str, stage: str, terms: Terms, texts: Sequence[Row], notes: Sequence[str]) -> dict[str, str]:
     """{file name: its text}: launch.sh, the engine's configuration, and README.md.
 
     Args:
@@ -128,7 +128,7 @@ def rows_file(engine: str, stage: str) -> str:
     return "rows.parquet" if (engine, stage) == ("verl", "sft") else "rows.jsonl"
 
 
-def _values(engine: str, stage: str, terms: Terms, texts: Sequence[tuple[list[Message], list[str]]]) -> dict[str, Any]:
+def _values(engine: str, stage: str, terms: Terms, texts: Sequence[Row]) -> dict[str, Any]:
     """What the templates print."""
     prompt_tokens, length = _lengths(terms, stage, texts)
     trainers = terms.nodes - 1 if (engine, stage) == ("trl", "grpo") and terms.nodes > 1 else terms.nodes
@@ -168,7 +168,7 @@ def _escape(text: str) -> str:
     return re.sub(r'([\\"$`])', r"\\\1", text)
 
 
-def _lengths(terms: Terms, stage: str, texts: Sequence[tuple[list[Message], list[str]]]) -> tuple[int, int]:
+def _lengths(terms: Terms, stage: str, texts: Sequence[Row]) -> tuple[int, int]:
     """(tokens of the longest prompt, of the longest row), rounded up to powers of two, within the model's context."""
     count = estimate.token_counter(terms.model)
     prompt_tokens = _round_up(max(count([prompt for prompt, _ in texts])))
@@ -214,7 +214,7 @@ def _contents(engine: str, stage: str, names: Sequence[str]) -> list[tuple[str, 
 # --- cost ---------------------------------------------------------------------------------------------------
 
 
-def describe_cost(stage: str, terms: Terms, texts: Sequence[tuple[list[Message], list[str]]], length: int) -> list[str]:
+def describe_cost(stage: str, terms: Terms, texts: Sequence[Row], length: int) -> list[str]:
     """Memory and GPU-hours in sentences, by the estimator (models/estimate.py)."""
     if is_rl(stage):
         plan = estimate.rl_plan(

@@ -21,7 +21,7 @@ from cai.models.engine import Message
 from cai.models.gguf import resolve
 from cai.models.reward_folders import HEAD, Head
 
-Response = tuple[list[Message], str]  # the messages of the prompt, and the response
+Response = tuple[Sequence[Message], str]  # the messages of the prompt, and the response
 
 # How far two scores of the same response may differ.
 TOLERANCE = 1e-3
@@ -51,11 +51,12 @@ class Engines:
         self.stored = loading.load_tokenizer(folder)  # as engines load it: no padding token is chosen
         self.policy = loading.load_chat(policy) if policy else loading.load_chat(folder)
 
-    def read(self, way: str, prompt: list[Message], response: str) -> Reading:
+    def read(self, way: str, prompt: Sequence[Message], response: str) -> Reading:
         """What the engine reads of a response; `cai` is our own way (`chat.encode`)."""
-        return getattr(self, f"_read_{way}")(prompt, response)
+        ways = {"cai": self._read_cai, "openrlhf": self._read_openrlhf, "verl": self._read_verl, "trl": self._read_trl}
+        return ways[way](prompt, response)
 
-    def try_to_read(self, way: str, prompt: list[Message], response: str) -> Reading | None:
+    def try_to_read(self, way: str, prompt: Sequence[Message], response: str) -> Reading | None:
         """`read`, or None where the template refuses the conversation as this engine gives it."""
         from jinja2 import TemplateError
 
@@ -64,15 +65,15 @@ class Engines:
         except (TemplateError, TypeError, ValueError):
             return None
 
-    def _read_cai(self, prompt: list[Message], response: str) -> Reading:
+    def _read_cai(self, prompt: Sequence[Message], response: str) -> Reading:
         ids = list(chain(*encode(self.chat, prompt, response)))
         return Reading(ids, len(ids) - 1)
 
-    def _written(self, prompt: list[Message], response: str) -> list[int]:
+    def _written(self, prompt: Sequence[Message], response: str) -> list[int]:
         """The token ids that a policy has written: the response and its end token."""
         return encode(self.policy, prompt, response)[1]
 
-    def _read_openrlhf(self, prompt: list[Message], response: str) -> Reading:
+    def _read_openrlhf(self, prompt: Sequence[Message], response: str) -> Reading:
         """The policy's prompt, rendered as it is, and the ids that were written; the last one is scored.
 
         OpenRLHF 0.11.2: datasets/prompts_dataset.py, utils/agent.py (SingleTurnAgentExecutor), models/model.py.
@@ -82,7 +83,7 @@ class Engines:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"] + self._written(prompt, response)
         return Reading(ids, len(ids) - 1)
 
-    def _read_verl(self, prompt: list[Message], response: str) -> Reading:
+    def _read_verl(self, prompt: Sequence[Message], response: str) -> Reading:
         """The conversation rendered by the reward model's template, tokenized by vLLM with special tokens.
 
         verl 0.9.1: experimental/reward_loop/reward_loop.py (_preprocess_reward_inputs, compute_score_disrm).
@@ -96,7 +97,7 @@ class Engines:
         ids = tokenizer(rendered)["input_ids"]
         return Reading(ids, len(ids) - 1)
 
-    def _read_trl(self, prompt: list[Message], response: str) -> Reading:
+    def _read_trl(self, prompt: Sequence[Message], response: str) -> Reading:
         """The conversation rendered by the reward model's template; the last token that is not padding is scored.
 
         TRL 1.16.0: trainer/grpo_trainer.py (_calculate_rewards); transformers' sequence classifiers find that token.
@@ -162,7 +163,7 @@ def check_scores(
     policy: str | None = None,
     device: str | None = None,
     dtype: str = "auto",
-    reference: Sequence[float] | None = None,
+    reference: Sequence[float | None] | None = None,
 ) -> dict[str, Any]:
     """Each engine's scores of responses against the folder's own: its stored head on our encoding.
 
@@ -190,21 +191,24 @@ def check_scores(
             cause = "label order" if head.better is not None else "head bias"
             theirs = None if head.better is not None else theirs
         causes: Counter[str] = Counter()
-        differences = []
+        differences: list[float] = []
+        beyond = 0
         for (prompt, text), mine, target in zip(responses, ours, expected, strict=True):
             if target is None:
                 continue
             reading = engines.try_to_read(way, prompt, text)
             if theirs is None or reading is None or body.exceeds(reading):
                 causes[cause or ("template" if reading is None else "context")] += 1
+                beyond += 1
                 continue
             differences.append(abs(body.score(reading, theirs) - target))
             if differences[-1] > TOLERANCE:
                 reason = explain_reading(mine, reading, engines.stored)
-                causes[cause if reason == "numbers" and cause else reason] += 1
+                causes.update({reason} - ({"numbers"} if cause else set()) | ({cause} if cause else set()))
+                beyond += 1
         report[way] = {
             "compared": sum(score is not None for score in expected),
-            "beyond": sum(causes.values()),
+            "beyond": beyond,
             "largest": float(f"{max(differences):.3g}") if differences else None,
             "causes": dict(causes.most_common()),
         }
