@@ -24,7 +24,8 @@ from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 from unittest.mock import MagicMock
 
-STAND_INS = ("flash_attn", "vllm")
+# What an engine imports though it is not needed here; the others import without.
+STAND_INS = {"openrlhf": ("flash_attn", "vllm"), "llamafactory": ("torchaudio",)}
 
 # Programs that launch files start: each is replaced by one that writes down its arguments.
 PROGRAMS = ("python3", "deepspeed", "torchrun", "trl", "llamafactory-cli", "axolotl", "uv")
@@ -41,8 +42,11 @@ class _StandIn(ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, names):
+        self.names = names
+
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in STAND_INS:
+        if name.partition(".")[0] in self.names:
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 
@@ -333,8 +337,8 @@ def main():
     parser.add_argument("--policy", required=True)
     parser.add_argument("--scores", type=Path)
     args = parser.parse_args()
-    if args.engine == "openrlhf":  # the others import without; last, so that a real package is preferred
-        sys.meta_path.append(_Finder())
+    # last, so that a real package is preferred
+    sys.meta_path.append(_Finder(STAND_INS.get(args.engine, ())))
     scores = [json.loads(line) for line in args.scores.read_text().splitlines()] if args.scores else []
     probe = globals()[f"probe_{args.engine.replace('-', '_')}"]
     print(json.dumps(probe(args.folder.resolve(), args.policy, scores)))

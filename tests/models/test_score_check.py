@@ -47,11 +47,11 @@ def causes(folder):
     return {fault.cause for fault in reward_folders.find_faults(str(folder))}
 
 
-def assert_fixed(folder, tmp_path, reference):
+def assert_fixed(folder, tmp_path, reference, policy=None):
     """The exported folder gives every engine the reference scores."""
     copy = tmp_path / "exported"
     reward_folders.write_folder(str(folder), copy, reward_folders.find_faults(str(folder)))
-    report = check_scores(str(copy), RESPONSES, policy=str(models.folder(folder.name)), reference=reference)
+    report = check_scores(str(copy), RESPONSES, policy=str(policy or models.folder(folder.name)), reference=reference)
     assert set(report["engines"]) == set(ENGINES) and not beyond(report), report["engines"]
     assert causes(copy) == set()
     ours = scorer.load_scorer(str(copy)).scores(RESPONSES, show_progress=False)
@@ -99,13 +99,13 @@ def test_a_template_that_adds_a_line_break_is_found(build, tmp_path):
 def test_a_missing_padding_token_is_found(build, tmp_path):
     def remove(tokenizer):
         tokenizer.pad_token = None
-        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\\n", "<|im_end|>")
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>' + '\\n'", "<|im_end|>'")
 
     folder = build("chatml", remove)
     rewrite_config(folder, pad_token_id=None)
     report = check_scores(str(folder), RESPONSES)
     assert beyond(report) == {"trl": {"pad"}} and {"pad", "pad_token_id"} <= causes(folder)
-    assert_fixed(folder, tmp_path, report["scores"])
+    assert_fixed(folder, tmp_path, report["scores"], policy=folder)
 
 
 @pytest.mark.slow
