@@ -24,13 +24,11 @@ FAMILIES = ("chatml", "llama", "gemma2")
 
 AIO = "aiohttp aiosignal frozenlist multidict yarl propcache aiohappyeyeballs requests urllib3<3"
 HYDRA = "hydra-core==1.3.2 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3"
-VERL = (
-    f"verl==0.9.1 {HYDRA} tensordict==0.10.0 ray==2.55.0 codetiming torchdata msgpack pyvers importlib_metadata zipp \
-cloudpickle orjson pylatexenc {AIO}"
-)
+VERL = f"verl==0.9.1 {HYDRA} tensordict==0.10.0 ray==2.55.0 codetiming torchdata msgpack pyvers importlib_metadata \
+zipp cloudpickle orjson pylatexenc {AIO}"
 PACKAGES = {
-    "openrlhf": f"openrlhf==0.11.2 ray==2.55.0 deepspeed==0.19.6 hjson ninja py-cpuinfo einops msgpack torchdata loralib \
-jsonlines optree pynvml nvidia-ml-py torchmetrics lightning-utilities pylatexenc {AIO}",
+    "openrlhf": f"openrlhf==0.11.2 ray==2.55.0 deepspeed==0.19.6 hjson ninja py-cpuinfo einops msgpack torchdata \
+loralib jsonlines optree pynvml nvidia-ml-py torchmetrics lightning-utilities pylatexenc {AIO}",
     "verl": VERL,
     "trl": "",
     "nemo-rl": HYDRA,
@@ -105,8 +103,9 @@ def main():
                        STAGES[engine], "--gpus", "2", "--model", policy, "--reward-model", reward, "--output", output,
                        "--max-new-tokens", "32", "--overwrite"]  # fmt: skip
             subprocess.run(command, check=True, capture_output=True)
-            probe = [make_environment(args.folder, engine), Path(__file__).with_name("handover_probe.py"), engine, output,
-                     "--policy", policy, "--scores", scores]  # fmt: skip
+            program = Path(__file__).with_name("handover_probe.py")
+            probe = [make_environment(args.folder, engine), program, engine, output]
+            probe += ["--policy", policy, "--scores", scores]
             environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
             done = subprocess.run(probe, capture_output=True, text=True, check=False, env=environment)
             text = done.stdout if done.returncode == 0 else done.stderr

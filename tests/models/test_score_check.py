@@ -1,4 +1,4 @@
-"""models/score_check.py and reward_folders.py: planted faults are found, and a folder is written that engines agree on."""
+"""models/score_check.py, reward_folders.py: planted faults are found, and the copy is one that engines agree on."""
 
 import json
 
