@@ -1,6 +1,6 @@
 """Whether engines read what export.py writes for them: an environment per engine, its own parser, data set and scores.
 
-    python tests/benchmarks/handover.py --folder /tmp/handover --engine openrlhf --engine trl
+    python tests/benchmarks/handover.py --folder engines --engine openrlhf --engine trl
 
 Makes `<folder>/env-ENGINE`, which sees the packages of the current environment and adds the engine without its
 dependencies (none of them needs a GPU), and small random reward models with three chat templates. Prints one line per

@@ -1,13 +1,14 @@
 """models/score_check.py, reward_folders.py: planted faults are found, and the copy is one that engines agree on."""
 
 import json
+from types import SimpleNamespace
 
 import models
 import pytest
 
 from cai.base.errors import InputError
 from cai.models import reward_folders, scorer
-from cai.models.score_check import TOLERANCE, check_scores
+from cai.models.score_check import TOLERANCE, Reading, check_scores, explain_reading
 
 RESPONSES = [
     ([{"role": "user", "content": f"How do I open gate {n}?"}], f"Ask the owner for key {n}, then push.")
@@ -69,6 +70,23 @@ def rewrite_weights(folder, change):
 def rewrite_config(folder, **fields):
     config = json.loads((folder / "config.json").read_text()) | fields
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "position", "cause"),
+    [
+        ([1, 5, 6, 9], 2, "pad"),
+        ([1, 5, 6, 9], 3, "numbers"),
+        ([1, 5, 6, 9, 7], 4, "extra token"),
+        ([1, 5, 6, 9, 9], 4, "extra token"),
+        ([1, 5, 6], 2, "missing token"),
+        ([5, 6, 9], 2, "bos"),
+        ([1, 1, 5, 6, 9], 4, "bos"),
+    ],
+)
+def test_the_cause_of_a_difference_is_told_by_the_tokens(theirs, position, cause):
+    tokenizer = SimpleNamespace(bos_token_id=1)
+    assert explain_reading(Reading([1, 5, 6, 9], 3), Reading(theirs, position), tokenizer) == cause
 
 
 @pytest.mark.slow

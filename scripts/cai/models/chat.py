@@ -71,14 +71,15 @@ class Chat:
         self.stop_id = tokenizer.convert_tokens_to_ids(control[0]) if control and not self.stop_text else None
         self.turn_end, self.tail = end, ""
 
-    def set_ending(self, ending: str) -> None:
-        """Where the responses that a reward model reads end.
+    def set_ending(self, ending: str) -> "Chat":
+        """Choose where the responses that a reward model reads end; returns the chat.
 
         ending: one of `ENDINGS`. "eos": at the end token. "template": where the chat template ends a turn, which in
             ChatML and Gemma is a line break later.
         """
         end_token = None if self.stop_id is None else self.tokenizer.convert_ids_to_tokens(self.stop_id)
         self.tail = self.turn_end.partition(end_token)[2] if end_token and ending == "template" else ""
+        return self
 
     def adopt_run_settings(self) -> None:
         """Take the date and the reasoning tags of the running command: an engine outlives the command it is from."""
