@@ -4,18 +4,18 @@
     request = Request("a", [{"role": "user", "content": "Hello"}], seed=1)
     for request, generation in engine.generate([request], Sampling()): ...
 
-The same two calls as those of a local engine (engine.py). A failed request is sent again, to another replica if there
-are several, until it is answered or refused. If no server answers any more, the run stops and what is done is kept.
-What a server can do beyond the plain call is tested by asking it (references/engines.md lists the differences).
+The same two calls as those of a local engine (engine.py). A failed request is sent again on a new connection, to
+another replica if there are several, until it is answered or refused. One that hangs is given up after a time that the
+other answers teach (latency.py). If no server answers any more, the run stops and what is done is kept. What a server
+can do beyond the plain call is tested by asking it (references/engines.md lists the differences).
 
 The key comes from the environment and goes only into the request's header: not into a manifest, a log or an error.
-Leaves out streaming, tools, images, batch APIs, and the tokenizer: the server applies the chat template.
+Leaves out streaming, tools, images, batch APIs, the reading of answers (server_answers.py), and the tokenizer: the
+server applies the chat template.
 """
 
 import asyncio
-import email.utils
 import json
-import math
 import os
 import random
 import re
@@ -27,18 +27,26 @@ from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
-
-from cai.base import cli, run_settings
+from cai.base import cli, requests, run_settings
 from cai.base.errors import CaiError, InputError, shorten
-from cai.data.dialogue import cut_at_end_token, is_end_token
+from cai.data.dialogue import cut_at_end_token
 from cai.models.chat import join_turns
 from cai.models.engine import Generation, Message, Request, RequestT, Sampling, fold_prefill, label_instruction
-from cai.models.reasoning import strip_thinking
+from cai.models.latency import Patience, SilenceError, Wait, Watch
+from cai.models.server_answers import (
+    Body,
+    check_answer,
+    count_prompt,
+    error_text,
+    label_logprobs,
+    message_text,
+    read_finish,
+    retry_after,
+    top_logprobs,
+    without_thinking,
+)
 
 IN_FLIGHT = 64  # requests at once by default
-
-TIMEOUT = 600.0  # seconds for one request
 
 PATIENCE = 60.0  # seconds without an answer after which all servers count as gone
 
@@ -46,7 +54,13 @@ LONGEST_WAIT = 600.0  # seconds that a server may ask us to wait
 
 TRIES = 12  # of one request; if the server answers another one then, this row fails
 
+SILENT_TRIES = 3  # that end because no answer came in the longest time; they count as `TRIES` together
+
 GREETINGS = 6  # tries of the first request, within some seconds
+
+SEED_TRIES = 3  # requests with a seed that fail, while plain ones are answered, before seeds are left out
+
+SEED_WAIT = 20.0  # seconds, at least, for the answer to the first request with a seed
 
 DOWN_AFTER = 5  # failures in a row after which a replica rests, and then gets one request at a time
 
@@ -66,8 +80,6 @@ CONTROL = re.compile(
 
 _TOO_LONG = re.compile(r"context|too long|too many tokens|max_new_tokens` must be|max_total_tokens", re.IGNORECASE)
 
-_Body = dict[str, Any]  # of a request, or of its answer
-
 
 class _RefusedError(Exception):
     """A server will not answer this conversation; the message gives its reason."""
@@ -80,12 +92,24 @@ class _RefusedError(Exception):
 class _NoAnswerError(Exception):
     """An attempt that failed, where the next may succeed.
 
-    wait: seconds that the server asks for, or None.
+    wait: seconds that the server asks for, or None. silence: what passed without an answer, if that was the failure.
     """
 
-    def __init__(self, reason: str, wait: float | None = None):
+    def __init__(self, reason: str, wait: float | None = None, silence: SilenceError | None = None):
         super().__init__(reason)
-        self.wait = wait
+        self.wait, self.silence = wait, silence
+
+    @property
+    def is_early(self) -> bool:
+        """Whether the attempt was given up after a learned bound: the next one gets more time."""
+        return self.silence is not None and self.silence.is_learned
+
+    @property
+    def tries(self) -> int:
+        """How many of the `TRIES` of its request it takes."""
+        if self.silence is None:
+            return 1
+        return 0 if self.silence.is_learned else -(-TRIES // SILENT_TRIES)
 
 
 @dataclass
@@ -102,14 +126,25 @@ class Replica:
         return self.rests_until <= now and (self.failures < DOWN_AFTER or not self.in_flight)
 
 
+@dataclass
+class _Session:
+    """What belongs to one event loop: a client per address, another that opens a new connection for each request, and
+    the watch over the requests under way."""
+
+    clients: Mapping[str, Any]
+    fresh: Mapping[str, Any]
+    watch: Watch
+
+
 def load_server(
     model: str,
     *,
     endpoints: Sequence[str],
     batch_size: int | None = None,
     key_name: str | None = None,
-    timeout: float = TIMEOUT,
+    timeout: float | None = None,
     patience: float | None = None,
+    seeds: bool = True,
 ) -> "ServerEngine":
     """The engine of `openai:NAME` at its endpoints, after each has answered one small question.
 
@@ -117,8 +152,9 @@ def load_server(
         endpoints: base addresses; several are replicas that serve the same model.
         batch_size: requests in flight at once, over all replicas.
         key_name: environment variable that holds the key, if the server wants one; None: the one of --key-name.
-        timeout: seconds for one request.
+        timeout: seconds, at most, for one answer; None: those of --request-timeout.
         patience: seconds without an answer after which the run stops.
+        seeds: False for a server that does not stand a seed, such as one that died on it: none is sent.
     Raises:
         InputError: not a valid URL, no answer, a wrong key or model name, or the openai client is not installed.
     """
@@ -136,9 +172,11 @@ def load_server(
         batch_size or IN_FLIGHT,
         os.environ.get(key_name) or None,
         key_name,
-        timeout,
+        timeout or requests.request_timeout(),
         PATIENCE if patience is None else patience,
     )
+    if not (seeds and requests.sends_seeds()):
+        engine.leave_out_seeds("none is sent to the server")
     engine.greet()
     return engine
 
@@ -198,21 +236,26 @@ class ServerEngine:
         batch_size: int,
         key: str | None = None,
         key_name: str = "OPENAI_API_KEY",
-        timeout: float = TIMEOUT,
+        timeout: float = requests.TIMEOUT,
         patience: float = PATIENCE,
     ):
-        self.name, self.batch_size, self.timeout, self.patience = name, batch_size, timeout, patience
+        self.name, self.batch_size, self.patience = name, batch_size, patience
         self.model = name.removeprefix("openai:")
         self.replicas = [Replica(address) for address in addresses]
         self._key, self._key_name, self._tags = key, key_name, run_settings.reasoning_tags()
-        self._clients: dict[asyncio.AbstractEventLoop, dict[str, Any]] = {}
+        self._waiting = Patience(timeout)
+        self._report = requests.request_report()
+        self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
         # What the servers turned out to take and to give.
         self._dropped: set[str] = set()
+        self._unseeded = ""  # why no seed is sent
         self._accepted: set[str] = set()
         self._max_tokens, self._top, self._takes_system = "max_tokens", TOP[0], True
+        self._slowest_greeting = 0.0
         self._continues: bool | None = None
         self._scores: bool | None = None
         self._answered_rows = self._refused_rows = 0
+        self._warned_of_silence = False
         self._answered_at = self._told_to_wait_until = 0.0
         for address in addresses:
             host = urlsplit(address).hostname or ""
@@ -227,13 +270,17 @@ class ServerEngine:
     ) -> Iterator[tuple[RequestT, Generation]]:
         """Each request with its answer, as they come, not in order.
 
-        The finish "failed" marks a conversation that no server would answer; its `reason` gives the cause. Each
-        request is sent with its seed, but few servers draw the same text twice.
+        The finish "failed" marks a conversation that no server would answer; its `reason` gives the cause. Where the
+        text is sampled each request is sent with its seed, but few servers draw the same text twice.
 
         Args:
             requests: read lazily, as places in flight become free.
             done: keys of requests that the caller has the answers of: they are not sent.
+        Raises:
+            InputError: the server dies on a seed; see `check_seeds`.
         """
+        if sampling.temperature > 0:
+            self.check_seeds()
         yield from self._run(
             (request, self._generate(request, sampling)) for request in requests if request.key not in done
         )
@@ -264,7 +311,7 @@ class ServerEngine:
             question = {"role": "user", "content": "Answer with one letter and nothing else: A or B."}
             try:
                 [(_, answer)] = self._run([(None, self._ask({**_request([question], 1), **_LOGPROBS}))])
-                self._scores = bool(_top_logprobs(answer))
+                self._scores = bool(top_logprobs(answer))
             except _RefusedError:
                 self._scores = False
         return self._scores
@@ -274,7 +321,9 @@ class ServerEngine:
     async def _generate(self, request: Request, sampling: Sampling) -> Generation:
         instruction = "Begin your answer with exactly these words, and go on from there:"
         body = await self._prepare(request, instruction, sampling.max_new_tokens)
-        body |= {"temperature": sampling.temperature, "seed": request.seed & 0x7FFFFFFF}  # 32 bits, as llama.cpp takes
+        body["temperature"] = sampling.temperature
+        if sampling.temperature > 0:
+            body["seed"] = request.seed & 0x7FFFFFFF  # 32 bits, as llama.cpp takes
         if sampling.top_p < 1:
             body["top_p"] = sampling.top_p
         if sampling.stop:
@@ -283,12 +332,14 @@ class ServerEngine:
             answer = await self._ask_row(body)
         except _RefusedError as refusal:
             return Generation("", "too_long" if refusal.is_too_long else "failed", 0, 0, str(refusal))
+        if "seed" in body and "seed" in self._dropped:
+            self._report.unseeded = self._unseeded
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         tokens = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
         finish, reason = read_finish(choice)
         if finish == "failed":
             return Generation("", finish, *tokens, self._safe(reason))
-        text = _text(choice["message"].get("content"))
+        text = message_text(choice["message"].get("content"))
         cuts = [position for stop in sampling.stop if (position := text.find(stop)) >= 0]
         text = cut_at_end_token(without_thinking(text[: min(cuts, default=None)], self._tags)).strip()
         if request.prefill and not _CONTINUE.keys() <= body.keys():
@@ -301,7 +352,7 @@ class ServerEngine:
             answer = await self._ask_row({**body, **_LOGPROBS})
         except _RefusedError:
             return None
-        tokens, (finish, _) = _top_logprobs(answer), read_finish(answer["choices"][0])
+        tokens, (finish, _) = top_logprobs(answer), read_finish(answer["choices"][0])
         if not tokens and finish == "failed":
             return None
         if not tokens:  # a replica unlike the one that was tested
@@ -311,7 +362,7 @@ class ServerEngine:
             )
         return label_logprobs(tokens, labels)
 
-    async def _prepare(self, request: Request, instruction: str, max_tokens: int) -> _Body:
+    async def _prepare(self, request: Request, instruction: str, max_tokens: int) -> Body:
         """The body of a row's request.
 
         instruction: goes into the question, before the prefill, where the server can't continue a prefill.
@@ -332,11 +383,11 @@ class ServerEngine:
             try:
                 plain = await self._ask(_request(turns[:1], 1))
                 prefilled = await self._ask({**_request(turns, 1), **_CONTINUE})
-                before, after = map(_prompt_tokens, (plain, prefilled))
+                before, after = map(count_prompt, (plain, prefilled))
                 continues = before > 0 and after > 0 and after - before <= 1
                 if continues and after <= before:  # does it count at all?
                     longer = await self._ask(_request([{"role": "user", "content": "x " * 64}], 1))
-                    continues = _prompt_tokens(longer) > before
+                    continues = count_prompt(longer) > before
             except _RefusedError:
                 continues = False
             if self._continues is None:  # of several that test at once, the first decides
@@ -348,11 +399,12 @@ class ServerEngine:
                     )
         return self._continues
 
-    async def _ask_row(self, body: _Body) -> _Body:
+    async def _ask_row(self, body: Body) -> Body:
         """`_ask` for a row. Raises CaiError if the server refuses not this row but every request."""
         try:
             answer = await self._ask(body)
         except _RefusedError as refusal:
+            self._report.counts.failed += 1
             self._refused_rows += not refusal.is_too_long
             if self._refused_rows == REFUSALS and not self._answered_rows and not refusal.is_too_long:
                 hello = {name: value for name, value in body.items() if name not in _CONTINUE}
@@ -367,44 +419,65 @@ class ServerEngine:
 
     # --- requests ---------------------------------------------------------------------------------------------
 
-    async def _ask(self, body: _Body) -> _Body:
+    async def _ask(self, body: Body) -> Body:
         """The server's answer to a request, tried until there is one.
 
         Raises _RefusedError if the request is refused, CaiError if there will be no answer.
         """
-        tries, last = 0, None
+        tries, last, wait, counts = 0, None, _begin_wait(body), self._report.counts
         while True:
             replica = await self._free_replica(last)
             began = time.monotonic()
             replica.in_flight += 1
             try:
-                return await self._attempt(replica, body)
-            except _NoAnswerError as failure:
-                tries, last = tries + 1, replica
-                self._note_failure(replica, began, failure.wait)
-                gone = self._are_gone()
-                if gone or tries >= TRIES:  # is it the server or the row?
-                    if await self._is_alive(replica):
-                        raise _RefusedError(
-                            f"no answer in {tries} tries, while another question was answered; the last: {failure}"
-                        ) from None
-                    if gone:
-                        raise CaiError(
-                            f"{self.name}: no server has answered for {self.patience:g} s; the last: {failure}. "
-                            "What is done is kept: start the server and run the same command again"
-                        ) from None
+                answer = await self._attempt(replica, body, wait, fresh=last is not None)
+                counts.answered += 1
+                return answer
+            except _NoAnswerError as error:
+                failure, last, tries = error, replica, tries + error.tries
+                self._note_failure(replica, began, failure)
             finally:
                 replica.in_flight -= 1
+            if self._are_gone() or tries >= TRIES:
+                await self._settle(replica, failure, tries)
+            counts.retried += 1
+            counts.silent += failure.silence is not None
+            if failure.is_early:
+                continue  # the pause is over already
             backoff = min(20.0, 0.25 * 2**tries) * random.uniform(0.5, 1.0)
             # Another replica may be free at once.
             await asyncio.sleep(min(backoff, 1.0) if len(self.replicas) > 1 else backoff)
 
-    async def _attempt(self, replica: Replica, body: _Body) -> _Body:
-        """One attempt at a request, sent again without each field that the server refuses by name."""
+    async def _settle(self, replica: Replica, failure: _NoAnswerError, tries: int) -> None:
+        """Decide whether the server or the row is at fault, after many failures or much silence.
+
+        Raises CaiError if the server is gone, _RefusedError if it answers another question. Returns if the request is
+        to be sent again: where it was not given all the time that there is, or the server may come back.
+        """
+        gone = self._are_gone()
+        if await self._is_alive(replica):
+            if failure.is_early:
+                return
+            raise _RefusedError(
+                f"no answer in {max(1, tries)} tries, while another question was answered; the last: {failure}"
+                if failure.silence is None
+                else f"{failure}, while another question was answered"
+            )
+        if gone:
+            raise CaiError(
+                f"{self.name}: no server has answered for {self.patience:g} s; the last: {failure}. "
+                "What is done is kept: start the server and run the same command again"
+            )
+
+    async def _attempt(self, replica: Replica, body: Body, wait: Wait, *, fresh: bool = False) -> Body:
+        """One attempt at a request, sent again without each field that the server refuses by name.
+
+        fresh: on a connection of its own, because an older one may be what hangs.
+        """
         while True:
             sent = self._adapt(body)
             try:
-                answer = await self._send(replica, sent)
+                answer = await self._send(replica, sent, wait, fresh)
             except _RefusedError as refusal:
                 self._note_answer(replica)
                 if not self._learn(sent, str(refusal)):
@@ -414,7 +487,7 @@ class ServerEngine:
                 self._accepted |= sent.keys() | {message["role"] for message in sent["messages"]}
                 return answer
 
-    def _adapt(self, body: _Body) -> _Body:
+    def _adapt(self, body: Body) -> Body:
         """The request in the form that the servers take, as far as that is known."""
         adapted = {name: value for name, value in body.items() if name not in self._dropped}
         adapted["messages"] = join_turns(body["messages"], CONTROL, self._takes_system)
@@ -423,22 +496,24 @@ class ServerEngine:
             adapted["top_logprobs"] = self._top
         return adapted
 
-    async def _send(self, replica: Replica, body: _Body) -> _Body:
+    async def _send(self, replica: Replica, body: Body, wait: Wait, fresh: bool) -> Body:
         """One exchange. Raises _RefusedError, _NoAnswerError, or CaiError for what no repetition fixes."""
         import openai
 
-        client = self._clients[asyncio.get_running_loop()][replica.address]
+        session = self._sessions[asyncio.get_running_loop()]
+        client = (session.fresh if fresh else session.clients)[replica.address]
         extra = {name: value for name, value in body.items() if name != "messages"}
         try:
-            async with asyncio.timeout(self.timeout):  # the client's own timeout is for each step of the transfer
+            async with session.watch.limit(wait):
                 raw = await client.chat.completions.with_raw_response.create(
                     model=self.model, messages=body["messages"], extra_body=extra
                 )
-            return _check_answer(json.loads(raw.http_response.content))
+            return check_answer(json.loads(raw.http_response.content))
         except openai.APIStatusError as error:
             raise self._explain_status(replica, error.status_code, error.response.headers, error.body) from None
-        except (TimeoutError, openai.APITimeoutError):
-            raise _NoAnswerError(f"{replica.address}: no answer within {self.timeout:g} s") from None
+        except SilenceError as silence:
+            why = "the others came sooner" if silence.is_learned else "--request-timeout"
+            raise _NoAnswerError(f"{replica.address}: {silence} ({why})", silence=silence) from None
         except openai.OpenAIError as error:
             raise _NoAnswerError(f"{replica.address}: {self._safe(error.__cause__ or error)}") from None
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -447,7 +522,7 @@ class ServerEngine:
 
     def _explain_status(self, replica: Replica, status: int, headers: Mapping[str, str], body: object) -> Exception:
         """The error of a status other than 200."""
-        message = f"{replica.address}: {status} {self._safe(_error_text(body))}".rstrip()
+        message = f"{replica.address}: {status} {self._safe(error_text(body))}".rstrip()
         if 300 <= status < 400:
             # Never followed: the key and the conversation would go to an address that nobody named.
             target = self._safe(headers.get("location", "elsewhere"))
@@ -469,7 +544,7 @@ class ServerEngine:
             return CaiError(f"{message}. It asks to wait {wait:.0f} s: run the same command again then")
         return _NoAnswerError(message, wait)
 
-    def _learn(self, sent: _Body, refusal: str) -> bool:
+    def _learn(self, sent: Body, refusal: str) -> bool:
         """Do without a field that the refusal names, if no request with it was ever taken. Returns whether there is
         one."""
         untaken = sent.keys() - self._accepted
@@ -479,9 +554,9 @@ class ServerEngine:
         if field == "max_tokens":
             self._max_tokens = "max_completion_tokens"
         elif field:
-            if field == "seed" and field not in self._dropped:
-                cli.warn(f"{self.name}: the server takes no seed, so a run can't be repeated exactly")
             self._dropped.add(field)
+            if field == "seed":
+                self.leave_out_seeds("the server refuses them")
         elif (
             "top_logprobs" in untaken
             and sent["top_logprobs"] > TOP[-1]
@@ -511,8 +586,13 @@ class ServerEngine:
             cli.note(f"{replica.address} answers again")
         replica.failures = 0
 
-    def _note_failure(self, replica: Replica, began: float, wait: float | None) -> None:
-        now = time.monotonic()
+    def _note_failure(self, replica: Replica, began: float, failure: _NoAnswerError) -> None:
+        now, wait = time.monotonic(), failure.wait
+        if failure.silence and not failure.is_early and not self._warned_of_silence:
+            self._warned_of_silence = True
+            cli.warn(
+                f"{failure}; asked again. If answers take that long, raise --request-timeout or lower --batch-size"
+            )
         # Failures come sooner than answers: many at once in the beginning count as one.
         if began >= replica.failed_at:
             replica.failures, replica.failed_at = replica.failures + 1, now
@@ -532,7 +612,7 @@ class ServerEngine:
     async def _is_alive(self, replica: Replica) -> bool:
         """Whether the replica answers the smallest of questions: then the row is at fault."""
         try:
-            await self._send(replica, self._adapt(_GREETING))
+            await self._send(replica, self._adapt(_GREETING), _begin_wait(_GREETING), True)
         except (_NoAnswerError, CaiError):
             return False
         except _RefusedError:
@@ -559,19 +639,76 @@ class ServerEngine:
                 replica.failures, replica.rests_until = DOWN_AFTER, time.monotonic() + 8.0
                 cli.warn(f"{failure}; going on with the others")
 
-    async def _meet(self, replica: Replica) -> Exception | None:
-        """None if the replica answers, else the error."""
+    async def _meet(self, replica: Replica, most: float | None = None) -> Exception | None:
+        """None if the replica answers a plain question, else the error. most: seconds for one answer."""
         failure: Exception | None = None
+        silences = 0
         for attempt in range(GREETINGS):
+            began = time.monotonic()
             try:
-                await self._attempt(replica, _GREETING)
+                await self._attempt(replica, _GREETING, _begin_wait(_GREETING, most), fresh=attempt > 0)
+                self._slowest_greeting = max(self._slowest_greeting, time.monotonic() - began)
                 return None
             except (CaiError, _RefusedError) as error:
                 return error
             except _NoAnswerError as error:
-                failure = error
+                failure, silences = error, silences + (error.silence is not None)
+                if silences == SILENT_TRIES:
+                    break
+                if error.silence:
+                    cli.note(f"{error}; asked again")
                 await asyncio.sleep(max(0.2 * 2**attempt, min(error.wait or 0.0, 5.0)))
         return failure
+
+    # --- seeds ------------------------------------------------------------------------------------------------
+
+    def leave_out_seeds(self, reason: str) -> None:
+        """Send no seed from now on, with a warning. Texts that are sampled can't be repeated then."""
+        if not self._unseeded:
+            cli.warn(f"{self.name}: requests carry no seed ({reason}), so sampled texts can't be repeated exactly")
+        self._dropped.add("seed")
+        self._unseeded = reason
+
+    def check_seeds(self) -> None:
+        """Ask one replica for a sampled text with a seed, unless it is known whether seeds can be sent.
+
+        Some servers die on a seed (vLLM on a CPU), and then the failure is no row's. Seeds are left out where the
+        server refuses them, where it fails on them and answers plain questions before and after, and where another
+        replica is there to go on with.
+
+        Raises InputError if no server answers any more.
+        """
+        if "seed" not in self._dropped | self._accepted:
+            with self._session() as runner:
+                runner.run(self._try_seed())
+
+    async def _try_seed(self) -> None:
+        ready = [replica for replica in self.replicas if replica.failures < DOWN_AFTER] or self.replicas
+        replica, seeded = ready[0], {**_GREETING, "seed": 1}
+        most = max(SEED_WAIT, 4 * self._slowest_greeting)
+        for attempt in range(SEED_TRIES):
+            try:
+                await self._attempt(replica, seeded, _begin_wait(seeded, most), fresh=attempt > 0)
+                return
+            except _RefusedError:
+                return  # of another field, maybe: the rows will show it
+            except _NoAnswerError as error:
+                failure = error
+            if await self._meet(replica, most) is not None:
+                break
+        else:
+            self.leave_out_seeds(f"the server answers plain requests, and none of {SEED_TRIES} with a seed: {failure}")
+            return
+        replica.failures, replica.rests_until = DOWN_AFTER, time.monotonic() + 8.0
+        for other in ready[1:]:
+            if await self._meet(other, most) is None:
+                self.leave_out_seeds(f"a replica stopped answering after a request with a seed: {failure}")
+                return
+        raise InputError(
+            f"{replica.address} answered, and stopped after a request with a seed, as vLLM does on a CPU ({failure})",
+            where=self.name,
+            remedy="Start the server again, and give --no-server-seed; sampled texts can't be repeated then",
+        )
 
     # --- the loop they run in ---------------------------------------------------------------------------------
 
@@ -595,34 +732,66 @@ class ServerEngine:
 
     @contextmanager
     def _session(self) -> Iterator[asyncio.Runner]:
-        """An event loop, and clients for as long as it lasts: connections belong to their loop."""
+        """An event loop, and what belongs to it for as long as it lasts: connections, and the watch."""
         import openai
 
-        limits = openai.Timeout(self.timeout, connect=min(10.0, self.timeout))
-        http = openai.DefaultAsyncHttpxClient(follow_redirects=False, timeout=limits)
+        # How long an answer may take is the watch's business.
+        limits = openai.Timeout(None, connect=min(10.0, self._waiting.longest))
+        pools = [
+            openai.DefaultAsyncHttpxClient(
+                follow_redirects=False,
+                timeout=limits,
+                limits=type(openai.DEFAULT_CONNECTION_LIMITS)(max_keepalive_connections=kept),
+            )
+            for kept in (self.batch_size, 0)
+        ]
+        watch = Watch(self._waiting, self._show_waiting)
         with asyncio.Runner() as runner:
             loop = runner.get_loop()
-            self._clients[loop] = {
-                replica.address: openai.AsyncOpenAI(
-                    base_url=replica.address,
-                    api_key=self._key or "none",
-                    admin_api_key="",
-                    max_retries=0,
-                    timeout=limits,
-                    http_client=http,
-                )
-                for replica in self.replicas
-            }
+            usual, fresh = (
+                {
+                    replica.address: openai.AsyncOpenAI(
+                        base_url=replica.address,
+                        api_key=self._key or "none",
+                        admin_api_key="",
+                        max_retries=0,
+                        timeout=limits,
+                        http_client=http,
+                    )
+                    for replica in self.replicas
+                }
+                for http in pools
+            )
+            self._sessions[loop] = _Session(usual, fresh, watch)
+            watching = loop.create_task(watch.run())
             try:
                 yield runner
             finally:
-                del self._clients[loop]
-                runner.run(http.aclose())
+                del self._sessions[loop]
+                runner.run(_cancel([watching]))
+                for http in pools:
+                    runner.run(http.aclose())
+                self._report.counts.waiting = 0
+
+    def _show_waiting(self, longest: float) -> None:
+        """Put the requests under way into the progress line. longest: seconds that the oldest has waited."""
+        counts = self._report.counts
+        counts.waiting = sum(replica.in_flight for replica in self.replicas)
+        cli.show_in_progress(counts.describe(longest))
 
     def _safe(self, value: object) -> str:
         """A server's text, fit for a line of ours: short, printable, and without the key."""
         text = str(value).replace(self._key, "***") if self._key else str(value)
         return shorten("".join(character if character.isprintable() else " " for character in text), 300)
+
+
+def _begin_wait(body: Body, most: float | None = None) -> Wait:
+    """The wait for the answer to a request. Those with the same bound on new tokens are of a kind.
+
+    most: see `Wait`.
+    """
+    length = sum(len(message["content"]) for message in body["messages"])
+    return Wait(("logprobs" in body, body["max_tokens"]), length, most)
 
 
 async def _cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
@@ -634,7 +803,7 @@ async def _cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
 # --- the body of a request ------------------------------------------------------------------------------------
 
 
-def _request(conversation: Sequence[Message], max_tokens: int) -> _Body:
+def _request(conversation: Sequence[Message], max_tokens: int) -> Body:
     """A request for the answer alone: no thinking, as for local models."""
     thinking = {"enable_thinking": False}
     return {"messages": conversation, "max_tokens": max_tokens, "chat_template_kwargs": thinking}
@@ -648,114 +817,3 @@ _CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 
 # Temperature 1: log-probabilities from before and after the temperature are then the same.
 _LOGPROBS = {"temperature": 1.0, "logprobs": True, "top_logprobs": TOP[0]}
-
-
-# --- the body of an answer ------------------------------------------------------------------------------------
-
-
-def _check_answer(answer: Any) -> _Body:
-    """A chat completion; ValueError, or what looking into it raises, if it is none."""
-    if answer.get("error"):
-        raise ValueError(_error_text(answer["error"]))
-    _text(answer["choices"][0]["message"].get("content"))
-    for name in ("prompt_tokens", "completion_tokens"):
-        if not isinstance((answer.get("usage") or {}).get(name), int | None):
-            raise ValueError(f"{name} is not a number")
-    for entry in _top_logprobs(answer):
-        if not isinstance(entry["token"], str) or not isinstance(entry["logprob"], int | float):
-            raise ValueError("malformed log-probabilities")
-    checked: _Body = answer
-    return checked
-
-
-def _text(content: Any) -> str:
-    """The text of a message: of a string, of parts as some servers of reasoning models send them, or of nothing."""
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content if part["type"] == "text")
-    if not isinstance(content, str | None):
-        raise ValueError("the content is not text")
-    (content or "").encode()  # half a character is an error, too
-    return content or ""
-
-
-def _prompt_tokens(answer: _Body) -> int:
-    """The tokens of the prompt by an answer's usage; 0 where it has none."""
-    return (answer.get("usage") or {}).get("prompt_tokens") or 0
-
-
-# What servers call an answer that came to its end, and one that was cut at its longest length. Only these are answers:
-# an error, an abort, a filter or no reason at all leaves a text that nobody knows to be whole.
-_ENDED = {
-    *("stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "stop_token", "stop_str", "complete"),
-    *("completed", "finished", "eos_token_id", "end_of_text", "end_of_sequence"),
-}
-
-_CUT = {
-    *("length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "max_completion_tokens"),
-    *("model_length", "token_limit", "max_token", "limit", "model_context_window_exceeded", "max_tokens_reached"),
-}
-
-
-def read_finish(choice: _Body) -> tuple[str, str]:
-    """(finish, reason) of a choice: "stop", "length", or "failed" with the reason.
-
-    Only `stop`, its synonyms and an end token are a stop. Spellings differ by case, `-`, and the prefix
-    `FINISH_REASON_`.
-    """
-    raw = choice.get("finish_reason")
-    if isinstance(raw, str):
-        word = re.sub(r"[\s-]+", "_", raw.strip().lower()).removeprefix("finish_reason_").removeprefix("finishreason.")
-        if word in _ENDED or is_end_token(raw.strip()):
-            return "stop", ""
-        if word in _CUT:
-            return "length", ""
-    error = choice.get("error")
-    detail = f": {_error_text(error)}" if error else ""
-    return "failed", f"the server's finish reason is {json.dumps(raw, ensure_ascii=False)}{detail}"
-
-
-def _top_logprobs(answer: _Body) -> list[_Body]:
-    """The likeliest first tokens with their log-probabilities; [] if the server gave none."""
-    first = ((answer["choices"][0].get("logprobs") or {}).get("content") or [{}])[0]
-    return [entry for entry in first.get("top_logprobs") or [] if entry["logprob"] is not None]
-
-
-def label_logprobs(tokens: Sequence[_Body], labels: Sequence[str]) -> list[float]:
-    """Log-probability of each label, from the tokens that a server lists as the likeliest.
-
-    Args:
-        tokens: `{"token": ..., "logprob": ...}`, over the whole vocabulary, so that probabilities add up to 1 at most.
-    """
-    # A space before a token as SentencePiece and GPT-2 write it.
-    words = [(entry["token"].strip(" \n\t\u2581\u0120"), float(entry["logprob"])) for entry in tokens]
-    by_label = [[logprob for word, logprob in words if word == label] for label in labels]
-    if not any(by_label):
-        return [-math.inf] * len(labels)
-    lowest = min(logprob for _, logprob in words)
-    return [min(0.0, float(np.logaddexp.reduce(logprobs))) if logprobs else lowest for logprobs in by_label]
-
-
-def without_thinking(text: str, tags: Sequence[tuple[str, str]] = ()) -> str:
-    """An answer without reasoning, also where the prompt opened it and the answer has its end only."""
-    return strip_thinking(text, tags=tags).strip()
-
-
-def _error_text(body: object) -> str:
-    """The message in an error's body."""
-    if isinstance(body, dict):
-        body = body.get("message") or body.get("detail") or body.get("error") or body
-    return str(body or "")
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server asks to wait, by a number or a date; None if it asks for nothing readable."""
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        value = headers.get(name, "")
-        try:
-            wait = float(value) / unit
-        except ValueError:
-            date = email.utils.parsedate_tz(value)
-            wait = email.utils.mktime_tz(date) - time.time() if date else math.nan
-        if math.isfinite(wait):
-            return max(0.0, wait)
-    return None
