@@ -62,6 +62,8 @@ SEED_TRIES = 3  # requests with a seed that fail, while plain ones are answered,
 
 SEED_WAIT = 20.0  # seconds, at least, for the answer to the first request with a seed
 
+LONG_STEP = 2800  # tokens that vLLM on a CPU does not read in one step, with its default of 2048
+
 DOWN_AFTER = 5  # failures in a row after which a replica rests, and then gets one request at a time
 
 REFUSALS = 8  # refused rows without any answered row, after which the whole run is in question
@@ -77,6 +79,8 @@ CONTROL = re.compile(
     r"<[|｜][^\s<>|｜]{1,40}[|｜]?>|<[^\s<>|]{1,40}\|>|</?s>|<(?:bos|eos|pad|unk|(?:start|end)_of_turn)>"
     r"|</?think(?:ing)?>|\[/?(?:INST|THINK|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<</?SYS>>"
 )
+
+_ENGINE_DIED = re.compile(r"EngineCore|EngineDead|EngineGenerateError")  # vLLM's words
 
 _TOO_LONG = re.compile(r"context|too long|too many tokens|max_new_tokens` must be|max_total_tokens", re.IGNORECASE)
 
@@ -436,6 +440,7 @@ class ServerEngine:
             except _NoAnswerError as error:
                 failure, last, tries = error, replica, tries + error.tries
                 self._note_failure(replica, began, failure)
+                self._note_engine_failure(body, failure)
             finally:
                 replica.in_flight -= 1
             if self._are_gone() or tries >= TRIES:
@@ -464,9 +469,10 @@ class ServerEngine:
                 else f"{failure}, while another question was answered"
             )
         if gone:
+            option = ", with --no-server-seed" if "died" in self._unseeded else ""
             raise CaiError(
                 f"{self.name}: no server has answered for {self.patience:g} s; the last: {failure}. "
-                "What is done is kept: start the server and run the same command again"
+                f"What is done is kept: start the server and run the same command again{option}"
             )
 
     async def _attempt(self, replica: Replica, body: Body, wait: Wait, *, fresh: bool = False) -> Body:
@@ -684,19 +690,13 @@ class ServerEngine:
 
     async def _try_seed(self) -> None:
         ready = [replica for replica in self.replicas if replica.failures < DOWN_AFTER] or self.replicas
-        replica, seeded = ready[0], {**_GREETING, "seed": 1}
-        most = max(SEED_WAIT, 4 * self._slowest_greeting)
-        for attempt in range(SEED_TRIES):
-            try:
-                await self._attempt(replica, seeded, _begin_wait(seeded, most), fresh=attempt > 0)
-                return
-            except _RefusedError:
-                return  # of another field, maybe: the rows will show it
-            except _NoAnswerError as error:
-                failure = error
-            if await self._meet(replica, most) is not None:
-                break
-        else:
+        replica, most = ready[0], max(SEED_WAIT, 4 * self._slowest_greeting)
+        failure = await self._fail_on_seeds(replica, [{**_GREETING, "seed": 1}], most)
+        if failure is None and "seed" not in self._dropped:
+            failure = await self._fail_on_seeds(replica, await self._list_long_questions(replica), None)
+        if failure is None:
+            return
+        if await self._meet(replica, most) is None:
             self.leave_out_seeds(f"the server answers plain requests, and none of {SEED_TRIES} with a seed: {failure}")
             return
         replica.failures, replica.rests_until = DOWN_AFTER, time.monotonic() + 8.0
@@ -709,6 +709,56 @@ class ServerEngine:
             where=self.name,
             remedy="Start the server again, and give --no-server-seed; sampled texts can't be repeated then",
         )
+
+    async def _fail_on_seeds(
+        self, replica: Replica, bodies: Sequence[Body], most: float | None
+    ) -> _NoAnswerError | None:
+        """The failure of requests with a seed that are sent together; None if all of them are answered or refused.
+
+        They are sent again if they fail and a plain request is answered: the connection may have been at fault.
+        """
+        failures: list[_NoAnswerError] = []
+        for attempt in range(SEED_TRIES):
+            waits = [_begin_wait(body, most) for body in bodies]
+            attempts = (self._attempt(replica, *each, fresh=attempt > 0) for each in zip(bodies, waits, strict=True))
+            results = await asyncio.gather(*attempts, return_exceptions=True)
+            for result in results:
+                if isinstance(result, BaseException) and not isinstance(result, _NoAnswerError | _RefusedError):
+                    raise result
+            failures = [result for result in results if isinstance(result, _NoAnswerError)]
+            if not failures or await self._meet(replica, most) is not None:
+                break
+        return failures[0] if failures else None
+
+    async def _list_long_questions(self, replica: Replica) -> list[Body]:
+        """Requests with a seed that vLLM can't read in one step; none for another server, which stands a seed once it
+        has answered one.
+
+        vLLM on a CPU dies where it is in the middle of a prompt with a seed at the end of a step: it sets the offset
+        of a generator, and those of a CPU have none (0.32, `set_offset` in gpu_model_runner.py). A step takes 2048
+        tokens there by default.
+        """
+        client = self._sessions[asyncio.get_running_loop()].clients[replica.address]
+        try:
+            async with asyncio.timeout(SEED_WAIT):
+                raw = await client.models.with_raw_response.list()
+            entry = next(each for each in json.loads(raw.http_response.content)["data"] if each["id"] == self.model)
+            if entry["owned_by"] != "vllm":
+                return []
+            words = min(700, int(entry["max_model_len"]) // 2)
+        except Exception:  # whatever it is, it is not vLLM's list of models
+            return []
+        count = -(-LONG_STEP // max(1, words))
+        question = {"role": "user", "content": " lake" * words}
+        return [
+            {**_request([{**question, "content": f"{n}{question['content']}"}], 1), "temperature": 1.0, "seed": n}
+            for n in range(count)
+        ]
+
+    def _note_engine_failure(self, body: Body, failure: _NoAnswerError) -> None:
+        """Leave seeds out where vLLM reports that its engine has died, and a request with a seed was with it."""
+        if "seed" in body and "seed" not in self._dropped and _ENGINE_DIED.search(str(failure)):
+            self.leave_out_seeds(f"the server died while requests had seeds: {failure}")
 
     # --- the loop they run in ---------------------------------------------------------------------------------
 
