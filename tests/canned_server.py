@@ -2,10 +2,11 @@
 
     with CannedServer({"finish_reason": "abort", "message": {...}}) as server: ... server.address
 
-The greeting of `load_server` and the question whether a prefill is continued are answered plainly. With `fault` it fails
-as flaky servers do, on chosen requests. Leaves out all that the tests do not need.
+The greeting of `load_server` and the question whether a prefill is continued are answered plainly. With `fault` it
+fails as flaky servers do, on chosen requests. Leaves out all that the tests do not need.
 """
 
+import contextlib
 import json
 import threading
 import time
@@ -77,10 +78,8 @@ class CannedServer:
                 pass
 
             def handle(self):
-                try:
+                with contextlib.suppress(OSError):  # the client gave up
                     super().handle()
-                except OSError:
-                    pass  # the client gave up
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True

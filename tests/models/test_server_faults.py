@@ -11,6 +11,7 @@ from conftest import load_command
 
 from cai.base import cli, requests
 from cai.base.errors import CaiError, InputError
+from cai.constitution.files import load_constitution
 from cai.data.outputs import read_manifest, write_jsonl
 from cai.models import latency, servers
 from cai.models.engine import Request, Sampling
@@ -19,12 +20,13 @@ from cai.models.servers import load_server
 TEXT = {"finish_reason": "stop", "message": {"role": "assistant", "content": "Glue the leg of the chair."}}
 MODEL = "openai:x"
 SAMPLED = Sampling(24, 0.7)
+PRINCIPLE = load_constitution("harmlessness").principles[0].id
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """What is learned in seconds is learned in tenths."""
-    monkeypatch.setattr(latency, "FLOOR", 0.3)
+    monkeypatch.setattr(latency, "FLOOR", 0.5)
     monkeypatch.setattr(latency, "TICK", 0.02)
     monkeypatch.setattr(servers, "GREETINGS", 2)
 
@@ -40,6 +42,11 @@ def answers(engine, count, sampling=SAMPLED):
     return {request.key: answer for request, answer in engine.generate(asked, sampling)}
 
 
+def rows_sent(server):
+    """How many requests about rows came, each as often as it was sent."""
+    return sum("chair" in body["messages"][-1]["content"] for body in server.requests)
+
+
 def generate(invoke, tmp_path, server, *options, rows=120):
     """(the result, the summary or None, the manifest)."""
     line = ("--model", MODEL, "--endpoint", server.address, "--max-new-tokens", 24, "--batch-size", 16)
@@ -51,6 +58,7 @@ def generate(invoke, tmp_path, server, *options, rows=120):
 # --- what hangs and what breaks off -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_where_one_in_twenty_hangs_no_row_is_lost_and_all_is_shown(invoke, tmp_path):
     """Greeting and seed come first; then each twentieth request is never answered."""
     with CannedServer(TEXT, fault=lambda n, _body: "hang" if n % 20 == 10 else 0.01) as server:
@@ -58,15 +66,16 @@ def test_where_one_in_twenty_hangs_no_row_is_lost_and_all_is_shown(invoke, tmp_p
         result, summary, manifest = generate(invoke, tmp_path, server)
         seconds = time.monotonic() - began
     assert result.exit_code == 0, result.stderr
-    hung = server.faults.count("hang")
-    assert summary["rows"] == 120 and hung >= 6
-    assert summary["requests"] == {"answered": 120, "retried": hung, "silent": hung, "failed": 0, "waiting": 0}
+    hung, again = server.faults.count("hang"), rows_sent(server) - 120
+    assert summary["rows"] == 120 and again >= hung >= 6
+    assert summary["requests"] == {"answered": 120, "retried": again, "silent": again, "failed": 0, "waiting": 0}
     assert manifest["counts"]["requests"] == summary["requests"] and "requests" not in manifest
     assert seconds < requests.TIMEOUT / 2  # each of them would have taken the whole of it
-    again, shown, _ = generate(invoke, tmp_path, server)
-    assert again.exit_code == 0 and shown["requests"] == summary["requests"]
+    result, shown, _ = generate(invoke, tmp_path, server)
+    assert result.exit_code == 0 and shown["requests"] == summary["requests"]
 
 
+@pytest.mark.slow
 def test_what_is_asked_again_goes_over_a_new_connection():
     hung = []
 
@@ -87,28 +96,32 @@ def test_what_is_asked_again_goes_over_a_new_connection():
     assert len(set(server.ports)) < 40  # the others share connections
 
 
+@pytest.mark.slow
 def test_a_connection_that_ends_in_the_middle_of_an_answer_is_asked_again(invoke, tmp_path):
     with CannedServer(TEXT, fault=lambda n, _body: "half" if n % 10 == 5 else None) as server:
         result, summary, _ = generate(invoke, tmp_path, server, rows=40)
     assert result.exit_code == 0, result.stderr
-    broken = server.faults.count("half")
-    assert summary["requests"] == {"answered": 40, "retried": broken, "silent": 0, "failed": 0, "waiting": 0}
+    asked, retried = summary["requests"], rows_sent(server) - 40
+    assert retried - asked["silent"] == server.faults.count("half") >= 3
+    assert asked == {"answered": 40, "retried": retried, "silent": asked["silent"], "failed": 0, "waiting": 0}
 
 
+@pytest.mark.slow
 def test_an_answer_that_takes_long_is_waited_for_in_the_end():
-    """The others teach a bound of 0.3 s, and this one takes 1 s: it gets 0.3, 0.6 and 1.2 s."""
+    """The others teach a bound of 0.5 s, and this one takes 1.6 s: it gets 0.5, 1 and 2 s."""
 
     def fault(_number, body):
-        return 1.0 if "chair 30?" in body["messages"][-1]["content"] else 0.01
+        return 1.6 if "chair 30?" in body["messages"][-1]["content"] else 0.01
 
     with CannedServer(TEXT, fault=fault) as server:
         engine = load_server(MODEL, endpoints=[server.address], batch_size=8)
         texts = answers(engine, 40)
     assert len(texts) == 40 and all(answer.finish == "stop" for answer in texts.values())
     counts = engine._report.counts
-    assert counts.silent == counts.retried == server.faults.count(1.0) - 1 >= 1 and counts.failed == 0
+    assert counts.silent == counts.retried == rows_sent(server) - 40 >= 2 and counts.failed == 0
 
 
+@pytest.mark.slow
 def test_a_server_that_slows_down_is_waited_for():
     """From 0.01 s to 0.7 s for one answer, with eight requests under way."""
     with CannedServer(TEXT, fault=lambda n, _body: 0.01 * 1.055**n) as server:
@@ -118,6 +131,7 @@ def test_a_server_that_slows_down_is_waited_for():
     assert engine._report.counts.retried < 20 and engine._report.counts.failed == 0
 
 
+@pytest.mark.slow
 def test_a_row_that_is_never_answered_fails_after_the_longest_wait_alone(invoke, tmp_path):
     def fault(_number, body):
         return "hang" if "chair 7?" in body["messages"][-1]["content"] else None
@@ -131,6 +145,7 @@ def test_a_row_that_is_never_answered_fails_after_the_longest_wait_alone(invoke,
     assert result.stderr.count("raise --request-timeout") == 1
 
 
+@pytest.mark.slow
 def test_the_counts_are_those_of_the_whole_run(invoke, tmp_path, monkeypatch):
     """The server breaks one answer off, answers forty rows, and is gone; the run is continued with another."""
     monkeypatch.setattr(servers, "PATIENCE", 1.0)
@@ -150,6 +165,7 @@ def test_the_counts_are_those_of_the_whole_run(invoke, tmp_path, monkeypatch):
     assert manifest["counts"]["requests"] == summary["requests"] and manifest["resumed"] == 1
 
 
+@pytest.mark.slow
 def test_the_judge_and_the_evaluation_show_their_requests(invoke, tmp_path):
     letter = {**TEXT, "message": {"role": "assistant", "content": "A"}}
     pairs = [{"id": str(n), "prompt": f"{n}?", "response_a": "Yes.", "response_b": "No."} for n in range(10)]
@@ -193,6 +209,7 @@ def dies_on_a_seed(_number, body):
     return "die" if "seed" in body else None
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_on_a_seed_shows_it_before_a_row_is_sent(invoke, tmp_path):
     with CannedServer(TEXT, fault=dies_on_a_seed) as server:
         result, _, manifest = generate(invoke, tmp_path, server)
@@ -225,6 +242,7 @@ def test_a_seed_whose_connection_breaks_once_is_sent_again(capsys):
     assert sum("seed" in body for body in server.requests) == 12 and "no seed" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_one_replica_dies_on_a_seed_and_the_other_gets_none(capsys):
     with CannedServer(TEXT, fault=dies_on_a_seed) as first, CannedServer(TEXT, fault=dies_on_a_seed) as second:
         engine = load_server(MODEL, endpoints=[first.address, second.address])
@@ -242,6 +260,7 @@ def test_seeds_can_be_left_out_by_the_caller(capsys):
 VLLM = {"data": [{"id": "x", "owned_by": "vllm", "max_model_len": 1024}]}
 
 
+@pytest.mark.slow
 def test_the_fault_of_vllm_on_a_cpu_shows_on_long_prompts():
     """It stands the seeds of prompts that it reads in one step, of 2048 tokens (measured with vLLM 0.32)."""
     read = []
@@ -268,6 +287,7 @@ def test_vllm_that_stands_seeds_gets_them(capsys):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_under_way_gets_no_seed_when_it_is_back(monkeypatch, capsys):
     """vLLM answers 500 with the name of its engine to all that it had in hand."""
 
@@ -291,7 +311,7 @@ def test_an_engine_that_dies_under_way_gets_no_seed_when_it_is_back(monkeypatch,
 
 def commands():
     """(name, command) of every command, and of every subcommand of constitution.py."""
-    names = "generate critique revise judge evaluate compare figures doctor".split()
+    names = ("generate", "critique", "revise", "judge", "evaluate", "compare", "figures", "doctor")
     yield from ((name, load_command(name)) for name in names)
     group = load_command("constitution")
     yield from ((name, command) for name, command in group.commands.items())
@@ -342,6 +362,7 @@ def words_after(line, option):
     return [words[n + 1] for n, word in enumerate(words) if word == option]
 
 
+@pytest.mark.slow
 def test_the_next_lines_of_a_server_run_name_its_endpoint_and_never_the_server_as_the_model_to_train(invoke, tmp_path):
     """Generated, criticised and revised twice, each by the line that the step before prints; judged and evaluated."""
     with CannedServer(TEXT) as server, CannedServer(TEXT) as replica:
@@ -376,7 +397,7 @@ def test_the_next_lines_of_a_server_run_name_its_endpoint_and_never_the_server_a
     "wrote, model", [(["tiny"], "tiny"), (["tiny", "runs/sft"], "MODEL"), (["openai:y"], "MODEL"), ([None], "MODEL")]
 )
 def test_the_model_to_train_is_the_one_that_answered_not_the_one_that_revised(invoke, tmp_path, wrote, model):
-    rounds = [{"principle": "harmful-illegal", "critique": "It is rude."}]
+    rounds = [{"principle": PRINCIPLE, "critique": "It is rude."}]
     rows = [
         {"id": str(n), "prompt": "Hm?", "response": "No.", "rounds": rounds, **({"model": name} if name else {})}
         for n, name in enumerate(wrote)

@@ -20,7 +20,7 @@ from small_server import SmallServer
 
 from cai.base.errors import CaiError, InputError
 from cai.base.paths import TINY
-from cai.models import server_answers, servers
+from cai.models import server_answers, servers, transport
 from cai.models.chat import break_up
 from cai.models.engine import Sampling
 from cai.models.loading import load_engine
@@ -455,7 +455,7 @@ def test_a_server_that_refuses_everything_stops_the_run():
 
 
 def test_a_wait_that_is_too_long_is_not_waited(monkeypatch):
-    monkeypatch.setattr(servers, "LONGEST_WAIT", 0.5)
+    monkeypatch.setattr(transport, "LONGEST_WAIT", 0.5)
     with (
         SmallServer() as server,
         FaultyProxy(server.address, rate=1, faults=["limit"]) as proxy,

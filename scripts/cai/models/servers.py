@@ -10,47 +10,40 @@ other answers teach (latency.py). If no server answers any more, the run stops a
 can do beyond the plain call is tested by asking it (references/engines.md lists the differences).
 
 The key comes from the environment and goes only into the request's header: not into a manifest, a log or an error.
-Leaves out streaming, tools, images, batch APIs, the reading of answers (server_answers.py), and the tokenizer: the
-server applies the chat template.
+Leaves out the exchange itself (transport.py), the reading of answers (server_answers.py), streaming, tools, images,
+batch APIs, and the tokenizer: the server applies the chat template.
 """
 
 import asyncio
-import json
 import os
 import random
 import re
 import time
-from collections.abc import Collection, Container, Coroutine, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Container, Coroutine, Hashable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
 from cai.base import cli, requests, run_settings
-from cai.base.errors import CaiError, InputError, shorten
+from cai.base.errors import CaiError, InputError
 from cai.data.dialogue import cut_at_end_token
 from cai.models.chat import join_turns
 from cai.models.engine import Generation, Message, Request, RequestT, Sampling, fold_prefill, label_instruction
-from cai.models.latency import Patience, SilenceError, Wait, Watch
+from cai.models.latency import Wait
 from cai.models.server_answers import (
     Body,
-    check_answer,
     count_prompt,
-    error_text,
     label_logprobs,
     message_text,
     read_finish,
-    retry_after,
     top_logprobs,
     without_thinking,
 )
+from cai.models.transport import DOWN_AFTER, NoAnswerError, RefusedError, Replica, Transport, cancel_all
 
 IN_FLIGHT = 64  # requests at once by default
 
 PATIENCE = 60.0  # seconds without an answer after which all servers count as gone
-
-LONGEST_WAIT = 600.0  # seconds that a server may ask us to wait
 
 TRIES = 12  # of one request; if the server answers another one then, this row fails
 
@@ -63,8 +56,6 @@ SEED_TRIES = 3  # requests with a seed that fail, while plain ones are answered,
 SEED_WAIT = 20.0  # seconds, at least, for the answer to the first request with a seed
 
 LONG_STEP = 2800  # tokens that vLLM on a CPU does not read in one step, with its default of 2048
-
-DOWN_AFTER = 5  # failures in a row after which a replica rests, and then gets one request at a time
 
 REFUSALS = 8  # refused rows without any answered row, after which the whole run is in question
 
@@ -81,63 +72,6 @@ CONTROL = re.compile(
 )
 
 _ENGINE_DIED = re.compile(r"EngineCore|EngineDead|EngineGenerateError")  # vLLM's words
-
-_TOO_LONG = re.compile(r"context|too long|too many tokens|max_new_tokens` must be|max_total_tokens", re.IGNORECASE)
-
-
-class _RefusedError(Exception):
-    """A server will not answer this conversation; the message gives its reason."""
-
-    @property
-    def is_too_long(self) -> bool:
-        return bool(_TOO_LONG.search(str(self)))
-
-
-class _NoAnswerError(Exception):
-    """An attempt that failed, where the next may succeed.
-
-    wait: seconds that the server asks for, or None. silence: what passed without an answer, if that was the failure.
-    """
-
-    def __init__(self, reason: str, wait: float | None = None, silence: SilenceError | None = None):
-        super().__init__(reason)
-        self.wait, self.silence = wait, silence
-
-    @property
-    def is_early(self) -> bool:
-        """Whether the attempt was given up after a learned bound: the next one gets more time."""
-        return self.silence is not None and self.silence.is_learned
-
-    @property
-    def tries(self) -> int:
-        """How many of the `TRIES` of its request it takes."""
-        if self.silence is None:
-            return 1
-        return 0 if self.silence.is_learned else -(-TRIES // SILENT_TRIES)
-
-
-@dataclass
-class Replica:
-    """One address and its state. Times are on the monotonic clock."""
-
-    address: str
-    in_flight: int = 0
-    failures: int = 0  # in a row: each of an attempt that began after the one before had failed
-    failed_at: float = 0.0
-    rests_until: float = 0.0
-
-    def is_ready(self, now: float) -> bool:
-        return self.rests_until <= now and (self.failures < DOWN_AFTER or not self.in_flight)
-
-
-@dataclass
-class _Session:
-    """What belongs to one event loop: a client per address, another that opens a new connection for each request, and
-    the watch over the requests under way."""
-
-    clients: Mapping[str, Any]
-    fresh: Mapping[str, Any]
-    watch: Watch
 
 
 def load_server(
@@ -243,13 +177,10 @@ class ServerEngine:
         timeout: float = requests.TIMEOUT,
         patience: float = PATIENCE,
     ):
-        self.name, self.batch_size, self.patience = name, batch_size, patience
-        self.model = name.removeprefix("openai:")
-        self.replicas = [Replica(address) for address in addresses]
-        self._key, self._key_name, self._tags = key, key_name, run_settings.reasoning_tags()
-        self._waiting = Patience(timeout)
-        self._report = requests.request_report()
-        self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
+        self.name, self.batch_size = name, batch_size
+        self._servers = Transport(name, addresses, key, key_name, timeout, patience, batch_size)
+        self.replicas, self._report = self._servers.replicas, self._servers.report
+        self._tags = run_settings.reasoning_tags()
         # What the servers turned out to take and to give.
         self._dropped: set[str] = set()
         self._unseeded = ""  # why no seed is sent
@@ -258,14 +189,7 @@ class ServerEngine:
         self._slowest_greeting = 0.0
         self._continues: bool | None = None
         self._scores: bool | None = None
-        self._answered_rows = self._refused_rows = 0
-        self._warned_of_silence = False
-        self._answered_at = self._told_to_wait_until = 0.0
-        for address in addresses:
-            host = urlsplit(address).hostname or ""
-            is_loopback = host in ("localhost", "::1") or host.startswith("127.")
-            if key and address.startswith("http:") and not is_loopback:
-                cli.warn(f"the key in {key_name} goes to {address} unencrypted")
+        self._refused_rows = 0
 
     # --- the two calls ----------------------------------------------------------------------------------------
 
@@ -316,7 +240,7 @@ class ServerEngine:
             try:
                 [(_, answer)] = self._run([(None, self._ask({**_request([question], 1), **_LOGPROBS}))])
                 self._scores = bool(top_logprobs(answer))
-            except _RefusedError:
+            except RefusedError:
                 self._scores = False
         return self._scores
 
@@ -334,7 +258,7 @@ class ServerEngine:
             body["stop"] = list(sampling.stop)
         try:
             answer = await self._ask_row(body)
-        except _RefusedError as refusal:
+        except RefusedError as refusal:
             return Generation("", "too_long" if refusal.is_too_long else "failed", 0, 0, str(refusal))
         if "seed" in body and "seed" in self._dropped:
             self._report.unseeded = self._unseeded
@@ -342,7 +266,7 @@ class ServerEngine:
         tokens = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
         finish, reason = read_finish(choice)
         if finish == "failed":
-            return Generation("", finish, *tokens, self._safe(reason))
+            return Generation("", finish, *tokens, self._servers.safe(reason))
         text = message_text(choice["message"].get("content"))
         cuts = [position for stop in sampling.stop if (position := text.find(stop)) >= 0]
         text = cut_at_end_token(without_thinking(text[: min(cuts, default=None)], self._tags)).strip()
@@ -354,7 +278,7 @@ class ServerEngine:
         body = await self._prepare(request, label_instruction(labels), 1)
         try:
             answer = await self._ask_row({**body, **_LOGPROBS})
-        except _RefusedError:
+        except RefusedError:
             return None
         tokens, (finish, _) = top_logprobs(answer), read_finish(answer["choices"][0])
         if not tokens and finish == "failed":
@@ -392,7 +316,7 @@ class ServerEngine:
                 if continues and after <= before:  # does it count at all?
                     longer = await self._ask(_request([{"role": "user", "content": "x " * 64}], 1))
                     continues = count_prompt(longer) > before
-            except _RefusedError:
+            except RefusedError:
                 continues = False
             if self._continues is None:  # of several that test at once, the first decides
                 self._continues = continues
@@ -407,18 +331,18 @@ class ServerEngine:
         """`_ask` for a row. Raises CaiError if the server refuses not this row but every request."""
         try:
             answer = await self._ask(body)
-        except _RefusedError as refusal:
+        except RefusedError as refusal:
             self._report.counts.failed += 1
             self._refused_rows += not refusal.is_too_long
-            if self._refused_rows == REFUSALS and not self._answered_rows and not refusal.is_too_long:
+            if self._refused_rows == REFUSALS and not self._servers.has_answered and not refusal.is_too_long:
                 hello = {name: value for name, value in body.items() if name not in _CONTINUE}
                 try:
                     await self._ask({**hello, "messages": [_HELLO]})
-                except _RefusedError:
+                except RefusedError:
                     message = f"{self.name}: the server refuses every request; the last: {refusal}"
                     raise CaiError(message) from None
             raise
-        self._answered_rows += 1
+        self._servers.has_answered = True
         return answer
 
     # --- requests ---------------------------------------------------------------------------------------------
@@ -426,44 +350,44 @@ class ServerEngine:
     async def _ask(self, body: Body) -> Body:
         """The server's answer to a request, tried until there is one.
 
-        Raises _RefusedError if the request is refused, CaiError if there will be no answer.
+        Raises RefusedError if the request is refused, CaiError if there will be no answer.
         """
         tries, last, wait, counts = 0, None, _begin_wait(body), self._report.counts
         while True:
-            replica = await self._free_replica(last)
+            replica = await self._servers.free_replica(last)
             began = time.monotonic()
             replica.in_flight += 1
             try:
                 answer = await self._attempt(replica, body, wait, fresh=last is not None)
                 counts.answered += 1
                 return answer
-            except _NoAnswerError as error:
-                failure, last, tries = error, replica, tries + error.tries
-                self._note_failure(replica, began, failure)
+            except NoAnswerError as error:
+                failure, last, tries = error, replica, tries + _count_tries(error)
+                self._servers.note_failure(replica, began, failure)
                 self._note_engine_failure(body, failure)
             finally:
                 replica.in_flight -= 1
-            if self._are_gone() or tries >= TRIES:
+            if self._servers.are_gone() or tries >= TRIES:
                 await self._settle(replica, failure, tries)
             counts.retried += 1
             counts.silent += failure.silence is not None
-            if failure.is_early:
-                continue  # the pause is over already
+            if failure.silence:
+                continue  # there was a pause already
             backoff = min(20.0, 0.25 * 2**tries) * random.uniform(0.5, 1.0)
             # Another replica may be free at once.
             await asyncio.sleep(min(backoff, 1.0) if len(self.replicas) > 1 else backoff)
 
-    async def _settle(self, replica: Replica, failure: _NoAnswerError, tries: int) -> None:
+    async def _settle(self, replica: Replica, failure: NoAnswerError, tries: int) -> None:
         """Decide whether the server or the row is at fault, after many failures or much silence.
 
-        Raises CaiError if the server is gone, _RefusedError if it answers another question. Returns if the request is
+        Raises CaiError if the server is gone, RefusedError if it answers another question. Returns if the request is
         to be sent again: where it was not given all the time that there is, or the server may come back.
         """
-        gone = self._are_gone()
+        gone = self._servers.are_gone()
         if await self._is_alive(replica):
             if failure.is_early:
                 return
-            raise _RefusedError(
+            raise RefusedError(
                 f"no answer in {max(1, tries)} tries, while another question was answered; the last: {failure}"
                 if failure.silence is None
                 else f"{failure}, while another question was answered"
@@ -471,7 +395,7 @@ class ServerEngine:
         if gone:
             option = ", with --no-server-seed" if "died" in self._unseeded else ""
             raise CaiError(
-                f"{self.name}: no server has answered for {self.patience:g} s; the last: {failure}. "
+                f"{self.name}: no server has answered for {self._servers.patience:g} s; the last: {failure}. "
                 f"What is done is kept: start the server and run the same command again{option}"
             )
 
@@ -483,13 +407,13 @@ class ServerEngine:
         while True:
             sent = self._adapt(body)
             try:
-                answer = await self._send(replica, sent, wait, fresh)
-            except _RefusedError as refusal:
-                self._note_answer(replica)
+                answer = await self._servers.send(replica, sent, wait, fresh)
+            except RefusedError as refusal:
+                self._servers.note_answer(replica)
                 if not self._learn(sent, str(refusal)):
                     raise
             else:
-                self._note_answer(replica)
+                self._servers.note_answer(replica)
                 self._accepted |= sent.keys() | {message["role"] for message in sent["messages"]}
                 return answer
 
@@ -501,54 +425,6 @@ class ServerEngine:
         if "top_logprobs" in body:
             adapted["top_logprobs"] = self._top
         return adapted
-
-    async def _send(self, replica: Replica, body: Body, wait: Wait, fresh: bool) -> Body:
-        """One exchange. Raises _RefusedError, _NoAnswerError, or CaiError for what no repetition fixes."""
-        import openai
-
-        session = self._sessions[asyncio.get_running_loop()]
-        client = (session.fresh if fresh else session.clients)[replica.address]
-        extra = {name: value for name, value in body.items() if name != "messages"}
-        try:
-            async with session.watch.limit(wait):
-                raw = await client.chat.completions.with_raw_response.create(
-                    model=self.model, messages=body["messages"], extra_body=extra
-                )
-            return check_answer(json.loads(raw.http_response.content))
-        except openai.APIStatusError as error:
-            raise self._explain_status(replica, error.status_code, error.response.headers, error.body) from None
-        except SilenceError as silence:
-            why = "the others came sooner" if silence.is_learned else "--request-timeout"
-            raise _NoAnswerError(f"{replica.address}: {silence} ({why})", silence=silence) from None
-        except openai.OpenAIError as error:
-            raise _NoAnswerError(f"{replica.address}: {self._safe(error.__cause__ or error)}") from None
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            reason = self._safe(error)
-            raise _NoAnswerError(f"{replica.address}: the answer is no chat completion ({reason})") from None
-
-    def _explain_status(self, replica: Replica, status: int, headers: Mapping[str, str], body: object) -> Exception:
-        """The error of a status other than 200."""
-        message = f"{replica.address}: {status} {self._safe(error_text(body))}".rstrip()
-        if 300 <= status < 400:
-            # Never followed: the key and the conversation would go to an address that nobody named.
-            target = self._safe(headers.get("location", "elsewhere"))
-            return CaiError(
-                f"{replica.address}: {status}, a redirect to {target}, which is not followed. If that is "
-                "right, name it with --endpoint"
-            )
-        remedies = {
-            401: f"The server does not accept {'the key in' if self._key else 'no key in'} {self._key_name}",
-            402: "The account can't pay: run the same command again when it can",
-            404: f"Check the address, and the model's name ({self.model})",
-        }
-        if status in remedies or (status == 403 and not self._answered_rows):
-            return CaiError(f"{message}. {remedies.get(status, remedies[401])}")
-        if status not in (408, 409, 425, 429) and status < 500:
-            return _RefusedError(message)
-        wait = retry_after(headers)
-        if wait and wait > LONGEST_WAIT:
-            return CaiError(f"{message}. It asks to wait {wait:.0f} s: run the same command again then")
-        return _NoAnswerError(message, wait)
 
     def _learn(self, sent: Body, refusal: str) -> bool:
         """Do without a field that the refusal names, if no request with it was ever taken. Returns whether there is
@@ -577,53 +453,15 @@ class ServerEngine:
 
     # --- the state of the replicas ----------------------------------------------------------------------------
 
-    async def _free_replica(self, last: Replica | None) -> Replica:
-        """The least loaded replica that does not rest; another than the `last` if they are equal."""
-        while True:
-            now = time.monotonic()
-            ready = [replica for replica in self.replicas if replica.is_ready(now)]
-            if ready:
-                return min(ready, key=lambda each: (each.failures >= DOWN_AFTER, each.in_flight, each is last))
-            await asyncio.sleep(0.05)
-
-    def _note_answer(self, replica: Replica) -> None:
-        self._answered_at = time.monotonic()
-        if replica.failures >= DOWN_AFTER:
-            cli.note(f"{replica.address} answers again")
-        replica.failures = 0
-
-    def _note_failure(self, replica: Replica, began: float, failure: _NoAnswerError) -> None:
-        now, wait = time.monotonic(), failure.wait
-        if failure.silence and not failure.is_early and not self._warned_of_silence:
-            self._warned_of_silence = True
-            cli.warn(
-                f"{failure}; asked again. If answers take that long, raise --request-timeout or lower --batch-size"
-            )
-        # Failures come sooner than answers: many at once in the beginning count as one.
-        if began >= replica.failed_at:
-            replica.failures, replica.failed_at = replica.failures + 1, now
-            if replica.failures == DOWN_AFTER:
-                cli.warn(f"{replica.address}: {DOWN_AFTER} failures in a row; from now on it gets few requests")
-        if wait is not None:
-            replica.rests_until = max(replica.rests_until, now + wait)
-            self._told_to_wait_until = max(self._told_to_wait_until, now + wait)
-        elif replica.failures >= DOWN_AFTER and replica.rests_until <= now:
-            replica.rests_until = now + min(8.0, 0.25 * 2 ** (replica.failures - DOWN_AFTER))
-
-    def _are_gone(self) -> bool:
-        """Whether no server has answered for `patience` seconds."""
-        silence = time.monotonic() - max(self._answered_at, self._told_to_wait_until)
-        return silence > self.patience and all(replica.failures >= DOWN_AFTER for replica in self.replicas)
-
     async def _is_alive(self, replica: Replica) -> bool:
         """Whether the replica answers the smallest of questions: then the row is at fault."""
         try:
-            await self._send(replica, self._adapt(_GREETING), _begin_wait(_GREETING), True)
-        except (_NoAnswerError, CaiError):
+            await self._servers.send(replica, self._adapt(_GREETING), _begin_wait(_GREETING), True)
+        except (NoAnswerError, CaiError):
             return False
-        except _RefusedError:
+        except RefusedError:
             pass
-        self._note_answer(replica)
+        self._servers.note_answer(replica)
         return True
 
     def greet(self) -> None:
@@ -632,7 +470,7 @@ class ServerEngine:
         async def meet_all() -> list[Exception | None]:
             return await asyncio.gather(*map(self._meet, self.replicas))
 
-        with self._session() as runner:
+        with self._servers.session() as runner:
             failures = runner.run(meet_all())
         if all(failures):
             raise InputError(
@@ -655,9 +493,9 @@ class ServerEngine:
                 await self._attempt(replica, _GREETING, _begin_wait(_GREETING, most), fresh=attempt > 0)
                 self._slowest_greeting = max(self._slowest_greeting, time.monotonic() - began)
                 return None
-            except (CaiError, _RefusedError) as error:
+            except (CaiError, RefusedError) as error:
                 return error
-            except _NoAnswerError as error:
+            except NoAnswerError as error:
                 failure, silences = error, silences + (error.silence is not None)
                 if silences == SILENT_TRIES:
                     break
@@ -685,7 +523,7 @@ class ServerEngine:
         Raises InputError if no server answers any more.
         """
         if "seed" not in self._dropped | self._accepted:
-            with self._session() as runner:
+            with self._servers.session() as runner:
                 runner.run(self._try_seed())
 
     async def _try_seed(self) -> None:
@@ -712,20 +550,20 @@ class ServerEngine:
 
     async def _fail_on_seeds(
         self, replica: Replica, bodies: Sequence[Body], most: float | None
-    ) -> _NoAnswerError | None:
+    ) -> NoAnswerError | None:
         """The failure of requests with a seed that are sent together; None if all of them are answered or refused.
 
         They are sent again if they fail and a plain request is answered: the connection may have been at fault.
         """
-        failures: list[_NoAnswerError] = []
+        failures: list[NoAnswerError] = []
         for attempt in range(SEED_TRIES):
             waits = [_begin_wait(body, most) for body in bodies]
             attempts = (self._attempt(replica, *each, fresh=attempt > 0) for each in zip(bodies, waits, strict=True))
             results = await asyncio.gather(*attempts, return_exceptions=True)
             for result in results:
-                if isinstance(result, BaseException) and not isinstance(result, _NoAnswerError | _RefusedError):
+                if isinstance(result, BaseException) and not isinstance(result, NoAnswerError | RefusedError):
                     raise result
-            failures = [result for result in results if isinstance(result, _NoAnswerError)]
+            failures = [result for result in results if isinstance(result, NoAnswerError)]
             if not failures or await self._meet(replica, most) is not None:
                 break
         return failures[0] if failures else None
@@ -738,11 +576,9 @@ class ServerEngine:
         of a generator, and those of a CPU have none (0.32, `set_offset` in gpu_model_runner.py). A step takes 2048
         tokens there by default.
         """
-        client = self._sessions[asyncio.get_running_loop()].clients[replica.address]
         try:
-            async with asyncio.timeout(SEED_WAIT):
-                raw = await client.models.with_raw_response.list()
-            entry = next(each for each in json.loads(raw.http_response.content)["data"] if each["id"] == self.model)
+            listed = (await self._servers.list_models(replica, SEED_WAIT))["data"]
+            entry = next(each for each in listed if each["id"] == self._servers.model)
             if entry["owned_by"] != "vllm":
                 return []
             words = min(700, int(entry["max_model_len"]) // 2)
@@ -755,7 +591,7 @@ class ServerEngine:
             for n in range(count)
         ]
 
-    def _note_engine_failure(self, body: Body, failure: _NoAnswerError) -> None:
+    def _note_engine_failure(self, body: Body, failure: NoAnswerError) -> None:
         """Leave seeds out where vLLM reports that its engine has died, and a request with a seed was with it."""
         if "seed" in body and "seed" not in self._dropped and _ENGINE_DIED.search(str(failure)):
             self.leave_out_seeds(f"the server died while requests had seeds: {failure}")
@@ -766,8 +602,8 @@ class ServerEngine:
         """(request, result) of each job as it ends; `batch_size` of them are under way at once."""
         jobs = iter(jobs)
         pending: dict[asyncio.Task[Any], Any] = {}
-        self._answered_at = time.monotonic()
-        with self._session() as runner:
+        self._servers.begin()
+        with self._servers.session() as runner:
             try:
                 while True:
                     for request, job in islice(jobs, self.batch_size - len(pending)):
@@ -778,61 +614,14 @@ class ServerEngine:
                     for task in sorted(ended, key=lambda task: task.exception() is not None):
                         yield pending.pop(task), task.result()  # raises what the job raised, after the other results
             finally:
-                runner.run(_cancel(pending))
+                runner.run(cancel_all(pending))
 
-    @contextmanager
-    def _session(self) -> Iterator[asyncio.Runner]:
-        """An event loop, and what belongs to it for as long as it lasts: connections, and the watch."""
-        import openai
 
-        # How long an answer may take is the watch's business.
-        limits = openai.Timeout(None, connect=min(10.0, self._waiting.longest))
-        pools = [
-            openai.DefaultAsyncHttpxClient(
-                follow_redirects=False,
-                timeout=limits,
-                limits=type(openai.DEFAULT_CONNECTION_LIMITS)(max_keepalive_connections=kept),
-            )
-            for kept in (self.batch_size, 0)
-        ]
-        watch = Watch(self._waiting, self._show_waiting)
-        with asyncio.Runner() as runner:
-            loop = runner.get_loop()
-            usual, fresh = (
-                {
-                    replica.address: openai.AsyncOpenAI(
-                        base_url=replica.address,
-                        api_key=self._key or "none",
-                        admin_api_key="",
-                        max_retries=0,
-                        timeout=limits,
-                        http_client=http,
-                    )
-                    for replica in self.replicas
-                }
-                for http in pools
-            )
-            self._sessions[loop] = _Session(usual, fresh, watch)
-            watching = loop.create_task(watch.run())
-            try:
-                yield runner
-            finally:
-                del self._sessions[loop]
-                runner.run(_cancel([watching]))
-                for http in pools:
-                    runner.run(http.aclose())
-                self._report.counts.waiting = 0
-
-    def _show_waiting(self, longest: float) -> None:
-        """Put the requests under way into the progress line. longest: seconds that the oldest has waited."""
-        counts = self._report.counts
-        counts.waiting = sum(replica.in_flight for replica in self.replicas)
-        cli.show_in_progress(counts.describe(longest))
-
-    def _safe(self, value: object) -> str:
-        """A server's text, fit for a line of ours: short, printable, and without the key."""
-        text = str(value).replace(self._key, "***") if self._key else str(value)
-        return shorten("".join(character if character.isprintable() else " " for character in text), 300)
+def _count_tries(failure: NoAnswerError) -> int:
+    """How many of the `TRIES` of a request an attempt takes: none if it was given up early."""
+    if failure.silence is None:
+        return 1
+    return 0 if failure.is_early else -(-TRIES // SILENT_TRIES)
 
 
 def _begin_wait(body: Body, most: float | None = None) -> Wait:
@@ -842,12 +631,6 @@ def _begin_wait(body: Body, most: float | None = None) -> Wait:
     """
     length = sum(len(message["content"]) for message in body["messages"])
     return Wait(("logprobs" in body, body["max_tokens"]), length, most)
-
-
-async def _cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 # --- the body of a request ------------------------------------------------------------------------------------
