@@ -219,7 +219,7 @@ def test_a_server_that_dies_on_a_seed_shows_it_before_a_row_is_sent(invoke, tmp_
     with CannedServer(TEXT, fault=dies_on_a_seed) as server:
         result, summary, manifest = generate(invoke, tmp_path, server, "--no-server-seed", rows=10)
     assert result.exit_code == 0 and summary["rows"] == 10 and "sampled texts can't be repeated" in result.stderr
-    assert manifest["reproducible_sampling"] == "no: none is sent to the server"
+    assert manifest["reproducible_sampling"] == "no: --no-server-seed"
 
 
 def test_a_server_that_dies_on_a_seed_judges_and_answers_greedily(invoke, tmp_path):
@@ -255,6 +255,23 @@ def test_seeds_can_be_left_out_by_the_caller(capsys):
     with CannedServer(TEXT) as server:
         assert len(answers(load_server(MODEL, endpoints=[server.address], seeds=False), 5)) == 5
     assert not any("seed" in body for body in server.requests) and "carry no seed" in capsys.readouterr().err
+
+
+def test_greedy_texts_get_no_seed_and_no_warning(capsys):
+    with CannedServer(TEXT) as server:
+        answers(load_server(MODEL, endpoints=[server.address], seeds=False), 5, Sampling(24, 0.0))
+        answers(load_server(MODEL, endpoints=[server.address]), 5, Sampling(24, 0.0))
+    assert not any("seed" in body for body in server.requests) and not capsys.readouterr().err
+
+
+def test_a_server_may_claim_any_context():
+    """Whatever it says of itself, few questions with a seed are asked."""
+    for length in (1, 3, -5, 10**9, "many", None):
+        listed = {"data": [{"id": "x", "owned_by": "vllm", "max_model_len": length}]}
+        with CannedServer(TEXT, models=listed) as server:
+            answers(load_server(MODEL, endpoints=[server.address]), 2)
+        assert len(server.requests) <= 2 + 2 + 28
+        assert max(len(body["messages"][-1]["content"]) for body in server.requests) < 5000
 
 
 VLLM = {"data": [{"id": "x", "owned_by": "vllm", "max_model_len": 1024}]}
@@ -339,6 +356,7 @@ def test_every_command_that_asks_servers_has_their_options():
         ("evaluate", "--model", "tiny", "--judge", "tiny"),
         ("compare", "--policy", "a=tiny", "--policy", "b=tiny", "--judge", "tiny"),
         ("doctor", "--model", "tiny"),
+        ("doctor", "--model", "openai:x", "--endpoint", "http://127.0.0.1:9"),
         ("constitution", "validate", "--model", "tiny"),
     ],
 )

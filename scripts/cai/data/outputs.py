@@ -209,7 +209,7 @@ class _Claim:
         self._report = requests.request_report()  # kept: rows may be written by another thread
         self._before = replace(self._report.counts)
         earlier_counts = earlier.get("requests") or earlier.get("counts", {}).get("requests")
-        self._earlier = requests.RequestCounts.read(earlier_counts)
+        self._earlier = replace(requests.RequestCounts.read(earlier_counts), waiting=0)
         self._manifest = {
             "status": "running",
             "command": self.command,

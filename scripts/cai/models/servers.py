@@ -55,7 +55,7 @@ SEED_TRIES = 3  # requests with a seed that fail, while plain ones are answered,
 
 SEED_WAIT = 20.0  # seconds, at least, for the answer to the first request with a seed
 
-LONG_STEP = 2800  # tokens that vLLM on a CPU does not read in one step, with its default of 2048
+LONG_STEP = 4200  # tokens that vLLM on a CPU can't read in one step or two, with its default of 2048 for one
 
 REFUSALS = 8  # refused rows without any answered row, after which the whole run is in question
 
@@ -113,8 +113,10 @@ def load_server(
         timeout or requests.request_timeout(),
         PATIENCE if patience is None else patience,
     )
-    if not (seeds and requests.sends_seeds()):
-        engine.leave_out_seeds("none is sent to the server")
+    if not requests.sends_seeds():
+        engine.leave_out_seeds("--no-server-seed")
+    elif not seeds:
+        engine.leave_out_seeds("the engine does not stand them")
     engine.greet()
     return engine
 
@@ -183,7 +185,7 @@ class ServerEngine:
         self._tags = run_settings.reasoning_tags()
         # What the servers turned out to take and to give.
         self._dropped: set[str] = set()
-        self._unseeded = ""  # why no seed is sent
+        self._unseeded, self._samples = "", False  # why no seed is sent; whether texts are sampled
         self._accepted: set[str] = set()
         self._max_tokens, self._top, self._takes_system = "max_tokens", TOP[0], True
         self._slowest_greeting = 0.0
@@ -436,9 +438,9 @@ class ServerEngine:
         if field == "max_tokens":
             self._max_tokens = "max_completion_tokens"
         elif field:
-            self._dropped.add(field)
-            if field == "seed":
+            if field == "seed" and field not in self._dropped:
                 self.leave_out_seeds("the server refuses them")
+            self._dropped.add(field)
         elif (
             "top_logprobs" in untaken
             and sent["top_logprobs"] > TOP[-1]
@@ -507,11 +509,11 @@ class ServerEngine:
     # --- seeds ------------------------------------------------------------------------------------------------
 
     def leave_out_seeds(self, reason: str) -> None:
-        """Send no seed from now on, with a warning. Texts that are sampled can't be repeated then."""
-        if not self._unseeded:
-            cli.warn(f"{self.name}: requests carry no seed ({reason}), so sampled texts can't be repeated exactly")
+        """Send no seed from now on. Texts that are sampled can't be repeated then, of which the first of them warns."""
         self._dropped.add("seed")
         self._unseeded = reason
+        if self._samples:
+            cli.warn(f"{self.name}: requests carry no seed ({reason}), so sampled texts can't be repeated exactly")
 
     def check_seeds(self) -> None:
         """Ask one replica for a sampled text with a seed, unless it is known whether seeds can be sent.
@@ -522,7 +524,10 @@ class ServerEngine:
 
         Raises InputError if no server answers any more.
         """
-        if "seed" not in self._dropped | self._accepted:
+        first, self._samples = not self._samples, True
+        if self._unseeded and first:
+            self.leave_out_seeds(self._unseeded)
+        elif "seed" not in self._dropped | self._accepted:
             with self._servers.session() as runner:
                 runner.run(self._try_seed())
 
@@ -553,7 +558,8 @@ class ServerEngine:
     ) -> NoAnswerError | None:
         """The failure of requests with a seed that are sent together; None if all of them are answered or refused.
 
-        They are sent again if they fail and a plain request is answered: the connection may have been at fault.
+        They are sent again if they fail and a plain request is answered: the connection may have been at fault. Where
+        they took the longest wait the server is slow, and nothing is known of seeds.
         """
         failures: list[NoAnswerError] = []
         for attempt in range(SEED_TRIES):
@@ -566,6 +572,8 @@ class ServerEngine:
             failures = [result for result in results if isinstance(result, NoAnswerError)]
             if not failures or await self._meet(replica, most) is not None:
                 break
+            if all(failure.silence and not failure.is_early for failure in failures):
+                return None
         return failures[0] if failures else None
 
     async def _list_long_questions(self, replica: Replica) -> list[Body]:
@@ -584,7 +592,9 @@ class ServerEngine:
             words = min(700, int(entry["max_model_len"]) // 2)
         except Exception:  # whatever it is, it is not vLLM's list of models
             return []
-        count = -(-LONG_STEP // max(1, words))
+        if words < 100:
+            return []  # too many questions would have to be asked
+        count = -(-LONG_STEP // words)
         question = {"role": "user", "content": " lake" * words}
         return [
             {**_request([{**question, "content": f"{n}{question['content']}"}], 1), "temperature": 1.0, "seed": n}
