@@ -30,7 +30,9 @@ NOT_PASSED = 4  # exit code of --gate
     "--input", "inputs", help="Prompts with their kind, or pairs with gold (with --reward-model). Repeatable."
 )
 @cli.options("output", "date", "reasoning_tags")
-@click.option("--model", metavar="MODEL", help="Answers the prompts: a folder, a hub id, `tiny`, or openai:NAME.")
+@click.option(
+    "--model", metavar="MODEL", help="Answers the prompts: a folder, a GGUF file, a hub id, `tiny`, or openai:NAME."
+)
 @cli.options("endpoint")
 @cli.rows_option("--responses", help="Instead of --input and --model: rows that have a response already. Repeatable.")
 @click.option(
@@ -108,7 +110,7 @@ NOT_PASSED = 4  # exit code of --gate
 @options.gate_options
 @options.other_options
 @cli.options("temperature", "top_p", "max_new_tokens", "seed", "limit")
-@cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+@cli.options("batch_size", "device", "dtype", "events", "json", "dry_run", "overwrite")
 @reading_options
 def main(output, against, watch, gated, margin, no_worse_than, unqualified, as_json, dry_run, overwrite, **values):
     """Measure responses: rates per kind of prompt, with 95 % intervals.
