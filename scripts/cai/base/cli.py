@@ -24,7 +24,7 @@ from typing import Any, TextIO, TypeVar
 import click
 from click.core import ParameterSource
 
-from cai.base import run_settings
+from cai.base import engine_options, run_settings
 from cai.base.errors import LEAVE_OUT, CaiError
 from cai.base.files import expand_patterns
 from cai.base.paths import SCRIPTS
@@ -177,6 +177,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
     "date": run_settings.date_option,
     "reasoning_tags": run_settings.reasoning_option,
     "endpoint": _endpoint,
+    "engine": engine_options.engine_options,
     "constitution": click.option(
         "--constitution",
         default="harmlessness",
@@ -295,7 +296,9 @@ class Command(click.Command):
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         try:
-            return super().make_context(*args, **kwargs)
+            context = super().make_context(*args, **kwargs)
+            engine_options.check_options(context)
+            return context
         except CaiError as error:  # of an option's value
             raise _UsageError(str(error)) from error
 

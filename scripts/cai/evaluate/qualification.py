@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cai.base import cli
+from cai.base import cli, engine_options
 from cai.base.errors import CaiError
 from cai.base.files import write_text
 from cai.base.hashing import identity, sha256_text
@@ -429,6 +429,7 @@ def qualify(
     key = {
         "model": identity(model),
         "endpoints": list(endpoints),
+        **engine_options.identify(),
         "dtype": dtype,
         "rows": sha256_text(json.dumps(rows, sort_keys=True)),
         **task.settings(),

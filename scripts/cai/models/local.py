@@ -376,9 +376,12 @@ def free_memory(device: Any) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def fast_path(engine: Any) -> dict[str, bool | str]:
-    """The manifest's field of a local engine: {"fast_path": True, or "no: " and the reason}. {} for a server."""
-    return {"fast_path": fast_path_field(engine.slow_reason)} if isinstance(engine, LocalEngine) else {}
+def fast_path(engine: Any) -> dict[str, Any]:
+    """The manifest's field of a local engine: {"fast_path": True, or "no: " and the reason}; of one that the command
+    has started, {"engine": its description}. {} for a server that ran before."""
+    if isinstance(engine, LocalEngine):
+        return {"fast_path": fast_path_field(engine.slow_reason)}
+    return dict(engine.manifest_fields) if hasattr(engine, "manifest_fields") else {}
 
 
 def fast_path_field(reason: str | None) -> bool | str:
