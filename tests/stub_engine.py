@@ -1,12 +1,14 @@
 """An engine for tests: a program that takes vLLM's options and serves OpenAI's chat API, with canned texts.
 
     python tests/stub_engine.py serve FOLDER --port 8000 --served-model-name NAME
-    STUB_ENGINE='{"die_at": 5, "state": "/tmp/count"}' python tests/stub_engine.py serve ...
+    STUB_ENGINE='{"state": "/tmp/starts", "die_at": 5}' python tests/stub_engine.py serve ...
 
 Started by its path it is an executable for --engine-path. STUB_ENGINE is a JSON object:
-  die_at: the process kills itself at this request (1: the first after the greeting); "always": at each start again.
+  die_at: the first process that is started kills itself at this request (1: the first after the greeting).
+  dies_always: every process that is started does.
   state: a folder, in which every start leaves a file named by its process, with the command line.
-  fails: text to print before it ends with exit code 1 instead of serving.
+  seconds: that each answer takes.
+  fails: text to print before it ends with exit code 1 instead of serving. fails_first: the same, once.
   starts_child: start a child that leaves the process group and lives on.
   ignores_sigterm: SIGTERM has no effect.
 Leaves out any model: an answer is made of the question's letters, and log-probabilities prefer the first label.
@@ -63,11 +65,10 @@ class Handler(BaseHTTPRequestHandler):
         question = body["messages"][-1]["content"]
         if question != "Hello":
             type(self).answered += 1
-            if BEHAVIOUR.get("die_at") == self.answered and not is_later_start() or BEHAVIOUR.get("die_at") == "always":
+            if self.answered == BEHAVIOUR.get("die_at") and (BEHAVIOUR.get("dies_always") or is_first_start()):
                 print("RuntimeError: CUDA error: device-side assert triggered", flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
-        if "text" in question[:20]:
-            time.sleep(float(BEHAVIOUR.get("seconds", 0)))
+            time.sleep(BEHAVIOUR.get("seconds", 0))
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer(question)}}
         if body.get("logprobs"):
             top = [{"token": token, "logprob": value} for token, value in (("A", -0.2), ("B", -2.0))]
@@ -83,15 +84,13 @@ def answer(question: str) -> str:
     return f"Answer to {' '.join(question.split())[-40:]}"
 
 
-def is_later_start() -> bool:
-    return len(list(Path(BEHAVIOUR["state"]).iterdir())) > 1
+def is_first_start() -> bool:
+    return len(list(Path(BEHAVIOUR["state"]).iterdir())) == 1
 
 
 def main():
     options = parse()
-    if state := BEHAVIOUR.get("state"):
-        Path(state).mkdir(exist_ok=True)
-        (Path(state) / str(os.getpid())).write_text(json.dumps(sys.argv[1:]))
+    (Path(BEHAVIOUR["state"]) / str(os.getpid())).write_text(json.dumps(sys.argv[1:]))
     if BEHAVIOUR.get("ignores_sigterm"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if BEHAVIOUR.get("starts_child"):
@@ -99,7 +98,7 @@ def main():
         (Path(BEHAVIOUR["state"]) / str(child.pid)).write_text("child")
     if not Path(options.model).exists():
         sys.exit(f"OSError: {options.model} does not appear to have a file named config.json")
-    if text := BEHAVIOUR.get("fails"):
+    if text := BEHAVIOUR.get("fails") or (is_first_start() and BEHAVIOUR.get("fails_first")):
         print(text, file=sys.stderr)
         sys.exit(1)
     Handler.name = options.served_model_name

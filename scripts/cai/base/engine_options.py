@@ -154,9 +154,7 @@ def engine_choice() -> EngineChoice | None:
 def command_options() -> list[str]:
     """These options as arguments of another command line; [] where none was given."""
     values = _values(click.get_current_context(silent=True))
-    return [
-        word for name in _OPTIONS if name in values for word in (f"--{name.replace('_', '-')}", str(values[name]))
-    ]
+    return [word for name in _OPTIONS if name in values for word in (f"--{name.replace('_', '-')}", str(values[name]))]
 
 
 def identify() -> dict[str, str]:

@@ -39,7 +39,7 @@ INSTALL = {
 class Serving:
     """What a server is started with.
 
-    model: a folder, a file or a hub id. name: what requests call it. device: cpu, cuda:1 and so on; None: its own choice.
+    model: a folder, a file or a hub id. name: what requests call it. device: cpu, cuda:1, ...; None: its own choice.
     """
 
     model: str
@@ -87,9 +87,9 @@ def split_words(words: str) -> list[str]:
 
 
 def _vllm(serving: Serving, choice: EngineChoice) -> list[str]:
-    parallel = ("--tensor-parallel-size", choice.tensor_parallel_size), (
-        "--data-parallel-size",
-        choice.data_parallel_size,
+    parallel = (
+        ("--tensor-parallel-size", choice.tensor_parallel_size),
+        ("--data-parallel-size", choice.data_parallel_size),
     )
     return [
         *("serve", serving.model, "--host", HOST, "--port", str(serving.port)),

@@ -4,9 +4,9 @@
     for request, generation in engine.generate(requests, Sampling()): ...
     stop_engines()
 
-Each server is the child of a supervisor, which ends it when this process ends, however it does. One that dies is started
-again, twice; the client asks what was under way once more. One model is served at a time. Leaves out the command lines
-(launchers.py) and everything about requests (servers.py).
+Each server is the child of a supervisor, which ends it when this process ends, however it does. One that dies is
+started again, twice; the client asks what was under way once more. One model is served at a time. Leaves out the
+command lines (launchers.py) and everything about requests (servers.py).
 """
 
 import atexit
@@ -38,6 +38,7 @@ from cai.base.errors import CaiError, InputError, shorten
 from cai.models import launchers
 from cai.models.engine import Generation, RequestT, Sampling
 from cai.models.launchers import HOST, Serving
+from cai.models.servers import IN_FLIGHT, load_server
 
 RESTARTS = 2  # of each server
 
@@ -77,7 +78,10 @@ _REMEDIES = (
         r"|unknown model architecture|no module or parameter named|error loading model|can't load|cannot load",
         "The engine can't read this model: leave --engine out, or take another engine",
     ),
-    (r"ModuleNotFoundError|ImportError|cannot open shared object", "Repair the engine's environment, or install it anew"),
+    (
+        r"ModuleNotFoundError|ImportError|cannot open shared object",
+        "Repair the engine's environment, or install it anew",
+    ),
 )
 
 
@@ -220,11 +224,13 @@ class ManagedEngine:
     It has the attributes of the client (`ServerEngine`) besides.
     """
 
+    context: int | None = None
+
     def __init__(self, model: str, choice: EngineChoice, dtype: str, device: str | None):
         self.name, self.choice, self.dtype, self.device = model, choice, dtype, device
         self.launcher = launchers.find_launcher(choice)
         self.served = launchers.served_model(model, choice)
-        self.batch_size: int | None = None
+        self.batch_size = IN_FLIGHT
         self.servers: list[Server] = []
         self._client: Any = None
 
@@ -266,6 +272,11 @@ class ManagedEngine:
         }
         return {"engine": fields}
 
+    def use(self, batch_size: int | None) -> None:
+        """Start the servers if they do not run. batch_size: requests in flight; None: the client's default for each."""
+        self.batch_size = batch_size or IN_FLIGHT * self.choice.replicas
+        self._client_of_running().batch_size = self.batch_size
+
     # --- starting and stopping --------------------------------------------------------------------------------
 
     def _client_of_running(self) -> Any:
@@ -283,8 +294,6 @@ class ManagedEngine:
         return self._client
 
     def _start(self) -> None:
-        from cai.models.servers import IN_FLIGHT, load_server
-
         name = f"{Path(self.name).name[:40] or 'model'}-{secrets.token_hex(4)}" if self.launcher.takes_name else None
         serving = {"model": self.served, "name": name or self.served, "dtype": self.dtype, "device": self.device}
         choice = self.choice
@@ -298,11 +307,11 @@ class ManagedEngine:
         for server in self.servers:
             self._wait_until_ready(server, began)
         try:
-            # Patience for a restart. Whether it is worth waiting for is for `_explain_death`'s thread to say.
+            # Patience for a restart, until `_give_up_when_dead` takes it away.
             self._client = load_server(
                 f"openai:{serving['name']}",
                 endpoints=[server.address for server in self.servers],
-                batch_size=self.batch_size or IN_FLIGHT * choice.replicas,
+                batch_size=self.batch_size,
                 key_name=_NO_KEY,
                 patience=START_LIMIT,
             )
@@ -365,7 +374,8 @@ class ManagedEngine:
                 raise
             raise CaiError(
                 f"{self.choice.label} has {dead.describe_end()}, after it was started again {RESTARTS} times. The last "
-                f"lines of its log:{dead.last_lines()}\n{dead.remedy()}. What is done is kept: the same command continues"
+                f"lines of its log:{dead.last_lines()}\n{dead.remedy()}. What is done is kept: the same command "
+                "continues"
             ) from error
 
     def stop(self) -> None:
@@ -406,7 +416,7 @@ def serve(
         raise InputError(
             "an engine in several processes",
             where="--engine",
-            remedy="Leave accelerate launch out: one process keeps many requests in flight, and --replicas takes all GPUs",
+            remedy="Leave accelerate launch out: one process asks all servers, and --replicas takes all GPUs",
         )
     if batch_tokens:
         raise InputError("it would have no effect", where="--batch-tokens", remedy="The engine bounds its batches")
@@ -415,10 +425,7 @@ def serve(
         _known.clear()
         _known[known] = ManagedEngine(model, choice, dtype, device)
     engine = _known[known]
-    engine.batch_size = batch_size
-    client = engine._client_of_running()
-    if batch_size:
-        client.batch_size = batch_size
+    engine.use(batch_size)
     return engine
 
 

@@ -1,4 +1,4 @@
-"""A process between a command and the engine that it started: it ends the engine when the command ends, however it does.
+"""A process between a command and the engine that it started: it ends the engine when the command ends.
 
     python -P supervisor.py PID GRACE COMMAND...
 
