@@ -1,7 +1,7 @@
 """An engine for tests: a program that takes vLLM's options and serves OpenAI's chat API, with canned texts.
 
     python tests/stub_engine.py serve FOLDER --port 8000 --served-model-name NAME
-    STUB_ENGINE='{"state": "/tmp/starts", "die_at": 5}' python tests/stub_engine.py serve ...
+    STUB_ENGINE='{"state": "starts", "die_at": 5}' python tests/stub_engine.py serve ...
 
 Started by its path it is an executable for --engine-path. STUB_ENGINE is a JSON object:
   die_at: the first process that is started kills itself at this request (1: the first after the greeting).

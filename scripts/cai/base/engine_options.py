@@ -29,7 +29,41 @@ MODELS = ("model", "judge", "policy", "check", "gate", "critic", "reader")
 
 _PARALLEL = ("tensor_parallel_size", "data_parallel_size")
 
-_OPTIONS = ("engine", "engine_command", "engine_path", "engine_args", *_PARALLEL, "replicas")
+# {parameter: settings of its click option}
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "engine": {
+        "type": click.Choice(ENGINES),
+        "help": "Start this server for the models of this machine, use it, and stop it at the end.  [default: our own "
+        "engine]",
+    },
+    "engine_command": {
+        "metavar": "COMMAND",
+        "help": "Instead of --engine: the command line of any other OpenAI-compatible server, with {model}, {port}, "
+        "{name} and {dtype} in it.",
+    },
+    "engine_path": {
+        "metavar": "FILE",
+        "help": "The engine's executable, of any environment (for sglang its Python).  [default: on PATH]",
+    },
+    "engine_args": {"metavar": "WORDS", "help": "Further options of the engine, such as '--max-model-len 8192'."},
+    "tensor_parallel_size": {
+        "type": click.IntRange(min=1),
+        "metavar": "N",
+        "help": "With --engine: GPUs over which each copy of the model is spread.  [default: 1]",
+    },
+    "data_parallel_size": {
+        "type": click.IntRange(min=1),
+        "metavar": "N",
+        "help": "With --engine: copies of the model inside one server.  [default: 1]",
+    },
+    "replicas": {
+        "type": click.IntRange(min=1),
+        "metavar": "N",
+        "help": "With --engine: servers to start, each on GPUs of its own.  [default: 1]",
+    },
+}
+
+_OPTIONS = tuple(_SETTINGS)
 
 _KEY = "engine_options"  # the entry of click's context: {command's context: {parameter: value}}
 
@@ -65,72 +99,21 @@ class EngineChoice:
         return self.engine or shlex.split(self.name)[0]
 
     @property
-    def gpus_per_replica(self) -> int:
-        return self.tensor_parallel_size * self.data_parallel_size
+    def copies(self) -> int:
+        """Copies of the model, over all servers."""
+        return self.data_parallel_size * self.replicas
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that it takes, where there are any."""
+        return self.tensor_parallel_size * self.copies
 
 
 def engine_options(function: _Function) -> _Function:
     """Add `--engine` and the options that belong to it, which `engine_choice` returns."""
-    size = click.IntRange(min=1)
-    for option in reversed(
-        (
-            click.option(
-                "--engine",
-                type=click.Choice(ENGINES),
-                expose_value=False,
-                callback=_keep,
-                help="Start this server for the models of this machine, use it, and stop it at the end.  [default: "
-                "our own engine]",
-            ),
-            click.option(
-                "--engine-command",
-                metavar="COMMAND",
-                expose_value=False,
-                callback=_keep,
-                help="Instead of --engine: the command line of any other OpenAI-compatible server, with {model}, "
-                "{port}, {name} and {dtype} in it.",
-            ),
-            click.option(
-                "--engine-path",
-                metavar="FILE",
-                expose_value=False,
-                callback=_keep,
-                help="The engine's executable, of any environment (for sglang its Python).  [default: on PATH]",
-            ),
-            click.option(
-                "--engine-args",
-                metavar="WORDS",
-                expose_value=False,
-                callback=_keep,
-                help="Further options of the engine, such as '--max-model-len 8192'.",
-            ),
-            click.option(
-                "--tensor-parallel-size",
-                type=size,
-                metavar="N",
-                expose_value=False,
-                callback=_keep,
-                help="With --engine: GPUs over which each copy of the model is spread.  [default: 1]",
-            ),
-            click.option(
-                "--data-parallel-size",
-                type=size,
-                metavar="N",
-                expose_value=False,
-                callback=_keep,
-                help="With --engine: copies of the model inside one server.  [default: 1]",
-            ),
-            click.option(
-                "--replicas",
-                type=size,
-                metavar="N",
-                expose_value=False,
-                callback=_keep,
-                help="With --engine: servers to start, each on GPUs of its own.  [default: 1]",
-            ),
-        )
-    ):
-        function = option(function)
+    for name in reversed(_OPTIONS):
+        flag = f"--{name.replace('_', '-')}"
+        function = click.option(flag, expose_value=False, callback=_keep, **_SETTINGS[name])(function)
     return function
 
 

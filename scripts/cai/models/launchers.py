@@ -6,10 +6,12 @@
 Leaves out starting and stopping them (managed.py).
 """
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,11 +187,11 @@ def find_launcher(choice: EngineChoice) -> Launcher:
 
 
 def find_program(engine: str, path: str | None = None) -> str | None:
-    """The executable of an engine, for sglang the Python that has it: `path`, or the one on PATH; None if there is
-    none."""
+    """The executable of an engine, for sglang the Python that has it: `path`, or the one on PATH or beside this Python;
+    None if there is none."""
     if path:
         return shutil.which(path)
-    program = shutil.which(PROGRAMS[engine])
+    program = shutil.which(PROGRAMS[engine]) or shutil.which(PROGRAMS[engine], path=os.path.dirname(sys.executable))
     return _interpreter(program) if program and engine == "sglang" else program
 
 
@@ -219,6 +221,6 @@ def read_version(engine: str, path: str) -> str:
 
 
 def list_engines() -> list[dict[str, str]]:
-    """{name, version, path} of each engine on PATH."""
+    """{name, version, path} of each engine on PATH, or beside this Python."""
     paths = {name: find_program(name) for name in ENGINES}
     return [{"name": name, "version": read_version(name, path), "path": path} for name, path in paths.items() if path]

@@ -48,7 +48,7 @@ GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 
 START_LIMIT = 3600.0  # seconds until the model is loaded
 
-NOTE_EVERY = 15.0  # seconds between two lines of progress while it is
+NOTE_EVERY = 30.0  # seconds between two lines of progress while it is
 
 LOG_LINES = 200  # of each server, kept in memory
 
@@ -452,7 +452,7 @@ def _environments(choice: EngineChoice, device: str | None) -> Iterator[dict[str
     """
     base = {name: value for name, value in os.environ.items() if name not in (*_KEYS, cli.key_name())}
     base |= {"PYTHONUNBUFFERED": "1", "VLLM_NO_USAGE_STATS": base.get("VLLM_NO_USAGE_STATS", "1")}
-    gpus, size = visible_gpus(device), choice.gpus_per_replica
+    gpus, size = visible_gpus(device), choice.gpus // choice.replicas
     if len(gpus) < size * choice.replicas and (gpus or size > 1):
         raise InputError(
             f"{choice.replicas} x {size} GPUs are needed, and {len(gpus)} are visible",
