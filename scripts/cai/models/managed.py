@@ -80,7 +80,7 @@ _REMEDIES = (
     ),
     (
         r"ModuleNotFoundError|ImportError|cannot open shared object",
-        "Repair the engine's environment, or install it anew",
+        "Repair the engine's environment, or install it again",
     ),
 )
 
