@@ -71,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(BEHAVIOUR.get("seconds", 0))
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer(question)}}
         if body.get("logprobs"):
-            top = [{"token": token, "logprob": value} for token, value in (("A", -0.2), ("B", -2.0))]
+            top = [{"token": token, "logprob": value} for token, value in (("A", -0.4), ("B", -1.6))]
             choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
         tokens = sum(len(message["content"].split()) for message in body["messages"])
         self.send({"choices": [choice], "usage": {"prompt_tokens": tokens, "completion_tokens": 4}})

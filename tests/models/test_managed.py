@@ -125,6 +125,34 @@ def test_a_judge_reads_the_engines_log_probabilities(stub, invoke, tmp_path):
     assert all_gone(stub.starts)
 
 
+def test_a_policy_and_its_reader_share_one_engine(stub, invoke, tmp_path):
+    rows = [{"id": str(n), "prompt": f"Question {n}?", "kind": "benign"} for n in range(4)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    line = ["--input", tmp_path / "prompts.jsonl", "--model", "tiny", "--judge", "tiny", "--max-new-tokens", 16]
+    result = invoke("evaluate", *line, *stub(), "--output", tmp_path / "rates.jsonl")
+    assert result.exit_code == 3, result.output  # a reader that always prefers the first letter has no verdict
+    assert len(commands(stub.starts)) == 1 and all_gone(stub.starts)
+    for name in ("rates.responses.jsonl", "rates.classes.jsonl"):
+        manifest = json.loads((tmp_path / f"{name}.run.json").read_text())
+        assert manifest["engine"]["name"] == "vllm" == manifest["fingerprint"]["engine"]
+
+
+def test_the_model_and_another_take_turns(stub, invoke, tmp_path):
+    other = shutil.copytree(TINY, tmp_path / "other")
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "1", "prompt": "Question?", "kind": "benign"}])
+    line = ["--input", tmp_path / "prompts.jsonl", "--model", "tiny", "--judge", other, "--max-new-tokens", 16]
+    result = invoke("evaluate", *line, *stub(), "--output", tmp_path / "rates.jsonl")
+    assert result.exit_code == 3, result.output  # a reader that always prefers the first letter has no verdict
+    assert {command[1] for command in commands(stub.starts)} == {str(TINY), str(other)} and all_gone(stub.starts)
+
+
+def test_a_constitution_is_measured_through_an_engine(stub, prompts, invoke, tmp_path):
+    line = ["--input", prompts, "--limit", 2, "--model", "tiny", *stub(), "--output", tmp_path / "coverage.jsonl"]
+    result = invoke("constitution", "coverage", *line)
+    assert result.exit_code == 0, result.output
+    assert len(commands(stub.starts)) == 1 and all_gone(stub.starts)
+
+
 def test_a_command_line_serves_as_engine(stub, prompts, invoke, tmp_path):
     stub()
     command = f"{stub.program} serve {{model}} --port {{port}} --served-model-name={{name}}"

@@ -361,7 +361,7 @@ class ManagedEngine:
             if all(server.is_stopping for server in servers):
                 return
             time.sleep(0.2)
-        client.patience = 0.0
+        client.give_up()
 
     @contextlib.contextmanager
     def _explain_death(self) -> Iterator[None]:

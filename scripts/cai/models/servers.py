@@ -573,6 +573,10 @@ class ServerEngine:
                 await asyncio.sleep(max(0.2 * 2**attempt, min(error.wait or 0.0, 5.0)))
         return failure
 
+    def give_up(self) -> None:
+        """Wait for no server any more: the run stops at the next failures."""
+        self.patience = 0.0
+
     # --- the loop they run in ---------------------------------------------------------------------------------
 
     def _run(self, jobs: Iterable[tuple[Any, Coroutine[Any, Any, Any]]]) -> Iterator[tuple[Any, Any]]:
