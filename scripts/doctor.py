@@ -75,6 +75,8 @@ def main(model, endpoints, roles, output, timeout, hardware, device, as_json):
         return
     if roles and not model:
         raise click.UsageError("--as needs --model.")
+    if not roles:
+        cli.refuse_options(["request_timeout", "no_server_seed"], "without --as each endpoint gets --timeout seconds")
     findings = checks.Findings()
     report = {
         "python": checks.check_python(findings),

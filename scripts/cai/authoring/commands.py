@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from cai.authoring import derivation, inference, proposals, validation
-from cai.base import cli
+from cai.base import cli, requests
 from cai.base.errors import InputError
 from cai.constitution import rendering
 from cai.data import outputs, readers, reading
@@ -69,7 +69,7 @@ def coverage(output, as_json, dry_run, overwrite, **values):
     nonsense = claim(_beside(output, "nonsense"), questions.settings)
     if not dry_run:
         questions.write(journal, nonsense)
-    counts = questions.count(journal, nonsense) if dry_run else journal.counts
+    counts = questions.count(journal, nonsense) if dry_run else journal.counts | _sum_requests([journal, nonsense])
     cli.finish({"command": "coverage", "output": output, **counts}, as_json=as_json)
 
 
@@ -191,13 +191,19 @@ def prompts(output, heldout, as_json, dry_run, overwrite, **values):
     if dry_run:
         return cli.finish({**summary, **task.plan()}, as_json=as_json)
     if not (train.complete and held_out.complete):
-        rows, counts = task.write(lambda ending, settings: claim(_beside(output, ending), settings))
-        counts = {"prompts": len(rows), **task.count(rows), **counts}
+        claim_beside, claimed = measurement.collect(lambda ending, settings: claim(_beside(output, ending), settings))
+        rows, counts = task.write(claim_beside)
+        counts = {"prompts": len(rows), **task.count(rows), **counts, **_sum_requests(claimed)}
         for final, name in zip((train, held_out), proposals.SPLITS, strict=True):
             _write_rows(final, [row for row in rows if row["split"] == name], counts)
-    command = f"python scripts/run.py --model {shlex.quote(values['model'])} --constitution "
+    model = "MODEL" if values["model"].startswith("openai:") else values["model"]  # run.py trains it
+    command = f"python scripts/run.py --model {shlex.quote(model)} --constitution "
     command += shlex.join([values["constitution"], "--input", output, "--heldout", paths[1], "--output", "runs/new"])
     cli.finish({**summary, **train.counts}, as_json=as_json, next_command=command)
+
+
+def _sum_requests(claimed: list[outputs.Output]) -> dict:
+    return requests.sum_counts(output.counts for output in claimed)
 
 
 def _write_rows(output: outputs.Output, rows: list[dict], counts: dict) -> None:
@@ -258,7 +264,9 @@ def infer(output, as_json, dry_run, overwrite, **values):
         return cli.finish({**summary, **task.plan()}, as_json=as_json)
     if not scores.complete:
         rendering.check_free(output, overwrite)
-    rows, counts, constitution = task.write(claim)
+    claim_beside, claimed = measurement.collect(claim)
+    rows, counts, constitution = task.write(claim_beside)
+    counts |= _sum_requests(claimed)
     _write_rows(scores, rows, counts)
     if constitution.principles:
         rendering.save_unless_same(output, constitution, overwrite)
@@ -306,11 +314,13 @@ def validate(output, as_json, dry_run, overwrite, **values):
     judgements = claim("judged", task.judging)
     if not judgements.complete:
         rendering.check_free(output, overwrite)
-    report = task.write(claim, judgements)
+    claim_beside, claimed = measurement.collect(claim)
+    report = task.write(claim_beside, judgements)
+    report |= _sum_requests([*claimed, judgements])
     rendering.save(output, json.dumps(report, ensure_ascii=False, indent=1) + "\n", overwrite=True)
     if not as_json:
         click.echo(validation.as_text(report))
-    shown = ("verdict", "placebo", "weakest", "failed")
+    shown = ("verdict", "placebo", "weakest", "failed", *(["requests"] if "requests" in report else []))
     cli.finish({**summary, **(report if as_json else {name: report[name] for name in shown})}, as_json=as_json)
     if report["verdict"] == validation.NOT_TOLD:
         click.get_current_context().exit(cli.SOME_FAILED)

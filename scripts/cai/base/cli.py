@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -24,7 +25,7 @@ from typing import Any, TextIO, TypeVar
 import click
 from click.core import ParameterSource
 
-from cai.base import engine_options, run_settings
+from cai.base import engine_options, requests, run_settings
 from cai.base.errors import LEAVE_OUT, CaiError
 from cai.base.files import expand_patterns
 from cai.base.paths import SCRIPTS
@@ -39,16 +40,19 @@ _QUALIFICATIONS = "qualifications"  # the entry of click's context that keeps ve
 
 _KEY_NAME = "key_name"  # the entry of click's context that keeps the value of --key-name
 
+_bar: Any = None  # the progress bar that was begun last
+
 
 def _endpoint(function: _Function) -> _Function:
-    """Add `--endpoint`, and `--key-name`, whose value `key_name` returns without any function passing it on."""
+    """Add `--endpoint`, the options of requests, and `--key-name`, whose value `key_name` returns without any function
+    passing it on."""
     function = click.option(
         "--key-name",
         metavar="NAME",
         expose_value=False,
         callback=lambda context, _option, value: context.meta.__setitem__(_KEY_NAME, value),
         help="Environment variable that holds the server's key.  [default: OPENAI_API_KEY]",
-    )(function)
+    )(requests.request_options(function))
     return click.option(
         "--endpoint",
         "endpoints",
@@ -298,13 +302,15 @@ class Command(click.Command):
         try:
             context = super().make_context(*args, **kwargs)
             engine_options.check_options(context)
-            return context
         except CaiError as error:  # of an option's value
             raise _UsageError(str(error)) from error
+        requests.refuse_without_server(context)
+        return context
 
     def invoke(self, ctx: click.Context) -> Any:
         ctx.meta[_ROWS] = RowReport()
         ctx.meta[_QUALIFICATIONS] = {}
+        requests.begin_report(ctx)
         run_settings.forget_dated_template()
         # A command that runs this one in its own process (run.py) handles the error itself.
         if ctx.parent is not None and not isinstance(ctx.parent.command, click.Group):
@@ -498,8 +504,9 @@ def progress(total: int, label: str) -> Any:
     """A tqdm bar on stderr; when stderr is no terminal, a line at most every thirty seconds."""
     from tqdm import tqdm
 
+    global _bar
     terminal = sys.stderr.isatty()
-    return tqdm(
+    _bar = tqdm(
         total=total,
         desc=label,
         unit="row",
@@ -510,3 +517,15 @@ def progress(total: int, label: str) -> Any:
         leave=terminal,
         delay=0 if terminal else 30,
     )
+    return _bar
+
+
+def show_in_progress(text: str) -> None:
+    """Put `text` at the end of the progress bar that was begun last, and draw the bar if it is time, row or no row."""
+    if _bar is None or _bar.disable:  # a closed one is disabled
+        return
+    _bar.set_postfix_str(text, refresh=False)
+    now = time.time()
+    if now >= _bar.start_t + _bar.delay and now >= _bar.last_print_t + _bar.mininterval:
+        _bar.refresh()
+        _bar.last_print_t = now

@@ -289,12 +289,35 @@ def split_endpoint(name: str, endpoints: Sequence[str] = ()) -> tuple[str, tuple
     return model, (f"http{url}",) if at else tuple(endpoints)
 
 
+def check_sampling(engine: Engine, temperature: float) -> None:
+    """Test whether a server stands a seed, where texts are to be sampled; before anything is written.
+
+    Raises InputError if the server dies on it.
+    """
+    from cai.models.servers import ServerEngine
+
+    if temperature > 0 and isinstance(engine, ServerEngine | managed.ManagedEngine):
+        engine.check_seeds()
+
+
 def load_named_engine(
-    name: str, endpoints: Sequence[str], loading: Mapping[str, Any], *, in_process: bool = False
+    name: str,
+    endpoints: Sequence[str],
+    loading: Mapping[str, Any],
+    temperature: float = 0.0,
+    *,
+    in_process: bool = False,
 ) -> Engine:
-    """The engine of a model's name, which may include its server; in_process: as for `load_engine`."""
+    """The engine of a model's name, which may include its server.
+
+    Args:
+        temperature: of the texts that will be sampled; see `check_sampling`.
+        in_process: as for `load_engine`.
+    """
     model, servers = split_endpoint(name, endpoints)
-    return load_engine(model, endpoints=servers, in_process=in_process, **loading)
+    engine = load_engine(model, endpoints=servers, in_process=in_process, **loading)
+    check_sampling(engine, temperature)
+    return engine
 
 
 def is_main_process() -> bool:

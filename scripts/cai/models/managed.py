@@ -32,7 +32,7 @@ from typing import Any
 
 import click
 
-from cai.base import cli
+from cai.base import cli, requests
 from cai.base.engine_options import EngineChoice
 from cai.base.errors import CaiError, InputError, shorten
 from cai.models import launchers
@@ -45,6 +45,8 @@ RESTARTS = 2  # of each server
 PORTS = 3  # ports tried, where another program takes the free one before the server does
 
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+
+REQUEST_TIMEOUT = 600.0  # seconds: whether the engine lives is known, and on a CPU answers are slow
 
 START_LIMIT = 3600.0  # seconds until the model is loaded
 
@@ -233,6 +235,7 @@ class ManagedEngine:
         self.batch_size = IN_FLIGHT
         self.servers: list[Server] = []
         self._client: Any = None
+        self._context: Any = None  # click's, of the command that the client counts for
 
     @property
     def scores_choices(self) -> bool:
@@ -275,7 +278,10 @@ class ManagedEngine:
     def use(self, batch_size: int | None) -> None:
         """Start the servers if they do not run. batch_size: requests in flight; None: the client's default for each."""
         self.batch_size = batch_size or IN_FLIGHT * self.choice.replicas
-        self._client_of_running().batch_size = self.batch_size
+        self._client_of_running()
+        if self._context is not click.get_current_context(silent=True):
+            self._connect()  # another step of run.py
+        self._client.batch_size = self.batch_size
 
     # --- starting and stopping --------------------------------------------------------------------------------
 
@@ -288,6 +294,7 @@ class ManagedEngine:
             _stop_at_end()
             try:
                 self._start()
+                self._connect()
             except BaseException:
                 stop_engines()
                 raise
@@ -306,23 +313,36 @@ class ManagedEngine:
             self.servers.append(Server(self.launcher, serving, environment))
         for server in self.servers:
             self._wait_until_ready(server, began)
+        cli.note(f"{self.launcher.label} serves {self.name} after {time.monotonic() - began:.0f} s")
+
+    def _connect(self) -> None:
+        """Make the client of the running command, which counts its requests."""
+        self._context = click.get_current_context(silent=True)
+        is_typed = "--request-timeout" in requests.command_options()
         try:
             # Patience for a restart, until `_give_up_when_dead` takes it away.
             self._client = load_server(
-                f"openai:{serving['name']}",
+                f"openai:{self.servers[0].serving['name']}",
                 endpoints=[server.address for server in self.servers],
                 batch_size=self.batch_size,
                 key_name=_NO_KEY,
+                timeout=None if is_typed else REQUEST_TIMEOUT,
                 patience=START_LIMIT,
+                seeds=self._stands_seeds,
             )
         except CaiError as error:
             ended = [server for server in self.servers if server.has_ended or server.restarts]
             if not ended:
                 raise
             raise self._start_error(ended[0], "it answered first, and not to the first question") from error
-        self._client.name = f"{self.name} ({choice.label})"
+        self._client.name = f"{self.name} ({self.choice.label})"
         threading.Thread(target=self._give_up_when_dead, args=[self._client, self.servers], daemon=True).start()
-        cli.note(f"{self.launcher.label} serves {self.name} after {time.monotonic() - began:.0f} s")
+
+    @property
+    def _stands_seeds(self) -> bool:
+        """Whether requests may carry seeds: vLLM on a CPU dies on them (0.32)."""
+        on_cpu = "cpu" in self.launcher.version or not visible_gpus(self.device)
+        return not (self.choice.engine == "vllm" and on_cpu)
 
     def _wait_until_ready(self, server: Server, began: float) -> None:
         """Return when the server answers. Raises InputError if it ends before."""
