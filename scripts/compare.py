@@ -42,7 +42,7 @@ from cai.evaluate.measurement import gather, print_rates, write
 )
 @cli.options("endpoint", "engine")
 @cli.options("temperature", "top_p", "max_new_tokens", "seed", "limit")
-@cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+@cli.options("batch_size", "device", "dtype", "events", "json", "dry_run", "overwrite")
 @reading_options
 def main(output, as_json, dry_run, overwrite, **values):
     """Compare policies: Elo points for harmlessness and for helpfulness, with 95 % intervals.

@@ -108,7 +108,7 @@ NOT_PASSED = 4  # exit code of --gate
 @options.gate_options
 @options.other_options
 @cli.options("temperature", "top_p", "max_new_tokens", "seed", "limit")
-@cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+@cli.options("batch_size", "device", "dtype", "events", "json", "dry_run", "overwrite")
 @reading_options
 def main(output, against, watch, gated, margin, no_worse_than, unqualified, as_json, dry_run, overwrite, **values):
     """Measure responses: rates per kind of prompt, with 95 % intervals.

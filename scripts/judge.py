@@ -26,7 +26,7 @@ from cai.steps import contrast, judges, pairs, principles, text, verdicts
 # The parameters that have an effect without a judge.
 WITHOUT_JUDGE = {
     *("inputs", "against", "output", "prefer_input", "pairs_per_prompt", "seed", "limit"),
-    *("as_json", "dry_run", "overwrite", "debug"),
+    *("events", "as_json", "dry_run", "overwrite", "debug"),
     *Reading.__dataclass_fields__,
 }
 

@@ -1,6 +1,7 @@
 """What the commands do with a model that is unfit: `tiny` outside of its world, which it does not understand."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -56,6 +57,32 @@ def test_a_run_stops_before_its_first_step_and_names_the_reason(invoke, unfit, s
     for role in qualification.ROLES:
         assert f"is UNFIT as {role} (english)" in result.output
     assert "--unqualified" in result.output and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_each_model_of_a_run_is_qualified_in_its_role_and_named(invoke, unfit, switched_on, responses, tmp_path):
+    """`tiny` criticises, the unfit model reads and judges; a smoke run then takes the kept verdicts."""
+    line = ["--model", "tiny", "--reader", unfit, "--judge", unfit, "--output", tmp_path / "run"]
+    for more in ([], ["--smoke"]):
+        result = invoke("run", *line, *more)
+        assert result.exit_code == qualification.UNFIT_EXIT, result.output
+        for role in ("reader", "judge"):
+            assert result.output.count(f"{unfit} is UNFIT as {role} (english)") == 2  # the verdict, and the error
+        assert "tiny is fit as critic" in result.output and "tiny is fit as judge" not in result.output
+        assert not (tmp_path / "run").exists()
+    assert "qualifying" not in result.output
+
+
+def test_only_what_is_kept_is_taken_where_nothing_may_be_measured(switched_on, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(qualification, "_results", {})
+    with qualification.only_kept():
+        assert qualification.qualify("tiny", qualification.Task("critic"), pytest.fail) is None
+    assert "CAI_QUALIFICATION" not in os.environ
+    monkeypatch.setenv("CAI_QUALIFICATION", "off")
+    with qualification.only_kept():
+        assert os.environ["CAI_QUALIFICATION"] == "off"
+    assert os.environ["CAI_QUALIFICATION"] == "off"
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from pathlib import Path
 import models
 import pytest
 from conftest import ROOT, load_command
+from event_files import read_events
 
 from cai.base.paths import TINY
 from cai.data.kinds import KINDS
@@ -397,7 +398,9 @@ def test_several_seeds_give_mean_and_range(invoke, tmp_path, prompts):
 @pytest.mark.slow
 def test_a_smoke_run_looks_for_signs_of_life(invoke, tmp_path):
     """The bundled model shows all of them; one drawn at random does not."""
-    result = invoke("run", "--model", "tiny", "--output", tmp_path / "out", "--rounds", 1, "--smoke", "--json")
+    path = tmp_path / "events.jsonl"
+    line = ("--model", "tiny", "--output", tmp_path / "out", "--rounds", 1, "--smoke", "--json", "--events", path)
+    result = invoke("run", *line)
     said = json.loads(result.stdout)
     dead = [sign for sign in said["signs"] if not sign["alive"]]
     assert result.exit_code == 0 and said["alive"], dead
@@ -411,6 +414,33 @@ def test_a_smoke_run_looks_for_signs_of_life(invoke, tmp_path):
         "ppo",
     }
     assert (tmp_path / "out/smoke/ppo").is_dir() and not (tmp_path / "out/ppo").exists()
+    assert said["bounded"]["prompts"] == 8 and said["bounded"]["new_tokens"] == 32
+    assert said["bounded"]["ppo --updates"] == 1 and said["bounded"]["qualification"].startswith("not measured")
+    check_events_of_a_run(read_events(path), said)
+
+
+def check_events_of_a_run(rows, said):
+    """The steps of a smoke run, each with start, figures and end, in the run's own."""
+    own = [row for row in rows if "step" not in row]
+    assert [row["event"] for row in own if row["event"] != "progress"] == ["started", "figures", "ended"]
+    assert own[0]["command"] == "run" and own[0] == rows[0] and own[-1] == rows[-1]
+    assert own[-2]["figures"]["alive"] and own[-2]["figures"]["bounded"]["heldout_prompts"] == 8
+    assert set(own[-2]["figures"]["signs"].values()) == {True} and not any("hello" in str(row).lower() for row in own)
+    steps = list(dict.fromkeys(row["step"] for row in rows if "step" in row))
+    assert steps[:3] == ["evaluate-base", "responses", "critique-1"] and steps[-1] == "report"
+    for number, name in enumerate(steps, 1):
+        of_step = [row for row in rows if row.get("step") == name]
+        assert {(row["number"], row["steps"]) for row in of_step} == {(number, len(steps))}
+        assert (of_step[0]["event"], of_step[-1]["event"], of_step[-1]["exit_code"]) == ("started", "ended", 0)
+        assert len({row["command"] for row in of_step}) == 1
+        if name != "report":
+            assert "figures" in [row["event"] for row in of_step]
+            assert any("done" in row for row in of_step)
+    trained = [row for row in rows if row.get("step") == "ppo" and "done" in row]
+    assert {row["unit"] for row in trained} >= {"step"}
+    evaluated = next(row for row in rows if row.get("step") == "evaluate-ppo" and row["event"] == "figures")
+    assert evaluated["figures"]["metrics"]["harmful_compliance"].keys() >= {"value", "low", "high", "n"}
+    assert said["alive"]
 
 
 @pytest.mark.slow

@@ -299,6 +299,15 @@ def test_killed_at_the_gate_and_resumed_is_as_never_killed(invoke, tmp_path, lin
     assert resumed["counts"] == whole["counts"] and resumed["resumed"] == 1
 
 
+def rounded_floats(value, digits: int = 4):
+    """A row with every number in it rounded."""
+    if isinstance(value, dict):
+        return {name: rounded_floats(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [rounded_floats(part) for part in value]
+    return round(value, digits) if isinstance(value, float) else value
+
+
 @pytest.mark.slow
 def test_two_processes_gate_what_one_does(invoke, tmp_path, line):
     rows = [awaiting(n) for n in range(9)]
@@ -306,5 +315,9 @@ def test_two_processes_gate_what_one_does(invoke, tmp_path, line):
     assert invoke("revise", *line(rows, *more)).exit_code == 0
     done = launch("revise", *line(rows, *more, output="two.jsonl"))
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+    # In other batches a probability may round differently in its last digit.
+    rounded = [
+        [json.dumps(rounded_floats(row)) for _, row in read_jsonl(tmp_path / f)] for f in ("two.jsonl", "out.jsonl")
+    ]
+    assert rounded[0] == rounded[1] and len(rounded[0]) == len(rows)
     assert read_manifest(tmp_path / "two.jsonl")["counts"] == read_manifest(tmp_path / "out.jsonl")["counts"]

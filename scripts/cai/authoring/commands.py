@@ -45,7 +45,7 @@ def _beside(output: str, ending: str) -> str:
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model", "endpoint", "engine", "constitution")
 @THRESHOLD
-@cli.options("limit", "batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+@cli.options("limit", "batch_size", "device", "dtype", "events", "json", "dry_run", "overwrite")
 @reading.reading_options
 def coverage(output, as_json, dry_run, overwrite, **values):
     """Find the prompts that no principle applies to, by a judge model.
@@ -84,7 +84,7 @@ def coverage(output, as_json, dry_run, overwrite, **values):
 )
 @click.option("--judge", metavar="MODEL", help="The judge model: a folder, a hub id, or `tiny`.")
 @cli.options("examples", "reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed", "limit")
-@cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+@cli.options("batch_size", "device", "dtype", "events", "json", "dry_run", "overwrite")
 def ablate(output, as_json, dry_run, overwrite, **values):
     """Leave one principle out at a time, and show what changes in the figures of the revisions.
 
@@ -115,7 +115,7 @@ def ablate(output, as_json, dry_run, overwrite, **values):
 @cli.options("constitution", "output", "model", "endpoint", "engine", "principle")
 @TRIES
 @cli.options("reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed")
-@cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+@cli.options("batch_size", "device", "dtype", "events", "json", "dry_run", "overwrite")
 def derive(output, as_json, dry_run, overwrite, **values):
     """Let a model phrase critique, revision and preference for principles that are plain sentences.
 
@@ -164,7 +164,7 @@ def derive(output, as_json, dry_run, overwrite, **values):
 @click.option("--check", metavar="MODEL", help="A judge that confirms each prompt's kind; may be openai:NAME@URL.")
 @TRIES
 @cli.options("output", "reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed")
-@cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+@cli.options("batch_size", "device", "dtype", "events", "json", "dry_run", "overwrite")
 def prompts(output, heldout, as_json, dry_run, overwrite, **values):
     """Let a model write prompts for each principle: harmful, borderline and benign, with a share held out.
 
@@ -239,7 +239,7 @@ def _write_rows(output: outputs.Output, rows: list[dict], counts: dict) -> None:
 )
 @TRIES
 @cli.options("reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed", "limit")
-@cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+@cli.options("batch_size", "device", "dtype", "events", "json", "dry_run", "overwrite")
 @reading.reading_options
 def infer(output, as_json, dry_run, overwrite, **values):
     """Find principles behind preferences: candidates, and how many held-out pairs each predicts.
@@ -287,7 +287,7 @@ def infer(output, as_json, dry_run, overwrite, **values):
 )
 @THRESHOLD
 @cli.options("reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed", "limit")
-@cli.options("batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+@cli.options("batch_size", "device", "dtype", "events", "json", "dry_run", "overwrite")
 @reading.reading_options
 def validate(output, as_json, dry_run, overwrite, **values):
     """Show whether a constitution does anything: lint, coverage, and a comparison with a placebo.

@@ -8,6 +8,7 @@ Leaves out what any single command does, and all heavy imports.
 """
 
 import importlib.util
+import inspect
 import json
 import os
 import shlex
@@ -19,13 +20,14 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from cai.base import engine_options, requests, run_settings
+from cai.base import engine_options, events, requests, run_settings
 from cai.base.errors import LEAVE_OUT, CaiError
 from cai.base.files import expand_patterns
 from cai.base.paths import SCRIPTS
@@ -41,6 +43,8 @@ _QUALIFICATIONS = "qualifications"  # the entry of click's context that keeps ve
 _KEY_NAME = "key_name"  # the entry of click's context that keeps the value of --key-name
 
 _bar: Any = None  # the progress bar that was begun last
+
+_EVENTS = "events"  # the entry of click's context that keeps the value of --events
 
 
 def _endpoint(function: _Function) -> _Function:
@@ -158,6 +162,12 @@ def exit_if_failed(counts: Mapping[str, Any]) -> None:
         click.get_current_context().exit(SOME_FAILED)
 
 
+def _keep_events(context: click.Context, _option: click.Parameter, path: str | None) -> None:
+    """Keep the value of --events for `Command.invoke`; the steps of run.py, which lack it, leave it as it is."""
+    if path is not None:
+        context.meta[_EVENTS] = path
+
+
 def _expand(_context: click.Context, _option: click.Parameter, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(expand_patterns(names))
 
@@ -239,6 +249,13 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         show_default=True,
         help="auto: bfloat16 where the device supports it, float32 on a CPU.",
     ),
+    "events": click.option(
+        "--events",
+        metavar="FILE",
+        expose_value=False,
+        callback=_keep_events,
+        help="Append JSON lines to this file while it runs: progress, warnings, figures, the end.",
+    ),
     "json": click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."),
     "dry_run": click.option("--dry-run", is_flag=True, help="Print what would be done; load no model, write nothing."),
     "overwrite": click.option("--overwrite", is_flag=True, help="Start again even if the output exists."),
@@ -315,8 +332,11 @@ class Command(click.Command):
         # A command that runs this one in its own process (run.py) handles the error itself.
         if ctx.parent is not None and not isinstance(ctx.parent.command, click.Group):
             return super().invoke(ctx)
+        path = ctx.meta.get(_EVENTS)
+        if path and ctx.params.get("dry_run"):
+            raise click.UsageError("--events would have no effect: --dry-run does no work.", ctx)
         try:
-            with _interrupt_on_sigterm():
+            with _interrupt_on_sigterm(), events.record(path, _name(ctx), _read_outcome, line=command_line()):
                 result = super().invoke(ctx)
             _leave_process_group()
             return result
@@ -332,6 +352,14 @@ class Command(click.Command):
                 traceback.print_exc()
             _print(f"error: {error}")
             ctx.exit(error.exit_code)
+
+
+def _name(context: click.Context) -> str:
+    """The command's name: `generate`, or with a subcommand `constitution coverage`."""
+    function: Any = inspect.unwrap(context.command.callback)  # type: ignore[arg-type]
+    is_part = context.parent is not None
+    script = context.parent.info_name if is_part else function.__code__.co_filename  # type: ignore[union-attr]
+    return f"{Path(str(script)).stem}{f' {context.info_name}' if is_part else ''}"
 
 
 def _leave_process_group() -> None:
@@ -357,6 +385,18 @@ def _explain_error(exception: BaseException) -> CaiError | None:
     if isinstance(exception, OSError) or is_file_error:
         return CaiError(f"the system refuses ({text or kind}); --debug shows where. {resume}")
     return None
+
+
+def _read_outcome(exception: BaseException) -> tuple[int, str]:
+    """(exit code, text of the error) of what leaves a command."""
+    if isinstance(exception, click.exceptions.Exit):
+        return exception.exit_code, ""
+    if isinstance(exception, BrokenPipeError):
+        return 0, ""
+    if isinstance(exception, click.ClickException):
+        return exception.exit_code, exception.format_message()
+    error = _explain_error(exception)
+    return (1, f"{type(exception).__name__}: {exception}") if error is None else (error.exit_code, str(error))
 
 
 @contextmanager
@@ -417,17 +457,25 @@ def call_command(name: str, arguments: Sequence[str], line: str) -> int:
     try:
         with redirect_stdout(sys.stderr):
             return load_command(name).main(list(arguments), prog_name=name, standalone_mode=False, parent=context) or 0
+    except click.Abort as error:  # what click makes of an interrupt, without its reason
+        raise error.__cause__ or error from None
     finally:
         context.meta["debug"] = debug
 
 
 def warn(message: str) -> None:
     """Print a warning on stderr."""
+    events.emit("warning", text=message)
     _print(f"warning: {message}")
 
 
-def note(message: str) -> None:
-    """Print a line of progress on stderr."""
+def note(message: str, *, is_event: bool = True) -> None:
+    """Print a line of progress on stderr.
+
+    is_event: for --events too; off where the events say the same.
+    """
+    if is_event:
+        events.emit("progress", text=message)
     _print(message)
 
 
@@ -479,6 +527,7 @@ def finish(
     for name, line in (("next", next_command), ("or", alternative)):
         if line:
             summary[name] = _from_here(line)
+    events.emit_figures(summary)
     if as_json:
         _print(json.dumps(summary, ensure_ascii=False), err=False)
     else:
@@ -500,16 +549,20 @@ def _from_here(command: str) -> str:
     return command.replace("python scripts/", f"python {shlex.quote(folder)}/", 1)
 
 
-def progress(total: int, label: str) -> Any:
-    """A tqdm bar on stderr; when stderr is no terminal, a line at most every thirty seconds."""
+def progress(total: int, label: str, done: int = 0, unit: str = "row") -> Any:
+    """A tqdm bar on stderr; when stderr is no terminal, a line at most every thirty seconds. Also for --events.
+
+    done: how many are done already.
+    """
     from tqdm import tqdm
 
     global _bar
     terminal = sys.stderr.isatty()
-    _bar = tqdm(
+    bar = _bar = tqdm(
         total=total,
+        initial=done,
         desc=label,
-        unit="row",
+        unit=unit,
         file=_Stderr(),
         disable=None if terminal else False,
         mininterval=0.1 if terminal else 30,
@@ -517,7 +570,8 @@ def progress(total: int, label: str) -> Any:
         leave=terminal,
         delay=0 if terminal else 30,
     )
-    return _bar
+    events.watch_bar(bar, label)
+    return bar
 
 
 def show_in_progress(text: str) -> None:

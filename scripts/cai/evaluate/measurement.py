@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from cai.base import cli, requests
+from cai.base import cli, events, requests
 from cai.data import outputs, readers
 from cai.evaluate.rates import disagreements
 from cai.models.engine import Sampling
@@ -126,6 +126,7 @@ def print_rates(
     """
     rows = {row["metric"]: row for _, row in readers.read_jsonl(output.path)}
     apart = disagreements(rows)
+    events.emit_figures({"metrics": rows, **output.counts, "output": str(output.path)})
     if as_json:
         metrics = {name: {k: v for k, v in row.items() if k not in ("id", "metric")} for name, row in rows.items()}
         summary = {

@@ -13,8 +13,10 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from cai.data.preferences import group_verdicts, same_position
 from cai.evaluate import classes, qualification_sets
 from cai.models import choice
 from cai.models.engine import Engine, Generation, Request, Sampling
-from cai.models.loading import load_engine
+from cai.models.loading import load_engine, split_endpoint
 from cai.stats import calibration, intervals, letters, refusals, tables, texts
 from cai.steps import judging
 from cai.steps.plan import PRESETS, Choices
@@ -401,6 +403,8 @@ def _names_a_word(critique: str, row: Mapping) -> bool:
 
 # --- qualifying, once ---------------------------------------------------------------------------------------
 
+_SWITCH = "CAI_QUALIFICATION"  # environment variable: `off`, or `kept`, which measures nothing new
+
 _results: dict[str, dict] = {}  # of this process, for a cache that can't be written
 
 
@@ -416,13 +420,13 @@ def qualify(
     """`measure` with the model on the set that suits it, once: the result is kept in the user's cache directory.
 
     It is kept by the model's content, the templates, the texts and the server. None where the environment variable
-    CAI_QUALIFICATION is `off`: then nothing is known of the model.
+    CAI_QUALIFICATION is `off`, and where it is `kept` and nothing is: then nothing is known of the model.
 
     Args:
         load: loads the engine; called only if nothing is kept.
         again: measure even so.
     """
-    if os.environ.get("CAI_QUALIFICATION") == "off" and not again:
+    if os.environ.get(_SWITCH) == "off" and not again:
         return None
     set_name = qualification_sets.name_set(model)
     rows = qualification_sets.load_rows(task.role, set_name)
@@ -437,6 +441,8 @@ def qualify(
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     kept = None if again else _results.get(digest) or _read_kept(digest)
     if kept is None:
+        if os.environ.get(_SWITCH) == "kept" and not again:
+            return None
         cli.note(f"qualifying {model} as {task.role} on {len(rows)} texts with known labels (once)")
         kept = {**measure(load(), task, set_name), "model": model}
         if kept["lost"] <= (1 - LEAST_ANSWERED) * len(rows):
@@ -480,26 +486,45 @@ def report(model: str, task: Task, load: Callable[[], Engine], **how: Any) -> di
 
 
 def require_run(choices: Choices) -> None:
-    """Raise UnfitError if the model of a whole run is unfit for what its steps ask of it; all roles are measured."""
-    preset = PRESETS[choices.preset]
-    roles = [
-        *(["reader"] if "--by judge" in str(preset["evaluate"]) else []),
-        *(["judge"] if choices.rl != "none" or choices.gate == choices.model else []),
-        "critic",
-    ]
-
-    def load() -> Engine:
-        batch_size = choices.batch_size or int(str(preset["batch_size"]))
-        return load_engine(choices.model, batch_size=batch_size, device=choices.device, dtype=choices.dtype)
-
-    results = [qualify(choices.model, Task(role), load, dtype=choices.dtype) for role in roles]
-    unfit = [result for result in results if result and not result["fit"]]
-    if unfit:
+    """Raise UnfitError if a model of a whole run is unfit for what its steps ask of it; all are measured, each in its
+    roles, and the verdicts are printed."""
+    roles = {
+        "reader": [choices.model_of("reader")] if choices.reads_by_judge else [],
+        "judge": [*([choices.model_of("judge")] if choices.rl != "none" else []), *filter(None, [choices.gate])],
+        "critic": [choices.model_of("critic")],
+    }
+    results = [_qualify_of_run(choices, name, role) for role, names in roles.items() for name in dict.fromkeys(names)]
+    known = [result for result in results if result]
+    for result in known:
+        cli.note(describe(result))
+    if unfit := [result for result in known if not result["fit"]]:
         verdicts = " ".join(f"{describe(result)}. {REMEDIES[result['role']]}." for result in unfit)
         raise UnfitError(
-            f"nothing was run, because what this model writes and judges can't be believed. {verdicts} "
-            "With --unqualified it runs all the same"
+            f"nothing was run, because what {'these models' if len({r['model'] for r in unfit}) > 1 else 'this model'} "
+            f"would write and judge can't be believed. {verdicts} With --unqualified it runs all the same"
         )
+
+
+def _qualify_of_run(choices: Choices, name: str, role: str) -> dict[str, Any] | None:
+    """`qualify` for a model of a run, which may be `openai:NAME@URL`."""
+    model, servers = split_endpoint(name)
+    batch_size = choices.batch_size or int(str(PRESETS[choices.preset]["batch_size"]))
+    loading = {"batch_size": batch_size, "device": choices.device, "dtype": choices.dtype}
+    load = partial(load_engine, model, endpoints=servers, **loading)
+    return qualify(model, Task(role), load, endpoints=servers, dtype=choices.dtype)
+
+
+@contextmanager
+def only_kept() -> Iterator[None]:
+    """Take the results that are kept, and measure nothing, while the context is open."""
+    before = os.environ.get(_SWITCH)
+    if before != "off":
+        os.environ[_SWITCH] = "kept"
+    try:
+        yield
+    finally:
+        os.environ.pop(_SWITCH, None)
+        os.environ.update({_SWITCH: before} if before else {})
 
 
 def describe(result: Mapping) -> str:

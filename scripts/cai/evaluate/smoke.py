@@ -13,21 +13,29 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import click
 
+from cai.base import events
 from cai.base.errors import CaiError
 from cai.data import dialogue, readers, rounds
+from cai.data.sources import Source
 from cai.models import loading, scorer
 from cai.models.engine import Request, Sampling
 from cai.stats import tables
+from cai.steps import pricing
+from cai.steps.plan import SMOKE, SMOKE_TOKENS, Choices, Step
 
-# Prompts that a smoke run reads: enough to see a difference, few enough for a minute.
+# Prompts that a smoke run reads, to train on and to measure on: enough to see a difference, few enough for minutes.
 LIMIT = 8
+
+# Characters of all those prompts together; of longer ones fewer are read, but LEAST or more.
+CHARACTERS, LEAST = 4000, 2
 
 # A prompt for checkpoints.
 GREETING = dialogue.as_messages("Hello. How are you?")
@@ -40,6 +48,9 @@ _SMALL = _WORD.findall(
     "which will with would your response"
 )
 
+# Flags of a revision that say nothing about the model here.
+_EXPECTED = {rounds.UNCHANGED, rounds.REFUSED, "unfinished"}
+
 _Result = tuple[str, bool, str]  # name, whether it is alive, and what was seen
 
 
@@ -51,6 +62,47 @@ class Sign:
     name: str
     alive: bool
     seen: str
+
+
+def bound(choices: Choices) -> Choices:
+    """The choices of a smoke run: few rows, few tokens, and everything else below the bounds of `plan.SMOKE`."""
+    limits = {
+        name: _count_rows(choices, files, min(getattr(choices, name) or LIMIT, LIMIT))
+        for name, files in (("limit", "inputs"), ("heldout_limit", "heldout"))
+    }
+    return replace(choices, **limits, overwrite=True, is_smoke=True)
+
+
+def _count_rows(choices: Choices, files: str, limit: int) -> int:
+    """How many of the first rows are read: `limit`, or fewer where their prompts are long."""
+    if not pricing.is_file(choices, files):
+        return limit
+    characters = 0
+    source = Source(getattr(choices, files), require=("prompt",), limit=limit, reading=choices.reading_of(files))
+    for number, row in enumerate(source):
+        characters += len(dialogue.prompt_text(row["prompt"]))
+        if characters > CHARACTERS and number >= LEAST:
+            return number
+    return limit
+
+
+def describe_bounds(choices: Choices, steps: Sequence[Step]) -> dict[str, Any]:
+    """What was bounded in a smoke run, for its output: the limits, and the settings of its steps that SMOKE bounds."""
+    settings = {step.command: step.arguments for step in steps}
+    bounds = {
+        f"{command} {option}": float(words[words.index(option) + 1])
+        for command, words in settings.items()
+        for option in SMOKE.get(command, {})
+        if option in words
+    }
+    return {
+        "prompts": choices.limit,
+        "heldout_prompts": choices.heldout_limit,
+        "new_tokens": min(choices.max_new_tokens or SMOKE_TOKENS, SMOKE_TOKENS),
+        **{name: int(value) for name, value in bounds.items()},
+        "sft_trains_on": "revisions with any flag",
+        "qualification": "not measured; what is known from before counts",
+    }
 
 
 def look(steps: Iterable[tuple[str, str]], device: str | None = None) -> list[Sign]:
@@ -113,8 +165,9 @@ def _written_text(round_: dict, text: str) -> str:
 
 
 def revisions_in_form(rows: Sequence[dict]) -> _Result:
-    """Revisions of which half or fewer are flagged (a copy or the gate's refusal is not a fault of form)."""
-    flagged = [set(row["rounds"][-1].get("flags", ())) - {rounds.UNCHANGED, rounds.REFUSED} for row in rows]
+    """Revisions of which half or fewer are flagged. A copy or the gate's refusal is not a fault of form, and the smoke
+    run's few tokens leave many unfinished."""
+    flagged = [set(row["rounds"][-1].get("flags", ())) - _EXPECTED for row in rows]
     count = sum(map(bool, flagged))
     reasons = Counter(reason for reasons in flagged for reason in reasons).most_common()
     details = f" ({', '.join(f'{reason} {n}' for reason, n in reasons)})" if reasons else ""
@@ -197,11 +250,21 @@ _OF_ROWS: dict[str, list[Callable[[Sequence[dict]], _Result]]] = {
 _OF_FOLDERS = {"sft": speaks, "reward_model": scores, "ppo": speaks, "dpo": speaks, "grpo": speaks}
 
 
-def print_signs(steps: Sequence[tuple[str, str]], device: str | None, as_json: bool) -> bool:
-    """Print each sign of `look`, as a table or as one JSON object; returns whether none is missing."""
-    signs = look(steps, device)
-    alive = all(sign.alive for sign in signs)
+def print_signs(steps: Sequence[Step], choices: Choices, as_json: bool) -> bool:
+    """Print each sign of `look` and what was bounded, as a table or as one JSON object; returns whether no sign is
+    missing."""
+    signs = look([(step.command, step.output) for step in steps], choices.device)
+    alive, bounds = all(sign.alive for sign in signs), describe_bounds(choices, steps)
+    # What was seen may quote the model.
+    by_name = {f"{sign.step}: {sign.name}": True for sign in signs}
+    by_name |= {f"{sign.step}: {sign.name}": False for sign in signs if not sign.alive}
+    events.emit_figures({"alive": alive, "signs": by_name, "bounded": bounds})
+    if as_json:
+        result = {"alive": alive, "signs": [asdict(sign) for sign in signs], "bounded": bounds}
+        click.echo(json.dumps(result, ensure_ascii=False))
+        return alive
     rows = [(sign.step, sign.name, "yes" if sign.alive else "NO", sign.seen) for sign in signs]
-    result = json.dumps({"alive": alive, "signs": [asdict(sign) for sign in signs]}, ensure_ascii=False)
-    click.echo(result if as_json else tables.table(("step", "sign of life", "", "seen"), rows))
+    click.echo(tables.table(("step", "sign of life", "", "seen"), rows))
+    shown = (f"{name.replace('_', ' ')} {value}" for name, value in bounds.items())
+    click.echo(f"\nbounded: {', '.join(shown)}")
     return alive

@@ -366,6 +366,8 @@ def choose_device(device: str | None) -> None:
             where="--device",
             remedy=f"Set CUDA_VISIBLE_DEVICES={chosen} before the start, or use `accelerate launch`",
         )
+    if device in (None, "cuda"):
+        managed.keep_gpus(visible if visible[0] else map(str, range(count)))
     os.environ["CUDA_VISIBLE_DEVICES"] = chosen
 
 

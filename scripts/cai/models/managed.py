@@ -234,6 +234,7 @@ class ManagedEngine:
         self.served = launchers.served_model(model, choice)
         self.batch_size = IN_FLIGHT
         self.servers: list[Server] = []
+        self.abilities: dict[str, bool] = {}
         self._client: Any = None
         self._context: Any = None  # click's, of the command that the client counts for
 
@@ -272,6 +273,7 @@ class ManagedEngine:
             "command": shlex.join(self.launcher.command(serving)),
             "replicas": self.choice.replicas,
             "restarts": sum(server.restarts for server in self.servers),
+            **self.abilities,
         }
         return {"engine": fields}
 
@@ -294,7 +296,6 @@ class ManagedEngine:
             _stop_at_end()
             try:
                 self._start()
-                self._connect()
             except BaseException:
                 stop_engines()
                 raise
@@ -313,7 +314,11 @@ class ManagedEngine:
             self.servers.append(Server(self.launcher, serving, environment))
         for server in self.servers:
             self._wait_until_ready(server, began)
-        cli.note(f"{self.launcher.label} serves {self.name} after {time.monotonic() - began:.0f} s")
+        self._connect()
+        with self._explain_death():
+            self.abilities = self._client.probe()
+        words = ", ".join(f"{name.replace('_', ' ')} {'yes' if can else 'no'}" for name, can in self.abilities.items())
+        cli.note(f"{self.launcher.label} serves {self.name} after {time.monotonic() - began:.0f} s ({words})")
 
     def _connect(self) -> None:
         """Make the client of the running command, which counts its requests."""
@@ -481,16 +486,25 @@ def _environments(choice: EngineChoice, device: str | None) -> Iterator[dict[str
         )
     for number in range(choice.replicas):
         chosen = gpus[number * size : (number + 1) * size]
-        is_chosen = device is not None or choice.replicas > 1
-        yield {**base, "CUDA_VISIBLE_DEVICES": ",".join(chosen)} if is_chosen else dict(base)
+        yield {**base, "CUDA_VISIBLE_DEVICES": ",".join(chosen)} if gpus or device else dict(base)
 
 
 def _has_gpu_driver() -> bool:
     return any(map(shutil.which, ("nvidia-smi", "rocm-smi", "amd-smi"))) or any(Path("/dev").glob("nvidia[0-9]*"))
 
 
+_kept_gpus: list[str] = []
+
+
+def keep_gpus(names: Iterable[str]) -> None:
+    """Note the GPUs that engines may use, before this process restricts itself to one of them for training."""
+    _kept_gpus[:] = names
+
+
 def visible_gpus(device: str | None) -> list[str]:
     """The GPUs that engines may use, as CUDA_VISIBLE_DEVICES names them: that of --device, or all that are visible."""
+    if _kept_gpus and device in (None, "cuda"):
+        return _kept_gpus
     if device == "cpu" or not (_has_gpu_driver() or "CUDA_VISIBLE_DEVICES" in os.environ):
         return []
     import torch  # seconds, which a machine without GPUs need not spend

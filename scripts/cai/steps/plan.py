@@ -2,8 +2,8 @@
 
     for step in make_plan(Choices(model="tiny", ...), "runs/tiny", seed=0): print(step.line)
 
-The plan follows from the choices alone. Leaves out running it (run.py) and choices inside a step: change PRESETS, or
-run the script that `run.py --dry-run` prints.
+The plan follows from the choices alone. Leaves out the options (run_options.py), running the steps (run.py), and
+choices inside a step: change PRESETS, or run the script that `run.py --dry-run` prints.
 """
 
 import os
@@ -16,6 +16,8 @@ from pathlib import Path
 
 from cai.base.paths import SCRIPTS, TINY
 from cai.data.reading import AS_THEY_ARE, Reading
+from cai.models.loading import split_endpoint
+from cai.models.servers import IN_FLIGHT
 
 TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 
@@ -57,6 +59,25 @@ PRESETS = {
 }
 
 
+# The most of everything in a smoke run: a 135M model on two CPU cores then ends within two minutes. An option of which
+# a preset has less stays as it is. Rows are bounded by `evaluate.smoke`.
+SMOKE_TOKENS = 32
+SMOKE = {
+    "critique": {"--examples": 0},
+    "revise": {"--examples": 0},
+    "sft": {"--epochs": 1},
+    "samples": {"--samples": 2},
+    "judge": {"--pairs-per-prompt": 1, "--examples": 0},
+    "reward_model": {"--epochs": 1},
+    "ppo": {"--epochs": 1, "--updates": 1},
+    "dpo": {"--epochs": 1},
+    "grpo": {"--epochs": 1, "--samples": 2, "--updates": 1},
+    "evaluate": {"--orders": 1},
+}
+
+# Bounded tokens leave most revisions unfinished; SFT takes them all the same, so that there is something to train on.
+SMOKE_KEEP = ["--keep", "all"]
+
 # The options of how rows are read that are for a kind of files, beside --prompt-field.
 READING_OF = {"inputs": (), "heldout": ("kind_field", "kind", "form"), "helpful": ("response_field",)}
 
@@ -83,7 +104,9 @@ class Step:
 class Choices:
     """What the user chose, as the options of run.py; `preset` is a key of PRESETS.
 
-    `limit` is that of the prompts to train on, `heldout_limit` that of the prompts to measure on.
+    `limit` is that of the prompts to train on, `heldout_limit` that of the prompts to measure on. `critic`, `judge` and
+    `reader`: the models of these roles (see `model_of`). `updates` and `max_new_tokens` replace those of the preset.
+    `is_smoke`: everything is bounded by SMOKE. `engine`: the words of --engine and what belongs to it.
     """
 
     model: str
@@ -104,6 +127,33 @@ class Choices:
     stops: bool = False
     heldout_limit: int | None = None
     reading: Reading = AS_THEY_ARE
+    critic: str | None = None
+    judge: str | None = None
+    reader: str | None = None
+    max_new_tokens: int | None = None
+    updates: int | None = None
+    is_smoke: bool = False
+    engine: tuple[str, ...] = ()
+
+    def model_of(self, role: str) -> str:
+        """The model that criticises and revises (`critic`), compares responses (`judge`) or says what a response does
+        (`reader`): --model by default."""
+        return getattr(self, role) or self.model
+
+    def engine_number(self, option: str) -> int:
+        """The number of an option of --engine, such as --replicas; 1 where it is not given."""
+        return int(self.engine[self.engine.index(option) + 1]) if option in self.engine else 1
+
+    @property
+    def reads_by_judge(self) -> bool:
+        """Whether a model reads the responses that are measured, not the oracle; one that is named does."""
+        return self.reader is not None or "--by judge" in str(PRESETS[self.preset]["evaluate"])
+
+    @property
+    def models(self) -> dict[str, str]:
+        """{role: model} of all models of the run, as on the command line; the gate's judge is `gate`."""
+        names = {"model": self.model, "critic": self.critic, "judge": self.judge, "reader": self.reader}
+        return {role: name for role, name in {**names, "gate": self.gate}.items() if name}
 
     def reading_of(self, files: str) -> Reading:
         """How the rows of `inputs`, `heldout` or `helpful` are read; the bundled prompts have our names."""
@@ -129,17 +179,37 @@ class _Plan:
     def add(self, name: str, command: str, arguments: list[str], file: str, settings: str | None = None) -> str:
         """Add a step with the settings of the preset's entry `settings` (else of the command); returns its output."""
         path = str(self.folder / file)
-        batch_size = str(self.choices.batch_size or self.preset["batch_size"])
-        extra = [] if command in TRAINS else ["--batch-size", batch_size]
-        preset = str(self.preset[settings or command]).split()
-        self.steps.append(Step(name, command, [*arguments, "--output", path, *preset, *extra, *self.shared], path))
+        engine, batch_size = self._engine(command, arguments), self.preset["batch_size"]
+        if engine:
+            batch_size = IN_FLIGHT * self.choices.engine_number("--replicas")
+        extra = [] if command in TRAINS else [*engine, "--batch-size", str(self.choices.batch_size or batch_size)]
+        words = [*arguments, "--output", path, *self.settings(settings or command), *extra, *self.shared]
+        self.steps.append(Step(name, command, words, path))
         return path
+
+    def _engine(self, command: str, arguments: list[str]) -> list[str]:
+        """The options of --engine for a step that asks a model of this machine; [] for the others."""
+        pairs = zip(arguments, arguments[1:], strict=False)
+        models = [value for option, value in pairs if option in ("--model", "--judge", "--gate")]
+        is_asked = command not in TRAINS and not all(model.startswith("openai:") for model in models)
+        return list(self.choices.engine) if is_asked else []
+
+    def settings(self, entry: str) -> list[str]:
+        """The preset's settings, with the user's choices in their place, and bounded in a smoke run."""
+        words = str(self.preset[entry]).split()
+        if "--max-new-tokens" in words and self.choices.max_new_tokens:
+            words = _set(words, "--max-new-tokens", self.choices.max_new_tokens)
+        if entry == "evaluate" and self.choices.reader:
+            words = _set(words, "--by", "judge")
+        if self.choices.is_smoke:
+            words = _bound(words, entry, self.choices)
+        return words
 
     def add_rows(self, name: str, command: str, arguments: list[str], settings: str | None = None) -> str:
         return self.add(name, command, arguments, f"{next(self.numbers):02d}-{name}.jsonl", settings)
 
     def add_evaluation(self, stage: str, model: str) -> None:
-        judge = ["--judge", self.choices.model] if "--by judge" in str(self.preset["evaluate"]) else []
+        judge = ["--judge", self.choices.model_of("reader")] if self.choices.reads_by_judge else []
         reading = self.choices.reading_of("heldout").arguments
         prompts = [*_repeat("--input", self.choices.heldout), *self.heldout_limit, *reading]
         arguments = [*prompts, "--model", model, *judge]
@@ -152,23 +222,26 @@ def make_plan(choices: Choices, output: str, seed: int) -> list[Step]:
     plan.add_evaluation("base", model)
     prompts = [*_repeat("--input", choices.inputs), *plan.limit, *choices.reading_of("inputs").arguments]
     responses = plan.add_rows("responses", "generate", [*prompts, "--model", model])
-    base, revised = ["--model", model, "--constitution", choices.constitution], responses
-    # One file of matches: both rounds and the judge ask about the same prompts.
-    shared_matches = ["--matches", str(plan.folder / "matches.jsonl")] if choices.principles == "match" else []
-    by = ["--principles", choices.principles, *shared_matches]
+    critic, revised = [*name_model(choices.model_of("critic")), "--constitution", choices.constitution], responses
+    by = _choose_by(choices, plan.folder, "matches.jsonl")
     gate = ["--gate", choices.gate] if choices.gate else []
     stop = ["--stop-when-content"] if choices.stops else []
     for number in range(1, choices.rounds + 1):
-        critiqued = plan.add_rows(f"critique-{number}", "critique", ["--input", revised, *base, *by, *stop])
-        revised = plan.add_rows(f"revision-{number}", "revise", ["--input", critiqued, *base, *gate, *stop])
+        critiqued = plan.add_rows(f"critique-{number}", "critique", ["--input", revised, *critic, *by, *stop])
+        revised = plan.add_rows(f"revision-{number}", "revise", ["--input", critiqued, *critic, *gate, *stop])
     helpful = [*_repeat("--helpful", choices.helpful), *choices.reading_of("helpful").arguments]
+    helpful += plan.limit if choices.is_smoke else []  # of the helpful rows too
     sft = plan.add("sft", "sft", ["--input", revised, *helpful, "--model", model], "sft")
     plan.add_evaluation("sft", sft)
     if choices.rl != "none":
         samples = plan.add_rows("samples", "generate", [*prompts, "--model", sft], "samples")
         # The base model's first responses add one per prompt: those of a well-behaved policy hardly differ.
         pairs = _repeat("--input", (samples, responses))
-        preferences = plan.add_rows("preferences", "judge", [*pairs, *base, *by])
+        # Both rounds and the judge ask about the same prompts: one file of matches, unless another model asks.
+        is_critic = choices.model_of("judge") == choices.model_of("critic")
+        by = _choose_by(choices, plan.folder, "matches.jsonl" if is_critic else "matches-judge.jsonl")
+        judge = [*name_model(choices.model_of("judge")), "--constitution", choices.constitution]
+        preferences = plan.add_rows("preferences", "judge", [*pairs, *judge, *by])
         plan.add_evaluation(choices.rl, _add_rl(plan, prompts, preferences, sft))
     report = str(plan.folder / "report.html")
     return [*plan.steps, Step("report", "report", [str(plan.folder)], report)]
@@ -185,8 +258,47 @@ def _add_rl(plan: _Plan, prompts: list[str], preferences: str, sft: str) -> str:
         updates, most = min(updates, -(-limit // most)), min(most, limit)
         minibatches = min(minibatches, most)
         most -= most % minibatches
+    updates = plan.choices.updates or updates
+    if plan.choices.is_smoke:
+        updates = min(updates, SMOKE[rl]["--updates"])
     size = ["--updates", updates, "--prompts-per-update", most, "--minibatches", minibatches]
     return plan.add(rl, rl, [*prompts, "--model", sft, "--reward-model", reward, *map(str, size)], rl)
+
+
+def name_model(model: str) -> list[str]:
+    """The options that name a model, with its server where it is `openai:NAME@URL`."""
+    name, servers = split_endpoint(model)
+    return ["--model", name, *_repeat("--endpoint", servers)]
+
+
+def _choose_by(choices: Choices, folder: Path, matches: str) -> list[str]:
+    """The options of how principles are chosen."""
+    file = ["--matches", str(folder / matches)] if choices.principles == "match" else []
+    return ["--principles", choices.principles, *file]
+
+
+def _set(words: list[str], option: str, value: object) -> list[str]:
+    """The words with this value of the option, which may be new."""
+    if option not in words:
+        return [*words, option, str(value)]
+    index = words.index(option) + 1
+    return [*words[:index], str(value), *words[index + 1 :]]
+
+
+def _bound(words: list[str], entry: str, choices: Choices) -> list[str]:
+    """The settings of a step with nothing above its bound in a smoke run."""
+    bounds = {name: value for name, value in SMOKE.get(entry, {}).items() if name != "--updates"}
+    if "--max-new-tokens" in words:
+        bounds["--max-new-tokens"] = SMOKE_TOKENS
+    if not choices.reads_by_judge:
+        bounds.pop("--orders", None)
+    for option, most in bounds.items():
+        value = float(words[words.index(option) + 1]) if option in words else most
+        words = _set(words, option, int(min(value, most)))
+    if "--keep" in words:
+        index = words.index("--keep")
+        words = [*words[:index], *SMOKE_KEEP, *words[index + 2 :]]
+    return words
 
 
 def _repeat(option: str, values: Iterable[str]) -> list[str]:

@@ -11,8 +11,8 @@ the loading of models, the matching of revisions with flags, the report, and dis
 import json
 import math
 import shlex
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -66,20 +66,24 @@ class Terms:
         """Whether the plan is to be priced, not only printed."""
         return any((self.prompts, self.like, self.gpu, self.price))
 
-    def check(self, model: str, inputs: Sequence[str], dry_run: bool) -> None:
-        """UsageError for an option that has no effect beside the others, InputError for a size that is to run."""
+    def check(self, models: Mapping[str, str | None], inputs: Sequence[str], dry_run: bool) -> None:
+        """UsageError for an option that has no effect beside the others, InputError for a size that is to run.
+
+        models: {option: its value}.
+        """
         estimate.refuse_without_dry_run(dry_run, *Terms.__dataclass_fields__)
         if not self.gpu:
             cli.refuse_options(["gpus", "gpu_hour"], "without --gpu no hours are estimated")
         if inputs:
             cli.refuse_options(["prompts"], "the prompts of --input are counted")
-        if is_size(model) and not dry_run:
-            raise InputError(
-                f"{model} is a size and no model",
-                where="--model",
-                expected="a folder, a hub id or `tiny`",
-                remedy="Name a model, or price the run with --dry-run",
-            )
+        for option, model in models.items():
+            if model and is_size(model) and not dry_run:
+                raise InputError(
+                    f"{model} is a size and no model",
+                    where=option,
+                    expected="a folder, a hub id or `tiny`",
+                    remedy="Name a model, or price the run with --dry-run",
+                )
 
     def fill_in(self, model: str, inputs: Sequence[str], heldout: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
         """The files of the plan, with `NO_FILES` in place of those that --prompts makes unnecessary."""
@@ -94,7 +98,8 @@ def options(function: Callable) -> Callable:
     @wraps(function)
     def command(**values):
         terms = Terms(**{name: values.pop(name) for name in Terms.__dataclass_fields__})
-        terms.check(values["model"], values["inputs"], values["dry_run"])
+        models = {f"--{role}": values.get(role) for role in ("model", "critic", "judge", "reader", "gate")}
+        terms.check(models, values["inputs"], values["dry_run"])
         return function(terms=terms, **values)
 
     for option in (
@@ -125,6 +130,11 @@ def is_size(model: str) -> bool:
     return model.startswith(hardware.SIZE)
 
 
+def is_server(model: str) -> bool:
+    """Whether a model is on a server."""
+    return model.startswith("openai:")
+
+
 def is_file(choices: Choices, files: str) -> bool:
     """Whether the choice's `inputs` or `heldout` are files, not the name that stands for them."""
     return getattr(choices, files) != (NO_FILES[files],)
@@ -139,8 +149,9 @@ class Work:
 
     calls: requests to the model; of a training, rows (each epoch counted); of PPO and GRPO, responses.
     read, written: tokens; a training only reads.
-    hours: on one GPU; None where the model's sizes or the GPU are unknown. memory: bytes of tensors, by part.
-    is_text: only writes or judges text, which a server can do.
+    hours: on one GPU; None where the model's sizes or the GPU are unknown, or a server works. memory: bytes of tensors,
+    by part. is_text: only writes or judges text, which a server can do. served: tokens that a server reads and writes
+    which the run names.
     """
 
     calls: int
@@ -149,6 +160,7 @@ class Work:
     hours: float | None = None
     memory: dict[str, int] | None = None
     is_text: bool = True
+    served: tuple[float, float] = (0.0, 0.0)
 
 
 class Estimator:
@@ -160,6 +172,7 @@ class Estimator:
     def __init__(self, choices: Choices, terms: Terms, counted: "Counted", lengths: Lengths, requests: Requests):
         self.choices, self.counted, self.lengths, self.requests = choices, counted, lengths, requests
         self.shape, self.gpu = hardware.shape_of(choices.model), terms.gpu
+        self.critic, self.judge, self.reader = map(choices.model_of, ("critic", "judge", "reader"))
         self.cpu = choices.device == "cpu" and not terms.gpu
         auto = "float32" if self.cpu else "bfloat16"
         self.size = estimate.BYTES[auto if choices.dtype == "auto" else choices.dtype]
@@ -198,12 +211,15 @@ class Estimator:
             request = self.requests.of_round(template, "critique", settings["most_examples"])
             read = request + self.prompt_text + before
         answer = self.answers[name] = self.lengths.written(name, settings["max_new_tokens"])
-        critiques = self._text(self.counted.prompts, read, answer, settings)
+        critiques = self._text(self.counted.prompts, read, answer, settings, self.critic)
         if self.choices.principles != "match" or not name.endswith("-1"):
             return critiques
+        return _together(critiques, self._matches(settings, self.critic))
+
+    def _matches(self, settings: dict[str, Any], model: str) -> Work:
+        """Which principles speak to the prompts."""
         questions = 2 * len(self.requests.constitution.principles) * self.counted.prompts
-        matches = self._text(questions, self.requests.of_match() + self.prompt_text, 0, settings)
-        return _together(critiques, matches)
+        return self._text(questions, self.requests.of_match() + self.prompt_text, 0, settings, model)
 
     def _revise(self, name: str, settings: dict[str, Any]) -> Work:
         critique = f"critique-{name.rpartition('-')[2]}"
@@ -212,7 +228,7 @@ class Estimator:
             texts = self.prompt_text + self.answers[self._before(name)] + self.answers[critique]
             read = self.requests.of_round(settings["template"], "revision", settings["most_examples"]) + texts
         answer = self.answers[name] = self.lengths.written(name, settings["max_new_tokens"])
-        return self._text(self.counted.prompts, read, answer, settings)
+        return self._text(self.counted.prompts, read, answer, settings, self.critic)
 
     def _before(self, name: str) -> str:
         """The step that wrote the text which a round begins with."""
@@ -226,7 +242,11 @@ class Estimator:
         pairs = min(pairs, settings["pairs_per_prompt"] or pairs)
         self.pairs = round(self.counted.prompts * pairs * self.lengths.distinct)
         request = self.requests.of_comparison(settings["template"], settings["most_examples"])
-        return self._text(2 * self.pairs, request + self.prompt_text + 2 * self._answer_of_pairs, 0, settings)
+        read = request + self.prompt_text + 2 * self._answer_of_pairs
+        verdicts = self._text(2 * self.pairs, read, 0, settings, self.judge)
+        if self.choices.principles != "match" or self.judge == self.critic:  # which asks in the first round
+            return verdicts
+        return _together(verdicts, self._matches(settings, self.judge))
 
     @property
     def _answer_of_pairs(self) -> float:
@@ -242,24 +262,33 @@ class Estimator:
         if not settings["judge"]:
             return responses
         read = self.requests.of_class() + max(0.0, prompt - self.requests.chat) + answer
-        return _together(responses, self._text(rows * settings["orders"], read, 0, settings))
+        classes = self._text(rows * settings["orders"], read, 0, settings, self.reader)
+        return _together(responses, classes, is_same=self.reader == self.choices.model)
 
-    def _text(self, calls: int, read: float, new: float, settings: dict[str, Any]) -> Work:
-        """Calls that read and write so many tokens each."""
+    def _text(self, calls: int, read: float, new: float, settings: dict[str, Any], model: str | None = None) -> Work:
+        """Calls that read and write so many tokens each.
+
+        model: who is asked; None: --model, or one of its size.
+        """
         work = Work(calls, calls * read, calls * new)
-        if not self.shape or not calls:
+        if model and is_server(model):
+            return replace(work, served=(work.read, work.written))
+        shape = self.shape if model in (None, self.choices.model) else hardware.shape_of(str(model))
+        if not shape or not calls:
             return work
         rows, most = min(settings["batch_size"], calls), settings["max_new_tokens"] if new else 0
         memory = estimate.text_memory(
-            self.shape,
+            shape,
             size=self.size,
             rows=rows,
             longest=round(LONGEST * read),
             new=most,
             chunk=CHUNK_TOKENS["cpu"] if self.cpu else OTHER_CHUNK_TOKENS,
         )
+        gpus = self.choices.engine_number("--tensor-parallel-size")
+        memory = {name: size // gpus for name, size in memory.items()}  # of each GPU
         hours = self.gpu and estimate.text_hours(
-            self.shape,
+            shape,
             self.gpu,
             size=self.size,
             rows=rows,
@@ -332,11 +361,23 @@ class Estimator:
         return Work(episodes, read, new, hours, memory, is_text=False)
 
 
-def _together(first: Work, second: Work) -> Work:
-    """Two kinds of calls in one step, one after the other; the memory of the first, which writes."""
-    hours = None if first.hours is None or second.hours is None else first.hours + second.hours
-    calls, read = first.calls + second.calls, first.read + second.read
-    return Work(calls, read, first.written + second.written, hours, first.memory)
+def _together(first: Work, second: Work, *, is_same: bool = True) -> Work:
+    """Two kinds of calls in one step, one after the other. The hours are those that are known: a server's are not. The
+    memory is that of the first, which writes, or of a larger model.
+
+    is_same: both by the same model.
+    """
+    known = [work.hours for work in (first, second) if work.hours is not None]
+    needs = [work.memory for work in ((first,) if is_same else (first, second)) if work.memory]
+    memory = max(needs, key=lambda parts: sum(parts.values()), default=None)
+    return Work(
+        first.calls + second.calls,
+        first.read + second.read,
+        first.written + second.written,
+        sum(known) if known else None,
+        memory,
+        served=(first.served[0] + second.served[0], first.served[1] + second.served[1]),
+    )
 
 
 # --- what is counted ----------------------------------------------------------------------------------------
@@ -386,23 +427,27 @@ def price_plan(steps: Sequence[Step], choices: Choices, terms: Terms) -> dict[st
     Hours, cost and the total of tokens are {value, low, high}, hours and cost None where they are not known. InputError
     where --gpu is given and the sizes of the model are unknown.
     """
-    if terms.gpu and hardware.shape_of(choices.model) is None:
-        raise InputError(
-            "the model's sizes are not on this machine, so that --gpu has no effect",
-            where=choices.model,
-            expected="a local folder, or a size",
-            remedy=f"Leave --gpu out, or give --model {hardware.SIZE}NAME with one of {', '.join(hardware.SIZES)}",
-        )
+    roles = {role: model for role, model in choices.models.items() if not is_server(model) and role != "gate"}
+    for role, model in roles.items() if terms.gpu else ():
+        if hardware.shape_of(model) is None:
+            raise InputError(
+                "the model's sizes are not on this machine, so that --gpu has no effect",
+                where=model,
+                expected="a local folder, or a size",
+                remedy=f"Leave --gpu out, or give --{role} {hardware.SIZE}NAME with one of {', '.join(hardware.SIZES)}",
+            )
     counted = count_inputs(steps, choices, terms)
     requests = Requests(choices.model, load_constitution(choices.constitution), choices.principles)
     cases = _cases(choices, terms, counted)
     estimators = [Estimator(choices, terms, counted, lengths, requests) for lengths in cases]
-    rows, warnings = [], []
+    rows, warnings, served = [], [], []
     for step in steps:
         low, likely, high = (estimator.work(step) for estimator in estimators)
         if not likely.calls:
             continue
-        row = _price_step(step, (low, likely, high), terms)
+        row = _price_step(step, (low, likely, high), terms, has_servers(choices))
+        if any(likely.served):
+            served.append(step.name)
         if terms.gpu and row["memory_gb"] and row["memory_gb"] + hardware.BESIDE_GB > GPUS[terms.gpu][0]:
             warnings.append(
                 f"{step.name} needs {row['memory_gb']:.0f} GB, more than one {terms.gpu} has: shard it, or "
@@ -410,6 +455,8 @@ def price_plan(steps: Sequence[Step], choices: Choices, terms: Terms) -> dict[st
             )
         rows.append(row)
     total = {name: _add(row[name] for row in rows) for name in ("hours", "cost")}
+    if terms.gpu and served:
+        warnings.append(f"hours and memory leave out what the servers do in {', '.join(dict.fromkeys(served))}")
     unpriced = dict.fromkeys(row["name"] for row in rows if row["cost"] is None) if total["cost"] else []
     if unpriced:
         warnings.append(f"the total cost leaves out {', '.join(unpriced)}: give --gpu and --gpu-hour for them")
@@ -428,18 +475,24 @@ def _cases(choices: Choices, terms: Terms, counted: Counted) -> list[Lengths]:
     ]
 
 
-def _price_step(step: Step, works: tuple[Work, Work, Work], terms: Terms) -> dict[str, Any]:
+def has_servers(choices: Choices) -> bool:
+    """Whether the run names servers: --price is then what these take, else the price of every step that is text."""
+    return any(is_server(choices.model_of(role)) for role in ("critic", "judge", "reader"))
+
+
+def _price_step(step: Step, works: tuple[Work, Work, Work], terms: Terms, has_servers: bool) -> dict[str, Any]:
     likely = works[1]
-    served = terms.price is not None and likely.is_text
+    served = terms.price is not None and likely.is_text and not has_servers
     speed = 1.0 if terms.gpus == 1 else SCALING * terms.gpus
     hours = cost = None
     if likely.hours is not None and not served:
         hours = [work.hours / speed * pace for work, pace in zip(works, PACE, strict=True)]
-    if served:
-        prices = terms.price or (0.0, 0.0)
-        cost = [(work.read * prices[0] + work.written * prices[1]) / 1e6 for work in works]
-    elif hours and terms.gpu_hour is not None:
+    if hours and terms.gpu_hour is not None:
         cost = [hour * terms.gpus * terms.gpu_hour for hour in hours]
+    if terms.price and (served or any(likely.served)):
+        tokens = [(work.read, work.written) if served else work.served for work in works]
+        asked = [(read * terms.price[0] + written * terms.price[1]) / 1e6 for read, written in tokens]
+        cost = [sum(parts) for parts in zip(asked, cost or [0.0] * len(asked), strict=True)]
     memory = likely.memory and not served
     return {
         "name": step.name,
@@ -484,7 +537,10 @@ def _assumptions(choices: Choices, terms: Terms, counted: Counted, cases: Sequen
     ]
     if shape:
         name = hardware.SIZES.get(choices.model.removeprefix(hardware.SIZE).lower(), choices.model)
-        lines.append(f"{name}: {shape.parameters / 1e9:.3g} billion parameters, for every model of the run")
+        others = [role for role in ("critic", "judge", "reader") if getattr(choices, role)]
+        beside = f" except {', '.join(others)}" if others else ""
+        lines.append(f"{name}: {shape.parameters / 1e9:.3g} billion parameters, for every model of the run{beside}")
+        lines += [_describe_model(role, getattr(choices, role)) for role in others]
     if terms.gpu:
         _, bandwidth, flops = GPUS[terms.gpu]
         used = {name: f"{100 * share:.0f} %" for name, share in estimate.USED.items()}
@@ -498,9 +554,22 @@ def _assumptions(choices: Choices, terms: Terms, counted: Counted, cases: Sequen
             "start the steps with accelerate launch (references/scaling.md), because run.py itself uses one"
         )
     if terms.price:
-        lines.append("every step that writes or judges text is served at that price, trained policies included")
+        lines.append(
+            "the price is that of the servers that are named"
+            if has_servers(choices)
+            else "every step that writes or judges text is served at that price, trained policies included"
+        )
     lines.append("calls are requests to the model; of a training, rows in all epochs; of PPO and GRPO, responses")
     return [*lines, "not counted: loading of models, the report, repeated steps, discounts for cached prompts"]
+
+
+def _describe_model(role: str, model: str) -> str:
+    """One of the models beside --model, among the assumptions."""
+    if is_server(model):
+        return f"{role}: {model}, on its server, with as many tokens to a text as --model"
+    shape = hardware.shape_of(model)
+    size = f"{shape.parameters / 1e9:.3g} billion parameters" if shape else "of unknown size"
+    return f"{role}: {hardware.SIZES.get(model.removeprefix(hardware.SIZE).lower(), model)}, {size}"
 
 
 # --- output -------------------------------------------------------------------------------------------------
@@ -512,9 +581,9 @@ def report(plans: Sequence[Sequence[Step]], choices: Choices, terms: Terms, as_j
     plans: one for each seed.
     """
     steps = [step for plan in plans for step in plan]
-    if not terms.is_asked and not is_size(choices.model):
+    if not terms.is_asked and not any(map(is_size, choices.models.values())):
         rows = [{"name": step.name, "command": step.line, "output": step.output} for step in steps]
-        return json.dumps({"steps": rows}, ensure_ascii=False) if as_json else format_script(steps)
+        return json.dumps({"steps": rows}, ensure_ascii=False) if as_json else format_script(steps, choices.is_smoke)
     price = price_plan(steps, choices, terms)
     for row in price["steps"] if len(plans) > 1 else ():
         row["name"] = f"{Path(row['output']).parent.name}/{row['name']}"
@@ -523,14 +592,15 @@ def report(plans: Sequence[Sequence[Step]], choices: Choices, terms: Terms, as_j
     return format_price(price)
 
 
-def format_script(steps: Sequence[Step]) -> str:
-    """The plan as a shell script.
+def format_script(steps: Sequence[Step], is_smoke: bool = False) -> str:
+    """The plan as a shell script; in that of a smoke run no step measures how fit its model is.
 
     In parentheses, so that an error doesn't end the shell it is pasted into. A step that ends with 3 is done
     except for some records, and the next one continues with the others.
     """
     lines = [f"{step.line} || [ $? -eq {cli.SOME_FAILED} ]" for step in steps]
-    return "\n".join(["(", "set -e", f"cd {shlex.quote(str(Path.cwd()))}", *lines, ")"])
+    first = ["set -e", *(["export CAI_QUALIFICATION=kept"] if is_smoke else []), f"cd {shlex.quote(str(Path.cwd()))}"]
+    return "\n".join(["(", *first, *lines, ")"])
 
 
 def format_price(price: dict[str, Any]) -> str:

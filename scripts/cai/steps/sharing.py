@@ -57,9 +57,8 @@ def _take_results(results: list[tuple[Any, requests.RequestReport]]) -> list[Any
 @contextmanager
 def share_progress(team: processes.Team, total: int, done: int, label: str) -> Iterator[Any]:
     """A progress bar over this process's share of the rows, visible in process 0 only."""
-    with cli.progress(len(range(team.rank, total, team.count)), label) as bar:
+    with cli.progress(len(range(team.rank, total, team.count)), label, done // team.count) as bar:
         bar.disable = bar.disable or not team.first
-        bar.update(done // team.count)
         yield bar
 
 

@@ -73,7 +73,7 @@ def options(function):
 
     for option in (
         reading_options,
-        cli.options("device", "dtype", "json", "dry_run", "overwrite"),
+        cli.options("device", "dtype", "events", "json", "dry_run", "overwrite"),
         estimate.plan_options,
         click.option(
             "--batch-tokens",

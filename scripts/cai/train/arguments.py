@@ -102,7 +102,7 @@ def training_options(
             help="Optimizer steps between two saved states to resume from; 0: none.",
         ),
         estimate.gpu_option,
-        cli.options("device", "dtype", "seed", "limit", "json", "dry_run", "overwrite"),
+        cli.options("device", "dtype", "seed", "limit", "events", "json", "dry_run", "overwrite"),
         reading_options,
         take_options,
     )
@@ -184,7 +184,7 @@ def rl_options(
         ),
         alarms.options,
         estimate.gpu_option,
-        cli.options("reasoning_tags", "seed", "limit", "device", "dtype", "json", "dry_run", "overwrite"),
+        cli.options("reasoning_tags", "seed", "limit", "device", "dtype", "events", "json", "dry_run", "overwrite"),
         reading_options,
         take_options,
     )

@@ -367,9 +367,7 @@ class MetricsLog:
             # A line without its end was torn when the process was killed.
             kept = [row for row in lines if row.endswith("\n") and self.is_current(json.loads(row), state.global_step)]
         files.write_text(self.path, "".join(kept))
-        self.bar = cli.progress(state.max_steps, self.label)
-        self.bar.unit = "step"
-        self.bar.update(state.global_step)
+        self.bar = cli.progress(state.max_steps, self.label, state.global_step, unit="step")
 
     def is_current(self, row: dict, step: int) -> bool:
         """Whether a row stands for what was done up to a step."""

@@ -1,0 +1,192 @@
+"""The options of run.py, as one table, and what is wrong with them before a step has begun.
+
+    @click.command(cls=cli.Command)
+    @run_options.options
+    def main(output, ..., **options):
+        choices = run_options.choose(terms, **options)
+
+Leaves out what they lead to (plan.py), and the price of a run (pricing.py).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from cai.base import cli, engine_options
+from cai.base.errors import InputError
+from cai.base.paths import TINY
+from cai.constitution.files import load_constitution
+from cai.data.reading import reading_options
+from cai.data.sources import Source
+from cai.models import loading
+from cai.steps import content, gating, pricing
+from cai.steps import principles as choosing
+from cai.steps.plan import PRESETS, Choices, shorten_path
+
+# The models beside --model, and what they do.
+_ROLES = {
+    "critic": "Criticises and revises responses",
+    "judge": "Compares responses for the preferences",
+    "reader": "Says what the responses do in the evaluations, with every preset",
+}
+
+
+def _role_option(role: str) -> Callable:
+    return click.option(
+        f"--{role}",
+        metavar="MODEL",
+        help=f"{_ROLES[role]}: a folder, a hub id, `tiny`, or openai:NAME@URL.  [default: --model"
+        f"{'; the oracle of preset tiny' if role == 'reader' else ''}]",
+    )
+
+
+_TABLE = (
+    cli.options("model", "engine"),
+    *map(_role_option, _ROLES),
+    click.option("--output", required=True, metavar="FOLDER", help="Folder for all outputs."),
+    cli.options("constitution"),
+    cli.rows_option(
+        "--input", "inputs", help="Prompts to train on, harmful and harmless; for `tiny` the bundled ones. Repeatable."
+    ),
+    cli.rows_option(
+        "--heldout", help="Prompts with their kind to measure on; for `tiny` the bundled ones. Repeatable."
+    ),
+    cli.rows_option("--helpful", help="Rows with a helpful `response` to mix into SFT. Repeatable."),
+    choosing.principles_option("draw", "match", "all"),
+    gating.gate_option,
+    content.stop_option,
+    click.option(
+        "--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Rounds of critique and revision."
+    ),
+    click.option(
+        "--rl",
+        type=click.Choice(["ppo", "dpo", "grpo", "none"]),
+        default="ppo",
+        show_default=True,
+        help="What follows SFT; none ends there.",
+    ),
+    click.option(
+        "--updates",
+        type=click.IntRange(min=1),
+        default=None,
+        help="Rounds of sampling and training of PPO or GRPO. Default: the preset's, fewer with --limit.",
+    ),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        default=None,
+        help="Longest answer of every step, in tokens. Default: the preset's.",
+    ),
+    click.option(
+        "--seeds",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Number of complete runs, with the seeds from --seed on; prints mean and range.",
+    ),
+    click.option(
+        "--smoke",
+        "is_smoke",
+        is_flag=True,
+        help="Run every step on a handful of rows and few tokens, within minutes, into OUTPUT/smoke; then look for "
+        "signs of life. Measures no model's fitness. For use before a costly run.",
+    ),
+    click.option(
+        "--preset",
+        type=click.Choice(list(PRESETS)),
+        default=None,
+        help="Settings of the steps. Default: `tiny` for that model, else `default`.",
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        default=None,
+        help="Rows in one forward pass of the steps that write or judge text. Default: the preset's.",
+    ),
+    click.option(
+        "--unqualified", is_flag=True, help="Run although a model is unfit to read, judge or criticise responses."
+    ),
+    click.option(
+        "--heldout-limit",
+        type=click.IntRange(min=1),
+        default=None,
+        help="Measure on the first N held-out prompts only; --limit is for the prompts of --input.",
+    ),
+    cli.options("reasoning_tags", "seed", "limit", "device", "dtype", "events", "json", "dry_run", "overwrite"),
+    pricing.options,
+    reading_options,
+)
+
+
+def options(function: Callable) -> Callable:
+    """Decorator: all options of run.py; those of `pricing.Terms` are passed on as `terms`."""
+    for option in reversed(_TABLE):
+        function = option(function)
+    return function
+
+
+def choose(
+    terms: pricing.Terms, *, model: str, inputs: Any, heldout: Any, preset: str | None, **options: Any
+) -> Choices:
+    """The choices, with the bundled prompts and preset for the bundled model. InputError for another without them."""
+    inputs, heldout = terms.fill_in(model, inputs, heldout)
+    files = {"--input": (inputs, "train.jsonl"), "--heldout": (heldout, "heldout.jsonl")}
+    for option, (names, _) in files.items():
+        if model != "tiny" and not names:
+            raise InputError(
+                f"no {option}",
+                expected="a file of prompts",
+                remedy=f"Only --model tiny has bundled prompts; give {option} FILE, or --dry-run with --prompts N",
+            )
+    inputs, heldout = (names or (shorten_path(TINY / "prompts" / file),) for names, file in files.values())
+    preset = preset or ("tiny" if model == "tiny" else "default")
+    engine = tuple(engine_options.command_options())
+    return Choices(model=model, inputs=inputs, heldout=heldout, preset=preset, engine=engine, **options)
+
+
+def check_inputs(choices: Choices) -> None:
+    """Refuse options without effect and bad input now, rather than hours later when its step comes."""
+    if choices.rl not in ("ppo", "grpo"):
+        cli.refuse_options(["updates"], f"--rl {choices.rl} has none")
+    if choices.rl == "none":
+        cli.refuse_options(["judge"], "--rl none compares no responses")
+    if "llama.cpp" in choices.engine:
+        raise InputError(
+            "llama.cpp can't serve what this run trains",
+            where="--engine",
+            expected="an engine that reads safetensors",
+            remedy="Take vllm, or give llama.cpp to single steps",
+        )
+    for role, model in choices.models.items():
+        _check_model(f"--{role}", model)
+    load_constitution(choices.constitution)
+    of_files = {"inputs": (("prompt",), choices.limit), "heldout": (("prompt", "kind"), choices.heldout_limit)}
+    for files, (fields, limit) in of_files.items():
+        if pricing.is_file(choices, files):
+            Source(getattr(choices, files), require=fields, limit=limit, reading=choices.reading_of(files))
+    if choices.helpful:
+        Source(choices.helpful, require=("prompt", "response"), reading=choices.reading_of("helpful"))
+
+
+def _check_model(option: str, model: str) -> None:
+    """InputError for a model that is not there, and for a server where none can be or without its address."""
+    if pricing.is_size(model):
+        return
+    name, servers = loading.split_endpoint(model)
+    is_server = name.startswith("openai:")
+    if option == "--model" and is_server:
+        raise InputError(
+            f"{model} is on a server",
+            where=option,
+            expected="a folder, a hub id or `tiny`, because this model is trained",
+            remedy="Name a server as --critic, --judge, --reader or --gate",
+        )
+    if is_server and not servers:
+        raise InputError(
+            f"{model} without its server",
+            where=option,
+            expected=f"{model}@URL, such as {name}@http://localhost:8000/v1",
+            remedy="Add @ and the server's address to the name",
+        )
+    loading.check_model(name)
