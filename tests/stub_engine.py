@@ -103,6 +103,7 @@ def main():
         sys.exit(1)
     Handler.name = options.served_model_name
     print(f"serving {options.model} on port {options.port}", flush=True)
+    ThreadingHTTPServer.request_queue_size = 128
     ThreadingHTTPServer((options.host, options.port), Handler).serve_forever()
 
 

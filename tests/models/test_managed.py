@@ -99,6 +99,8 @@ def test_an_engine_is_started_used_described_and_stopped(stub, prompts, invoke, 
     assert manifest["fingerprint"]["engine"] == "vllm" and len(manifest["fingerprint"]["weights"]) == 64
     engine = manifest["engine"]
     assert (engine["name"], engine["restarts"], engine["replicas"]) == ("vllm", 0, 1)
+    assert engine["log_probabilities"] and engine["continues_prefill"] and not engine["seeds"]
+    assert manifest["reproducible_sampling"].startswith("no: ")  # vLLM on a CPU gets no seeds
     assert f"{stub.program} serve {TINY} --host 127.0.0.1 --port '{{port}}'" in engine["command"]
     following = json.loads(result.stdout.splitlines()[-1])["next"]
     assert f"--engine vllm --engine-path {stub.program} --engine-args '--max-model-len 400'" in following
@@ -144,6 +146,41 @@ def test_the_model_and_another_take_turns(stub, invoke, tmp_path):
     result = invoke("evaluate", *line, *stub(), "--output", tmp_path / "rates.jsonl")
     assert result.exit_code == 3, result.output  # a reader that always prefers the first letter has no verdict
     assert {command[1] for command in commands(stub.starts)} == {str(TINY), str(other)} and all_gone(stub.starts)
+
+
+@pytest.mark.slow
+def test_steps_of_a_run_share_one_engine_until_training_stops_it(stub, invoke, tmp_path):
+    line = ["--model", "tiny", "--smoke", "--rl", "none", "--rounds", 1, *stub(), "--output", tmp_path / "run"]
+    result = invoke("run", *line)
+    assert result.output.count("starting a server of vllm for tiny\n") == 1, result.output
+    folder = tmp_path / "run" / "smoke"
+    assert [command[1] for command in commands(stub.starts)] == [str(TINY), str(folder / "sft")] and all_gone(
+        stub.starts
+    )
+    for name in ("01-responses", "02-critique-1", "03-revision-1"):
+        manifest = json.loads((folder / f"{name}.jsonl.run.json").read_text())
+        assert manifest["fingerprint"]["engine"] == "vllm" and manifest["counts"]["requests"]["answered"] == 8
+    assert "engine" not in json.loads((folder / "sft.run.json").read_text())["fingerprint"]
+
+
+def test_the_plan_of_a_run_names_the_engine_where_a_model_of_this_machine_is_asked(stub, invoke, tmp_path):
+    server = "openai:critic@http://127.0.0.1:9/v1"
+    line = ["--model", "tiny", "--critic", server, "--rl", "dpo", "--rounds", 1, "--output", tmp_path / "run"]
+    result = invoke("run", *line, *stub(), "--replicas", 2, "--dry-run")
+    assert result.exit_code == 0, result.output
+    with_engine = {
+        words[1].partition("scripts/")[2]: "--engine" in words for words in map(str.split, steps(result.output))
+    }
+    asked = {"generate.py", "judge.py", "evaluate.py"}
+    assert with_engine == {f"{name}.py": f"{name}.py" in asked for name in STEPS}
+    assert "--replicas 2 --batch-size 128" in result.output
+
+
+STEPS = ("evaluate", "generate", "critique", "revise", "sft", "judge", "dpo", "report")
+
+
+def steps(script: str) -> list[str]:
+    return [text for text in script.replace("\\\n", " ").splitlines() if "scripts/" in text]
 
 
 def test_a_constitution_is_measured_through_an_engine(stub, prompts, invoke, tmp_path):

@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 
 from cai.base.paths import SCRIPTS, TINY
@@ -189,7 +189,7 @@ class _Plan:
 
     def _engine(self, command: str, arguments: list[str]) -> list[str]:
         """The options of --engine for a step that asks a model of this machine; [] for the others."""
-        pairs = zip(arguments, arguments[1:], strict=False)
+        pairs = pairwise(arguments)
         models = [value for option, value in pairs if option in ("--model", "--judge", "--gate")]
         is_asked = command not in TRAINS and not all(model.startswith("openai:") for model in models)
         return list(self.choices.engine) if is_asked else []
