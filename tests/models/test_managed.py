@@ -341,6 +341,13 @@ def test_wrong_options_are_refused_before_anything_is_written(stub, prompts, inv
     assert not (tmp_path / "out").exists() and not commands(stub.starts)
 
 
+def test_a_launcher_of_several_processes_is_refused(stub, prompts, invoke, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = ["--input", prompts, "--model", "tiny", *stub(), "--output", tmp_path / "rows.jsonl"]
+    result = invoke("generate", *line)
+    assert result.exit_code == 2 and "an engine in several processes" in result.output and "--replicas" in result.output
+
+
 def test_a_measurement_by_given_texts_refuses_an_engine(stub, invoke, tmp_path):
     write_jsonl(tmp_path / "pairs.jsonl", [{"id": "1", "prompt": "Hi", "chosen": "One", "rejected": "Two"}])
     line = ["--pairs", tmp_path / "pairs.jsonl", "--model", "tiny", "--output", tmp_path / "rates.jsonl"]

@@ -8,6 +8,7 @@ the lines of its steps. Leaves out the servers themselves (models/managed.py), a
 (`--endpoint`).
 """
 
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -161,6 +162,12 @@ def check_options(context: click.Context) -> None:
         raise click.UsageError("Give --engine or --engine-command, not both.", context)
     if "engine" not in values and "engine_command" not in values:
         _refuse(context, values, "without --engine the model runs in this process")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "an engine in several processes",
+            where="--engine",
+            remedy="Leave accelerate launch out: one process asks all servers, and --replicas takes all GPUs",
+        )
     _check_models(context)
     _refuse(context, {"batch_tokens"}, "the engine bounds its batches itself")
     if values.get("engine") in ("llama.cpp", "transformers-serve"):

@@ -437,12 +437,6 @@ def serve(
     """
     if os.name != "posix":
         raise InputError("engines can't be started on this system", where="--engine", expected="Linux or macOS")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "an engine in several processes",
-            where="--engine",
-            remedy="Leave accelerate launch out: one process asks all servers, and --replicas takes all GPUs",
-        )
     if batch_tokens:
         raise InputError("it would have no effect", where="--batch-tokens", remedy="The engine bounds its batches")
     known = (model, choice, key, device, dtype)
