@@ -123,7 +123,7 @@ def refuse_without_server(context: click.Context) -> None:
 
 
 def _names_server(value: object) -> bool:
-    """Whether an option's value is `openai:NAME`, maybe behind `NAME=`, or has it among its parts."""
+    """Whether an option's value is `openai:NAME`, maybe after `NAME=`, or has it among its parts."""
     if isinstance(value, str):
         return value.startswith("openai:") or "=openai:" in value
     return isinstance(value, list | tuple) and any(map(_names_server, value))
