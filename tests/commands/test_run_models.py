@@ -82,7 +82,7 @@ def test_new_tokens_and_updates_are_those_of_all_steps_that_have_them(plan, pres
 @pytest.mark.parametrize("preset", ["tiny", "default"])
 @pytest.mark.parametrize("rl", ["ppo", "grpo", "dpo"])
 def test_a_smoke_run_is_bounded_in_rows_and_tokens(plan, preset, rl):
-    steps = plan("--preset", preset, "--rl", rl, "--smoke", "--max-new-tokens", 1000)
+    steps = plan("--preset", preset, "--rl", rl, "--smoke")
     assert {
         step["max_new_tokens"]
         for name, step in steps.items()
@@ -94,7 +94,13 @@ def test_a_smoke_run_is_bounded_in_rows_and_tokens(plan, preset, rl):
     assert {steps[name]["most_examples"] for name in ("critique-1", "revision-1", "preferences")} == {0}
     if rl != "dpo":
         assert (steps[rl]["updates"], steps[rl]["epochs"], steps[rl]["prompts_per_update"]) == (1, 1, 8)
-    assert plan("--smoke", "--max-new-tokens", 9)["responses"]["max_new_tokens"] == 9
+    chosen = plan("--smoke", "--max-new-tokens", 900, "--updates", 2)
+    assert chosen["responses"]["max_new_tokens"] == 900 and chosen["ppo"]["updates"] == 2
+
+
+def test_the_script_of_a_smoke_run_measures_no_fitness_either(invoke, line):
+    assert "export CAI_QUALIFICATION=kept\n" in invoke("run", *line, "--smoke", "--dry-run").stdout
+    assert "CAI_QUALIFICATION" not in invoke("run", *line, "--dry-run").stdout
 
 
 def test_a_smoke_run_reads_fewer_of_long_prompts(plan, tmp_path):

@@ -98,7 +98,7 @@ def describe_bounds(choices: Choices, steps: Sequence[Step]) -> dict[str, Any]:
     return {
         "prompts": choices.limit,
         "heldout_prompts": choices.heldout_limit,
-        "new_tokens": min(choices.max_new_tokens or SMOKE_TOKENS, SMOKE_TOKENS),
+        "new_tokens": choices.max_new_tokens or SMOKE_TOKENS,
         **{name: int(value) for name, value in bounds.items()},
         "sft_trains_on": "revisions with any flag",
         "qualification": "not measured; what is known from before counts",

@@ -59,8 +59,9 @@ PRESETS = {
 }
 
 
-# The most of everything in a smoke run: a 135M model on two CPU cores then ends within two minutes. An option of which
-# a preset has less stays as it is. Rows are bounded by `evaluate.smoke`.
+# The most of everything in a smoke run: a 135M model on two CPU cores then ends within two minutes. What a preset has
+# less of stays as it is, and so do tokens and updates that the user chose: a model that reasons before it answers needs
+# more tokens. Rows are bounded by `evaluate.smoke`.
 SMOKE_TOKENS = 32
 SMOKE = {
     "critique": {"--examples": 0},
@@ -259,7 +260,7 @@ def _add_rl(plan: _Plan, prompts: list[str], preferences: str, sft: str) -> str:
         minibatches = min(minibatches, most)
         most -= most % minibatches
     updates = plan.choices.updates or updates
-    if plan.choices.is_smoke:
+    if plan.choices.is_smoke and not plan.choices.updates:
         updates = min(updates, SMOKE[rl]["--updates"])
     size = ["--updates", updates, "--prompts-per-update", most, "--minibatches", minibatches]
     return plan.add(rl, rl, [*prompts, "--model", sft, "--reward-model", reward, *map(str, size)], rl)
@@ -288,7 +289,7 @@ def _set(words: list[str], option: str, value: object) -> list[str]:
 def _bound(words: list[str], entry: str, choices: Choices) -> list[str]:
     """The settings of a step with nothing above its bound in a smoke run."""
     bounds = {name: value for name, value in SMOKE.get(entry, {}).items() if name != "--updates"}
-    if "--max-new-tokens" in words:
+    if "--max-new-tokens" in words and not choices.max_new_tokens:
         bounds["--max-new-tokens"] = SMOKE_TOKENS
     if not choices.reads_by_judge:
         bounds.pop("--orders", None)
