@@ -84,6 +84,7 @@ def begin(tmp_path, prompts, options, name="rows") -> subprocess.Popen:
     return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_an_engine_is_started_used_described_and_stopped(stub, prompts, invoke, tmp_path):
     output = tmp_path / "rows.jsonl"
     options = [*stub(), "--engine-args", "--max-model-len 400", "--dtype", "float32"]
@@ -107,6 +108,7 @@ def test_an_engine_is_started_used_described_and_stopped(stub, prompts, invoke, 
     assert "--model tiny" in following and "127.0.0.1" not in following
 
 
+@pytest.mark.slow
 def test_rows_of_one_engine_are_not_continued_by_another(stub, prompts, invoke, tmp_path):
     line = ["--input", prompts, "--model", "tiny", *GENERATE, "--output", tmp_path / "rows.jsonl"]
     assert invoke("generate", *line, *stub()).exit_code == 0
@@ -116,6 +118,7 @@ def test_rows_of_one_engine_are_not_continued_by_another(stub, prompts, invoke, 
     assert again.exit_code == 0 and "is done already" in again.output and len(commands(stub.starts)) == 1
 
 
+@pytest.mark.slow
 def test_a_judge_reads_the_engines_log_probabilities(stub, invoke, tmp_path):
     pair = {"id": "1", "prompt": "Hi", "response_a": "One", "response_b": "Two"}
     write_jsonl(tmp_path / "pairs.jsonl", [pair])
@@ -127,6 +130,7 @@ def test_a_judge_reads_the_engines_log_probabilities(stub, invoke, tmp_path):
     assert all_gone(stub.starts)
 
 
+@pytest.mark.slow
 def test_a_policy_and_its_reader_share_one_engine(stub, invoke, tmp_path):
     rows = [{"id": str(n), "prompt": f"Question {n}?", "kind": "benign"} for n in range(4)]
     write_jsonl(tmp_path / "prompts.jsonl", rows)
@@ -139,6 +143,7 @@ def test_a_policy_and_its_reader_share_one_engine(stub, invoke, tmp_path):
         assert manifest["engine"]["name"] == "vllm" == manifest["fingerprint"]["engine"]
 
 
+@pytest.mark.slow
 def test_the_model_and_another_take_turns(stub, invoke, tmp_path):
     other = shutil.copytree(TINY, tmp_path / "other")
     write_jsonl(tmp_path / "prompts.jsonl", [{"id": "1", "prompt": "Question?", "kind": "benign"}])
@@ -183,13 +188,16 @@ def steps(script: str) -> list[str]:
     return [text for text in script.replace("\\\n", " ").splitlines() if "scripts/" in text]
 
 
+@pytest.mark.slow
 def test_a_constitution_is_measured_through_an_engine(stub, prompts, invoke, tmp_path):
     line = ["--input", prompts, "--limit", 2, "--model", "tiny", *stub(), "--output", tmp_path / "coverage.jsonl"]
+    line += ["--constitution", "property-only"]
     result = invoke("constitution", "coverage", *line)
     assert result.exit_code == 0, result.output
     assert len(commands(stub.starts)) == 1 and all_gone(stub.starts)
 
 
+@pytest.mark.slow
 def test_a_command_line_serves_as_engine(stub, prompts, invoke, tmp_path):
     stub()
     command = f"{stub.program} serve {{model}} --port {{port}} --served-model-name={{name}}"
@@ -227,7 +235,7 @@ def test_an_engine_whose_supervisor_is_killed_dies_and_is_started_again(stub, pr
 
 @pytest.mark.slow
 def test_two_commands_at_once_have_two_ports(stub, prompts, tmp_path):
-    processes = [begin(tmp_path, prompts, stub(seconds=0.2), name) for name in ("one", "two")]
+    processes = [begin(tmp_path, prompts, stub(seconds=0.1), name) for name in ("one", "two")]
     assert wait_for(lambda: len(started(stub.starts)) == 2)
     for process in processes:
         text, _ = process.communicate(timeout=60)
@@ -270,6 +278,7 @@ def test_an_engine_that_always_dies_stops_the_command_with_its_log(stub, prompts
     assert len(list(read_jsonl(output))) == 24
 
 
+@pytest.mark.slow
 def test_a_port_that_another_program_takes_is_given_up(stub, prompts, invoke, tmp_path):
     line = ["--input", prompts, "--model", "tiny", *GENERATE, "--output", tmp_path / "rows.jsonl"]
     taken = "OSError: [Errno 98] error while attempting to bind on address ('127.0.0.1', 8000): address already in use"
