@@ -35,10 +35,15 @@ class CannedServer:
         self.requests: list[dict] = []
         self.ports: list[int] = []
         self.faults: list = []
-        self._ended, self._lock = threading.Event(), threading.Lock()
+        self._lock, self._port = threading.Lock(), 0
 
     def __enter__(self):
-        outer = self
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Listen, after `stop` at the same port again."""
+        outer, self._ended = self, threading.Event()
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -85,10 +90,9 @@ class CannedServer:
             daemon_threads = True
             request_queue_size = 128
 
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self._address = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._server = Server(("127.0.0.1", self._port), Handler)
+        self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        return self
 
     def __exit__(self, *_):
         self.stop()
@@ -102,7 +106,7 @@ class CannedServer:
 
     @property
     def address(self) -> str:
-        return self._address
+        return f"http://127.0.0.1:{self._port}"
 
     def answer(self, body: dict) -> dict:
         usage = self.usage(body)

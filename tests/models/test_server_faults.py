@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import threading
 import time
 
 import click
@@ -29,6 +30,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(latency, "FLOOR", 0.5)
     monkeypatch.setattr(latency, "TICK", 0.02)
     monkeypatch.setattr(servers, "GREETINGS", 2)
+    monkeypatch.setattr(servers, "PATIENCE", 1.0)
 
 
 def prompts(tmp_path, count):
@@ -146,9 +148,8 @@ def test_a_row_that_is_never_answered_fails_after_the_longest_wait_alone(invoke,
 
 
 @pytest.mark.slow
-def test_the_counts_are_those_of_the_whole_run(invoke, tmp_path, monkeypatch):
+def test_the_counts_are_those_of_the_whole_run(invoke, tmp_path):
     """The server breaks one answer off, answers forty rows, and is gone; the run is continued with another."""
-    monkeypatch.setattr(servers, "PATIENCE", 1.0)
 
     def fault(number, _body):
         return "half" if number == 9 else "die" if number == 42 else None
@@ -251,6 +252,20 @@ def test_one_replica_dies_on_a_seed_and_the_other_gets_none(capsys):
     assert "a replica stopped answering after a request with a seed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_server_that_died_on_a_seed_and_is_started_again_gets_none(monkeypatch, capsys):
+    """As a supervisor does it, some seconds later."""
+    monkeypatch.setattr(servers, "PATIENCE", 30.0)
+    with CannedServer(TEXT, fault=dies_on_a_seed) as server:
+        engine = load_server(MODEL, endpoints=[server.address])
+        starting = threading.Timer(2.0, server.start)
+        starting.start()
+        assert all(answer.finish == "stop" for answer in answers(engine, 10).values())
+        starting.join()
+    assert sum("seed" in body for body in server.requests) == 1
+    assert "died of one, and was started again" in capsys.readouterr().err
+
+
 def test_seeds_can_be_left_out_by_the_caller(capsys):
     with CannedServer(TEXT) as server:
         assert len(answers(load_server(MODEL, endpoints=[server.address], seeds=False), 5)) == 5
@@ -266,7 +281,7 @@ def test_greedy_texts_get_no_seed_and_no_warning(capsys):
 
 def test_a_server_may_claim_any_context():
     """Whatever it says of itself, few questions with a seed are asked."""
-    for length in (1, 3, -5, 10**9, "many", None):
+    for length in (1, -5, 10**9, "many"):
         listed = {"data": [{"id": "x", "owned_by": "vllm", "max_model_len": length}]}
         with CannedServer(TEXT, models=listed) as server:
             answers(load_server(MODEL, endpoints=[server.address]), 2)

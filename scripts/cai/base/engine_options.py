@@ -135,11 +135,6 @@ def engine_choice() -> EngineChoice | None:
     return EngineChoice(**values) if values else None
 
 
-def has_engine(context: click.Context) -> bool:
-    """Whether this command has chosen an engine."""
-    return bool(_values(context))
-
-
 def command_options() -> list[str]:
     """These options as arguments of another command line; [] where none was given."""
     values = _values(click.get_current_context(silent=True))

@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from cai.base import engine_options
-
 TIMEOUT = 120.0  # seconds, at most, for one request
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -109,17 +107,21 @@ def _keep(key: str) -> Callable[[click.Context, click.Parameter, Any], None]:
 
 
 def refuse_without_server(context: click.Context) -> None:
-    """Raise UsageError for an option of requests on the command line, where no model is on a server."""
+    """Raise UsageError for an option of requests on the command line, where no model is on a server.
+
+    One that the command starts itself (`--engine`, where a command has it) is a server too.
+    """
     typed = [
         option.opts[0]
         for option in context.command.params
         if option.name in (_TIMEOUT, _UNSEEDED)
         and context.get_parameter_source(option.name) == ParameterSource.COMMANDLINE
     ]
-    if typed and not engine_options.has_engine(context) and not any(map(_names_server, context.params.values())):
-        raise click.UsageError(
-            f"{', '.join(typed)} would have no effect: no model is on a server (openai:NAME, or --engine)."
-        )
+    own = any(
+        context.get_parameter_source(name) == ParameterSource.COMMANDLINE for name in ("engine", "engine_command")
+    )
+    if typed and not own and not any(_names_server(value) for value in context.params.values()):
+        raise click.UsageError(f"{', '.join(typed)} would have no effect: no model is on a server (openai:NAME).")
 
 
 def _names_server(value: object) -> bool:

@@ -179,8 +179,8 @@ class ServerEngine:
         timeout: float = requests.TIMEOUT,
         patience: float = PATIENCE,
     ):
-        self.name, self.batch_size = name, batch_size
-        self._servers = Transport(name, addresses, key, key_name, timeout, patience, batch_size)
+        self.name, self.batch_size, self.model = name, batch_size, name.removeprefix("openai:")
+        self._servers = Transport(self.model, addresses, key, key_name, timeout, patience, batch_size)
         self.replicas, self._report = self._servers.replicas, self._servers.report
         self._tags = run_settings.reasoning_tags()
         # What the servers turned out to take and to give.
@@ -552,16 +552,31 @@ class ServerEngine:
         if await self._meet(replica, most) is None:
             self.leave_out_seeds(f"the server answers plain requests, and none of {SEED_TRIES} with a seed: {failure}")
             return
-        replica.failures, replica.rests_until = DOWN_AFTER, time.monotonic() + 8.0
         for other in ready[1:]:
             if await self._meet(other, most) is None:
+                replica.failures, replica.rests_until = DOWN_AFTER, time.monotonic() + 8.0
                 self.leave_out_seeds(f"a replica stopped answering after a request with a seed: {failure}")
                 return
+        if await self._comes_back(replica, most):
+            self.leave_out_seeds(f"the server died of one, and was started again: {failure}")
+            return
         raise InputError(
             f"{replica.address} answered, and stopped after a request with a seed, as vLLM does on a CPU ({failure})",
             where=self.name,
             remedy="Start the server again, and give --no-server-seed; sampled texts can't be repeated then",
         )
+
+    async def _comes_back(self, replica: Replica, most: float) -> bool:
+        """Whether somebody starts the server again, within the time after which one that is silent counts as gone."""
+        cli.note(
+            f"{replica.address} stopped after a request with a seed; waiting {self._servers.patience:g} s for it to "
+            "come back"
+        )
+        began = time.monotonic()
+        while await self._meet(replica, most) is not None:
+            if time.monotonic() - began > self._servers.patience:
+                return False
+        return True
 
     async def _fail_on_seeds(
         self, replica: Replica, bodies: Sequence[Body], most: float | None
@@ -596,7 +611,7 @@ class ServerEngine:
         """
         try:
             listed = (await self._servers.list_models(replica, SEED_WAIT))["data"]
-            entry = next(each for each in listed if each["id"] == self._servers.model)
+            entry = next(each for each in listed if each["id"] == self.model)
             if entry["owned_by"] != "vllm":
                 return []
             words = min(700, int(entry["max_model_len"]) // 2)

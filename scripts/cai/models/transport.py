@@ -1,6 +1,6 @@
 """Requests over HTTP to one server or to replicas of it: one exchange at a time, and which replica is fit for it.
 
-    transport = Transport("openai:x", ["http://127.0.0.1:8000/v1"], key, "OPENAI_API_KEY", 120.0, 60.0, 64)
+    transport = Transport("x", ["http://127.0.0.1:8000/v1"], key, "OPENAI_API_KEY", 120.0, 60.0, 64)
     with transport.session() as runner:
         answer = runner.run(transport.send(transport.replicas[0], body, Wait("text")))
 
@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -70,31 +70,33 @@ class Replica:
 
 @dataclass
 class _Session:
-    """What belongs to one event loop: a client per address, another that opens a new connection for each request, and
-    the watch over the requests under way."""
+    """What belongs to one event loop: the watch over the requests under way, and connections.
 
-    clients: Mapping[str, Any]
-    fresh: Mapping[str, Any]
+    pools: {whether each request gets a new connection: the connections}. clients: {the same: {address: its client}}.
+    """
+
     watch: Watch
+    pools: dict[bool, Any] = field(default_factory=dict)
+    clients: dict[bool, dict[str, Any]] = field(default_factory=dict)
 
 
 class Transport:
     """The way to a model's servers.
 
     Args:
-        name: the model as the caller named it.
+        model: its name at the servers.
         key, key_name: sent with each request; the environment variable that it is from.
         longest: seconds, at most, for one answer. patience: seconds without any answer after which all are gone.
         connections: most requests at once.
     Attributes:
-        replicas: the addresses and their state. model: its name at the servers.
+        replicas: the addresses and their state.
         report: the requests of the command.
         has_answered: whether a row was answered.
     """
 
     def __init__(
         self,
-        name: str,
+        model: str,
         addresses: Collection[str],
         key: str | None,
         key_name: str,
@@ -102,8 +104,7 @@ class Transport:
         patience: float,
         connections: int,
     ):
-        self.name, self.model = name, name.removeprefix("openai:")
-        self.replicas = [Replica(address) for address in addresses]
+        self.model, self.replicas = model, [Replica(address) for address in addresses]
         self.waiting, self.patience, self.connections = Patience(longest), patience, connections
         self.report, self.has_answered = requests.request_report(), False
         self._key, self._key_name = key, key_name
@@ -123,7 +124,7 @@ class Transport:
         import openai
 
         session = self._sessions[asyncio.get_running_loop()]
-        client = (session.fresh if fresh else session.clients)[replica.address]
+        client = self._connect(session, fresh)[replica.address]
         extra = {name: value for name, value in body.items() if name != "messages"}
         try:
             async with session.watch.limit(wait):
@@ -169,7 +170,7 @@ class Transport:
 
     async def list_models(self, replica: Replica, seconds: float) -> Any:
         """What a server answers to /models, within so many seconds; raises whatever goes wrong."""
-        client = self._sessions[asyncio.get_running_loop()].clients[replica.address]
+        client = self._connect(self._sessions[asyncio.get_running_loop()], False)[replica.address]
         async with asyncio.timeout(seconds):
             raw = await client.models.with_raw_response.list()
         return json.loads(raw.http_response.content)
@@ -224,46 +225,44 @@ class Transport:
 
     @contextmanager
     def session(self) -> Iterator[asyncio.Runner]:
-        """An event loop, and what belongs to it for as long as it lasts: connections, and the watch."""
-        import openai
-
-        # How long an answer may take is the watch's business.
-        limits = openai.Timeout(None, connect=min(10.0, self.waiting.longest))
-        pools = [
-            openai.DefaultAsyncHttpxClient(
-                follow_redirects=False,
-                timeout=limits,
-                limits=type(openai.DEFAULT_CONNECTION_LIMITS)(max_keepalive_connections=kept),
-            )
-            for kept in (self.connections, 0)
-        ]
-        watch = Watch(self.waiting, self._show_waiting)
+        """An event loop, and what belongs to it for as long as it lasts."""
+        session = _Session(Watch(self.waiting, self._show_waiting))
         with asyncio.Runner() as runner:
             loop = runner.get_loop()
-            usual, fresh = (
-                {
-                    replica.address: openai.AsyncOpenAI(
-                        base_url=replica.address,
-                        api_key=self._key or "none",
-                        admin_api_key="",
-                        max_retries=0,
-                        timeout=limits,
-                        http_client=http,
-                    )
-                    for replica in self.replicas
-                }
-                for http in pools
-            )
-            self._sessions[loop] = _Session(usual, fresh, watch)
-            watching = loop.create_task(watch.run())
+            self._sessions[loop] = session
+            watching = loop.create_task(session.watch.run())
             try:
                 yield runner
             finally:
                 del self._sessions[loop]
                 runner.run(cancel_all([watching]))
-                for http in pools:
-                    runner.run(http.aclose())
+                for pool in session.pools.values():
+                    runner.run(pool.aclose())
                 self.report.counts.waiting = 0
+
+    def _connect(self, session: _Session, fresh: bool) -> dict[str, Any]:
+        """{address: its client} of a session, made when they are first needed."""
+        import openai
+
+        if fresh not in session.pools:
+            # How long an answer may take is the watch's business.
+            timeout = openai.Timeout(None, connect=min(10.0, self.waiting.longest))
+            kept = 0 if fresh else self.connections
+            limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_keepalive_connections=kept)
+            pool = openai.DefaultAsyncHttpxClient(follow_redirects=False, timeout=timeout, limits=limits)
+            session.pools[fresh] = pool
+            session.clients[fresh] = {
+                replica.address: openai.AsyncOpenAI(
+                    base_url=replica.address,
+                    api_key=self._key or "none",
+                    admin_api_key="",
+                    max_retries=0,
+                    timeout=timeout,
+                    http_client=pool,
+                )
+                for replica in self.replicas
+            }
+        return session.clients[fresh]
 
     def _show_waiting(self, longest: float) -> None:
         """Put the requests under way into the progress line. longest: seconds that the oldest has waited."""
