@@ -36,7 +36,7 @@ from cai.models import checks
     "--model",
     metavar="MODEL",
     default=None,
-    help="Check this one too: a folder, a hub id, `tiny`, or openai:NAME at --endpoint.",
+    help="Check this one too: a folder, a GGUF file, a hub id, `tiny`, or openai:NAME at --endpoint.",
 )
 @cli.options("endpoint")
 @click.option(
@@ -80,7 +80,7 @@ def main(model, endpoints, roles, output, timeout, hardware, device, as_json):
     findings = checks.Findings()
     report = {
         "python": checks.check_python(findings),
-        "packages": checks.check_packages(findings, "openai" if endpoints else None),
+        "packages": checks.check_packages(findings, *checks.list_extras(model, endpoints)),
         "devices": checks.check_devices(findings, device),
         "places": checks.check_places(findings, output),
         "hub": checks.check_hub(findings, timeout),

@@ -30,7 +30,9 @@ NOT_PASSED = 4  # exit code of --gate
     "--input", "inputs", help="Prompts with their kind, or pairs with gold (with --reward-model). Repeatable."
 )
 @cli.options("output", "date", "reasoning_tags")
-@click.option("--model", metavar="MODEL", help="Answers the prompts: a folder, a hub id, `tiny`, or openai:NAME.")
+@click.option(
+    "--model", metavar="MODEL", help="Answers the prompts: a folder, a GGUF file, a hub id, `tiny`, or openai:NAME."
+)
 @cli.options("endpoint", "engine")
 @cli.rows_option("--responses", help="Instead of --input and --model: rows that have a response already. Repeatable.")
 @click.option(

@@ -39,7 +39,7 @@ WITHOUT_JUDGE = {
     "pattern such as 'part-*.jsonl', a folder of save_to_disk, or a dataset id. Repeatable.",
 )
 @cli.options("output", "date")
-@click.option("--model", metavar="MODEL", help="The judge: a folder, a hub id, or `tiny` (bundled).")
+@click.option("--model", metavar="MODEL", help="The judge: a folder, a GGUF file, a hub id, or `tiny` (bundled).")
 @click.option(
     "--judge", multiple=True, metavar="MODEL", help="A further judge. Repeatable; then --model may be left out."
 )

@@ -17,11 +17,11 @@ from cai.data import dialogue, sources
 from cai.data.dialogue import is_blank
 from cai.data.reading import AS_THEY_ARE, Reading
 from cai.data.selection import check_revised, choose_revisions
-from cai.models import loading
+from cai.models import estimate, loading
 from cai.models.chat import encode
 from cai.stats import intervals, refusals
 from cai.steps.flags import selection_options
-from cai.train import common
+from cai.train import common, microbatches
 from cai.train.arguments import training_options
 
 MOST_COMPLYING = 0.2  # of the harmful rows that are trained on; above it a warning is printed
@@ -181,12 +181,14 @@ def make_trainer(policy, tokenizer, rows: list[dict], arguments: dict, output: s
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             ids = inputs["input_ids"]
             logits = ids.numel() * self.model.config.get_text_config().vocab_size
-            if ids.device.type == "cpu" and logits <= 2**26:
+            if ids.device.type == "cpu" and logits <= estimate.HELD_LOGITS:
                 inputs = {**inputs, "use_cache": False}
                 return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    return CompletionTrainer(
+    longest = max(len(row["input_ids"]) for row in rows)
+    tokens, arguments = microbatches.choose_bound(policy, arguments, longest=longest, adapters=adapters)
+    return microbatches.bound_batches(CompletionTrainer, tokens)(
         model=policy,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(rows),

@@ -7,8 +7,9 @@ from pathlib import Path
 import models
 import pytest
 from conftest import load_command
+from small_server import SmallServer
 
-from cai.data.outputs import write_jsonl
+from cai.data.outputs import read_manifest, write_jsonl
 
 CRITIC, JUDGE = "openai:big@http://127.0.0.1:1/v1", "openai:wise@http://127.0.0.1:2/v1"
 
@@ -127,6 +128,23 @@ def test_an_option_without_effect_and_a_model_that_is_not_there_are_refused_firs
     result = invoke("run", *line, *more)
     assert result.exit_code == 2 and reason in result.stderr, result.stderr
     assert not Path(line[-1]).exists()
+
+
+@pytest.mark.slow
+def test_a_run_asks_the_server_that_criticises_and_reads(invoke, line):
+    """The policy is trained here; nothing else is asked of it than responses. A smoke run, which trains on what is cut
+    off too; a random model shows no life."""
+    with SmallServer(models.folder("qwen"), context=2048) as server:
+        name = f"openai:small@{server.address}"
+        more = ["--rl", "none", "--rounds", 1, "--limit", 2, "--heldout-limit", 2, "--max-new-tokens", 5, "--smoke"]
+        result = invoke("run", *line, *more, "--critic", name, "--reader", name, "--device", "cpu", "--json")
+    assert result.exit_code in (0, 1) and json.loads(result.stdout)["bounded"]["new_tokens"] == 5, result.output
+    words = [json.dumps(body["messages"]) for body in server.requests]
+    assert {body["model"] for body in server.requests} == {"small"}
+    assert len(words) >= 2 + 2 + 2 * 2  # critiques, revisions, and the classes of two evaluations
+    assert not any(json.loads(text)[0]["content"].startswith("What about gate") for text in words)
+    manifest = read_manifest(Path(line[-1]) / "smoke" / "02-critique-1.jsonl")
+    assert manifest["fingerprint"]["model"] == "openai:small"
 
 
 SIZED = ["--model", "size:1b", "--prompts", 1000, "--rounds", 1, "--output", "out", "--dry-run", "--json"]

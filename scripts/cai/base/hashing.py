@@ -7,9 +7,10 @@ Leaves out Python's own `hash`, which differs from process to process.
 
 import hashlib
 import os
+from functools import cache
 from pathlib import Path
 
-from cai.base.paths import model_path, named_base
+from cai.base.paths import gguf_file, model_path, named_base
 
 
 def sha256_text(text: str) -> str:
@@ -28,12 +29,14 @@ def sha256_file(path: str | os.PathLike[str], size: int | None = None) -> str:
 
 
 def identity(model: str) -> str:
-    """What identifies a model in a fingerprint: a hash of its folder's content (of an adapter, also of its base's), or
-    a hub id itself.
+    """What identifies a model in a fingerprint: a hash of its folder's content (of an adapter, also of its base's), of
+    a GGUF file's (`gguf_digest`), or a hub id itself.
 
     The same folder with other weights is another model. Of a large file 64 samples of 64 KiB are hashed:
     training changes weights everywhere, and hashing seventy billion of them would take minutes.
     """
+    if (whole := gguf_file(model)) is not None:
+        return gguf_digest(whole)
     folder = Path(model_path(model))
     if not folder.is_dir():
         return model
@@ -49,6 +52,26 @@ def identity(model: str) -> str:
     if (base := named_base(folder)) is not None and Path(base).resolve() != folder.resolve():
         digest.update(identity(base).encode())
     return digest.hexdigest()
+
+
+def gguf_digest(file: Path) -> str:
+    """SHA-256 of a GGUF file; with the chat_template.jinja beside it, if there is one, which it is read with."""
+    template = file.parent / "chat_template.jinja"
+    digest = _file_digest(str(file.resolve()), *_state(file))
+    if not template.is_file():
+        return digest
+    return sha256_text(digest + _file_digest(str(template.resolve()), *_state(template)))
+
+
+def _state(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@cache
+def _file_digest(path: str, _size: int, _changed: int) -> str:
+    """`sha256_file`, once in this process until the file changes: a model's takes seconds per 5 GB."""
+    return sha256_file(path)
 
 
 def hashed_seed(*parts: object) -> int:

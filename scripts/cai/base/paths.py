@@ -24,6 +24,9 @@ QUALIFICATION = SCRIPTS / "cai" / "qualification"
 # The file that makes a folder an adapter of another model (peft's name).
 ADAPTER_CONFIG = "adapter_config.json"
 
+# The suffix of llama.cpp's format: weights, sizes, tokenizer and chat template in one file.
+GGUF = ".gguf"
+
 
 def find_file(name_or_path: str, folder: Path, suffix: str) -> Path:
     """A file given by path, or by its bare name in one of the package's folders.
@@ -49,9 +52,36 @@ def model_path(name: str) -> str:
     return str(TINY) if name == "tiny" else name
 
 
+def cache_folder(purpose: str) -> Path:
+    """Where what can be made again is kept: below XDG_CACHE_HOME, else ~/.cache; it may not exist yet."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "constitutional-ai" / purpose
+
+
+def gguf_file(model: str | os.PathLike[str]) -> Path | None:
+    """The GGUF file that a name stands for: itself, or the only one in a folder without safetensors; else None.
+
+    Raises InputError for a folder with several.
+    """
+    path = Path(model)
+    if path.suffix.lower() == GGUF and path.is_file():
+        return path
+    if not path.is_dir() or (path / ADAPTER_CONFIG).is_file() or next(path.glob("*.safetensors"), None):
+        return None
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() == GGUF and file.is_file())
+    if len(files) > 1:
+        raise InputError(
+            f"{len(files)} GGUF files: {', '.join(file.name for file in files)}",
+            where=path,
+            expected="one model",
+            remedy="Name the file",
+        )
+    return files[0] if files else None
+
+
 def named_base(folder: Path) -> str | None:
-    """The model that an adapter folder names as its base: a folder as seen from here or from the adapter, else the
-    name itself; None for a folder that is no adapter.
+    """The model that an adapter folder names as its base: a folder or GGUF file as seen from here or from the adapter,
+    else the name itself; None for a folder that is no adapter.
 
     Raises InputError if the adapter's file can't be read or names no base.
     """
@@ -71,4 +101,4 @@ def named_base(folder: Path) -> str | None:
             remedy="Write it there",
         ) from error
     name = model_path(name)
-    return next((str(path) for path in (Path(name), folder / name) if path.is_dir()), name)
+    return next((str(path) for path in (Path(name), folder / name) if path.is_dir() or gguf_file(path)), name)

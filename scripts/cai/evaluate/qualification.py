@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cai.base import cli, engine_options
+from cai.base import cli, engine_options, paths
 from cai.base.errors import CaiError
 from cai.base.files import write_text
 from cai.base.hashing import identity, sha256_text
@@ -452,9 +452,8 @@ def qualify(
 
 
 def cache_folder() -> Path:
-    """Where results are kept: below XDG_CACHE_HOME, else ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "constitutional-ai" / "qualification"
+    """Where results are kept."""
+    return paths.cache_folder("qualification")
 
 
 def _read_kept(digest: str) -> dict | None:

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cai.base.hashing import sha256_file
-from cai.base.paths import QUALIFICATION, TINY, model_path
+from cai.base.paths import QUALIFICATION, TINY
 from cai.data import readers
 from cai.data.dialogue import is_blank
 from cai.models.folders import tokenizer_folder
+from cai.models.gguf import resolve
 from cai.world import language, oracle
 
 FILES = {"reader": "responses.jsonl", "judge": "pairs.jsonl", "critic": "critics.jsonl"}
@@ -32,7 +33,7 @@ _STYLES = {"harmful": ("comply", "good", "evasive", "preachy", "other"), "": ("c
 
 def name_set(model: str) -> str:
     """The set for a model: the world's if its tokenizer is that of `tiny`, which has no words for anything else."""
-    file = Path(tokenizer_folder(model_path(model))) / "tokenizer.json"
+    file = Path(tokenizer_folder(resolve(model))) / "tokenizer.json"
     return WORLD if file.is_file() and sha256_file(file) == sha256_file(TINY / "tokenizer.json") else ENGLISH
 
 

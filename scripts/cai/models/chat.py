@@ -18,7 +18,7 @@ from cai.base import run_settings
 from cai.base.errors import InputError, shorten
 from cai.data.dialogue import cut_at_end_token
 from cai.models.engine import Message
-from cai.models.folders import TEMPLATE_REMEDY
+from cai.models.gguf import TEMPLATE_REMEDY
 from cai.models.reasoning import closing_tag, strip_thinking
 
 # A string of a template that may be a format of `strftime`. Looked for at every position, since an apostrophe may come

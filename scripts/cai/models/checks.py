@@ -1,7 +1,7 @@
 """What doctor.py checks: Python, packages, devices, places to write, the hub, endpoints, and a model.
 
     findings = Findings()
-    check_packages(findings, extra="openai")
+    check_packages(findings, "openai", "gguf")
     for problem, remedy in zip(findings.problems, findings.remedies): ...
 
 Each check returns its part of the report and adds its problems to `Findings`. It imports what it needs itself, since
@@ -20,6 +20,8 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +29,7 @@ from typing import Any
 
 from cai.base import cli
 from cai.base.errors import CaiError, InputError, shorten
-from cai.base.paths import ROOT
+from cai.base.paths import ROOT, gguf_file
 
 LOW_DISK_GB = 5
 
@@ -73,13 +75,25 @@ def check_python(findings: Findings) -> _Report:
     }
 
 
-def check_packages(findings: Findings, extra: str | None = None) -> _Report:
-    """Each dependency, and those of an extra: the version installed and the bounds of pyproject.toml.
+def list_extras(model: str | None, endpoints: Sequence[str]) -> list[str]:
+    """The extras of pyproject.toml that a model and its servers take."""
+    is_gguf = False
+    if model and not model.startswith("openai:"):
+        with suppress(InputError):  # several files: the check of the model reports it
+            is_gguf = gguf_file(model) is not None
+    return [*(["openai"] if endpoints else []), *(["gguf"] if is_gguf else [])]
+
+
+def check_packages(findings: Findings, *extras: str) -> _Report:
+    """Each dependency, and those of some extras: the version installed and the bounds of pyproject.toml.
 
     Nothing is imported.
     """
     packages, project = {}, _project()
-    for requirement in [*project["dependencies"], *(project["optional-dependencies"][extra] if extra else ())]:
+    for requirement in [
+        *project["dependencies"],
+        *(need for extra in extras for need in project["optional-dependencies"][extra]),
+    ]:
         name = re.match(r"[\w.-]+", requirement)[0]  # type: ignore[index]
         bounds = requirement.removeprefix(name)
         try:
@@ -121,7 +135,7 @@ def is_within(version: str, bounds: str) -> bool:
 
 def check_devices(findings: Findings, requested: str | None) -> _Report:
     """CPU and accelerators with their memory in GB (10⁹ bytes), and whether they compute in bfloat16."""
-    total, free = _memory()
+    total, free = available_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpu: _Report = {"cores": cores, "memory_gb": total, "free_gb": free}
     accelerators: list[_Report] = []
@@ -160,7 +174,7 @@ def check_devices(findings: Findings, requested: str | None) -> _Report:
     return {"cpu": cpu, "accelerators": accelerators}
 
 
-def _memory() -> tuple[float | None, float | None]:
+def available_memory() -> tuple[float | None, float | None]:
     """(total, available) memory in GB that this process may use; None where the system does not tell."""
     try:
         import psutil
@@ -367,6 +381,8 @@ def check_local_model(findings: Findings, model: str, devices: _Report) -> _Repo
     except Exception as error:  # whatever a foreign tokenizer file makes the library raise
         findings.problem(f"the tokenizer of {model} can't be loaded: {shorten(error)}", "Copy the model's folder again")
         return report
+    if gguf_file(model) is not None:
+        findings.note(f"a GGUF file: its weights are kept in float32 in {path}, which is made again if it is deleted")
     fast_path = _check_fast_path(findings, folder)
     return {
         **report,

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from cai.base.errors import CaiError
+from cai.models import attention
 from cai.models.engine import Sampling
 
 # The shortest beginnings to look for, in tokens.
@@ -409,11 +410,11 @@ def _layer_class() -> Any:
 
     class Rows(DynamicLayer):  # type: ignore[misc]
         """Buffers (rows, heads, columns, size): a head's keys lie together, and reading them is what attention takes
-        its time for on a CPU."""
+        its time for on a CPU. Transposed keys, for attention.py, lie together by feature."""
 
-        def __init__(self, rows: int, capacity: int):
+        def __init__(self, rows: int, capacity: int, is_transposed: bool):
             super().__init__()
-            self.rows, self.capacity, self.length = rows, capacity, 0
+            self.rows, self.capacity, self.length, self.is_transposed = rows, capacity, 0, is_transposed
             self.buffers: list[Any] = []
             self.is_initialized = True
 
@@ -426,9 +427,15 @@ def _layer_class() -> Any:
             """
             self.length = width
             if not self.buffers:
+                _, heads, _, size = cached[0].shape
+                keys = (size, self.capacity) if self.is_transposed else (self.capacity, size)
+                values = (self.capacity, cached[1].shape[3])
                 self.buffers = [
-                    states.new_empty(self.rows, states.shape[1], self.capacity, states.shape[3]) for states in cached
+                    states.new_empty(self.rows, heads, *shape)
+                    for states, shape in zip(cached, (keys, values), strict=True)
                 ]
+                if self.is_transposed:  # a view of the usual shape
+                    self.buffers[0] = self.buffers[0].transpose(2, 3)
             for buffer, states in zip(self.buffers, cached, strict=True):
                 align(states, starts, lengths, buffer[first : first + len(lengths), :, :width])
 
@@ -589,11 +596,12 @@ def _read_prompts(
     import torch
 
     lengths = [len(prompt) for prompt in prompts]
+    is_transposed = attention.is_used(model) and attention.is_16_bit(model.dtype)
     layers: list[Any] = []
     logits = []
     for part in chunks(lengths, chunk_tokens):
         part_logits, past, starts = prefill(model, [prompts[i] for i in part], prefixes, pad_id)
-        layers = layers or [_layer_class()(len(prompts), capacity) for _ in past.layers]
+        layers = layers or [_layer_class()(len(prompts), capacity, is_transposed) for _ in past.layers]
         # Moved to the right: answers then begin in one column, and every row's columns are neighbours.
         for layer, read in zip(layers, past.layers, strict=True):
             layer.put(part.start, (read.keys, read.values), starts, lengths[part.start : part.stop], max(lengths))

@@ -26,12 +26,12 @@ import click
 from cai.base import cli, engine_options
 from cai.base.engine_options import EngineChoice
 from cai.base.errors import InputError
-from cai.base.paths import model_path
 from cai.data.outputs import read_manifest
 from cai.models import folders
 from cai.models.chat import Chat
 from cai.models.engine import Message, Sampling
-from cai.models.local import BATCH_SIZE, CHUNK_TOKENS, OTHER_CHUNK_TOKENS
+from cai.models.gguf import resolve
+from cai.models.local import BATCH_SIZE, auto_dtype, chunk_tokens
 from cai.models.servers import IN_FLIGHT
 
 # Makers' data sheets: memory in GB, memory bandwidth in TB/s, dense bfloat16 in TFLOP/s.
@@ -46,6 +46,13 @@ GPUS = {
     "l4": (24, 0.30, 121),
     "rtx-4090": (24, 1.0, 165),
 }
+
+# Bytes of the activations of one forward pass that training keeps, at most: batches with more are trained in parts
+# (train/microbatches.py). On a CPU a pass over more is no faster.
+ACTIVATIONS = {"cpu": 2e9, "gpu": 8e9}
+
+# Logits that a loss of the supervised steps holds at most: with more it works through them in tiles.
+HELD_LOGITS = 2**26
 
 # The share of those figures that a step is assumed to reach: on the careful side.
 USED = {"bandwidth": 0.4, "reading": 0.4, "training": 0.35}
@@ -118,11 +125,18 @@ class Shape:
 
 def shape_of(model: str) -> Shape | None:
     """The sizes of a local folder's model from config.json and the headers of its weights; None elsewhere."""
-    folder, count = _weights_folder(model), parameters(model)
+    folder, count = folders.weights_folder(model), folders.count_parameters(model)
     if count is None or not (folder / "config.json").is_file():
         return None
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
+    return shape_of_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), count)
+
+
+def shape_of_config(config: dict[str, Any], count: int) -> Shape | None:
+    """The sizes that a model's configuration names; None for an architecture with other names.
+
+    count: its parameters.
+    """
+    config = config.get("text_config") or config
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         return Shape(
@@ -139,24 +153,9 @@ def shape_of(model: str) -> Shape | None:
         return None
 
 
-def _weights_folder(model: str) -> Path:
-    """The folder of a model's weights: of an adapter, its base's, which is what takes the memory."""
-    return Path(folders.adapter_chain(model_path(model))[-1])
-
-
-def parameters(model: str) -> int | None:
-    """Number of parameters in a local folder's safetensors files, read from their headers; None elsewhere."""
-    total = 0
-    for file in _weights_folder(model).glob("*.safetensors"):
-        with file.open("rb") as handle:
-            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total or None
-
-
 def token_counter(model: str) -> Callable[[Sequence[_Conversation]], list[int]]:
     """A function from conversations to their numbers of tokens; by characters where the tokenizer is not on disk."""
-    folder = Path(folders.tokenizer_folder(model_path(model)))
+    folder = Path(folders.tokenizer_folder(resolve(model)))
     if not (folder / "tokenizer.json").is_file():
         return lambda talks: [_characters(talk) // 4 + 4 * len(talk) for talk in talks]
     from transformers import PreTrainedTokenizerFast  # comes without torch, unlike AutoTokenizer
@@ -178,7 +177,7 @@ def text_memory(shape: Shape, *, size: int, rows: int, longest: int, new: int, c
     Args:
         size: bytes of one number (`BYTES`).
         rows, longest, new: rows of the largest batch, tokens of its longest prompt and of each answer.
-        chunk: tokens of prompts in one forward pass (`local.CHUNK_TOKENS`).
+        chunk: tokens of prompts in one forward pass (`local.chunk_tokens`).
     """
     read = min(rows * longest, max(chunk, longest))
     # Widest point of a block: the residual and its normed copy, gate, up and their product.
@@ -199,6 +198,7 @@ def training_memory(
     autocast: bool = False,
     checkpointing: bool = False,
     frozen_size: int = 4,
+    held_logits: int | None = None,
 ) -> dict[str, int]:
     """Bytes of tensors at the peak of a training step with AdamW.
 
@@ -208,6 +208,7 @@ def training_memory(
         autocast: activations in two bytes over float32 weights (and a copy of the weights in two bytes).
         checkpointing: only each block's input is kept, and one block is computed again.
         frozen_size: bytes of a weight that is not trained (2 for a bfloat16 base).
+        held_logits: at most so many are held at once; None: all.
     """
     if lora_rank:
         # Every linear layer but the head: query, key, value, output, and three of the feed-forward.
@@ -218,27 +219,66 @@ def training_memory(
     else:
         trained = shape.parameters
         weights = 4 * trained + (2 * trained if autocast else 0)
+    logits = tokens * shape.vocabulary
+    if held_logits is not None:
+        logits = min(logits, held_logits)
+    return {
+        "weights": weights,
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
+        # Logits, their float32 copy and the gradient of it.
+        "activations": tokens * token_bytes(shape, autocast=autocast, checkpointing=checkpointing)
+        + logits * (12 if not autocast else 10),
+    }
+
+
+def token_bytes(shape: Shape, *, autocast: bool, checkpointing: bool) -> int:
+    """Bytes that a token's forward pass keeps for the backward pass, logits left out (as in `training_memory`)."""
     size = 2 if autocast else 4
-    # What a block keeps for its backward pass: inputs of its norms and their normed copies (in float32), query,
-    # key, value and their rotated forms, attention's output twice; gate, its activation, up, and their product.
+    # What a block keeps: inputs of its norms and their normed copies (in float32), query, key, value and their rotated
+    # forms, attention's output twice; gate, its activation, up, and their product.
     normed = 4 * 4 * shape.hidden
     inside = size * (
         3 * shape.heads * shape.head_size + 3 * shape.kv_heads * shape.head_size + 2 * shape.hidden + 4 * shape.inner
     )
     block = normed + inside
-    held = shape.layers * size * shape.hidden + block if checkpointing else shape.layers * block
-    # Logits, their float32 copy and the gradient of it.
-    logits = shape.vocabulary * (12 if not autocast else 10)
-    return {
-        "weights": weights,
-        "gradients": 4 * trained,
-        "optimizer": 8 * trained,
-        "activations": tokens * (held + logits),
-    }
+    return shape.layers * size * shape.hidden + block if checkpointing else shape.layers * block
+
+
+def bound_tokens(shape: Shape, *, cpu: bool) -> int:
+    """Tokens whose activations take `ACTIVATIONS`, without checkpointing on a CPU, else with it."""
+    return int(ACTIVATIONS["cpu" if cpu else "gpu"]) // token_bytes(shape, autocast=not cpu, checkpointing=not cpu)
+
+
+def supervised_memory(
+    trained: Sequence[Shape],
+    frozen: Sequence[Shape],
+    *,
+    tokens: int,
+    longest: int,
+    lora_rank: int | None,
+    cpu: bool,
+    processes: int = 1,
+) -> dict[str, int]:
+    """`trained_memory` of sft.py, reward_model.py and dpo.py, which bound a batch by tokens and hold few logits.
+
+    Args:
+        tokens, longest: of the largest batch and of its longest row, both sides of a pair together.
+        processes: several do not bound their batches.
+    """
+    if processes == 1:
+        tokens = min(tokens, max(longest, bound_tokens(trained[0], cpu=cpu)))
+    return trained_memory(trained, frozen, tokens=tokens, lora_rank=lora_rank, cpu=cpu, held_logits=HELD_LOGITS)
 
 
 def trained_memory(
-    trained: Sequence[Shape], frozen: Sequence[Shape], *, tokens: int, lora_rank: int | None, cpu: bool
+    trained: Sequence[Shape],
+    frozen: Sequence[Shape],
+    *,
+    tokens: int,
+    lora_rank: int | None,
+    cpu: bool,
+    held_logits: int | None = None,
 ) -> dict[str, int]:
     """`training_memory` of all trained models, and the weights of the frozen ones. Logits are counted for a reward
     or value model too, which has none: on the careful side."""
@@ -250,6 +290,7 @@ def trained_memory(
             autocast=not cpu,
             checkpointing=not cpu,
             frozen_size=4 if cpu else 2,
+            held_logits=held_logits,
         )
         for shape in trained
     ]
@@ -313,14 +354,8 @@ def rl_memory(
     """
     memory = trained_memory(trained, frozen, tokens=batch_size * (longest + new), lora_rank=lora_rank, cpu=cpu)
     # Weights, gradients and moments stay where they are while the policy writes.
-    writing = text_memory(
-        trained[0],
-        size=4 if cpu else 2,
-        rows=rows,
-        longest=longest,
-        new=new,
-        chunk=CHUNK_TOKENS["cpu"] if cpu else OTHER_CHUNK_TOKENS,
-    )
+    chunk = chunk_tokens(trained[0].hidden, cpu)
+    writing = text_memory(trained[0], size=4 if cpu else 2, rows=rows, longest=longest, new=new, chunk=chunk)
     memory["activations"] = max(memory["activations"], writing["kv_cache"] + writing["activations"])
     return memory
 
@@ -375,10 +410,7 @@ def text_plan(
     """
     prompt_tokens, longest, calls = count_tokens(conversations, model)
     new = sampling.max_new_tokens
-    new_tokens, on_disk = (
-        calls * new,
-        sum(file.stat().st_size for file in Path(model_path(model)).glob("*.safetensors")),
-    )
+    new_tokens, on_disk = (calls * new, sum(file.stat().st_size for file in Path(resolve(model)).glob("*.safetensors")))
     plan: dict[str, Any] = {
         "model_calls": calls,
         "prompt_tokens_about": prompt_tokens,
@@ -394,12 +426,12 @@ def text_plan(
     if shape is None or not calls:
         return plan | _unknown_hours(gpu, shape is not None)
     cpu, choice = device == "cpu", engine_options.engine_choice()
-    size = BYTES[("float32" if cpu else "bfloat16") if dtype == "auto" else dtype]
+    size = BYTES[auto_dtype("cpu" if cpu else "cuda", shape.parameters) if dtype == "auto" else dtype]
     most = -(-batch_size // (choice.copies if choice else 1)) if batch_size else IN_FLIGHT if choice else BATCH_SIZE
     rows = min(most, calls)
     if batch_tokens:
         rows = max(1, min(rows, batch_tokens // (longest + new)))
-    chunk = CHUNK_TOKENS["cpu"] if cpu else OTHER_CHUNK_TOKENS
+    chunk = chunk_tokens(shape.hidden, cpu)
     plan |= _memory_fields(text_memory(shape, size=size, rows=rows, longest=longest, new=new, chunk=chunk), choice)
     if gpu:
         length = (prompt_tokens + new_tokens / 2) / calls
@@ -467,6 +499,7 @@ def training_plan(
     frozen: Sequence[str] = (),
     gpu: str | None = None,
     device: str | None = None,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """What `--dry-run` prints for a training: rows, optimizer steps, tokens, memory, hours.
 
@@ -476,6 +509,7 @@ def training_plan(
         frozen: folders of models that every row also goes through, such as a reference. (That under LoRA, the policy
             without its adapters, takes no memory; the time of its pass is not counted.)
         device: cpu means float32 without checkpointing; else bfloat16 over float32 weights, with it.
+        processes: that train together, each with its own batches.
     """
     rows, tokens = round(epochs * len(lengths)), round(epochs * sum(lengths))
     plan: dict[str, Any] = {
@@ -489,7 +523,15 @@ def training_plan(
     shape, *others = shapes
     widest = max(lengths) * min(batch_size, len(lengths))
     plan["memory_gb"] = gigabytes(
-        trained_memory([shape], others, tokens=widest, lora_rank=lora_rank, cpu=device == "cpu")
+        supervised_memory(
+            [shape],
+            others,
+            tokens=widest,
+            longest=max(lengths),
+            lora_rank=lora_rank,
+            cpu=device == "cpu",
+            processes=processes,
+        )
     )
     if gpu:
         hours = training_hours(shape, gpu, tokens=tokens, lora=bool(lora_rank), checkpointing=True)

@@ -9,6 +9,7 @@ is checked as far as its files are in the local cache. Leaves out what takes the
 """
 
 import json
+import math
 import os
 import re
 from functools import cache
@@ -17,12 +18,8 @@ from typing import Any
 
 from cai.base import run_settings
 from cai.base.errors import InputError, shorten
-from cai.base.paths import ADAPTER_CONFIG, model_path, named_base
-
-TEMPLATE_REMEDY = (
-    "Take the instruction-tuned model, or put its chat template beside it as chat_template.jinja "
-    "(a Jinja file over `messages`, each with role and content)"
-)
+from cai.base.paths import ADAPTER_CONFIG, gguf_file, named_base
+from cai.models.gguf import TEMPLATE_REMEDY, resolve
 
 # What a model folder must have: any of these files, what they are, and the remedy.
 _CONFIG = ({"config.json", ADAPTER_CONFIG}, "config.json", "Give a folder written by save_pretrained()")
@@ -42,13 +39,15 @@ _FOREIGN_QUANTISATION = ("quantize_config.json", "quant_config.json", "hf_quant_
 
 
 def find_model(model: str) -> str:
-    """The folder or hub id that a name stands for, for every option that names a model.
+    """The folder or hub id that a name stands for, for every option that names a model (of a GGUF file: `resolve`).
 
     Raises InputError if it names a folder that does not exist: a path, a name that is not a valid hub id, or a name
     like `runs/sft` whose first part is a folder here, unless the hub's local cache has a model of that name.
     """
-    path = str(model_path(model))
-    if model.startswith("openai:") or Path(path).is_dir():
+    if model.startswith("openai:"):
+        return model
+    path = resolve(model)
+    if Path(path).is_dir():
         return path
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) and not Path(path).exists()
     if is_hub_id and "/" in path and Path(path).parent.is_dir():
@@ -176,12 +175,14 @@ def template_text(path: str) -> str:
 
 
 def adapter_base(path: str) -> str | None:
-    """The model that an adapter belongs to, a folder or a hub id; None for a complete model.
+    """The model that an adapter belongs to, a folder or a hub id (of a GGUF file: `resolve`); None for a complete
+    model.
 
     Raises InputError for an adapter that names none.
     """
     folder = local_folder(path)
-    return named_base(folder) if folder else None
+    base = named_base(folder) if folder else None
+    return resolve(base) if base is not None and gguf_file(base) else base
 
 
 def adapter_chain(path: str) -> list[str]:
@@ -197,6 +198,26 @@ def adapter_chain(path: str) -> list[str]:
 def local_folders(path: str) -> list[Path]:
     """The folders of `adapter_chain` that are here."""
     return [folder for part in adapter_chain(path) if (folder := local_folder(part))]
+
+
+def weights_folder(model: str) -> Path:
+    """The folder of a model's weights: of an adapter, its base's, which is what takes the memory."""
+    return Path(adapter_chain(resolve(model))[-1])
+
+
+def count_parameters(model: str) -> int | None:
+    """Number of parameters in the safetensors files of a folder or of the hub's cache, from their headers; None where
+    there are none, or where one can't be read, which loading explains."""
+    from safetensors import SafetensorError, safe_open
+
+    folder, total = local_folder(str(weights_folder(model))), 0
+    try:
+        for file in folder.glob("*.safetensors") if folder else ():
+            with safe_open(file, framework="numpy") as tensors:
+                total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return None
+    return total or None
 
 
 def tokenizer_folder(path: str) -> str:

@@ -104,7 +104,7 @@ class Classifier:
             )
         device = device or loading.best_device(None)
         tokenizer = self.tokenizer = loading.load_tokenizer(name)
-        weights_dtype = loading.inference_dtype(device, dtype)
+        weights_dtype = loading.inference_dtype(device, dtype, name)
         model = loading.load_weights(AutoModelForSequenceClassification, name, weights_dtype)
         self.unsafe = self._unsafe_labels(name, model.config.id2label, unsafe)
         if tokenizer.pad_token is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from cai.base.errors import InputError, shorten
 from cai.models import estimate
-from cai.models.estimate import GPUS, Shape, gigabytes, text_memory, training_memory
+from cai.models.estimate import GPUS, Shape, gigabytes, supervised_memory, text_memory, training_memory
 
 # The steps are estimated for these: the defaults of the commands, for rows of this length.
 TOKENS, NEW, ROWS, TRAINING_ROWS = 512, 256, 32, 8
@@ -47,15 +47,22 @@ def step_memory(shape: Shape, gpu: bool) -> dict[str, float]:
     train = partial(training_memory, shape, autocast=gpu, checkpointing=gpu)
     train_lora = partial(train, lora_rank=16, frozen_size=size)
     full, light = train(tokens=tokens), train_lora(tokens=tokens)
+
+    def supervise(sides: int, lora_rank: int | None) -> dict[str, int]:
+        longest = sides * (TOKENS + NEW)
+        return supervised_memory(
+            [shape], [], tokens=TRAINING_ROWS * longest, longest=longest, lora_rank=lora_rank, cpu=not gpu
+        )
+
     frozen = shape.parameters * size  # a model without gradients: the reference, the reward model
     needs = {
         "generate, critique, revise": text(new=NEW),
         "judge": text(new=0),
-        # A reward model reads two responses per row, but has no logits over the vocabulary, which take more.
-        "sft, reward_model (--lora)": light,
-        "sft, reward_model (--full)": full,
-        "dpo (--lora)": train_lora(tokens=2 * tokens),
-        "dpo (--full)": {**train(tokens=2 * tokens), "reference": frozen},
+        # Counted for a reward model, which reads two responses per row.
+        "sft, reward_model (--lora)": supervise(2, 16),
+        "sft, reward_model (--full)": supervise(2, None),
+        "dpo (--lora)": supervise(2, 16),
+        "dpo (--full)": {**supervise(2, None), "reference": frozen},
         # A value model of the policy's size is trained beside it; under LoRA the reference is the policy without
         # its adapters.
         "ppo (--lora)": {**light, "value": sum(light.values()), "reward": frozen},

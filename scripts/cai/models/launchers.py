@@ -20,6 +20,7 @@ from cai.base.engine_options import ENGINES, EngineChoice
 from cai.base.errors import InputError
 from cai.base.paths import model_path
 from cai.models import folders
+from cai.models.gguf import resolve
 
 HOST = "127.0.0.1"
 
@@ -150,8 +151,12 @@ def find_gguf(model: str) -> str:
 
 
 def served_model(model: str, choice: EngineChoice) -> str:
-    """The folder, file or hub id that an engine loads. Raises InputError for an adapter, which it would not merge."""
-    path = model_path(model)
+    """The folder, file or hub id that an engine loads; of a GGUF file its folder, unless the engine reads the file.
+
+    Raises InputError for an adapter, which it would not merge.
+    """
+    reads_gguf = choice.engine in (None, "llama.cpp")
+    path = model_path(model) if reads_gguf else resolve(model)
     if base := folders.adapter_base(path):
         raise InputError(
             f"an adapter of {base}, which {choice.label} would not merge",

@@ -1,4 +1,4 @@
-"""Models from a folder or a hub id: checked, then loaded for text, for training or as a reward model.
+"""Models from a folder, a GGUF file or a hub id: checked, then loaded for text, for training or as a reward model.
 
     engine = load_engine("tiny")
     policy, chat = load_policy("tiny"), load_chat("tiny")
@@ -22,14 +22,15 @@ from typing import Any
 
 from cai.base import cli, engine_options
 from cai.base.errors import CaiError, InputError, shorten
-from cai.base.paths import model_path
-from cai.models import folders, managed
+from cai.base.paths import gguf_file
+from cai.models import attention, folders, managed
 from cai.models.chat import Chat, check_embedding
 from cai.models.decoding import config_context, slow_warning
 from cai.models.decoding import context_length as context_length  # for the callers of this module
 from cai.models.engine import Engine
 from cai.models.folders import find_model as find_model  # for the callers of this module
-from cai.models.local import LocalEngine
+from cai.models.gguf import resolve
+from cai.models.local import LocalEngine, auto_dtype
 
 
 def keep_freed_memory() -> None:
@@ -68,7 +69,7 @@ def load_engine(
         model: `openai:NAME` is the model NAME of the servers at `endpoints` (servers.py).
         batch_size, batch_tokens: bounds of a batch; see `LocalEngine`.
         device: cpu, cuda, cuda:1, mps; None: the best one, and of several GPUs one per process.
-        dtype: float32, bfloat16, float16, or auto (bfloat16 on CUDA, float32 elsewhere).
+        dtype: float32, bfloat16, float16, or auto (`local.auto_dtype`).
         in_process: a `LocalEngine` in any case, for what needs the model itself.
     Raises:
         InputError: no such model, or it lacks config, weights, tokenizer or chat template.
@@ -155,7 +156,7 @@ def load_tokenizer(name: str) -> Any:
     """A model's tokenizer. Raises InputError if there is none."""
     from transformers import AutoTokenizer
 
-    path = str(model_path(name))
+    path = resolve(name)
     with _explain_errors(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folders.tokenizer_folder(path), trust_remote_code=False)
     base = folders.adapter_base(path)
@@ -176,7 +177,7 @@ def load_weights(auto_class: Any, name: str, dtype: str, *, new_head: bool = Fal
     import torch
     from transformers.utils import logging
 
-    path = str(model_path(name))
+    path = resolve(name)
     if (base := folders.adapter_base(path)) is not None:
         body = load_weights(auto_class, base, dtype, new_head=new_head, **arguments)
         return _merge_adapter(body, path)
@@ -199,6 +200,8 @@ def load_weights(auto_class: Any, name: str, dtype: str, *, new_head: bool = Fal
             where=name,
             expected="a complete model of its architecture",
         )
+    if (file := gguf_file(name)) is not None:
+        model.name_or_path = str(file.resolve())  # what an adapter names as its base: a cache may be cleared
     return model
 
 
@@ -258,9 +261,9 @@ def _load_local(name: str, device: str | None, dtype: str) -> LocalEngine:
     if device == "cpu":
         keep_freed_memory()
     tokenizer = load_tokenizer(name)
-    is_quantised = folders.quantisation(str(model_path(name))) is not None
+    is_quantised = folders.quantisation(resolve(name)) is not None
     placement: dict[str, Any] = {"device_map": {"": device}} if is_quantised and device != "cpu" else {}
-    model = load_weights(AutoModelForCausalLM, name, inference_dtype(device, dtype), **placement)
+    model = load_weights(AutoModelForCausalLM, name, inference_dtype(device, dtype, name), **placement)
     check_embedding(Chat(tokenizer, name), model.get_input_embeddings().weight.shape[0])
     try:
         model = (model if placement else model.to(device)).eval()
@@ -268,17 +271,17 @@ def _load_local(name: str, device: str | None, dtype: str) -> LocalEngine:
         raise CaiError(f"{name} does not fit the memory of {device}") from error
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
         raise InputError(f"{device!r} can't be used: {shorten(error)}", where="--device") from error
+    if attention.suits(model):
+        attention.use(model)
     engine = LocalEngine(name, model, tokenizer)
     if engine.slow_reason:
         cli.warn(slow_warning(name, engine.slow_reason))
     return engine
 
 
-def inference_dtype(device: str, dtype: str) -> str:
-    """The dtype of weights that are not trained: auto is bfloat16 on CUDA, float32 elsewhere."""
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if device.startswith("cuda") else "float32"
+def inference_dtype(device: str, dtype: str, model: str) -> str:
+    """The dtype of a model's weights that are not trained: auto is `auto_dtype`."""
+    return auto_dtype(device, folders.count_parameters(model)) if dtype == "auto" else dtype
 
 
 def split_endpoint(name: str, endpoints: Sequence[str] = ()) -> tuple[str, tuple[str, ...]]:
@@ -398,7 +401,7 @@ def load_chat(path: str) -> Chat:
         raise InputError("the tokenizer has no end-of-text token", where=path, remedy="Set its eos_token")
     tokenizer.padding_side = "right"
     size = _config(path).get_text_config().vocab_size
-    size = folders.embedding_rows(str(model_path(path))) or size
+    size = folders.embedding_rows(resolve(path)) or size
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= size:
         tokenizer.pad_token = _spare_token(tokenizer, size)
     chat = Chat(tokenizer, path)
@@ -439,7 +442,7 @@ def load_reward_model(path: str, device: str | None = None, dtype: str = "auto",
     """
     config = _config(path, dropout=False)
     is_trained = is_classifier(path)
-    labels = folders.head_rows(str(model_path(path))) or config.num_labels
+    labels = folders.head_rows(resolve(path)) or config.num_labels
     if is_trained and labels != 1:
         raise InputError(
             f"a classifier with {labels} classes",
@@ -458,12 +461,12 @@ def _load_scorer(path: str, dtype: str, config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config.num_labels = 1
-    base = folders.adapter_base(str(model_path(path)))
+    base = folders.adapter_base(resolve(path))
     if base is None:
         new_head = not is_classifier(path)
         return load_weights(AutoModelForSequenceClassification, path, dtype, new_head=new_head, config=config)
-    if folders.is_classifier_adapter(str(model_path(path))):
-        if folders.head_rows(str(model_path(path))) is None and not is_classifier(base):
+    if folders.is_classifier_adapter(resolve(path)):
+        if folders.head_rows(resolve(path)) is None and not is_classifier(base):
             raise InputError(
                 f"an adapter of {base} with no head for scores in it",
                 where=path,
@@ -516,7 +519,7 @@ def check_can_score(path: str) -> None:
 def is_classifier(path: str) -> bool:
     """Whether a model is a sequence classifier. Raises InputError if there is no such model."""
     check_model(path, classifier=True)
-    kinds = folders.architectures(str(model_path(path))) or _config(path).architectures or []
+    kinds = folders.architectures(resolve(path)) or _config(path).architectures or []
     return any("SequenceClassification" in kind for kind in kinds)
 
 
@@ -525,7 +528,7 @@ def _config(path: str, dropout: bool = True) -> Any:
 
     check_model(path, classifier=True)
     with _explain_errors(path):
-        base = folders.adapter_chain(str(model_path(path)))[-1]
+        base = folders.adapter_chain(resolve(path))[-1]
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     if not dropout:  # in the configuration, because attention reads its rate there and is no module of its own
         for name, rate in vars(config).items():
@@ -546,4 +549,6 @@ def _load_trainable(load: Callable[..., Any], path: str, config: Any, dtype: str
         keep_freed_memory()
     # peft and TRL ask their models for it by its old name in transformers, and nobody here can change that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # Of an adapter on a GGUF file, whose vocabulary is indeed not modified.
+    warnings.filterwarnings("ignore", message="Could not find a config file in .*gguf ", category=UserWarning)
     return load(path, dtype, config=config)

@@ -11,7 +11,7 @@ decoding loop is in decoding.py. Leaves out models split over several GPUs, beam
 
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -31,10 +31,16 @@ MOST_ROWS = 4096
 # Most rows in one forward pass, by default.
 BATCH_SIZE = 128
 
-# Tokens of prompts in one forward pass. More of them exceed a CPU's cache, and are read more slowly.
-CHUNK_TOKENS = {"cpu": 4096}
+# Most tokens of prompts in one forward pass.
+CHUNK_TOKENS = 16384
 
-OTHER_CHUNK_TOKENS = 16384
+# The same on a CPU, and numbers in the hidden states of such a pass: more of them exceed the cache. A 135M model read
+# its prompts in 6.2 s by 1,024 tokens at once and in 8.0 s by 4,096.
+CPU_CHUNK_TOKENS, CPU_CHUNK_NUMBERS = 4096, 1 << 20
+
+# Parameters from which `--dtype auto` takes bfloat16 on a CPU that multiplies it. Random models of 12, 19 and 40
+# million wrote text 1.7, 1.9 and 2.4 times as fast as in float32. Smaller ones stay exact to the last byte.
+BFLOAT16_FROM = 10_000_000
 
 
 class _Prompt(NamedTuple):
@@ -268,7 +274,7 @@ class LocalEngine:
 
     @property
     def _chunk_tokens(self) -> int:
-        return CHUNK_TOKENS.get(self.model.device.type, OTHER_CHUNK_TOKENS)
+        return chunk_tokens(self.model.config.get_text_config().hidden_size, self.model.device.type == "cpu")
 
     def _read_questions(
         self, requests: list[Request], labels: Sequence[str], label_ids: dict[str, list[int]]
@@ -363,6 +369,33 @@ def tokens_that_fit(model: Any) -> int:
     return 1 << (tokens.bit_length() - 1)
 
 
+def chunk_tokens(hidden: int, on_cpu: bool) -> int:
+    """Most tokens of prompts in one forward pass of a model whose hidden states have so many numbers per token."""
+    if not on_cpu:
+        return CHUNK_TOKENS
+    fitting = 1 << (max(1, CPU_CHUNK_NUMBERS // hidden).bit_length() - 1)
+    return min(CPU_CHUNK_TOKENS, max(256, fitting))
+
+
+def auto_dtype(device: str, parameters: int | None) -> str:
+    """The dtype that `--dtype auto` is for weights that are not trained.
+
+    bfloat16 on CUDA, and on a CPU that multiplies it for models that are large enough (`BFLOAT16_FROM`); float32
+    elsewhere, and where the number of parameters is not known.
+    """
+    is_large = device == "cpu" and (parameters or 0) >= BFLOAT16_FROM and cpu_multiplies_bfloat16()
+    return "bfloat16" if device.startswith("cuda") or is_large else "float32"
+
+
+@cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for bfloat16 (AVX512-BF16 or AMX); elsewhere it is emulated and slow."""
+    import torch
+
+    checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(check() for check in checks if check)
+
+
 def free_memory(device: Any) -> int:
     """Bytes of free memory on a device."""
     import psutil
@@ -377,11 +410,13 @@ def free_memory(device: Any) -> int:
 
 
 def fast_path(engine: Any) -> dict[str, Any]:
-    """The manifest's field of a local engine: {"fast_path": True, or "no: " and the reason}; of one that the command
-    has started, {"engine": its description}. {} for a server that ran before."""
-    if isinstance(engine, LocalEngine):
-        return {"fast_path": fast_path_field(engine.slow_reason)}
-    return dict(engine.manifest_fields) if hasattr(engine, "manifest_fields") else {}
+    """The manifest's fields of a local engine: {"fast_path": True, or "no: " and the reason, "weights_dtype": the one
+    that the weights had}; of one that the command has started: {"engine": its description}. {} for a server that ran
+    before."""
+    if not isinstance(engine, LocalEngine):
+        return dict(engine.manifest_fields) if hasattr(engine, "manifest_fields") else {}
+    dtype = str(engine.model.dtype).removeprefix("torch.")
+    return {"fast_path": fast_path_field(engine.slow_reason), "weights_dtype": dtype}
 
 
 def fast_path_field(reason: str | None) -> bool | str:

@@ -26,7 +26,7 @@ from cai.data.dialogue import as_messages
 from cai.data.sources import Source
 from cai.models import estimate, hardware
 from cai.models.estimate import GPUS, Shape
-from cai.models.local import CHUNK_TOKENS, OTHER_CHUNK_TOKENS
+from cai.models.local import auto_dtype, chunk_tokens
 from cai.stats import tables
 from cai.steps.lengths import Lengths, Requests, read_run
 from cai.steps.plan import Choices, Step
@@ -171,11 +171,9 @@ class Estimator:
 
     def __init__(self, choices: Choices, terms: Terms, counted: "Counted", lengths: Lengths, requests: Requests):
         self.choices, self.counted, self.lengths, self.requests = choices, counted, lengths, requests
-        self.shape, self.gpu = hardware.shape_of(choices.model), terms.gpu
+        self.shape, self.gpu, self.gpus = hardware.shape_of(choices.model), terms.gpu, terms.gpus
         self.critic, self.judge, self.reader = map(choices.model_of, ("critic", "judge", "reader"))
         self.cpu = choices.device == "cpu" and not terms.gpu
-        auto = "float32" if self.cpu else "bfloat16"
-        self.size = estimate.BYTES[auto if choices.dtype == "auto" else choices.dtype]
         # Of the prompt alone, as it stands inside another request.
         self.prompt_text = max(0.0, lengths.prompt - requests.chat)
         self.answers: dict[str, float] = {}  # of the steps so far, by name
@@ -265,6 +263,12 @@ class Estimator:
         classes = self._text(rows * settings["orders"], read, 0, settings, self.reader)
         return _together(responses, classes, is_same=self.reader == self.choices.model)
 
+    def _size(self, shape: Shape) -> int:
+        """Bytes of one number in the weights of a model that writes or judges."""
+        dtype = self.choices.dtype
+        auto = auto_dtype("cpu" if self.cpu else "cuda", shape.parameters)
+        return estimate.BYTES[auto if dtype == "auto" else dtype]
+
     def _text(self, calls: int, read: float, new: float, settings: dict[str, Any], model: str | None = None) -> Work:
         """Calls that read and write so many tokens each.
 
@@ -277,20 +281,16 @@ class Estimator:
         if not shape or not calls:
             return work
         rows, most = min(settings["batch_size"], calls), settings["max_new_tokens"] if new else 0
+        chunk = chunk_tokens(shape.hidden, self.cpu)
         memory = estimate.text_memory(
-            shape,
-            size=self.size,
-            rows=rows,
-            longest=round(LONGEST * read),
-            new=most,
-            chunk=CHUNK_TOKENS["cpu"] if self.cpu else OTHER_CHUNK_TOKENS,
+            shape, size=self._size(shape), rows=rows, longest=round(LONGEST * read), new=most, chunk=chunk
         )
         gpus = self.choices.engine_number("--tensor-parallel-size")
         memory = {name: size // gpus for name, size in memory.items()}  # of each GPU
         hours = self.gpu and estimate.text_hours(
             shape,
             self.gpu,
-            size=self.size,
+            size=self._size(shape),
             rows=rows,
             prompt_tokens=work.read,
             new_tokens=work.written,
@@ -323,7 +323,15 @@ class Estimator:
         others = [self.shape] if frozen else []
         rank = settings["lora_rank"] if settings["lora"] else None
         batch = round(min(settings["batch_size"], rows) * longest)
-        memory = estimate.trained_memory([self.shape], others, tokens=batch, lora_rank=rank, cpu=self.cpu)
+        memory = estimate.supervised_memory(
+            [self.shape],
+            others,
+            tokens=batch,
+            longest=round(longest),
+            lora_rank=rank,
+            cpu=self.cpu,
+            processes=self.gpus,
+        )
         hours = None
         if self.gpu:
             hours = estimate.training_hours(

@@ -105,6 +105,7 @@ class TrainingRun:
             frozen=frozen,
             gpu=options.gpu,
             device=options.device,
+            processes=count_processes(),
         )
 
     def load_policy(self, name: str | None = None, **more):

@@ -16,7 +16,7 @@ from cai.data import dialogue, outputs, preferences
 from cai.models import loading
 from cai.models.chat import encode
 from cai.stats import preference, tables
-from cai.train import common
+from cai.train import common, microbatches
 
 # What the summary shows of `preference.figures`; all of it is in holdout.json.
 SUMMARY = ("relative", "logp_margin", "outright", "outright_reference", "outright_change", "longer")
@@ -95,7 +95,9 @@ def make_trainer(policy, reference, tokenizer, rows: list[dict], arguments: dict
                     hook.remove()
             return hard, sums
 
-    return SoftDPOTrainer(
+    longest = 2 * max(map(row_length, rows))
+    tokens, arguments = microbatches.choose_bound(policy, arguments, longest=longest, adapters=adapters)
+    return microbatches.bound_batches(SoftDPOTrainer, tokens, sides=2)(
         model=policy,
         ref_model=reference,
         processing_class=tokenizer,

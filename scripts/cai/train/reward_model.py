@@ -23,7 +23,7 @@ from cai.data import dialogue, preferences
 from cai.models import loading, scorer
 from cai.models.chat import encode
 from cai.stats import calibration, drawing, intervals, tables
-from cai.train import common
+from cai.train import common, microbatches
 
 # What the summary shows of `measure`; all of it is in holdout.json.
 SUMMARY = (
@@ -214,7 +214,9 @@ def make_trainer(
             return metrics
 
     arguments = {**arguments, **decide_evaluations(eval_steps, patience)}
-    return SoftRewardTrainer(
+    longest = max(len(ids) for row in rows for ids in (row["chosen_ids"], row["rejected_ids"]))
+    tokens, arguments = microbatches.choose_bound(model, arguments, longest=2 * longest, adapters=adapters)
+    return microbatches.bound_batches(SoftRewardTrainer, tokens, sides=2)(
         model=model,
         processing_class=tokenizer,
         peft_config=adapters,
