@@ -42,9 +42,9 @@ _QUALIFICATIONS = "qualifications"  # the entry of click's context that keeps ve
 
 _KEY_NAME = "key_name"  # the entry of click's context that keeps the value of --key-name
 
-_bar: Any = None  # the progress bar that was begun last
-
 _EVENTS = "events"  # the entry of click's context that keeps the value of --events
+
+_bar: Any = None  # the progress bar that was begun last
 
 
 def _endpoint(function: _Function) -> _Function:
@@ -560,7 +560,7 @@ def progress(total: int, label: str, done: int = 0, unit: str = "row") -> Any:
 
     global _bar
     terminal = sys.stderr.isatty()
-    bar = _bar = tqdm(
+    _bar = tqdm(
         total=total,
         initial=done,
         desc=label,
@@ -572,8 +572,8 @@ def progress(total: int, label: str, done: int = 0, unit: str = "row") -> Any:
         leave=terminal,
         delay=0 if terminal else 30,
     )
-    events.watch_bar(bar, label)
-    return bar
+    events.watch_bar(_bar, label)
+    return _bar
 
 
 def show_in_progress(text: str) -> None:
