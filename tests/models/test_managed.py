@@ -180,6 +180,17 @@ def test_the_plan_of_a_run_names_the_engine_where_a_model_of_this_machine_is_ask
     assert "--replicas 2 --batch-size 128" in result.output
 
 
+def test_the_price_of_a_run_spreads_text_steps_over_gpus(invoke, tmp_path):
+    line = ["--model", "size:70b", "--prompts", 100, "--rl", "none", "--gpu", "h100", "--dry-run", "--json"]
+    line += ["--output", tmp_path / "run", "--engine", "vllm"]
+    one, four = (
+        {step["name"]: step["memory_gb"] for step in json.loads(invoke("run", *line, *more).stdout)["steps"]}
+        for more in ([], ["--tensor-parallel-size", 4])
+    )
+    assert one["responses"] > 141 and four["responses"] == pytest.approx(one["responses"] / 4, rel=0.01)
+    assert one["sft"] == four["sft"]  # trained by this process
+
+
 STEPS = ("evaluate", "generate", "critique", "revise", "sft", "judge", "dpo", "report")
 
 

@@ -148,6 +148,7 @@ class Server:
             death = f"{self.launcher.choice.label} on port {self.port} has {self.describe_end()}"
             if self.restarts == RESTARTS:
                 self.is_dead = True
+                cli.warn(f"{death}; it is not started again")
                 return
             self.restarts += 1
             cli.warn(f"{death}; it is started again ({self.restarts} of {RESTARTS})")

@@ -561,6 +561,8 @@ def _assumptions(choices: Choices, terms: Terms, counted: Counted, cases: Sequen
             f"{terms.gpus} GPUs, each with a whole copy, at {100 * SCALING:.0f} % of {terms.gpus} times the speed: "
             "start the steps with accelerate launch (references/scaling.md), because run.py itself uses one"
         )
+    if choices.engine_number("--tensor-parallel-size") > 1:
+        lines.append("GB per GPU of text steps is for each GPU of a copy, and their hours are those of one GPU")
     if terms.price:
         lines.append(
             "the price is that of the servers that are named"
