@@ -254,7 +254,9 @@ def test_two_commands_at_once_have_two_ports(stub, prompts, tmp_path):
     assert len(set(ports)) == 2 and all_gone(stub.starts)
 
 
-def test_replicas_share_the_requests(stub, prompts, invoke, tmp_path):
+def test_replicas_share_the_requests_past_a_proxy(stub, prompts, invoke, tmp_path, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # where nobody answers
+    monkeypatch.setenv("no_proxy", "example.org")
     line = ["--input", prompts, "--model", "tiny", *stub(), "--replicas", 2, *GENERATE]
     result = invoke("generate", *line, "--output", tmp_path / "rows.jsonl")
     assert result.exit_code == 0, result.output

@@ -306,6 +306,7 @@ class ManagedEngine:
         name = f"{Path(self.name).name[:40] or 'model'}-{secrets.token_hex(4)}" if self.launcher.takes_name else None
         serving = {"model": self.served, "name": name or self.served, "dtype": self.dtype, "device": self.device}
         choice = self.choice
+        _leave_out_proxies()
         environments = list(_environments(choice, self.device))
         count = f"{choice.replicas} servers" if choice.replicas > 1 else "a server"
         cli.note(f"starting {count} of {self.launcher.label} for {self.name}")
@@ -447,6 +448,13 @@ def serve(
     engine = _known[known]
     engine.use(batch_size)
     return engine
+
+
+def _leave_out_proxies() -> None:
+    """Let requests to this machine go past a proxy of the environment, which the client would ask."""
+    hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if HOST not in hosts.split(",") and any(name.lower() in ("http_proxy", "all_proxy") for name in os.environ):
+        os.environ["no_proxy"] = ",".join(filter(None, [hosts, HOST]))
 
 
 def stop_engines() -> None:
