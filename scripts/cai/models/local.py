@@ -423,11 +423,12 @@ def free_memory(device: Any) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def fast_path(engine: Any) -> dict[str, bool | str]:
+def fast_path(engine: Any) -> dict[str, Any]:
     """The manifest's fields of a local engine: {"fast_path": True, or "no: " and the reason, "weights_dtype": the one
-    that the weights had}. {} for a server."""
+    that the weights had}; of one that the command has started: {"engine": its description}. {} for a server that ran
+    before."""
     if not isinstance(engine, LocalEngine):
-        return {}
+        return dict(engine.manifest_fields) if hasattr(engine, "manifest_fields") else {}
     dtype = str(engine.model.dtype).removeprefix("torch.")
     return {"fast_path": fast_path_field(engine.slow_reason), "weights_dtype": dtype}
 
