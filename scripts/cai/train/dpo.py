@@ -18,6 +18,11 @@ from cai.models.chat import encode
 from cai.stats import preference, tables
 from cai.train import common, microbatches
 
+# {loss: beta by default}: that of each paper.
+BETAS = {"sigmoid": 0.1, "ipo": 0.1, "simpo": 2.0}
+
+TARGET_MARGIN = 1.0  # SimPO's gamma by default; its paper's are 0.3 to 1.6
+
 # What the summary shows of `preference.figures`; all of it is in holdout.json.
 SUMMARY = ("relative", "logp_margin", "outright", "outright_reference", "outright_change", "longer")
 
@@ -54,11 +59,45 @@ def row_length(row: dict) -> int:
     return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
-def make_trainer(policy, reference, tokenizer, rows: list[dict], arguments: dict, output: str, adapters=None):
-    """TRL's DPOTrainer with the soft-label loss, over rows of `tokenize` in their order.
+def pair_losses(loss: str, p, policy, reference, tokens, beta: float, target_margin: float):
+    """The loss (pairs,) of each pair under IPO or SimPO, with the soft label p as the weight of its two directions.
+
+    ipo (arXiv 2310.12036, eq. 17, per token as in TRL): p·(h − 1/2β)² + (1−p)·(h + 1/2β)², where h is the difference
+    of the log-ratios to the reference. simpo (arXiv 2405.14734, eq. 6): −p·log σ(z − γ) − (1−p)·log σ(−z − γ), where z
+    is β times the difference of the policy's log-probabilities per token; it has no reference.
 
     Args:
-        reference: a frozen model, or None for the policy with its adapters off.
+        p: (pairs,). policy, reference: log-probabilities (2 · pairs,), the chosen ones first. tokens: (2 · pairs,).
+        target_margin: γ.
+    """
+    from torch.nn.functional import logsigmoid
+
+    relative = policy if loss == "simpo" else policy - reference
+    chosen, rejected = (relative / tokens.clamp(min=1)).chunk(2)
+    if loss == "ipo":
+        goal = 1 / (2 * beta)
+        return p * (chosen - rejected - goal) ** 2 + (1 - p) * (chosen - rejected + goal) ** 2
+    z = beta * (chosen - rejected)
+    return -p * logsigmoid(z - target_margin) - (1 - p) * logsigmoid(-z - target_margin)
+
+
+def make_trainer(
+    policy,
+    reference,
+    tokenizer,
+    rows: list[dict],
+    arguments: dict,
+    output: str,
+    adapters=None,
+    loss: str = "sigmoid",
+    target_margin: float = TARGET_MARGIN,
+):
+    """TRL's DPOTrainer with a soft-label loss, over rows of `tokenize` in their order.
+
+    Args:
+        reference: a frozen model, or None for the policy with its adapters off. SimPO's loss does not depend on it;
+            the figures that are logged do.
+        loss, target_margin: of `pair_losses`, or "sigmoid".
     """
     import torch
     from datasets import Dataset
@@ -73,12 +112,16 @@ def make_trainer(policy, reference, tokenizer, rows: list[dict], arguments: dict
             # Taken by name, so that a lost label is an error and not the hard loss.
             p = inputs.pop("p_chosen")
             hard, (of_policy, of_reference) = self.compute_logps(model, inputs, num_items_in_batch)
-            chosen, rejected = (of_policy - of_reference).chunk(2)
-            # −p·log σ(βd) − (1−p)·log σ(−βd)  =  −log σ(βd) + (1−p)·βd, and TRL's loss is the first term.
-            loss = hard + ((1 - p) * self.beta * (chosen - rejected)).mean()
-            if not torch.isfinite(loss):
+            if loss == "sigmoid":
+                chosen, rejected = (of_policy - of_reference).chunk(2)
+                # −p·log σ(βd) − (1−p)·log σ(−βd)  =  −log σ(βd) + (1−p)·βd, and TRL's loss is the first term.
+                mean = hard + ((1 - p) * self.beta * (chosen - rejected)).mean()
+            else:
+                tokens = inputs["completion_mask"][:, 1:].sum(1)
+                mean = pair_losses(loss, p, of_policy, of_reference, tokens, self.beta, target_margin).mean()
+            if not torch.isfinite(mean):
                 raise common.describe_not_finite(self, "the loss is")
-            return loss
+            return mean
 
         def compute_logps(self, model, inputs, num_items_in_batch=None):
             """(TRL's loss, [the policy's, the reference's]): each (2 · pairs,), the chosen and then the rejected."""
