@@ -58,11 +58,7 @@ def main(options):
       python scripts/dpo.py --input preferences.jsonl --model runs/sft \\
           --output runs/dpo --learning-rate 1e-5
     """
-    if options.loss != "simpo":
-        cli.refuse_options(["target_margin"], "only --loss simpo has it")
-    beta = options.beta or dpo.BETAS[options.loss]
-    margin = options.target_margin or dpo.TARGET_MARGIN
-    of_loss = {"sigmoid": {}, "ipo": {"loss": "ipo"}, "simpo": {"loss": "simpo", "target_margin": margin}}[options.loss]
+    loss, losses = dpo.choose_loss(options.loss, options.beta, options.target_margin)
     reference_name = options.ref_model or options.model
     loading.check_model(options.model, training=True)
     loading.check_model(reference_name)
@@ -78,8 +74,7 @@ def main(options):
             "ref_model": hashing.identity(reference_name),
             "input": digest,
             "labels": options.labels,
-            "beta": beta,
-            **of_loss,
+            **loss,
             **({"holdout": options.holdout} if options.holdout else {}),
             **common.identify_options(options),
         },
@@ -104,9 +99,8 @@ def main(options):
         reference = run.load_policy(name, dropout=False)
         dpo.check_vocabulary(reference, policy, name)
     with run.folder:
-        trainer = dpo.make_trainer(
-            policy, reference, chat.tokenizer, rows, run.arguments(beta=beta), options.output, run.adapters(), **of_loss
-        )
+        arguments, adapters = run.arguments(beta=loss["beta"]), run.adapters()
+        trainer = dpo.make_trainer(policy, reference, chat.tokenizer, rows, arguments, options.output, adapters, losses)
         counts |= run.train(trainer)
         logps = dpo.score_pairs(trainer, [row for _, row in tests])
         common.save_trained(trainer, chat.tokenizer, options.output)

@@ -8,6 +8,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import click
 import conftest
 import models
 import pytest
@@ -45,7 +46,7 @@ def written(tmp_path, rows):
     return path
 
 
-def trainer(tmp_path, pairs, *, family="qwen", beta=0.5, apart=False, adapters=None, of_loss=None, **settings):
+def trainer(tmp_path, pairs, *, family="qwen", beta=0.5, apart=False, adapters=None, losses=None, **settings):
     """A trainer over the pairs, in their order. apart: from a reference with other weights."""
     path = str(models.folder(family))
     chat = loading.load_chat(path)
@@ -56,9 +57,7 @@ def trainer(tmp_path, pairs, *, family="qwen", beta=0.5, apart=False, adapters=N
     arguments = common.trainer_arguments(
         tmp_path, **{"learning_rate": 1e-3, "batch_size": len(rows), "device": "cpu", "beta": beta, **settings}
     )
-    return dpo.make_trainer(
-        policy, reference, chat.tokenizer, rows, arguments, tmp_path, adapters, **(of_loss or {})
-    ), rows
+    return dpo.make_trainer(policy, reference, chat.tokenizer, rows, arguments, tmp_path, adapters, losses), rows
 
 
 def sigmoid(x):
@@ -115,8 +114,10 @@ def test_losses_per_token_worked_by_hand(tmp_path, loss):
 
     targets = [0.75, 0.5, 1.0, 0.1]
     pairs = [pair(n, chosen="No. " * (n + 1), p=p) for n, p in enumerate(targets)]
-    of_loss = {"loss": loss, "target_margin": 0.4}
-    made, rows = trainer(tmp_path, pairs, beta=0.7, apart=True, of_loss=of_loss)
+    # As the command calls it, whose command line has no option without effect.
+    with click.Context(click.Command("dpo")):
+        _, losses = dpo.choose_loss(loss, 0.7, 0.4 if loss == "simpo" else None)
+    made, rows = trainer(tmp_path, pairs, beta=0.7, apart=True, losses=losses)
     with torch.no_grad():
         batch = dict(next(iter(made.get_train_dataloader())))
         value = made.compute_loss(made.model, batch).item()

@@ -8,7 +8,9 @@ Leaves out sampled text, which evaluate.py --pairs adds to the figures on the he
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cai.base import cli, files
 from cai.base.errors import InputError
@@ -81,23 +83,29 @@ def pair_losses(loss: str, p, policy, reference, tokens, beta: float, target_mar
     return -p * logsigmoid(z - target_margin) - (1 - p) * logsigmoid(-z - target_margin)
 
 
+def choose_loss(loss: str, beta: float | None, target_margin: float | None) -> tuple[dict, Any]:
+    """(what identifies the loss, `pair_losses` with its settings), or None in place of it for "sigmoid".
+
+    beta, target_margin: None for the default of the loss. Raises UsageError for a margin of a loss without one.
+    """
+    if loss != "simpo":
+        cli.refuse_options(["target_margin"], "only --loss simpo has it")
+    settings = {"beta": beta or BETAS[loss]}
+    if loss == "sigmoid":
+        return settings, None
+    margin = target_margin or TARGET_MARGIN
+    named = {**settings, "loss": loss, **({"target_margin": margin} if loss == "simpo" else {})}
+    return named, partial(pair_losses, loss, target_margin=margin, **settings)
+
+
 def make_trainer(
-    policy,
-    reference,
-    tokenizer,
-    rows: list[dict],
-    arguments: dict,
-    output: str,
-    adapters=None,
-    loss: str = "sigmoid",
-    target_margin: float = TARGET_MARGIN,
+    policy, reference, tokenizer, rows: list[dict], arguments: dict, output: str, adapters=None, losses=None
 ):
-    """TRL's DPOTrainer with a soft-label loss, over rows of `tokenize` in their order.
+    """TRL's DPOTrainer with the soft-label loss, over rows of `tokenize` in their order.
 
     Args:
-        reference: a frozen model, or None for the policy with its adapters off. SimPO's loss does not depend on it;
-            the figures that are logged do.
-        loss, target_margin: of `pair_losses`, or "sigmoid".
+        reference: a frozen model, or None for the policy with its adapters off; for SimPO it is in the figures only.
+        losses: of `choose_loss`; None for DPO's own.
     """
     import torch
     from datasets import Dataset
@@ -112,16 +120,15 @@ def make_trainer(
             # Taken by name, so that a lost label is an error and not the hard loss.
             p = inputs.pop("p_chosen")
             hard, (of_policy, of_reference) = self.compute_logps(model, inputs, num_items_in_batch)
-            if loss == "sigmoid":
+            if losses is None:
                 chosen, rejected = (of_policy - of_reference).chunk(2)
                 # −p·log σ(βd) − (1−p)·log σ(−βd)  =  −log σ(βd) + (1−p)·βd, and TRL's loss is the first term.
-                mean = hard + ((1 - p) * self.beta * (chosen - rejected)).mean()
+                loss = hard + ((1 - p) * self.beta * (chosen - rejected)).mean()
             else:
-                tokens = inputs["completion_mask"][:, 1:].sum(1)
-                mean = pair_losses(loss, p, of_policy, of_reference, tokens, self.beta, target_margin).mean()
-            if not torch.isfinite(mean):
+                loss = losses(p, of_policy, of_reference, inputs["completion_mask"][:, 1:].sum(1)).mean()
+            if not torch.isfinite(loss):
                 raise common.describe_not_finite(self, "the loss is")
-            return mean
+            return loss
 
         def compute_logps(self, model, inputs, num_items_in_batch=None):
             """(TRL's loss, [the policy's, the reference's]): each (2 · pairs,), the chosen and then the rejected."""
@@ -147,7 +154,7 @@ def make_trainer(
         train_dataset=Dataset.from_list(rows),
         peft_config=adapters,
         data_collator=common.soft_label_collator(DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)),
-        # Every column is used: by default, Trainer drops those that the model does not know by name.
+        # Trainer would drop the columns that the model does not know by name.
         args=DPOConfig(**arguments, max_length=None, remove_unused_columns=False),
         callbacks=[common.MetricsLog(output, "dpo")],
     )
