@@ -440,6 +440,7 @@ def qualify(
         "endpoints": list(endpoints),
         **engine_options.identify(),
         "dtype": dtype,
+        "thresholds": [LEAST_MASS, MOST_SAME_POSITION, MOST_LETTER_BIAS],
         "rows": sha256_text(json.dumps(rows, sort_keys=True)),
         **task.settings(),
     }
