@@ -308,6 +308,17 @@ def best_device(device: str | None) -> str:
     return "cpu" if on_cpu(device) else device or str(torch.accelerator.current_accelerator().type)
 
 
+def device_memory(device: str | None) -> int | None:
+    """Bytes of memory of the GPU that this process trains on; None on a CPU, or where it is not known."""
+    import torch
+
+    if on_cpu(device) or not torch.cuda.is_available():
+        return None
+    # `choose_device` leaves one GPU visible, a launcher one per process.
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    return int(torch.cuda.get_device_properties(index).total_memory)
+
+
 def choose_device(device: str | None) -> None:
     """Make only one GPU visible to this process; several GPUs need a launcher, one process each.
 

@@ -1,0 +1,47 @@
+"""Run a command on CPU processes with the sharding that its launcher asks for.
+
+    accelerate launch --config_file templates/accelerate/fsdp2.yaml tests/sharded_on_cpu.py scripts/sft.py --device cpu
+
+accelerate 1.15 reads a configuration of FSDP2 or DeepSpeed on any device, but uses it on accelerators only. Here its
+state takes what it has read for CPU processes as well; all that follows is the libraries' own.
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from accelerate import state
+
+
+def shard_on_cpu() -> None:
+    """Let accelerate's state take the plugin of FSDP or DeepSpeed for processes on a CPU."""
+    start = state.AcceleratorState.__init__
+
+    def start_sharded(self, mixed_precision=None, *args, fsdp_plugin=None, deepspeed_plugin=None, **kwargs):
+        plugins = {"fsdp_plugin": fsdp_plugin, "deepspeed_plugin": deepspeed_plugin}
+        start(self, mixed_precision, *args, **plugins, **kwargs)
+        if self.distributed_type != state.DistributedType.MULTI_CPU:
+            return
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = state.DistributedType.FSDP, fsdp_plugin
+        elif deepspeed_plugin is not None:
+            import deepspeed
+
+            deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+            deepspeed_plugin.set_mixed_precision(self._mixed_precision)
+            deepspeed_plugin.select(_from_accelerator_state=True)
+            self.distributed_type = state.DistributedType.DEEPSPEED
+            self.deepspeed_plugins = {"default": deepspeed_plugin}
+        state.PartialState._shared_state["distributed_type"] = self.distributed_type
+
+    state.AcceleratorState.__init__ = start_sharded
+
+
+if __name__ == "__main__":
+    asked = (os.environ.get(f"ACCELERATE_USE_{name}", "") for name in ("FSDP", "DEEPSPEED"))
+    assert "true" in asked, "start it under accelerate launch with FSDP or DeepSpeed"
+    shard_on_cpu()
+    sys.argv = sys.argv[1:]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    runpy.run_path(sys.argv[0], run_name="__main__")
