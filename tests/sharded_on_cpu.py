@@ -11,7 +11,11 @@ import runpy
 import sys
 from pathlib import Path
 
+import torch
 from accelerate import state
+
+# Printed with accelerate's kind of distribution when the command has ended.
+MARK = "it was distributed as"
 
 
 def shard_on_cpu() -> None:
@@ -38,10 +42,20 @@ def shard_on_cpu() -> None:
     state.AcceleratorState.__init__ = start_sharded
 
 
-if __name__ == "__main__":
-    asked = (os.environ.get(f"ACCELERATE_USE_{name}", "") for name in ("FSDP", "DEEPSPEED"))
+def main() -> None:
+    asked = [os.environ.get(f"ACCELERATE_USE_{name}", "") for name in ("FSDP", "DEEPSPEED")]
     assert "true" in asked, "start it under accelerate launch with FSDP or DeepSpeed"
     shard_on_cpu()
-    sys.argv = sys.argv[1:]
+    del sys.argv[0]
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        if torch.distributed.is_initialized():
+            print(f"{MARK} {state.PartialState().distributed_type}", file=sys.stderr)
+            # DeepSpeed's threads on gloo abort a process that ends without it.
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

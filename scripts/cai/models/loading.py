@@ -173,7 +173,7 @@ def load_weights(auto_class: Any, name: str, dtype: str, *, new_head: bool = Fal
         return _merge_adapter(body, path)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    with _explain_errors(name), _quiet_report() if new_head else nullcontext():
+    with _explain_errors(name), _quiet_report() if new_head else nullcontext(), _load_whole():
         model, info = auto_class.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
@@ -193,6 +193,23 @@ def load_weights(auto_class: Any, name: str, dtype: str, *, new_head: bool = Fal
     if (file := gguf_file(name)) is not None:
         model.name_or_path = str(file.resolve())  # what an adapter names as its base: a cache may be cleared
     return model
+
+
+@contextmanager
+def _load_whole() -> Iterator[None]:
+    """Load whole weights also where DeepSpeed's ZeRO-3 is configured already: transformers would shard them at once.
+
+    The trainer shards the models that it trains. A reward model, a judge, and an adapter that the first process merges
+    alone have no trainer, and their shards would be of no use.
+    """
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 @contextmanager
