@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import psutil
 from conftest import ROOT
 
 
@@ -45,7 +46,13 @@ def launch_sharded(script, *line, config="fsdp2", **options):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,  # a test that kills it kills its processes too
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         **options,
     )
+
+
+def kill(process):
+    """Kill a launcher and its processes, which have sessions of their own."""
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.kill()
+    return process.communicate()

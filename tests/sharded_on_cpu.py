@@ -30,9 +30,6 @@ def shard_on_cpu() -> None:
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = state.DistributedType.FSDP, fsdp_plugin
         elif deepspeed_plugin is not None:
-            import deepspeed
-
-            deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
             deepspeed_plugin.set_mixed_precision(self._mixed_precision)
             deepspeed_plugin.select(_from_accelerator_state=True)
             self.distributed_type = state.DistributedType.DEEPSPEED
@@ -40,6 +37,17 @@ def shard_on_cpu() -> None:
         state.PartialState._shared_state["distributed_type"] = self.distributed_type
 
     state.AcceleratorState.__init__ = start_sharded
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        join = state.PartialState.__init__
+
+        def join_deepspeed(self, *args, **kwargs):
+            join(self, *args, **kwargs)
+            if torch.distributed.is_initialized():
+                import deepspeed
+
+                deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+
+        state.PartialState.__init__ = join_deepspeed
 
 
 def main() -> None:
@@ -51,10 +59,9 @@ def main() -> None:
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
-        if torch.distributed.is_initialized():
-            print(f"{MARK} {state.PartialState().distributed_type}", file=sys.stderr)
-            # DeepSpeed's threads on gloo abort a process that ends without it.
-            torch.distributed.destroy_process_group()
+        # One write, so that the lines of two processes do not mix.
+        kind = state.PartialState._shared_state.get("distributed_type")
+        sys.stderr.write(f"{MARK} {kind}\n")
 
 
 if __name__ == "__main__":

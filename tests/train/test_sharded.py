@@ -1,15 +1,13 @@
 """Training under the configurations of templates/accelerate: read by accelerate, and FSDP2 in two CPU processes."""
 
 import json
-import os
-import signal
 import subprocess
 import time
 
 import models
 import pytest
 from conftest import ROOT
-from launcher import launch_sharded
+from launcher import kill, launch_sharded
 from sharded_on_cpu import MARK
 
 from cai.models import loading
@@ -45,7 +43,7 @@ def finish(process, timeout=150):
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
         raise
     assert process.returncode == 0, stderr
     assert stderr.count(f"{MARK} DistributedType.FSDP") == 2
@@ -113,6 +111,26 @@ def test_accelerate_makes_zero_3_of_the_configuration():
     assert environment["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
 
 
+class ZeRO3:
+    """What transformers asks a configuration of DeepSpeed, which is not installed here."""
+
+    def is_zero3(self):
+        return True
+
+
+def test_models_load_whole_where_zero_3_is_configured_already():
+    from transformers.integrations import deepspeed
+
+    config, folder = ZeRO3(), str(models.folder("qwen"))
+    deepspeed.set_hf_deepspeed_config(config)
+    try:
+        policy = loading.load_policy(folder)
+        assert deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+    assert all(parameter.numel() for parameter in policy.parameters())
+
+
 # --- two processes --------------------------------------------------------------------------------------------------
 
 
@@ -130,8 +148,7 @@ def test_a_killed_sharded_run_continues_and_ends_as_one_process_does(invoke, tmp
     while not list(states.glob("checkpoint-*/trainer_state.json")):
         assert killed.poll() is None and time.monotonic() < until, killed.communicate()[1]
         time.sleep(0.02)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    kill(killed)
     # A sharded state, which holds the whole model too.
     state = max(states.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     assert (state / "pytorch_model_fsdp.bin").exists()

@@ -467,7 +467,8 @@ def _load_scorer(path: str, dtype: str, config: Any) -> Any:
             )
         return _merge_adapter(_load_scorer(base, dtype, config), path)
     language_model = load_weights(AutoModelForCausalLM, path, dtype, config=_config(path, dropout=False))
-    model = AutoModelForSequenceClassification.from_config(config, dtype=language_model.dtype)
+    with _load_whole():
+        model = AutoModelForSequenceClassification.from_config(config, dtype=language_model.dtype)
     body = getattr(language_model, language_model.base_model_prefix)
     getattr(model, model.base_model_prefix).load_state_dict(body.state_dict())
     model.name_or_path = model.config._name_or_path = path
