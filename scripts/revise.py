@@ -45,7 +45,7 @@ def main(inputs, output, model, constitution, template, gate, most_examples, sto
         inputs, require=fields, limit=settings.limit, check=reviser.check_row, reading=settings.reading
     )
     # A critique that finds no fault leads to a copy of the response; without copies SFT learns only to refuse.
-    train = ["sft", "--input", output, "--model", model, "--keep", "copy", "--output", "SFT"]
+    train = ["sft", "--input", output, "--model", reviser.responder, "--keep", "copy", "--output", "SFT"]
     again = text.next_step("critique", output, model, "CRITIQUES", *text.OF_A_ROUND, options=text.round_options(inputs))
     step = text.Step(
         "revise",
@@ -90,10 +90,22 @@ class Reviser:
         self.combined = principles.Chooser(constitution, files.ALL, seed=0)
         self.has_combined = False  # whether a critique was written under all principles
         self.rounds = 0  # the most that a row has
+        self.responders = set()  # the models that wrote the responses; "" for an unknown one
+
+    @property
+    def responder(self):
+        """The model to train: the one that wrote all responses, which may be another than revises them.
+
+        "MODEL" where there are several, or none that can be trained.
+        """
+        name = min(self.responders) if len(self.responders) == 1 else ""
+        return name if name.isprintable() and not name.startswith("openai:") and name else "MODEL"
 
     def check_row(self, row, where, line):
         rounds.check_rounds(row, where, line, critiqued=True)
         self.rounds = max(self.rounds, len(row["rounds"]))
+        model = row.get("model")
+        self.responders.add(model if isinstance(model, str) else "")
         if rounds.is_skipped(row):
             return
         name = row["rounds"][-1]["principle"]

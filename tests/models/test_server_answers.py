@@ -7,7 +7,8 @@ import pytest
 from canned_server import CannedServer
 
 from cai.data.dialogue import cut_at_end_token
-from cai.models.servers import load_server, read_finish
+from cai.models.server_answers import read_finish
+from cai.models.servers import load_server
 
 PROMPTS = [{"id": name, "prompt": f"How do I oil the hinge of door {name}?"} for name in ("a", "b")]
 COUNTS = {"prompt_tokens": 12, "completion_tokens": 7}

@@ -20,11 +20,12 @@ from small_server import SmallServer
 
 from cai.base.errors import CaiError, InputError
 from cai.base.paths import TINY
-from cai.models import servers
+from cai.models import server_answers, servers, transport
 from cai.models.chat import break_up
 from cai.models.engine import Sampling
 from cai.models.loading import load_engine
-from cai.models.servers import check_endpoints, label_logprobs, load_server
+from cai.models.server_answers import label_logprobs
+from cai.models.servers import check_endpoints, load_server
 
 MODEL = f"openai:{TINY}"
 KEY = "sk-planted-3f9d2c71aa"
@@ -192,7 +193,7 @@ def test_log_probabilities_of_labels():
     ],
 )
 def test_reasoning_is_left_out(text, left):
-    assert servers.without_thinking(text) == left
+    assert server_answers.without_thinking(text) == left
 
 
 @pytest.mark.parametrize(
@@ -220,11 +221,11 @@ def test_other_text_stays(text):
     ],
 )
 def test_the_wait_that_a_server_asks_for(headers, seconds):
-    assert servers.retry_after(headers) == seconds
+    assert server_answers.retry_after(headers) == seconds
 
 
 def test_the_wait_until_a_date():
-    assert 25 < servers.retry_after({"retry-after": formatdate(time.time() + 30, usegmt=True)}) <= 30
+    assert 25 < server_answers.retry_after({"retry-after": formatdate(time.time() + 30, usegmt=True)}) <= 30
 
 
 # --- answers ------------------------------------------------------------------------------------------------
@@ -428,7 +429,7 @@ def test_a_field_that_is_refused_is_done_without(field, message):
     conversations = [[{"role": "system", "content": "Be brief."}, *said(f"Hello {n}")] for n in range(20)]
     with SmallServer(refuses={field: message}) as server:
         engine = load_server(MODEL, endpoints=[server.address])
-        answers = answers_of(engine, conversations, Sampling(4, 0.0, stop=("zzz",)))
+        answers = answers_of(engine, conversations, Sampling(4, 0.7, stop=("zzz",)))
         assert all(answer.finish != "failed" for answer in answers)
         last = server.requests[-1]
     assert field not in last and all(message["role"] != field for message in last["messages"])
@@ -454,7 +455,7 @@ def test_a_server_that_refuses_everything_stops_the_run():
 
 
 def test_a_wait_that_is_too_long_is_not_waited(monkeypatch):
-    monkeypatch.setattr(servers, "LONGEST_WAIT", 0.5)
+    monkeypatch.setattr(transport, "LONGEST_WAIT", 0.5)
     with (
         SmallServer() as server,
         FaultyProxy(server.address, rate=1, faults=["limit"]) as proxy,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cai.data.dialogue import cut_at_end_token
 from cai.models.reasoning import THINKING, closing_tag, has_reasoning_tag, strip_thinking
-from cai.models.servers import read_finish, without_thinking
+from cai.models.server_answers import read_finish, without_thinking
 
 EXAMPLES = int(os.environ.get("BAD_INPUT_EXAMPLES", "200"))
 

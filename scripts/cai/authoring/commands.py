@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from cai.authoring import derivation, inference, proposals, validation
-from cai.base import cli
+from cai.base import cli, requests
 from cai.base.errors import InputError
 from cai.constitution import rendering
 from cai.data import outputs, readers, reading
@@ -43,7 +43,7 @@ def _beside(output: str, ending: str) -> str:
 
 
 @click.command(cls=cli.Command)
-@cli.options("input", "output", "model", "endpoint", "constitution")
+@cli.options("input", "output", "model", "endpoint", "engine", "constitution")
 @THRESHOLD
 @cli.options("limit", "batch_size", "device", "dtype", "events", "json", "dry_run", "overwrite")
 @reading.reading_options
@@ -69,12 +69,12 @@ def coverage(output, as_json, dry_run, overwrite, **values):
     nonsense = claim(_beside(output, "nonsense"), questions.settings)
     if not dry_run:
         questions.write(journal, nonsense)
-    counts = questions.count(journal, nonsense) if dry_run else journal.counts
+    counts = questions.count(journal, nonsense) if dry_run else journal.counts | _sum_requests([journal, nonsense])
     cli.finish({"command": "coverage", "output": output, **counts}, as_json=as_json)
 
 
 @click.command(cls=cli.Command)
-@cli.options("input", "output", "model", "endpoint", "constitution", "principle")
+@cli.options("input", "output", "model", "endpoint", "engine", "constitution", "principle")
 @click.option(
     "--by",
     type=click.Choice(["oracle", "judge"]),
@@ -112,7 +112,7 @@ def ablate(output, as_json, dry_run, overwrite, **values):
 
 
 @click.command(cls=cli.Command)
-@cli.options("constitution", "output", "model", "endpoint", "principle")
+@cli.options("constitution", "output", "model", "endpoint", "engine", "principle")
 @TRIES
 @cli.options("reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed")
 @cli.options("batch_size", "device", "dtype", "events", "json", "dry_run", "overwrite")
@@ -148,7 +148,7 @@ def derive(output, as_json, dry_run, overwrite, **values):
 
 
 @click.command(cls=cli.Command)
-@cli.options("constitution", "model", "endpoint", "principle")
+@cli.options("constitution", "model", "endpoint", "engine", "principle")
 @click.option("--kind", multiple=True, type=click.Choice(KINDS), help="Kind of prompt; repeatable.  [default: all]")
 @click.option(
     "-n", "count", type=click.IntRange(1, 1000), default=10, show_default=True, help="Prompts per principle and kind."
@@ -191,13 +191,19 @@ def prompts(output, heldout, as_json, dry_run, overwrite, **values):
     if dry_run:
         return cli.finish({**summary, **task.plan()}, as_json=as_json)
     if not (train.complete and held_out.complete):
-        rows, counts = task.write(lambda ending, settings: claim(_beside(output, ending), settings))
-        counts = {"prompts": len(rows), **task.count(rows), **counts}
+        claim_beside, claimed = measurement.collect(lambda ending, settings: claim(_beside(output, ending), settings))
+        rows, counts = task.write(claim_beside)
+        counts = {"prompts": len(rows), **task.count(rows), **counts, **_sum_requests(claimed)}
         for final, name in zip((train, held_out), proposals.SPLITS, strict=True):
             _write_rows(final, [row for row in rows if row["split"] == name], counts)
-    command = f"python scripts/run.py --model {shlex.quote(values['model'])} --constitution "
+    model = "MODEL" if values["model"].startswith("openai:") else values["model"]  # run.py trains it
+    command = f"python scripts/run.py --model {shlex.quote(model)} --constitution "
     command += shlex.join([values["constitution"], "--input", output, "--heldout", paths[1], "--output", "runs/new"])
     cli.finish({**summary, **train.counts}, as_json=as_json, next_command=command)
+
+
+def _sum_requests(claimed: list[outputs.Output]) -> dict:
+    return requests.sum_counts(output.counts for output in claimed)
 
 
 def _write_rows(output: outputs.Output, rows: list[dict], counts: dict) -> None:
@@ -210,7 +216,7 @@ def _write_rows(output: outputs.Output, rows: list[dict], counts: dict) -> None:
 
 
 @click.command(cls=cli.Command)
-@cli.options("input", "output", "model", "endpoint")
+@cli.options("input", "output", "model", "endpoint", "engine")
 @click.option("--judge", metavar="MODEL", help="The model that predicts held-out pairs.  [default: --model]")
 @click.option("--candidates", metavar="NAME|FILE", help="A constitution whose principles are scored too.")
 @click.option(
@@ -258,7 +264,9 @@ def infer(output, as_json, dry_run, overwrite, **values):
         return cli.finish({**summary, **task.plan()}, as_json=as_json)
     if not scores.complete:
         rendering.check_free(output, overwrite)
-    rows, counts, constitution = task.write(claim)
+    claim_beside, claimed = measurement.collect(claim)
+    rows, counts, constitution = task.write(claim_beside)
+    counts |= _sum_requests(claimed)
     _write_rows(scores, rows, counts)
     if constitution.principles:
         rendering.save_unless_same(output, constitution, overwrite)
@@ -272,7 +280,7 @@ def infer(output, as_json, dry_run, overwrite, **values):
 
 
 @click.command(cls=cli.Command)
-@cli.options("input", "output", "model", "endpoint", "constitution")
+@cli.options("input", "output", "model", "endpoint", "engine", "constitution")
 @click.option("--judge", metavar="MODEL", help="The model that judges coverage and revisions.  [default: --model]")
 @click.option(
     "-n", "count", type=click.IntRange(min=1), default=10, show_default=True, help="Prompts to try per principle."
@@ -306,11 +314,13 @@ def validate(output, as_json, dry_run, overwrite, **values):
     judgements = claim("judged", task.judging)
     if not judgements.complete:
         rendering.check_free(output, overwrite)
-    report = task.write(claim, judgements)
+    claim_beside, claimed = measurement.collect(claim)
+    report = task.write(claim_beside, judgements)
+    report |= _sum_requests([*claimed, judgements])
     rendering.save(output, json.dumps(report, ensure_ascii=False, indent=1) + "\n", overwrite=True)
     if not as_json:
         click.echo(validation.as_text(report))
-    shown = ("verdict", "placebo", "weakest", "failed")
+    shown = ("verdict", "placebo", "weakest", "failed", *(["requests"] if "requests" in report else []))
     cli.finish({**summary, **(report if as_json else {name: report[name] for name in shown})}, as_json=as_json)
     if report["verdict"] == validation.NOT_TOLD:
         click.get_current_context().exit(cli.SOME_FAILED)

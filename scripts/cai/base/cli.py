@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -26,7 +27,7 @@ from typing import Any, TextIO, TypeVar
 import click
 from click.core import ParameterSource
 
-from cai.base import events, run_settings
+from cai.base import engine_options, events, requests, run_settings
 from cai.base.errors import LEAVE_OUT, CaiError
 from cai.base.files import expand_patterns
 from cai.base.paths import SCRIPTS
@@ -43,16 +44,19 @@ _KEY_NAME = "key_name"  # the entry of click's context that keeps the value of -
 
 _EVENTS = "events"  # the entry of click's context that keeps the value of --events
 
+_bar: Any = None  # the progress bar that was begun last
+
 
 def _endpoint(function: _Function) -> _Function:
-    """Add `--endpoint`, and `--key-name`, whose value `key_name` returns without any function passing it on."""
+    """Add `--endpoint`, the options of requests, and `--key-name`, whose value `key_name` returns without any function
+    passing it on."""
     function = click.option(
         "--key-name",
         metavar="NAME",
         expose_value=False,
         callback=lambda context, _option, value: context.meta.__setitem__(_KEY_NAME, value),
         help="Environment variable that holds the server's key.  [default: OPENAI_API_KEY]",
-    )(function)
+    )(requests.request_options(function))
     return click.option(
         "--endpoint",
         "endpoints",
@@ -189,6 +193,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
     "date": run_settings.date_option,
     "reasoning_tags": run_settings.reasoning_option,
     "endpoint": _endpoint,
+    "engine": engine_options.engine_options,
     "constitution": click.option(
         "--constitution",
         default="harmlessness",
@@ -314,13 +319,17 @@ class Command(click.Command):
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         try:
-            return super().make_context(*args, **kwargs)
+            context = super().make_context(*args, **kwargs)
+            engine_options.check_options(context)
         except CaiError as error:  # of an option's value
             raise _UsageError(str(error)) from error
+        requests.refuse_without_server(context)
+        return context
 
     def invoke(self, ctx: click.Context) -> Any:
         ctx.meta[_ROWS] = RowReport()
         ctx.meta[_QUALIFICATIONS] = {}
+        requests.begin_report(ctx)
         run_settings.forget_dated_template()
         # A command that runs this one in its own process (run.py) handles the error itself.
         if ctx.parent is not None and not isinstance(ctx.parent.command, click.Group):
@@ -549,8 +558,9 @@ def progress(total: int, label: str, done: int = 0, unit: str = "row") -> Any:
     """
     from tqdm import tqdm
 
+    global _bar
     terminal = sys.stderr.isatty()
-    bar = tqdm(
+    _bar = tqdm(
         total=total,
         initial=done,
         desc=label,
@@ -562,5 +572,16 @@ def progress(total: int, label: str, done: int = 0, unit: str = "row") -> Any:
         leave=terminal,
         delay=0 if terminal else 30,
     )
-    events.watch_bar(bar, label)
-    return bar
+    events.watch_bar(_bar, label)
+    return _bar
+
+
+def show_in_progress(text: str) -> None:
+    """Put `text` at the end of the progress bar that was begun last, and draw the bar if it is time, row or no row."""
+    if _bar is None or _bar.disable:  # a closed one is disabled
+        return
+    _bar.set_postfix_str(text, refresh=False)
+    now = time.time()
+    if now >= _bar.start_t + _bar.delay and now >= _bar.last_print_t + _bar.mininterval:
+        _bar.refresh()
+        _bar.last_print_t = now

@@ -17,12 +17,14 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence, Set
+from contextlib import suppress
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from cai.base import cli, run_settings
+from cai.base import cli, engine_options, requests, run_settings
 from cai.base.errors import CaiError, InputError, shorten
 from cai.base.files import expand_patterns, replace_file
 from cai.base.hashing import sha256_file
@@ -79,6 +81,9 @@ def _installed_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return versions
+
+
+RECORD_EVERY = 5.0  # seconds between two records of the requests so far
 
 
 def _now() -> str:
@@ -139,6 +144,7 @@ class _Claim:
         self._manifest: dict[str, Any] = {}
         manifest = None if self.overwrite else read_manifest(self.path)
         self.fingerprint |= run_settings.identify(manifest["fingerprint"] if manifest else {})
+        self.fingerprint |= engine_options.identify()
         if self.overwrite:
             return
         if manifest is None:
@@ -192,13 +198,19 @@ class _Claim:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.main and not self.complete:
+            self._record_requests()
         self._close()
         if self.main:
             self._lock.release()
 
     def _start_manifest(self) -> None:
         earlier = self._manifest if self.resuming else {}
-        self._started = time.monotonic()
+        self._started = self._recorded = time.monotonic()
+        self._report = requests.request_report()  # kept: rows may be written by another thread
+        self._before = replace(self._report.counts)
+        earlier_counts = earlier.get("requests") or earlier.get("counts", {}).get("requests")
+        self._earlier = replace(requests.RequestCounts.read(earlier_counts), waiting=0)
         self._manifest = {
             "status": "running",
             "command": self.command,
@@ -207,12 +219,31 @@ class _Claim:
             "versions": _installed_versions(),
             "started": earlier.get("started", _now()),
             "resumed": earlier.get("resumed", -1) + 1,
+            **{name: earlier[name] for name in ("reproducible_sampling",) if name in earlier},
+            **({"requests": asdict(self._earlier)} if self._earlier else {}),
         }
         self._write_manifest()
 
+    def _count_requests(self) -> requests.RequestCounts:
+        """The requests to servers for this output, in this run and in those that it resumes."""
+        if self._report.unseeded:
+            self._manifest["reproducible_sampling"] = f"no: {self._report.unseeded}"
+        return self._earlier + (self._report.counts - self._before)
+
+    def _record_requests(self) -> None:
+        """Put the requests so far into the manifest, where a run that is killed leaves them."""
+        self._recorded = time.monotonic()
+        counts = asdict(self._count_requests())
+        if any(counts.values()) and counts != self._manifest.get("requests"):
+            self._manifest["requests"] = counts
+            with suppress(OSError):  # a full disk is reported where a row is lost by it
+                self._write_manifest()
+
     def _finish_manifest(self, counts: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
         report = cli.row_report()
-        counts = {**cli.qualification_counts(), **counts, **report.counts}
+        self._manifest.pop("requests", None)
+        total = requests.sum_counts([counts, {"requests": asdict(self._count_requests())}])
+        counts = {**cli.qualification_counts(), **counts, **total, **report.counts}
         info = {**info, **({"skipped_rows": list(report.skipped.values())} if report.skipped else {})}
         self._manifest |= {
             "status": "done",
@@ -333,6 +364,8 @@ class Output(_Claim):
             raise _full_disk(self.journal, error) from error
         self._offsets[row["id"]] = self._end
         self._end += len(line)
+        if time.monotonic() - self._recorded > RECORD_EVERY:
+            self._record_requests()
 
     def finish(
         self, order: Iterable[str], counts: dict[str, Any], amend: Callable[[Row], Row] | None = None, **info: Any
@@ -341,7 +374,8 @@ class Output(_Claim):
 
         Args:
             order: ids; one that has no row is skipped (the caller counts it as failed).
-            counts: numbers for the manifest, returned as `counts` when the command is run again.
+            counts: numbers for the manifest, returned as `counts` when the command is run again. `requests` are those
+                of other outputs, to which the requests for this one are added.
             amend: what each row becomes now that all are there; the same row if nothing changes. The journal keeps the
                 rows as they were, so that a run that is stopped meanwhile ends with the same ones.
             info: more entries of the manifest.

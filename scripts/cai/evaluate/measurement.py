@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from cai.base import cli, events
+from cai.base import cli, events, requests
 from cai.data import outputs, readers
 from cai.evaluate.rates import disagreements
 from cai.models.engine import Sampling
@@ -65,12 +65,25 @@ def write(measurement: Measurement, output: outputs.Output) -> None:
             inputs=measurement.files,
         )
 
+    claim, claimed = collect(claim)
     rates, counts = measurement.measure(claim)
+    counts = {**counts, **requests.sum_counts(each.counts for each in claimed)}
     with output:
         for name, figure in rates.items():
             if name not in output.done:
                 output.write({"id": name, "metric": name, **figure})
         output.finish(rates, counts)
+
+
+def collect(claim: Claim) -> tuple[Claim, list[outputs.Output]]:
+    """`claim`, and the list of the outputs that it will have claimed."""
+    claimed: list[outputs.Output] = []
+
+    def claim_and_keep(ending: str, settings: dict) -> outputs.Output:
+        claimed.append(claim(ending, settings))
+        return claimed[-1]
+
+    return claim_and_keep, claimed
 
 
 def fill(

@@ -103,7 +103,7 @@ def respond(answers: Iterable[Answer], output: outputs.Output, model: str, optio
         output,
         [answer.row["id"] for answer in answers],
         "respond",
-        partial(loading.load_named_engine, model, options.endpoints, options.loading),
+        partial(loading.load_named_engine, model, options.endpoints, options.loading, options.sampling.temperature),
         produce,
     )
     return sources.Source([output.path], require=("prompt", "kind", "response"))

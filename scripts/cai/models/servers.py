@@ -4,51 +4,58 @@
     request = Request("a", [{"role": "user", "content": "Hello"}], seed=1)
     for request, generation in engine.generate([request], Sampling()): ...
 
-The same two calls as those of a local engine (engine.py). A failed request is sent again, to another replica if there
-are several, until it is answered or refused. If no server answers any more, the run stops and what is done is kept.
-What a server can do beyond the plain call is tested by asking it (references/engines.md lists the differences).
+The same two calls as those of a local engine (engine.py). A failed request is sent again on a new connection, to
+another replica if there are several, until it is answered or refused. One that hangs is given up after a time that the
+other answers teach (latency.py). If no server answers any more, the run stops and what is done is kept. What a server
+can do beyond the plain call is tested by asking it (references/engines.md lists the differences).
 
 The key comes from the environment and goes only into the request's header: not into a manifest, a log or an error.
-Leaves out streaming, tools, images, batch APIs, and the tokenizer: the server applies the chat template.
+Leaves out the exchange itself (transport.py), the reading of answers (server_answers.py), streaming, tools, images,
+batch APIs, and the tokenizer: the server applies the chat template.
 """
 
 import asyncio
-import email.utils
-import json
-import math
 import os
 import random
 import re
 import time
-from collections.abc import Collection, Container, Coroutine, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Container, Coroutine, Hashable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
-
-from cai.base import cli, run_settings
-from cai.base.errors import CaiError, InputError, shorten
-from cai.data.dialogue import cut_at_end_token, is_end_token
+from cai.base import cli, requests, run_settings
+from cai.base.errors import CaiError, InputError
+from cai.data.dialogue import cut_at_end_token
 from cai.models.chat import join_turns
 from cai.models.engine import Generation, Message, Request, RequestT, Sampling, fold_prefill, label_instruction
-from cai.models.reasoning import strip_thinking
+from cai.models.latency import Wait
+from cai.models.server_answers import (
+    Body,
+    count_prompt,
+    label_logprobs,
+    message_text,
+    read_finish,
+    top_logprobs,
+    without_thinking,
+)
+from cai.models.transport import DOWN_AFTER, NoAnswerError, RefusedError, Replica, Transport, cancel_all
 
 IN_FLIGHT = 64  # requests at once by default
 
-TIMEOUT = 600.0  # seconds for one request
-
 PATIENCE = 60.0  # seconds without an answer after which all servers count as gone
-
-LONGEST_WAIT = 600.0  # seconds that a server may ask us to wait
 
 TRIES = 12  # of one request; if the server answers another one then, this row fails
 
+SILENT_TRIES = 3  # that end because no answer came in the longest time; they count as `TRIES` together
+
 GREETINGS = 6  # tries of the first request, within some seconds
 
-DOWN_AFTER = 5  # failures in a row after which a replica rests, and then gets one request at a time
+SEED_TRIES = 3  # requests with a seed that fail, while plain ones are answered, before seeds are left out
+
+SEED_WAIT = 20.0  # seconds, at least, for the answer to the first request with a seed
+
+LONG_STEP = 4200  # tokens that vLLM on a CPU can't read in one step or two, with its default of 2048 for one
 
 REFUSALS = 8  # refused rows without any answered row, after which the whole run is in question
 
@@ -64,42 +71,7 @@ CONTROL = re.compile(
     r"|</?think(?:ing)?>|\[/?(?:INST|THINK|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<</?SYS>>"
 )
 
-_TOO_LONG = re.compile(r"context|too long|too many tokens|max_new_tokens` must be|max_total_tokens", re.IGNORECASE)
-
-_Body = dict[str, Any]  # of a request, or of its answer
-
-
-class _RefusedError(Exception):
-    """A server will not answer this conversation; the message gives its reason."""
-
-    @property
-    def is_too_long(self) -> bool:
-        return bool(_TOO_LONG.search(str(self)))
-
-
-class _NoAnswerError(Exception):
-    """An attempt that failed, where the next may succeed.
-
-    wait: seconds that the server asks for, or None.
-    """
-
-    def __init__(self, reason: str, wait: float | None = None):
-        super().__init__(reason)
-        self.wait = wait
-
-
-@dataclass
-class Replica:
-    """One address and its state. Times are on the monotonic clock."""
-
-    address: str
-    in_flight: int = 0
-    failures: int = 0  # in a row: each of an attempt that began after the one before had failed
-    failed_at: float = 0.0
-    rests_until: float = 0.0
-
-    def is_ready(self, now: float) -> bool:
-        return self.rests_until <= now and (self.failures < DOWN_AFTER or not self.in_flight)
+_ENGINE_DIED = re.compile(r"EngineCore|EngineDead|EngineGenerateError")  # vLLM's words
 
 
 def load_server(
@@ -108,8 +80,9 @@ def load_server(
     endpoints: Sequence[str],
     batch_size: int | None = None,
     key_name: str | None = None,
-    timeout: float = TIMEOUT,
+    timeout: float | None = None,
     patience: float | None = None,
+    seeds: bool = True,
 ) -> "ServerEngine":
     """The engine of `openai:NAME` at its endpoints, after each has answered one small question.
 
@@ -117,8 +90,9 @@ def load_server(
         endpoints: base addresses; several are replicas that serve the same model.
         batch_size: requests in flight at once, over all replicas.
         key_name: environment variable that holds the key, if the server wants one; None: the one of --key-name.
-        timeout: seconds for one request.
+        timeout: seconds, at most, for one answer; None: those of --request-timeout.
         patience: seconds without an answer after which the run stops.
+        seeds: False for a server that does not stand a seed, such as one that died on it: none is sent.
     Raises:
         InputError: not a valid URL, no answer, a wrong key or model name, or the openai client is not installed.
     """
@@ -136,9 +110,13 @@ def load_server(
         batch_size or IN_FLIGHT,
         os.environ.get(key_name) or None,
         key_name,
-        timeout,
+        timeout or requests.request_timeout(),
         PATIENCE if patience is None else patience,
     )
+    if not requests.sends_seeds():
+        engine.leave_out_seeds("--no-server-seed")
+    elif not seeds:
+        engine.leave_out_seeds("the engine does not stand them")
     engine.greet()
     return engine
 
@@ -198,27 +176,22 @@ class ServerEngine:
         batch_size: int,
         key: str | None = None,
         key_name: str = "OPENAI_API_KEY",
-        timeout: float = TIMEOUT,
+        timeout: float = requests.TIMEOUT,
         patience: float = PATIENCE,
     ):
-        self.name, self.batch_size, self.timeout, self.patience = name, batch_size, timeout, patience
-        self.model = name.removeprefix("openai:")
-        self.replicas = [Replica(address) for address in addresses]
-        self._key, self._key_name, self._tags = key, key_name, run_settings.reasoning_tags()
-        self._clients: dict[asyncio.AbstractEventLoop, dict[str, Any]] = {}
+        self.name, self.batch_size, self.model = name, batch_size, name.removeprefix("openai:")
+        self._servers = Transport(self.model, addresses, key, key_name, timeout, patience, batch_size)
+        self.replicas, self._report = self._servers.replicas, self._servers.report
+        self._tags = run_settings.reasoning_tags()
         # What the servers turned out to take and to give.
         self._dropped: set[str] = set()
+        self._unseeded, self._samples = "", False  # why no seed is sent; whether texts are sampled
         self._accepted: set[str] = set()
         self._max_tokens, self._top, self._takes_system = "max_tokens", TOP[0], True
+        self._slowest_greeting = 0.0
         self._continues: bool | None = None
         self._scores: bool | None = None
-        self._answered_rows = self._refused_rows = 0
-        self._answered_at = self._told_to_wait_until = 0.0
-        for address in addresses:
-            host = urlsplit(address).hostname or ""
-            is_loopback = host in ("localhost", "::1") or host.startswith("127.")
-            if key and address.startswith("http:") and not is_loopback:
-                cli.warn(f"the key in {key_name} goes to {address} unencrypted")
+        self._refused_rows = 0
 
     # --- the two calls ----------------------------------------------------------------------------------------
 
@@ -227,13 +200,17 @@ class ServerEngine:
     ) -> Iterator[tuple[RequestT, Generation]]:
         """Each request with its answer, as they come, not in order.
 
-        The finish "failed" marks a conversation that no server would answer; its `reason` gives the cause. Each
-        request is sent with its seed, but few servers draw the same text twice.
+        The finish "failed" marks a conversation that no server would answer; its `reason` gives the cause. Where the
+        text is sampled each request is sent with its seed, but few servers draw the same text twice.
 
         Args:
             requests: read lazily, as places in flight become free.
             done: keys of requests that the caller has the answers of: they are not sent.
+        Raises:
+            InputError: the server dies on a seed; see `check_seeds`.
         """
+        if sampling.temperature > 0:
+            self.check_seeds()
         yield from self._run(
             (request, self._generate(request, sampling)) for request in requests if request.key not in done
         )
@@ -264,8 +241,8 @@ class ServerEngine:
             question = {"role": "user", "content": "Answer with one letter and nothing else: A or B."}
             try:
                 [(_, answer)] = self._run([(None, self._ask({**_request([question], 1), **_LOGPROBS}))])
-                self._scores = bool(_top_logprobs(answer))
-            except _RefusedError:
+                self._scores = bool(top_logprobs(answer))
+            except RefusedError:
                 self._scores = False
         return self._scores
 
@@ -274,21 +251,25 @@ class ServerEngine:
     async def _generate(self, request: Request, sampling: Sampling) -> Generation:
         instruction = "Begin your answer with exactly these words, and go on from there:"
         body = await self._prepare(request, instruction, sampling.max_new_tokens)
-        body |= {"temperature": sampling.temperature, "seed": request.seed & 0x7FFFFFFF}  # 32 bits, as llama.cpp takes
+        body["temperature"] = sampling.temperature
+        if sampling.temperature > 0:
+            body["seed"] = request.seed & 0x7FFFFFFF  # 32 bits, as llama.cpp takes
         if sampling.top_p < 1:
             body["top_p"] = sampling.top_p
         if sampling.stop:
             body["stop"] = list(sampling.stop)
         try:
             answer = await self._ask_row(body)
-        except _RefusedError as refusal:
+        except RefusedError as refusal:
             return Generation("", "too_long" if refusal.is_too_long else "failed", 0, 0, str(refusal))
+        if "seed" in body and "seed" in self._dropped:
+            self._report.unseeded = self._unseeded
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         tokens = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
         finish, reason = read_finish(choice)
         if finish == "failed":
-            return Generation("", finish, *tokens, self._safe(reason))
-        text = _text(choice["message"].get("content"))
+            return Generation("", finish, *tokens, self._servers.safe(reason))
+        text = message_text(choice["message"].get("content"))
         cuts = [position for stop in sampling.stop if (position := text.find(stop)) >= 0]
         text = cut_at_end_token(without_thinking(text[: min(cuts, default=None)], self._tags)).strip()
         if request.prefill and not _CONTINUE.keys() <= body.keys():
@@ -299,9 +280,9 @@ class ServerEngine:
         body = await self._prepare(request, label_instruction(labels), 1)
         try:
             answer = await self._ask_row({**body, **_LOGPROBS})
-        except _RefusedError:
+        except RefusedError:
             return None
-        tokens, (finish, _) = _top_logprobs(answer), read_finish(answer["choices"][0])
+        tokens, (finish, _) = top_logprobs(answer), read_finish(answer["choices"][0])
         if not tokens and finish == "failed":
             return None
         if not tokens:  # a replica unlike the one that was tested
@@ -311,7 +292,7 @@ class ServerEngine:
             )
         return label_logprobs(tokens, labels)
 
-    async def _prepare(self, request: Request, instruction: str, max_tokens: int) -> _Body:
+    async def _prepare(self, request: Request, instruction: str, max_tokens: int) -> Body:
         """The body of a row's request.
 
         instruction: goes into the question, before the prefill, where the server can't continue a prefill.
@@ -332,12 +313,12 @@ class ServerEngine:
             try:
                 plain = await self._ask(_request(turns[:1], 1))
                 prefilled = await self._ask({**_request(turns, 1), **_CONTINUE})
-                before, after = map(_prompt_tokens, (plain, prefilled))
+                before, after = map(count_prompt, (plain, prefilled))
                 continues = before > 0 and after > 0 and after - before <= 1
                 if continues and after <= before:  # does it count at all?
                     longer = await self._ask(_request([{"role": "user", "content": "x " * 64}], 1))
-                    continues = _prompt_tokens(longer) > before
-            except _RefusedError:
+                    continues = count_prompt(longer) > before
+            except RefusedError:
                 continues = False
             if self._continues is None:  # of several that test at once, the first decides
                 self._continues = continues
@@ -348,73 +329,97 @@ class ServerEngine:
                     )
         return self._continues
 
-    async def _ask_row(self, body: _Body) -> _Body:
+    async def _ask_row(self, body: Body) -> Body:
         """`_ask` for a row. Raises CaiError if the server refuses not this row but every request."""
         try:
             answer = await self._ask(body)
-        except _RefusedError as refusal:
+        except RefusedError as refusal:
+            self._report.counts.failed += 1
             self._refused_rows += not refusal.is_too_long
-            if self._refused_rows == REFUSALS and not self._answered_rows and not refusal.is_too_long:
+            if self._refused_rows == REFUSALS and not self._servers.has_answered and not refusal.is_too_long:
                 hello = {name: value for name, value in body.items() if name not in _CONTINUE}
                 try:
                     await self._ask({**hello, "messages": [_HELLO]})
-                except _RefusedError:
+                except RefusedError:
                     message = f"{self.name}: the server refuses every request; the last: {refusal}"
                     raise CaiError(message) from None
             raise
-        self._answered_rows += 1
+        self._servers.has_answered = True
         return answer
 
     # --- requests ---------------------------------------------------------------------------------------------
 
-    async def _ask(self, body: _Body) -> _Body:
+    async def _ask(self, body: Body) -> Body:
         """The server's answer to a request, tried until there is one.
 
-        Raises _RefusedError if the request is refused, CaiError if there will be no answer.
+        Raises RefusedError if the request is refused, CaiError if there will be no answer.
         """
-        tries, last = 0, None
+        tries, last, wait, counts = 0, None, _begin_wait(body), self._report.counts
         while True:
-            replica = await self._free_replica(last)
+            replica = await self._servers.free_replica(last)
             began = time.monotonic()
             replica.in_flight += 1
             try:
-                return await self._attempt(replica, body)
-            except _NoAnswerError as failure:
-                tries, last = tries + 1, replica
-                self._note_failure(replica, began, failure.wait)
-                gone = self._are_gone()
-                if gone or tries >= TRIES:  # is it the server or the row?
-                    if await self._is_alive(replica):
-                        raise _RefusedError(
-                            f"no answer in {tries} tries, while another question was answered; the last: {failure}"
-                        ) from None
-                    if gone:
-                        raise CaiError(
-                            f"{self.name}: no server has answered for {self.patience:g} s; the last: {failure}. "
-                            "What is done is kept: start the server and run the same command again"
-                        ) from None
+                answer = await self._attempt(replica, body, wait, fresh=last is not None)
+                counts.answered += 1
+                return answer
+            except NoAnswerError as error:
+                failure, last, tries = error, replica, tries + _count_tries(error)
+                self._servers.note_failure(replica, began, failure)
+                self._note_engine_failure(body, failure)
             finally:
                 replica.in_flight -= 1
+            if self._servers.are_gone() or tries >= TRIES:
+                await self._settle(replica, failure, tries)
+            counts.retried += 1
+            counts.silent += failure.silence is not None
+            if failure.silence:
+                continue  # there was a pause already
             backoff = min(20.0, 0.25 * 2**tries) * random.uniform(0.5, 1.0)
             # Another replica may be free at once.
             await asyncio.sleep(min(backoff, 1.0) if len(self.replicas) > 1 else backoff)
 
-    async def _attempt(self, replica: Replica, body: _Body) -> _Body:
-        """One attempt at a request, sent again without each field that the server refuses by name."""
+    async def _settle(self, replica: Replica, failure: NoAnswerError, tries: int) -> None:
+        """Decide whether the server or the row is at fault, after many failures or much silence.
+
+        Raises CaiError if the server is gone, RefusedError if it answers another question. Returns if the request is
+        to be sent again: where it was not given all the time that there is, or the server may come back.
+        """
+        gone = self._servers.are_gone()
+        if await self._is_alive(replica):
+            if failure.is_early:
+                return
+            raise RefusedError(
+                f"no answer in {max(1, tries)} tries, while another question was answered; the last: {failure}"
+                if failure.silence is None
+                else f"{failure}, while another question was answered"
+            )
+        if gone:
+            option = ", with --no-server-seed" if "died" in self._unseeded else ""
+            raise CaiError(
+                f"{self.name}: no server has answered for {self._servers.patience:g} s; the last: {failure}. "
+                f"What is done is kept: start the server and run the same command again{option}"
+            )
+
+    async def _attempt(self, replica: Replica, body: Body, wait: Wait, *, fresh: bool = False) -> Body:
+        """One attempt at a request, sent again without each field that the server refuses by name.
+
+        fresh: on a connection of its own, because an older one may be what hangs.
+        """
         while True:
             sent = self._adapt(body)
             try:
-                answer = await self._send(replica, sent)
-            except _RefusedError as refusal:
-                self._note_answer(replica)
+                answer = await self._servers.send(replica, sent, wait, fresh)
+            except RefusedError as refusal:
+                self._servers.note_answer(replica)
                 if not self._learn(sent, str(refusal)):
                     raise
             else:
-                self._note_answer(replica)
+                self._servers.note_answer(replica)
                 self._accepted |= sent.keys() | {message["role"] for message in sent["messages"]}
                 return answer
 
-    def _adapt(self, body: _Body) -> _Body:
+    def _adapt(self, body: Body) -> Body:
         """The request in the form that the servers take, as far as that is known."""
         adapted = {name: value for name, value in body.items() if name not in self._dropped}
         adapted["messages"] = join_turns(body["messages"], CONTROL, self._takes_system)
@@ -423,53 +428,7 @@ class ServerEngine:
             adapted["top_logprobs"] = self._top
         return adapted
 
-    async def _send(self, replica: Replica, body: _Body) -> _Body:
-        """One exchange. Raises _RefusedError, _NoAnswerError, or CaiError for what no repetition fixes."""
-        import openai
-
-        client = self._clients[asyncio.get_running_loop()][replica.address]
-        extra = {name: value for name, value in body.items() if name != "messages"}
-        try:
-            async with asyncio.timeout(self.timeout):  # the client's own timeout is for each step of the transfer
-                raw = await client.chat.completions.with_raw_response.create(
-                    model=self.model, messages=body["messages"], extra_body=extra
-                )
-            return _check_answer(json.loads(raw.http_response.content))
-        except openai.APIStatusError as error:
-            raise self._explain_status(replica, error.status_code, error.response.headers, error.body) from None
-        except (TimeoutError, openai.APITimeoutError):
-            raise _NoAnswerError(f"{replica.address}: no answer within {self.timeout:g} s") from None
-        except openai.OpenAIError as error:
-            raise _NoAnswerError(f"{replica.address}: {self._safe(error.__cause__ or error)}") from None
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            reason = self._safe(error)
-            raise _NoAnswerError(f"{replica.address}: the answer is no chat completion ({reason})") from None
-
-    def _explain_status(self, replica: Replica, status: int, headers: Mapping[str, str], body: object) -> Exception:
-        """The error of a status other than 200."""
-        message = f"{replica.address}: {status} {self._safe(_error_text(body))}".rstrip()
-        if 300 <= status < 400:
-            # Never followed: the key and the conversation would go to an address that nobody named.
-            target = self._safe(headers.get("location", "elsewhere"))
-            return CaiError(
-                f"{replica.address}: {status}, a redirect to {target}, which is not followed. If that is "
-                "right, name it with --endpoint"
-            )
-        remedies = {
-            401: f"The server does not accept {'the key in' if self._key else 'no key in'} {self._key_name}",
-            402: "The account can't pay: run the same command again when it can",
-            404: f"Check the address, and the model's name ({self.model})",
-        }
-        if status in remedies or (status == 403 and not self._answered_rows):
-            return CaiError(f"{message}. {remedies.get(status, remedies[401])}")
-        if status not in (408, 409, 425, 429) and status < 500:
-            return _RefusedError(message)
-        wait = retry_after(headers)
-        if wait and wait > LONGEST_WAIT:
-            return CaiError(f"{message}. It asks to wait {wait:.0f} s: run the same command again then")
-        return _NoAnswerError(message, wait)
-
-    def _learn(self, sent: _Body, refusal: str) -> bool:
+    def _learn(self, sent: Body, refusal: str) -> bool:
         """Do without a field that the refusal names, if no request with it was ever taken. Returns whether there is
         one."""
         untaken = sent.keys() - self._accepted
@@ -480,7 +439,7 @@ class ServerEngine:
             self._max_tokens = "max_completion_tokens"
         elif field:
             if field == "seed" and field not in self._dropped:
-                cli.warn(f"{self.name}: the server takes no seed, so a run can't be repeated exactly")
+                self.leave_out_seeds("the server refuses them")
             self._dropped.add(field)
         elif (
             "top_logprobs" in untaken
@@ -496,48 +455,15 @@ class ServerEngine:
 
     # --- the state of the replicas ----------------------------------------------------------------------------
 
-    async def _free_replica(self, last: Replica | None) -> Replica:
-        """The least loaded replica that does not rest; another than the `last` if they are equal."""
-        while True:
-            now = time.monotonic()
-            ready = [replica for replica in self.replicas if replica.is_ready(now)]
-            if ready:
-                return min(ready, key=lambda each: (each.failures >= DOWN_AFTER, each.in_flight, each is last))
-            await asyncio.sleep(0.05)
-
-    def _note_answer(self, replica: Replica) -> None:
-        self._answered_at = time.monotonic()
-        if replica.failures >= DOWN_AFTER:
-            cli.note(f"{replica.address} answers again")
-        replica.failures = 0
-
-    def _note_failure(self, replica: Replica, began: float, wait: float | None) -> None:
-        now = time.monotonic()
-        # Failures come sooner than answers: many at once in the beginning count as one.
-        if began >= replica.failed_at:
-            replica.failures, replica.failed_at = replica.failures + 1, now
-            if replica.failures == DOWN_AFTER:
-                cli.warn(f"{replica.address}: {DOWN_AFTER} failures in a row; from now on it gets few requests")
-        if wait is not None:
-            replica.rests_until = max(replica.rests_until, now + wait)
-            self._told_to_wait_until = max(self._told_to_wait_until, now + wait)
-        elif replica.failures >= DOWN_AFTER and replica.rests_until <= now:
-            replica.rests_until = now + min(8.0, 0.25 * 2 ** (replica.failures - DOWN_AFTER))
-
-    def _are_gone(self) -> bool:
-        """Whether no server has answered for `patience` seconds."""
-        silence = time.monotonic() - max(self._answered_at, self._told_to_wait_until)
-        return silence > self.patience and all(replica.failures >= DOWN_AFTER for replica in self.replicas)
-
     async def _is_alive(self, replica: Replica) -> bool:
         """Whether the replica answers the smallest of questions: then the row is at fault."""
         try:
-            await self._send(replica, self._adapt(_GREETING))
-        except (_NoAnswerError, CaiError):
+            await self._servers.send(replica, self._adapt(_GREETING), _begin_wait(_GREETING), True)
+        except (NoAnswerError, CaiError):
             return False
-        except _RefusedError:
+        except RefusedError:
             pass
-        self._note_answer(replica)
+        self._servers.note_answer(replica)
         return True
 
     def greet(self) -> None:
@@ -546,7 +472,7 @@ class ServerEngine:
         async def meet_all() -> list[Exception | None]:
             return await asyncio.gather(*map(self._meet, self.replicas))
 
-        with self._session() as runner:
+        with self._servers.session() as runner:
             failures = runner.run(meet_all())
         if all(failures):
             raise InputError(
@@ -559,19 +485,151 @@ class ServerEngine:
                 replica.failures, replica.rests_until = DOWN_AFTER, time.monotonic() + 8.0
                 cli.warn(f"{failure}; going on with the others")
 
-    async def _meet(self, replica: Replica) -> Exception | None:
-        """None if the replica answers, else the error."""
+    async def _meet(self, replica: Replica, most: float | None = None) -> Exception | None:
+        """None if the replica answers a plain question, else the error. most: seconds for one answer."""
         failure: Exception | None = None
+        silences = 0
         for attempt in range(GREETINGS):
+            began = time.monotonic()
             try:
-                await self._attempt(replica, _GREETING)
+                await self._attempt(replica, _GREETING, _begin_wait(_GREETING, most), fresh=attempt > 0)
+                self._slowest_greeting = max(self._slowest_greeting, time.monotonic() - began)
                 return None
-            except (CaiError, _RefusedError) as error:
+            except (CaiError, RefusedError) as error:
                 return error
-            except _NoAnswerError as error:
-                failure = error
+            except NoAnswerError as error:
+                failure, silences = error, silences + (error.silence is not None)
+                if silences == SILENT_TRIES:
+                    break
+                if error.silence:
+                    cli.note(f"{error}; asked again")
                 await asyncio.sleep(max(0.2 * 2**attempt, min(error.wait or 0.0, 5.0)))
         return failure
+
+    def probe(self) -> dict[str, bool]:
+        """What the server can do: whether it gives log-probabilities, continues a prefilled answer, gets seeds."""
+        [(_, continues)] = self._run([(None, self._can_continue())])
+        scores = self.scores_choices
+        return {"log_probabilities": scores, "continues_prefill": continues, "seeds": "seed" not in self._dropped}
+
+    def give_up(self) -> None:
+        """Wait for no server any more: the run stops at the next failures."""
+        self._servers.patience = 0.0
+
+    # --- seeds ------------------------------------------------------------------------------------------------
+
+    def leave_out_seeds(self, reason: str) -> None:
+        """Send no seed from now on. Texts that are sampled can't be repeated then, of which the first of them warns."""
+        self._dropped.add("seed")
+        self._unseeded = reason
+        if self._samples:
+            cli.warn(f"{self.name}: requests carry no seed ({reason}), so sampled texts can't be repeated exactly")
+
+    def check_seeds(self) -> None:
+        """Ask one replica for a sampled text with a seed, unless it is known whether seeds can be sent.
+
+        Some servers die on a seed (vLLM on a CPU), and then the failure is no row's. Seeds are left out where the
+        server refuses them, where it fails on them and answers plain questions before and after, and where another
+        replica is there to go on with.
+
+        Raises InputError if no server answers any more.
+        """
+        first, self._samples = not self._samples, True
+        if self._unseeded and first:
+            self.leave_out_seeds(self._unseeded)
+        elif "seed" not in self._dropped | self._accepted:
+            with self._servers.session() as runner:
+                runner.run(self._try_seed())
+
+    async def _try_seed(self) -> None:
+        ready = [replica for replica in self.replicas if replica.failures < DOWN_AFTER] or self.replicas
+        replica, most = ready[0], max(SEED_WAIT, 4 * self._slowest_greeting)
+        failure = await self._fail_on_seeds(replica, [{**_GREETING, "seed": 1}], most)
+        if failure is None and "seed" not in self._dropped:
+            failure = await self._fail_on_seeds(replica, await self._list_long_questions(replica), None)
+        if failure is None:
+            return
+        if await self._meet(replica, most) is None:
+            self.leave_out_seeds(f"the server answers plain requests, and none of {SEED_TRIES} with a seed: {failure}")
+            return
+        for other in ready[1:]:
+            if await self._meet(other, most) is None:
+                replica.failures, replica.rests_until = DOWN_AFTER, time.monotonic() + 8.0
+                self.leave_out_seeds(f"a replica stopped answering after a request with a seed: {failure}")
+                return
+        if await self._comes_back(replica, most):
+            self.leave_out_seeds(f"the server died of one, and was started again: {failure}")
+            return
+        raise InputError(
+            f"{replica.address} answered, and stopped after a request with a seed, as vLLM does on a CPU ({failure})",
+            where=self.name,
+            remedy="Start the server again, and give --no-server-seed; sampled texts can't be repeated then",
+        )
+
+    async def _comes_back(self, replica: Replica, most: float) -> bool:
+        """Whether somebody starts the server again, within the time after which one that is silent counts as gone."""
+        cli.note(
+            f"{replica.address} stopped after a request with a seed; waiting {self._servers.patience:g} s for it to "
+            "come back"
+        )
+        began = time.monotonic()
+        while await self._meet(replica, most) is not None:
+            if time.monotonic() - began > self._servers.patience:
+                return False
+        return True
+
+    async def _fail_on_seeds(
+        self, replica: Replica, bodies: Sequence[Body], most: float | None
+    ) -> NoAnswerError | None:
+        """The failure of requests with a seed that are sent together; None if all of them are answered or refused.
+
+        They are sent again if they fail and a plain request is answered: the connection may have been at fault. Where
+        they took the longest wait the server is slow, and nothing is known of seeds.
+        """
+        failures: list[NoAnswerError] = []
+        for attempt in range(SEED_TRIES):
+            waits = [_begin_wait(body, most) for body in bodies]
+            attempts = (self._attempt(replica, *each, fresh=attempt > 0) for each in zip(bodies, waits, strict=True))
+            results = await asyncio.gather(*attempts, return_exceptions=True)
+            for result in results:
+                if isinstance(result, BaseException) and not isinstance(result, NoAnswerError | RefusedError):
+                    raise result
+            failures = [result for result in results if isinstance(result, NoAnswerError)]
+            if not failures or await self._meet(replica, most) is not None:
+                break
+            if all(failure.silence and not failure.is_early for failure in failures):
+                return None
+        return failures[0] if failures else None
+
+    async def _list_long_questions(self, replica: Replica) -> list[Body]:
+        """Requests with a seed that vLLM can't read in one step; none for another server, which stands a seed once it
+        has answered one.
+
+        vLLM on a CPU dies where it is in the middle of a prompt with a seed at the end of a step: it sets the offset
+        of a generator, and those of a CPU have none (0.32, `set_offset` in gpu_model_runner.py). A step takes 2048
+        tokens there by default.
+        """
+        try:
+            listed = (await self._servers.list_models(replica, SEED_WAIT))["data"]
+            entry = next(each for each in listed if each["id"] == self.model)
+            if entry["owned_by"] != "vllm":
+                return []
+            words = min(700, int(entry["max_model_len"]) // 2)
+        except Exception:  # whatever it is, it is not vLLM's list of models
+            return []
+        if words < 100:
+            return []  # too many questions would have to be asked
+        count = -(-LONG_STEP // words)
+        question = {"role": "user", "content": " lake" * words}
+        return [
+            {**_request([{**question, "content": f"{n}{question['content']}"}], 1), "temperature": 1.0, "seed": n}
+            for n in range(count)
+        ]
+
+    def _note_engine_failure(self, body: Body, failure: NoAnswerError) -> None:
+        """Leave seeds out where vLLM reports that its engine has died, and a request with a seed was with it."""
+        if "seed" in body and "seed" not in self._dropped and _ENGINE_DIED.search(str(failure)):
+            self.leave_out_seeds(f"the server died while requests had seeds: {failure}")
 
     # --- the loop they run in ---------------------------------------------------------------------------------
 
@@ -579,8 +637,8 @@ class ServerEngine:
         """(request, result) of each job as it ends; `batch_size` of them are under way at once."""
         jobs = iter(jobs)
         pending: dict[asyncio.Task[Any], Any] = {}
-        self._answered_at = time.monotonic()
-        with self._session() as runner:
+        self._servers.begin()
+        with self._servers.session() as runner:
             try:
                 while True:
                     for request, job in islice(jobs, self.batch_size - len(pending)):
@@ -591,50 +649,29 @@ class ServerEngine:
                     for task in sorted(ended, key=lambda task: task.exception() is not None):
                         yield pending.pop(task), task.result()  # raises what the job raised, after the other results
             finally:
-                runner.run(_cancel(pending))
-
-    @contextmanager
-    def _session(self) -> Iterator[asyncio.Runner]:
-        """An event loop, and clients for as long as it lasts: connections belong to their loop."""
-        import openai
-
-        limits = openai.Timeout(self.timeout, connect=min(10.0, self.timeout))
-        http = openai.DefaultAsyncHttpxClient(follow_redirects=False, timeout=limits)
-        with asyncio.Runner() as runner:
-            loop = runner.get_loop()
-            self._clients[loop] = {
-                replica.address: openai.AsyncOpenAI(
-                    base_url=replica.address,
-                    api_key=self._key or "none",
-                    admin_api_key="",
-                    max_retries=0,
-                    timeout=limits,
-                    http_client=http,
-                )
-                for replica in self.replicas
-            }
-            try:
-                yield runner
-            finally:
-                del self._clients[loop]
-                runner.run(http.aclose())
-
-    def _safe(self, value: object) -> str:
-        """A server's text, fit for a line of ours: short, printable, and without the key."""
-        text = str(value).replace(self._key, "***") if self._key else str(value)
-        return shorten("".join(character if character.isprintable() else " " for character in text), 300)
+                runner.run(cancel_all(pending))
 
 
-async def _cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+def _count_tries(failure: NoAnswerError) -> int:
+    """How many of the `TRIES` of a request an attempt takes: none if it was given up early."""
+    if failure.silence is None:
+        return 1
+    return 0 if failure.is_early else -(-TRIES // SILENT_TRIES)
+
+
+def _begin_wait(body: Body, most: float | None = None) -> Wait:
+    """The wait for the answer to a request. Those with the same bound on new tokens are of a kind.
+
+    most: see `Wait`.
+    """
+    length = sum(len(message["content"]) for message in body["messages"])
+    return Wait(("logprobs" in body, body["max_tokens"]), length, most)
 
 
 # --- the body of a request ------------------------------------------------------------------------------------
 
 
-def _request(conversation: Sequence[Message], max_tokens: int) -> _Body:
+def _request(conversation: Sequence[Message], max_tokens: int) -> Body:
     """A request for the answer alone: no thinking, as for local models."""
     thinking = {"enable_thinking": False}
     return {"messages": conversation, "max_tokens": max_tokens, "chat_template_kwargs": thinking}
@@ -648,114 +685,3 @@ _CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 
 # Temperature 1: log-probabilities from before and after the temperature are then the same.
 _LOGPROBS = {"temperature": 1.0, "logprobs": True, "top_logprobs": TOP[0]}
-
-
-# --- the body of an answer ------------------------------------------------------------------------------------
-
-
-def _check_answer(answer: Any) -> _Body:
-    """A chat completion; ValueError, or what looking into it raises, if it is none."""
-    if answer.get("error"):
-        raise ValueError(_error_text(answer["error"]))
-    _text(answer["choices"][0]["message"].get("content"))
-    for name in ("prompt_tokens", "completion_tokens"):
-        if not isinstance((answer.get("usage") or {}).get(name), int | None):
-            raise ValueError(f"{name} is not a number")
-    for entry in _top_logprobs(answer):
-        if not isinstance(entry["token"], str) or not isinstance(entry["logprob"], int | float):
-            raise ValueError("malformed log-probabilities")
-    checked: _Body = answer
-    return checked
-
-
-def _text(content: Any) -> str:
-    """The text of a message: of a string, of parts as some servers of reasoning models send them, or of nothing."""
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content if part["type"] == "text")
-    if not isinstance(content, str | None):
-        raise ValueError("the content is not text")
-    (content or "").encode()  # half a character is an error, too
-    return content or ""
-
-
-def _prompt_tokens(answer: _Body) -> int:
-    """The tokens of the prompt by an answer's usage; 0 where it has none."""
-    return (answer.get("usage") or {}).get("prompt_tokens") or 0
-
-
-# What servers call an answer that came to its end, and one that was cut at its longest length. Only these are answers:
-# an error, an abort, a filter or no reason at all leaves a text that nobody knows to be whole.
-_ENDED = {
-    *("stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "stop_token", "stop_str", "complete"),
-    *("completed", "finished", "eos_token_id", "end_of_text", "end_of_sequence"),
-}
-
-_CUT = {
-    *("length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "max_completion_tokens"),
-    *("model_length", "token_limit", "max_token", "limit", "model_context_window_exceeded", "max_tokens_reached"),
-}
-
-
-def read_finish(choice: _Body) -> tuple[str, str]:
-    """(finish, reason) of a choice: "stop", "length", or "failed" with the reason.
-
-    Only `stop`, its synonyms and an end token are a stop. Spellings differ by case, `-`, and the prefix
-    `FINISH_REASON_`.
-    """
-    raw = choice.get("finish_reason")
-    if isinstance(raw, str):
-        word = re.sub(r"[\s-]+", "_", raw.strip().lower()).removeprefix("finish_reason_").removeprefix("finishreason.")
-        if word in _ENDED or is_end_token(raw.strip()):
-            return "stop", ""
-        if word in _CUT:
-            return "length", ""
-    error = choice.get("error")
-    detail = f": {_error_text(error)}" if error else ""
-    return "failed", f"the server's finish reason is {json.dumps(raw, ensure_ascii=False)}{detail}"
-
-
-def _top_logprobs(answer: _Body) -> list[_Body]:
-    """The likeliest first tokens with their log-probabilities; [] if the server gave none."""
-    first = ((answer["choices"][0].get("logprobs") or {}).get("content") or [{}])[0]
-    return [entry for entry in first.get("top_logprobs") or [] if entry["logprob"] is not None]
-
-
-def label_logprobs(tokens: Sequence[_Body], labels: Sequence[str]) -> list[float]:
-    """Log-probability of each label, from the tokens that a server lists as the likeliest.
-
-    Args:
-        tokens: `{"token": ..., "logprob": ...}`, over the whole vocabulary, so that probabilities add up to 1 at most.
-    """
-    # A space before a token as SentencePiece and GPT-2 write it.
-    words = [(entry["token"].strip(" \n\t\u2581\u0120"), float(entry["logprob"])) for entry in tokens]
-    by_label = [[logprob for word, logprob in words if word == label] for label in labels]
-    if not any(by_label):
-        return [-math.inf] * len(labels)
-    lowest = min(logprob for _, logprob in words)
-    return [min(0.0, float(np.logaddexp.reduce(logprobs))) if logprobs else lowest for logprobs in by_label]
-
-
-def without_thinking(text: str, tags: Sequence[tuple[str, str]] = ()) -> str:
-    """An answer without reasoning, also where the prompt opened it and the answer has its end only."""
-    return strip_thinking(text, tags=tags).strip()
-
-
-def _error_text(body: object) -> str:
-    """The message in an error's body."""
-    if isinstance(body, dict):
-        body = body.get("message") or body.get("detail") or body.get("error") or body
-    return str(body or "")
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server asks to wait, by a number or a date; None if it asks for nothing readable."""
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        value = headers.get(name, "")
-        try:
-            wait = float(value) / unit
-        except ValueError:
-            date = email.utils.parsedate_tz(value)
-            wait = email.utils.mktime_tz(date) - time.time() if date else math.nan
-        if math.isfinite(wait):
-            return max(0.0, wait)
-    return None

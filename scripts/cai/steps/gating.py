@@ -198,7 +198,9 @@ def gate_output(
         failed = {**manifest.get("failed_rows", {}), **lost}
         decisions = count_decisions(readers.JsonlRows(output.journal))
         counts = {**manifest.get("counts", {}), "failed": len(failed), "gate": decisions}
-        kept = {name: manifest[name] for name in ("tokens", "most_repeated") if name in manifest}
+        kept = {
+            name: manifest[name] for name in ("tokens", "most_repeated", "reproducible_sampling") if name in manifest
+        }
         sharing.finish_output(output, ids, counts, failed, judge, **kept, **info)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from cai.base import requests
 from cai.base.errors import InputError
 from cai.base.hashing import identity
 from cai.constitution import files, templates
@@ -272,6 +273,7 @@ def combine_judges(final: Output, outputs: Mapping[str, Output], task: Task, way
                 final.write(row)
         more = {"combine": way, "agreement": agreement.agreement(votes)}
         more["judges"] = {name: output.counts for name, output in outputs.items()}
+        more |= requests.sum_counts(output.counts for output in outputs.values())
         if way == "dawid-skene":
             more["estimated_accuracy"] = dict(zip(names, combined.accuracy, strict=True))
         _finish(final, task, failed, **more)

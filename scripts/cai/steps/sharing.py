@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
-from cai.base import cli
+from cai.base import cli, requests
 from cai.data import outputs, processes
 from cai.models.engine import Engine
 from cai.models.local import fast_path
@@ -41,7 +41,17 @@ def share_work(
             yield None, None
             return
         engine = engine or load()
-        yield engine, team.gather(journal, work(team, journal, engine))
+        results = team.gather(journal, (work(team, journal, engine), requests.request_report()))
+        yield engine, results and _take_results(results)
+
+
+def _take_results(results: list[tuple[Any, requests.RequestReport]]) -> list[Any]:
+    """What the work returned in each process; the requests of the others are added to those of this one."""
+    report = requests.request_report()
+    for _, others in results[1:]:
+        report.counts.add(others.counts)
+        report.unseeded = report.unseeded or others.unseeded
+    return [result for result, _ in results]
 
 
 @contextmanager

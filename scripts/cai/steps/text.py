@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from cai.base import cli, hashing, run_settings
+from cai.base import cli, engine_options, hashing, requests, run_settings
 from cai.base.errors import InputError
 from cai.data import outputs, processes, readers
 from cai.data.reading import Reading, reading_options
@@ -87,7 +87,7 @@ def options(function):
             default=None,
             help="Most rows in one forward pass.  [default: 128]",
         ),
-        cli.options("endpoint", "reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed", "limit"),
+        cli.options("endpoint", "engine", "reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed", "limit"),
     ):
         command = option(command)
     return command
@@ -207,7 +207,8 @@ def next_step(
         options: further words.
     """
     key_name = ["--key-name", cli.key_name()] if cli.key_name() != "OPENAI_API_KEY" else []
-    given = [*options, *cli.given_options(*names, *_SHARED), *key_name, *run_settings.command_options()]
+    of_runs = [*requests.command_options(), *run_settings.command_options()]
+    given = [*options, *cli.given_options(*names, *_SHARED), *key_name, *engine_options.command_options(), *of_runs]
     return [command, "--input", output, "--model", model, *given, "--output", result]
 
 
@@ -233,6 +234,7 @@ def _write_answers(
     def load() -> Engine:
         engine = loading.load_engine(step.model, endpoints=settings.endpoints, **settings.loading)
         step.check(engine)
+        loading.check_sampling(engine, settings.sampling.temperature)
         return engine
 
     with share_work(team, journal, load, partial(_answer_rows, step, settings)) as (engine, results):
