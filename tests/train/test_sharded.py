@@ -14,6 +14,7 @@ from cai.models import loading
 
 CONFIGS = ROOT / "templates" / "accelerate"
 FAST = ("--learning-rate", "1e-3", "--json")
+BOTH = ("--gradient-accumulation", "2")  # one process does what two do; the rows' order depends on the batch size
 
 
 def write_rows(path, rows):
@@ -137,11 +138,12 @@ def test_models_load_whole_where_zero_3_is_configured_already():
 @pytest.mark.slow
 def test_a_killed_sharded_run_continues_and_ends_as_one_process_does(invoke, tmp_path):
     rows = [
-        {"prompt": f"How do I open gate {i}?", "response": "Ask" + " the owner" * (i % 3) + "."} for i in range(240)
+        {"prompt": f"How do I open gate {i}?", "response": "Ask" + " the owner" * (i % 3) + "."} for i in range(120)
     ]
     helpful = write_rows(tmp_path / "helpful.jsonl", rows)
     line = ["--helpful", helpful, "--model", models.folder("qwen"), *FAST, "--epochs", "1", "--save-steps", "5"]
-    sharded = [*line, "--batch-size", "2", "--output", tmp_path / "two"]
+    line += ["--batch-size", "2"]
+    sharded = [*line, "--output", tmp_path / "two"]
 
     killed = launch_sharded("sft", *sharded)
     states, until = tmp_path / "two" / "checkpoints", time.monotonic() + 120
@@ -155,8 +157,8 @@ def test_a_killed_sharded_run_continues_and_ends_as_one_process_does(invoke, tmp
     assert not (tmp_path / "two" / "config.json").exists()
 
     two = finish(launch_sharded("sft", *sharded))
-    one = invoke("sft", *line, "--device", "cpu", "--batch-size", "4", "--output", tmp_path / "one")
-    assert two["steps"] == json.loads(one.stdout)["steps"] == 60
+    one = invoke("sft", *line, "--device", "cpu", *BOTH, "--output", tmp_path / "one")
+    assert two["steps"] == json.loads(one.stdout)["steps"] == 30
     assert not states.exists()
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
     assert_same_weights(read_weights(tmp_path / "two"), read_weights(tmp_path / "one"), atol=1e-5)
@@ -168,9 +170,7 @@ def test_a_sharded_reward_model_keeps_the_best_weights(invoke, tmp_path, prefere
     line = ["--input", preferences, "--model", models.folder("qwen"), *FAST, "--holdout", "0.25"]
     line += ["--eval-steps", "2", "--patience", "9", "--batch-size", "2"]
     two = finish(launch_sharded("reward_model", *line, "--output", tmp_path / "two"))
-    done = invoke(
-        "reward_model", *line, "--device", "cpu", "--gradient-accumulation", "2", "--output", tmp_path / "one"
-    )
+    done = invoke("reward_model", *line, "--device", "cpu", *BOTH, "--output", tmp_path / "one")
     one = json.loads(done.stdout)
     assert two["train"] == one["train"] and two["holdout"]["log_loss"] == pytest.approx(
         one["holdout"]["log_loss"], 1e-2
@@ -182,8 +182,9 @@ def test_a_sharded_reward_model_keeps_the_best_weights(invoke, tmp_path, prefere
 @pytest.mark.slow
 def test_a_sharded_lora_dpo_is_merged_as_one_process_merges_it(invoke, tmp_path, preferences):
     line = ["--input", preferences, "--model", models.folder("qwen"), *FAST, "--lora", "--lora-rank", "4"]
-    two = finish(launch_sharded("dpo", *line, "--batch-size", "4", "--output", tmp_path / "two"))
-    done = invoke("dpo", *line, "--device", "cpu", "--batch-size", "8", "--output", tmp_path / "one")
+    line += ["--batch-size", "4"]
+    two = finish(launch_sharded("dpo", *line, "--output", tmp_path / "two"))
+    done = invoke("dpo", *line, "--device", "cpu", *BOTH, "--output", tmp_path / "one")
     assert two["steps"] == json.loads(done.stdout)["steps"] == 4
     start = read_weights(models.folder("qwen"))
     merged = read_weights(tmp_path / "two")
