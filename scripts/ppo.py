@@ -115,7 +115,6 @@ def main(options):
     if run.report_if_done(lambda: plan(options, settings, weights, source)):
         return
 
-    handover.check(options, *models(options, weights))
     parts = load(run, settings, weights, list(source), selected)
     with run.folder:
         if "tensorboard" in trackers:  # beside the metrics, not among the states that are deleted at the end
@@ -197,6 +196,7 @@ def load(run: common.TrainingRun, settings, weights: dict[str, float], rows: lis
     from cai.train.ppo import PolicyAndValue
 
     options = run.options
+    handover.check(options, *models(options, weights))
     set_seed(settings.seed)  # of the adapters
     chat = loading.load_chat(options.model)
     if options.ref_model:

@@ -213,16 +213,10 @@ def make_trainer(
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
-        def save_model(self, output_dir=None, _internal_call=False):
-            # Trainer takes a state for the best only if its folder is there, and of a sharded state it makes the
-            # folder later: processes would then disagree on the best and wait for each other forever.
-            Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            super().save_model(output_dir, _internal_call)
-
     arguments = {**arguments, **decide_evaluations(eval_steps, patience)}
     longest = max(len(ids) for row in rows for ids in (row["chosen_ids"], row["rejected_ids"]))
     tokens, arguments = microbatches.choose_bound(model, arguments, longest=2 * longest, adapters=adapters)
-    return microbatches.bound_batches(SoftRewardTrainer, tokens, sides=2)(
+    return microbatches.bound_batches(common.make_state_folders(SoftRewardTrainer), tokens, sides=2)(
         model=model,
         processing_class=tokenizer,
         peft_config=adapters,
