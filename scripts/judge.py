@@ -164,13 +164,10 @@ def finish(summary: dict, output: str, names: list[str], audit_path: str | None,
     if audit_path:
         measured = audit.measure((row for _, row in readers.read_jsonl(output)), names)
         summary["audit"] = audit.write(audit_path, measured, title=", ".join(names))
-    if not settings.as_json:
-        is_rate = {name: isinstance(value, dict) and "low" in value for name, value in summary.items()}
-        summary = {name: tables.show(value) if is_rate[name] else value for name, value in summary.items()}
-    next_command = (
-        f"python scripts/reward_model.py --input {shlex.quote(output)} --model SFT_MODEL --output REWARD_MODEL"
-    )
-    cli.finish(summary, as_json=settings.as_json, next_command=next_command)
+    summary = summary if settings.as_json else tables.show_rates(summary)
+    train = f"reward_model.py --input {shlex.quote(output)} --model SFT_MODEL --output REWARD_MODEL"
+    merge = shlex.join(["merge.py", *text.MERGE])
+    cli.finish(summary, as_json=settings.as_json, next_command=f"python scripts/{merge if settings.shard else train}")
 
 
 def take_verdicts(inputs, files, columns, output: str, combine: str, audit_path: str | None, settings, options) -> None:

@@ -22,7 +22,7 @@ from cai.base import requests
 from cai.base.errors import InputError
 from cai.base.hashing import identity
 from cai.constitution import files, templates
-from cai.data import preferences, processes, readers
+from cai.data import preferences, processes, readers, shards
 from cai.data.outputs import Output
 from cai.models import engine, estimate, loading
 from cai.stats import agreement
@@ -86,7 +86,7 @@ def read_task(
         choose_principle=None if principles == "each" else lambda comparison: chooser.choose(_bare(comparison)),
     )
     comparisons, digests = pairs.read_comparisons(
-        inputs, against, pairs_per_prompt, settings.seed, settings.limit, settings.reading
+        inputs, against, pairs_per_prompt, settings.seed, settings.limit, settings.reading, settings.shard
     )
     fingerprint = {
         **digests,
@@ -99,6 +99,7 @@ def read_task(
         "seed": settings.seed,
         "limit": settings.limit,
         "dtype": settings.loading["dtype"],
+        **shards.fingerprint(settings.shard),
     }
     if cot:
         sampling = {name: getattr(settings.sampling, name) for name in ("max_new_tokens", "temperature", "top_p")}
@@ -159,6 +160,13 @@ def claim_outputs(
         claim = {"command": "judge", "fingerprint": {**more, **task.fingerprint}, "inputs": task.inputs}
         return Output(path, overwrite=overwrite, **claim)
 
+    if len(judges) > 1 and "shard" in task.fingerprint:
+        raise InputError(
+            "several judges over shards",
+            where="--shard",
+            expected="one judge: what combines the labels of several has to see all comparisons",
+            remedy="Run the shards once per judge, merge each, and combine them with --verdicts",
+        )
     weights = {name: identity(name) for name in judges}
     if len(judges) == 1:
         final = claim(output, overwrite, model=judges[0], weights=weights[judges[0]])
