@@ -40,7 +40,7 @@ from cai.evaluate.measurement import gather, print_rates, write
     metavar="NAME|FILE",
     help="The constitution that harmless prompts are judged by.",
 )
-@cli.options("endpoint")
+@cli.options("endpoint", "engine")
 @cli.options("temperature", "top_p", "max_new_tokens", "seed", "limit")
 @cli.options("batch_size", "device", "dtype", "events", "json", "dry_run", "overwrite")
 @reading_options

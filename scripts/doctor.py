@@ -84,6 +84,7 @@ def main(model, endpoints, roles, output, timeout, hardware, device, as_json):
         "devices": checks.check_devices(findings, device),
         "places": checks.check_places(findings, output),
         "hub": checks.check_hub(findings, timeout),
+        "engines": checks.list_engines(),
         "endpoints": [checks.check_endpoint(findings, url, model, timeout) for url in endpoints],
     }
     if model and not model.startswith("openai:"):
@@ -149,6 +150,8 @@ def print_report(result: dict) -> None:
         writable = "writable" if folder["writable"] else "NOT writable"
         lines.append((name.replace("_", " "), f"{folder['path']}: {writable}, {folder['free_gb']} GB free"))
     lines.append(("hub", f"answers in {hub['seconds']} s" if hub.get("reached") else hub["reason"]))
+    engines = [f"{engine['name']} {engine['version']} ({engine['path']})" for engine in result["engines"]]
+    lines.append(("engines", ", ".join(engines) or "none on PATH for --engine"))
     for server in result["endpoints"]:
         text = f"{server['url']}: {', '.join(server.get('models', ())) or 'no answer'}"
         if server.get("logprobs") is not None:

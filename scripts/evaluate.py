@@ -33,7 +33,7 @@ NOT_PASSED = 4  # exit code of --gate
 @click.option(
     "--model", metavar="MODEL", help="Answers the prompts: a folder, a GGUF file, a hub id, `tiny`, or openai:NAME."
 )
-@cli.options("endpoint")
+@cli.options("endpoint", "engine")
 @cli.rows_option("--responses", help="Instead of --input and --model: rows that have a response already. Repeatable.")
 @click.option(
     "--round",

@@ -35,7 +35,7 @@ from cai.stats import tables
 @click.option(
     "--judge", metavar="MODEL", help="Rates the responses in figure 10: a folder, a hub id, `tiny`, or openai:NAME@URL."
 )
-@cli.options("endpoint", "limit", "batch_size", "device", "dtype", "json", "dry_run", "overwrite")
+@cli.options("endpoint", "engine", "limit", "batch_size", "device", "dtype", "json", "dry_run", "overwrite")
 def main(figure, run, output, as_json, dry_run, overwrite, batch_size, device, dtype, **options):
     """Make the points of a figure of the paper, and draw them.
 

@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 from pathlib import Path
 
 import click
@@ -18,7 +19,7 @@ from conftest import ROOT
 
 from cai.models import hardware
 
-KEYS = {"ok", "problems", "remedies", "notes", "python", "packages", "devices", "places", "hub", "endpoints"}
+KEYS = {"ok", "problems", "remedies", "notes", "python", "packages", "devices", "places", "hub", "endpoints", "engines"}
 
 
 def diagnose(invoke, *arguments) -> dict:
@@ -28,6 +29,20 @@ def diagnose(invoke, *arguments) -> dict:
     assert result.exit_code == (0 if report["ok"] else 3), result.output
     assert len(report["problems"]) == len(report["remedies"]) and report["ok"] == (not report["problems"])
     return report
+
+
+def test_engines_on_path_are_listed(invoke, tmp_path, monkeypatch):
+    program = tmp_path / "vllm"
+    program.write_text(f"#!{sys.executable}\n")  # its Python knows no such package
+    server = tmp_path / "llama-server"
+    server.write_text("#!/bin/sh\necho version: 6123 '(abc)' >&2\n")
+    for path in (program, server):
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    engines = {engine["name"]: engine for engine in diagnose(invoke)["engines"]}
+    assert engines["vllm"] == {"name": "vllm", "version": "unknown", "path": str(program)}
+    assert engines["llama.cpp"] == {"name": "llama.cpp", "version": "6123", "path": str(server)}
+    assert engines["transformers-serve"]["version"] == metadata.version("transformers")  # beside this Python
 
 
 @contextmanager

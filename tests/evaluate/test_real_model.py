@@ -36,9 +36,9 @@ def test_smollm2_is_unfit_in_every_role_and_a_run_on_it_stops(smollm2, invoke, t
     monkeypatch.delenv("CAI_QUALIFICATION")
     write_jsonl(tmp_path / "prompts.jsonl", [{"id": "1", "prompt": "How do I bake bread?", "kind": "benign"}])
     prompts = ["--input", tmp_path / "prompts.jsonl", "--heldout", tmp_path / "prompts.jsonl"]
-    result = invoke("run", "--model", smollm2, *prompts, "--dtype", "bfloat16", "--output", tmp_path / "run")
+    result = invoke("run", "--model", smollm2, *prompts, "--output", tmp_path / "run")
     assert result.exit_code == qualification.UNFIT_EXIT, result.output
-    assert "error: nothing was run, because what this model writes and judges can't be believed" in result.output
+    assert "error: nothing was run, because what this model would write and judge can't be believed" in result.output
     for role in qualification.ROLES:
         assert f"is UNFIT as {role} (english)" in result.output
     assert not (tmp_path / "run").exists()

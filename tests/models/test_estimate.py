@@ -8,7 +8,7 @@ import pytest
 
 from cai.base.errors import InputError
 from cai.base.paths import TINY
-from cai.data.outputs import read_manifest
+from cai.data.outputs import read_manifest, write_jsonl
 from cai.models import estimate, folders
 from cai.models.decoding import Prefixes, RowSampler, decode
 from cai.models.engine import Sampling
@@ -101,6 +101,20 @@ def test_dry_run_tells_tokens_memory_hours_and_price(invoke, tmp_path):
     about = (plan["prompt_tokens_about"] + 10 * plan["new_tokens_about"]) / 1e6
     assert plan["cost_about"] == pytest.approx(about, abs=1e-4)
     assert plan["hours_on_one_h100"] > 0 and plan["memory_gb"]["total"] >= plan["memory_gb"]["weights"] > 0
+
+
+def test_dry_run_spreads_an_engine_over_gpus(invoke, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"id": str(n), "prompt": "How are you?"} for n in range(100)])
+    line = ["--input", tmp_path / "rows.jsonl", "--model", "tiny", "--output", tmp_path / "out.jsonl"]
+    line += ["--dry-run", "--json", "--gpu", "h100", "--batch-size", 64]
+    one = json.loads(invoke("generate", *line).stdout)
+    spread = ["--engine", "vllm", "--tensor-parallel-size", 4, "--replicas", 2]
+    plan = json.loads(invoke("generate", *line, *spread).stdout)
+    assert (plan["engine"], plan["gpus"]) == ("vllm", 8) and "memory_gb" not in plan
+    assert plan["gpu_memory_gb"]["weights"] == pytest.approx(one["memory_gb"]["weights"] / 4, rel=0.01)
+    # Each of two servers has half of the 64 rows, over four GPUs.
+    assert plan["gpu_memory_gb"]["kv_cache"] == pytest.approx(one["memory_gb"]["kv_cache"] / 8, rel=0.01)
+    assert 0 < plan["hours_on_8_h100"] < one["hours_on_one_h100"]
 
 
 def test_like_needs_an_output_of_ours(tmp_path):

@@ -43,7 +43,7 @@ def _beside(output: str, ending: str) -> str:
 
 
 @click.command(cls=cli.Command)
-@cli.options("input", "output", "model", "endpoint", "constitution")
+@cli.options("input", "output", "model", "endpoint", "engine", "constitution")
 @THRESHOLD
 @cli.options("limit", "batch_size", "device", "dtype", "events", "json", "dry_run", "overwrite")
 @reading.reading_options
@@ -74,7 +74,7 @@ def coverage(output, as_json, dry_run, overwrite, **values):
 
 
 @click.command(cls=cli.Command)
-@cli.options("input", "output", "model", "endpoint", "constitution", "principle")
+@cli.options("input", "output", "model", "endpoint", "engine", "constitution", "principle")
 @click.option(
     "--by",
     type=click.Choice(["oracle", "judge"]),
@@ -112,7 +112,7 @@ def ablate(output, as_json, dry_run, overwrite, **values):
 
 
 @click.command(cls=cli.Command)
-@cli.options("constitution", "output", "model", "endpoint", "principle")
+@cli.options("constitution", "output", "model", "endpoint", "engine", "principle")
 @TRIES
 @cli.options("reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed")
 @cli.options("batch_size", "device", "dtype", "events", "json", "dry_run", "overwrite")
@@ -148,7 +148,7 @@ def derive(output, as_json, dry_run, overwrite, **values):
 
 
 @click.command(cls=cli.Command)
-@cli.options("constitution", "model", "endpoint", "principle")
+@cli.options("constitution", "model", "endpoint", "engine", "principle")
 @click.option("--kind", multiple=True, type=click.Choice(KINDS), help="Kind of prompt; repeatable.  [default: all]")
 @click.option(
     "-n", "count", type=click.IntRange(1, 1000), default=10, show_default=True, help="Prompts per principle and kind."
@@ -216,7 +216,7 @@ def _write_rows(output: outputs.Output, rows: list[dict], counts: dict) -> None:
 
 
 @click.command(cls=cli.Command)
-@cli.options("input", "output", "model", "endpoint")
+@cli.options("input", "output", "model", "endpoint", "engine")
 @click.option("--judge", metavar="MODEL", help="The model that predicts held-out pairs.  [default: --model]")
 @click.option("--candidates", metavar="NAME|FILE", help="A constitution whose principles are scored too.")
 @click.option(
@@ -280,7 +280,7 @@ def infer(output, as_json, dry_run, overwrite, **values):
 
 
 @click.command(cls=cli.Command)
-@cli.options("input", "output", "model", "endpoint", "constitution")
+@cli.options("input", "output", "model", "endpoint", "engine", "constitution")
 @click.option("--judge", metavar="MODEL", help="The model that judges coverage and revisions.  [default: --model]")
 @click.option(
     "-n", "count", type=click.IntRange(min=1), default=10, show_default=True, help="Prompts to try per principle."

@@ -27,7 +27,7 @@ from typing import Any, TextIO, TypeVar
 import click
 from click.core import ParameterSource
 
-from cai.base import events, requests, run_settings
+from cai.base import engine_options, events, requests, run_settings
 from cai.base.errors import LEAVE_OUT, CaiError
 from cai.base.files import expand_patterns
 from cai.base.paths import SCRIPTS
@@ -193,6 +193,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
     "date": run_settings.date_option,
     "reasoning_tags": run_settings.reasoning_option,
     "endpoint": _endpoint,
+    "engine": engine_options.engine_options,
     "constitution": click.option(
         "--constitution",
         default="harmlessness",
@@ -319,6 +320,7 @@ class Command(click.Command):
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         try:
             context = super().make_context(*args, **kwargs)
+            engine_options.check_options(context)
         except CaiError as error:  # of an option's value
             raise _UsageError(str(error)) from error
         requests.refuse_without_server(context)

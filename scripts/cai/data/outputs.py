@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from cai.base import cli, requests, run_settings
+from cai.base import cli, engine_options, requests, run_settings
 from cai.base.errors import CaiError, InputError, shorten
 from cai.base.files import expand_patterns, replace_file
 from cai.base.hashing import sha256_file
@@ -144,6 +144,7 @@ class _Claim:
         self._manifest: dict[str, Any] = {}
         manifest = None if self.overwrite else read_manifest(self.path)
         self.fingerprint |= run_settings.identify(manifest["fingerprint"] if manifest else {})
+        self.fingerprint |= engine_options.identify()
         if self.overwrite:
             return
         if manifest is None:

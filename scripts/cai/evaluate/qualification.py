@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cai.base import cli, paths
+from cai.base import cli, engine_options, paths
 from cai.base.errors import CaiError
 from cai.base.files import write_text
 from cai.base.hashing import identity, sha256_text
@@ -433,6 +433,7 @@ def qualify(
     key = {
         "model": identity(model),
         "endpoints": list(endpoints),
+        **engine_options.identify(),
         "dtype": dtype,
         "rows": sha256_text(json.dumps(rows, sort_keys=True)),
         **task.settings(),

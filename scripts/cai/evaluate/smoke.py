@@ -220,7 +220,7 @@ def losses(folder: str | Path) -> _Result:
 def speaks(folder: str | Path, device: str | None = None) -> _Result:
     """The checkpoint loads back as a language model and answers."""
     try:
-        engine = loading.load_engine(str(folder), device=device)
+        engine = loading.load_engine(str(folder), device=device, in_process=True)
         [(_, generation)] = engine.generate([Request("hello", GREETING)], Sampling(16, 0))
     except CaiError as error:
         return "checkpoint loads back", False, str(error)

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
 
+from cai.base.engine_options import engine_choice
 from cai.base.errors import CaiError, InputError
 from cai.base.hashing import identity
 from cai.constitution.files import load_constitution
@@ -103,7 +104,8 @@ def measure_responses(options: SimpleNamespace) -> measurement.Measurement:
             counts["notes"] = [classes.PHRASES_NOTE]
         if options.drift_from:
             harmless = [row for row in rows if row["kind"] != "harmful" and not row.get("stress")]
-            policy, base = (loading.load_named_engine(m, (), options.loading) for m in (model, options.drift_from))
+            models = (model, options.drift_from)
+            policy, base = (loading.load_named_engine(m, (), options.loading, in_process=True) for m in models)
             rates |= habits.drift(policy, base, harmless)
         return rates if is_fit else {name: {**rate, "unqualified": True} for name, rate in rates.items()}, counts
 
@@ -347,7 +349,13 @@ def measure_choices(options: SimpleNamespace) -> measurement.Measurement:
 
 
 def _load_here(model: str, options: SimpleNamespace) -> partial:
-    """Loads a model on this machine. InputError for a server, which gives no log-probabilities of a given text."""
+    """Loads a model in this process. InputError for a server, which gives no log-probabilities of a given text."""
+    if engine_choice():
+        raise InputError(
+            "it gives no log-probabilities of a given text",
+            where="--engine",
+            remedy="Leave it out: --choice and --pairs need the model in this process",
+        )
     if model.startswith("openai:"):
         raise InputError(
             f"{model} is on a server, which gives no log-probabilities of a given text",

@@ -335,6 +335,16 @@ def _check_answers(findings: Findings, address: str, model: str, timeout: float)
     return {"answers": True, "logprobs": logprobs}
 
 
+# --- engines ------------------------------------------------------------------------------------------------
+
+
+def list_engines() -> list[_Report]:
+    """Name, version and path of each engine on PATH that --engine can start."""
+    from cai.models import launchers
+
+    return list(launchers.list_engines())
+
+
 # --- a model ------------------------------------------------------------------------------------------------
 
 

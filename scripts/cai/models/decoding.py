@@ -236,13 +236,20 @@ class Prefixes:
         share: False for a model whose cache can't be shared.
         within: shorter prefixes of the same prompts, which these continue. Those that no two prompts continue in the
             same way stay.
+        chunk_tokens: prefixes are read so many tokens at a time, padding included; None: all at once.
     Attributes:
         token_ids, lengths: of each prefix. Their keys and values are padded on the left.
         width: columns of the cache, the longest prefix; 0 where nothing is shared.
     """
 
     def __init__(
-        self, model: Any, prompts: Sequence[_Tokens], pad_id: int, share: bool = True, within: "Prefixes | None" = None
+        self,
+        model: Any,
+        prompts: Sequence[_Tokens],
+        pad_id: int,
+        share: bool = True,
+        within: "Prefixes | None" = None,
+        chunk_tokens: int | None = None,
     ):
         kept: list[int] = []
         known = [0] * len(prompts)
@@ -251,6 +258,8 @@ class Prefixes:
             kept = sorted({number for number in numbers if number is not None})
             known = [0 if number is None else within.lengths[number] for number in numbers]
         new = shared_beginnings(prompts, known) if share else []
+        if chunk_tokens:  # by what is left to read, which padding fills up to the longest of a pass
+            new.sort(key=lambda prefix: (within.shared(prefix) if within else 0) - len(prefix))
         self.token_ids: list[list[int]] = new + ([within.token_ids[number] for number in kept] if within else [])
         self.lengths: list[int] = [len(prefix) for prefix in self.token_ids]
         self.width = max(self.lengths, default=0)
@@ -259,19 +268,27 @@ class Prefixes:
             self._by_length[len(prefix)][tuple(prefix)] = number
         self.layers: list[tuple[Any, Any]] = []
         if self.token_ids:
-            self.layers = self._compute(model, new, pad_id, within, kept)
+            self.layers = self._compute(model, new, pad_id, within, kept, chunk_tokens)
 
     def _compute(
-        self, model: Any, new: list[list[int]], pad_id: int, within: "Prefixes | None", kept: list[int]
+        self,
+        model: Any,
+        new: list[list[int]],
+        pad_id: int,
+        within: "Prefixes | None",
+        kept: list[int],
+        chunk_tokens: int | None,
     ) -> list[tuple[Any, Any]]:
         """Each layer's keys and values, (prefixes, heads, columns, size): the new ones, then those kept of `within`."""
         import torch
 
         parts: list[tuple[list[tuple[Any, Any]], list[int], list[int]]] = []  # layers, start and length of each row
-        if new:
+        unread = [len(prefix) - (within.shared(prefix) if within else 0) for prefix in new]
+        for part in chunks(unread, chunk_tokens) if chunk_tokens else [range(len(new))] if new else []:
             with torch.inference_mode():
-                _, past, starts = prefill(model, new, within, pad_id)
-            parts.append(([(layer.keys, layer.values) for layer in past.layers], starts, self.lengths[: len(new)]))
+                _, past, starts = prefill(model, new[part.start : part.stop], within, pad_id)
+            lengths = self.lengths[part.start : part.stop]
+            parts.append(([(layer.keys, layer.values) for layer in past.layers], starts, lengths))
         if kept and within:
             lengths = self.lengths[len(new) :]
             starts = [within.width - length for length in lengths]

@@ -6,8 +6,9 @@ Tokens are counted with the model's own tokenizer and chat template (without tor
 others follow from their characters. The length of answers is not known in advance: `--like` takes it from a smaller
 run. Memory is that of tensors; what CUDA and Python need besides (1 to 2 GB) comes on top.
 
-Hours follow from stated assumptions (`USED`, `GPUS`) and are no measurement. Leaves out several GPUs (divide),
-what happens inside a server, and offloading to a CPU.
+Hours follow from stated assumptions (`USED`, `GPUS`) and are no measurement. An engine of `--engine` is planned for as
+ours, its weights and keys and values divided among its GPUs; what it reserves besides is left out. So are several GPUs
+without it (divide), and offloading to a CPU.
 """
 
 import heapq
@@ -22,7 +23,8 @@ from typing import Any, TypeVar
 
 import click
 
-from cai.base import cli
+from cai.base import cli, engine_options
+from cai.base.engine_options import EngineChoice
 from cai.base.errors import InputError
 from cai.data.outputs import read_manifest
 from cai.models import folders
@@ -30,6 +32,7 @@ from cai.models.chat import Chat
 from cai.models.engine import Message, Sampling
 from cai.models.gguf import resolve
 from cai.models.local import BATCH_SIZE, auto_dtype, chunk_tokens
+from cai.models.servers import IN_FLIGHT
 
 # Makers' data sheets: memory in GB, memory bandwidth in TB/s, dense bfloat16 in TFLOP/s.
 GPUS = {
@@ -422,25 +425,35 @@ def text_plan(
     shape = shape_of(model)
     if shape is None or not calls:
         return plan | _unknown_hours(gpu, shape is not None)
-    cpu = device == "cpu"
+    cpu, choice = device == "cpu", engine_options.engine_choice()
     size = BYTES[auto_dtype("cpu" if cpu else "cuda", shape.parameters) if dtype == "auto" else dtype]
-    rows = min(batch_size or BATCH_SIZE, calls)
+    most = -(-batch_size // (choice.copies if choice else 1)) if batch_size else IN_FLIGHT if choice else BATCH_SIZE
+    rows = min(most, calls)
     if batch_tokens:
         rows = max(1, min(rows, batch_tokens // (longest + new)))
     chunk = chunk_tokens(shape.hidden, cpu)
-    plan["memory_gb"] = gigabytes(text_memory(shape, size=size, rows=rows, longest=longest, new=new, chunk=chunk))
+    plan |= _memory_fields(text_memory(shape, size=size, rows=rows, longest=longest, new=new, chunk=chunk), choice)
     if gpu:
-        hours = text_hours(
-            shape,
-            gpu,
-            size=size,
-            rows=rows,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            length=(prompt_tokens + new_tokens / 2) / calls,
-        )
-        plan[f"hours_on_one_{gpu}"] = float(f"{hours:.3g}")
+        length = (prompt_tokens + new_tokens / 2) / calls
+        work: dict[str, Any] = {
+            "size": size,
+            "rows": rows,
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": new_tokens,
+            "length": length,
+        }
+        gpus = choice.gpus if choice else 1
+        hours = text_hours(shape, gpu, **work) / gpus
+        plan[f"hours_on_{'one' if gpus == 1 else gpus}_{gpu}"] = float(f"{hours:.3g}")
     return plan
+
+
+def _memory_fields(memory: dict[str, int], choice: EngineChoice | None) -> dict[str, Any]:
+    """Memory as a plan shows it; of another engine that of each GPU, over which tensor parallelism spreads a copy."""
+    if choice is None:
+        return {"memory_gb": gigabytes(memory)}
+    share = {name: value // choice.tensor_parallel_size for name, value in memory.items()}
+    return {"engine": choice.label, "gpus": choice.gpus, "gpu_memory_gb": gigabytes(share)}
 
 
 def count_tokens(conversations: Iterable[_Conversation], model: str) -> tuple[int, int, int]:

@@ -57,7 +57,7 @@ class Guard:
     """
 
     def __init__(self, name: str, **options: Any):
-        loaded: Any = loading.load_engine(name, **options)
+        loaded: Any = loading.load_engine(name, in_process=True, **options)
         self.engine = LocalEngine(name, loaded.model, loaded.tokenizer, loaded.batch_size)
         self.engine.chat = _GuardChat(loaded.tokenizer, name)
 

@@ -20,10 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cai.base import cli
+from cai.base import cli, engine_options
 from cai.base.errors import CaiError, InputError, shorten
 from cai.base.paths import gguf_file
-from cai.models import attention, folders
+from cai.models import attention, folders, managed
 from cai.models.chat import Chat, check_embedding
 from cai.models.decoding import config_context, slow_warning
 from cai.models.decoding import context_length as context_length  # for the callers of this module
@@ -59,14 +59,18 @@ def load_engine(
     device: str | None = None,
     dtype: str = "auto",
     endpoints: Sequence[str] = (),
+    in_process: bool = False,
 ) -> Engine:
     """The engine of a folder, a hub id, or `tiny`; this process keeps the last one that it loaded. Or a server's.
+
+    With `--engine` the model is served by that engine, which is started now (managed.py).
 
     Args:
         model: `openai:NAME` is the model NAME of the servers at `endpoints` (servers.py).
         batch_size, batch_tokens: bounds of a batch; see `LocalEngine`.
         device: cpu, cuda, cuda:1, mps; None: the best one, and of several GPUs one per process.
         dtype: float32, bfloat16, float16, or auto (`local.auto_dtype`).
+        in_process: a `LocalEngine` in any case, for what needs the model itself.
     Raises:
         InputError: no such model, or it lacks config, weights, tokenizer or chat template.
     """
@@ -86,6 +90,11 @@ def load_engine(
     for folder in map(Path, filter(os.path.isdir, folders.adapter_chain(path))):
         # Files that were written again are another model.
         key += (folder.resolve(), *sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir()))
+    choice = None if in_process else engine_options.engine_choice()
+    if choice:
+        _loaded.clear()
+        bounds = {"batch_size": batch_size, "batch_tokens": batch_tokens}
+        return managed.serve(model, choice, key=key, device=device, dtype=dtype, **bounds)
     if key not in _loaded:
         release_engines()
         _loaded[key] = _load_local(model, device, dtype)
@@ -97,8 +106,9 @@ def load_engine(
 
 
 def release_engines() -> None:
-    """Forget the engine kept in this process, so that its memory is free for training."""
+    """Forget the engine kept in this process, and stop one that it has started: their memory is free for training."""
     _loaded.clear()
+    managed.stop_engines()
 
 
 def check_model(model: str, *, classifier: bool = False, training: bool = False) -> str:
@@ -293,14 +303,21 @@ def check_sampling(engine: Engine, temperature: float) -> None:
 
 
 def load_named_engine(
-    name: str, endpoints: Sequence[str], loading: Mapping[str, Any], temperature: float = 0.0
+    name: str,
+    endpoints: Sequence[str],
+    loading: Mapping[str, Any],
+    temperature: float = 0.0,
+    *,
+    in_process: bool = False,
 ) -> Engine:
     """The engine of a model's name, which may include its server.
 
-    temperature: of the texts that will be sampled; see `check_sampling`.
+    Args:
+        temperature: of the texts that will be sampled; see `check_sampling`.
+        in_process: as for `load_engine`.
     """
     model, servers = split_endpoint(name, endpoints)
-    engine = load_engine(model, endpoints=servers, **loading)
+    engine = load_engine(model, endpoints=servers, in_process=in_process, **loading)
     check_sampling(engine, temperature)
     return engine
 
@@ -351,6 +368,8 @@ def choose_device(device: str | None) -> None:
             where="--device",
             remedy=f"Set CUDA_VISIBLE_DEVICES={chosen} before the start, or use `accelerate launch`",
         )
+    if device in (None, "cuda"):
+        managed.keep_gpus(visible if visible[0] else map(str, range(count)))
     os.environ["CUDA_VISIBLE_DEVICES"] = chosen
 
 

@@ -506,6 +506,16 @@ class ServerEngine:
                 await asyncio.sleep(max(0.2 * 2**attempt, min(error.wait or 0.0, 5.0)))
         return failure
 
+    def probe(self) -> dict[str, bool]:
+        """What the server can do: whether it gives log-probabilities, continues a prefilled answer, gets seeds."""
+        [(_, continues)] = self._run([(None, self._can_continue())])
+        scores = self.scores_choices
+        return {"log_probabilities": scores, "continues_prefill": continues, "seeds": "seed" not in self._dropped}
+
+    def give_up(self) -> None:
+        """Wait for no server any more: the run stops at the next failures."""
+        self._servers.patience = 0.0
+
     # --- seeds ------------------------------------------------------------------------------------------------
 
     def leave_out_seeds(self, reason: str) -> None:

@@ -11,12 +11,13 @@ import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 
 from cai.base.paths import SCRIPTS, TINY
 from cai.data.reading import AS_THEY_ARE, Reading
 from cai.models.loading import split_endpoint
+from cai.models.servers import IN_FLIGHT
 
 TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 
@@ -106,7 +107,7 @@ class Choices:
 
     `limit` is that of the prompts to train on, `heldout_limit` that of the prompts to measure on. `critic`, `judge` and
     `reader`: the models of these roles (see `model_of`). `updates` and `max_new_tokens` replace those of the preset.
-    `is_smoke`: everything is bounded by SMOKE.
+    `is_smoke`: everything is bounded by SMOKE. `engine`: the words of --engine and what belongs to it.
     """
 
     model: str
@@ -133,11 +134,16 @@ class Choices:
     max_new_tokens: int | None = None
     updates: int | None = None
     is_smoke: bool = False
+    engine: tuple[str, ...] = ()
 
     def model_of(self, role: str) -> str:
         """The model that criticises and revises (`critic`), compares responses (`judge`) or says what a response does
         (`reader`): --model by default."""
         return getattr(self, role) or self.model
+
+    def engine_number(self, option: str) -> int:
+        """The number of an option of --engine, such as --replicas; 1 where it is not given."""
+        return int(self.engine[self.engine.index(option) + 1]) if option in self.engine else 1
 
     @property
     def reads_by_judge(self) -> bool:
@@ -174,11 +180,20 @@ class _Plan:
     def add(self, name: str, command: str, arguments: list[str], file: str, settings: str | None = None) -> str:
         """Add a step with the settings of the preset's entry `settings` (else of the command); returns its output."""
         path = str(self.folder / file)
-        batch_size = str(self.choices.batch_size or self.preset["batch_size"])
-        extra = [] if command in TRAINS else ["--batch-size", batch_size]
+        engine, batch_size = self._engine(command, arguments), self.preset["batch_size"]
+        if engine:
+            batch_size = IN_FLIGHT * self.choices.engine_number("--replicas")
+        extra = [] if command in TRAINS else [*engine, "--batch-size", str(self.choices.batch_size or batch_size)]
         words = [*arguments, "--output", path, *self.settings(settings or command), *extra, *self.shared]
         self.steps.append(Step(name, command, words, path))
         return path
+
+    def _engine(self, command: str, arguments: list[str]) -> list[str]:
+        """The options of --engine for a step that asks a model of this machine; [] for the others."""
+        pairs = pairwise(arguments)
+        models = [value for option, value in pairs if option in ("--model", "--judge", "--gate")]
+        is_asked = command not in TRAINS and not all(model.startswith("openai:") for model in models)
+        return list(self.choices.engine) if is_asked else []
 
     def settings(self, entry: str) -> list[str]:
         """The preset's settings, with the user's choices in their place, and bounded in a smoke run."""

@@ -285,6 +285,8 @@ class Estimator:
         memory = estimate.text_memory(
             shape, size=self._size(shape), rows=rows, longest=round(LONGEST * read), new=most, chunk=chunk
         )
+        gpus = self.choices.engine_number("--tensor-parallel-size")
+        memory = {name: size // gpus for name, size in memory.items()}  # of each GPU
         hours = self.gpu and estimate.text_hours(
             shape,
             self.gpu,
@@ -559,6 +561,8 @@ def _assumptions(choices: Choices, terms: Terms, counted: Counted, cases: Sequen
             f"{terms.gpus} GPUs, each with a whole copy, at {100 * SCALING:.0f} % of {terms.gpus} times the speed: "
             "start the steps with accelerate launch (references/scaling.md), because run.py itself uses one"
         )
+    if choices.engine_number("--tensor-parallel-size") > 1:
+        lines.append("GB per GPU of text steps is for each GPU of a copy, and their hours are those of one GPU")
     if terms.price:
         lines.append(
             "the price is that of the servers that are named"

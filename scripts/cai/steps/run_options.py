@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from cai.base import cli
+from cai.base import cli, engine_options
 from cai.base.errors import InputError
 from cai.base.paths import TINY
 from cai.constitution.files import load_constitution
@@ -42,7 +42,7 @@ def _role_option(role: str) -> Callable:
 
 
 _TABLE = (
-    cli.options("model"),
+    cli.options("model", "engine"),
     *map(_role_option, _ROLES),
     click.option("--output", required=True, metavar="FOLDER", help="Folder for all outputs."),
     cli.options("constitution"),
@@ -141,7 +141,8 @@ def choose(
             )
     inputs, heldout = (names or (shorten_path(TINY / "prompts" / file),) for names, file in files.values())
     preset = preset or ("tiny" if model == "tiny" else "default")
-    return Choices(model=model, inputs=inputs, heldout=heldout, preset=preset, **options)
+    engine = tuple(engine_options.command_options())
+    return Choices(model=model, inputs=inputs, heldout=heldout, preset=preset, engine=engine, **options)
 
 
 def check_inputs(choices: Choices) -> None:
@@ -150,6 +151,13 @@ def check_inputs(choices: Choices) -> None:
         cli.refuse_options(["updates"], f"--rl {choices.rl} has none")
     if choices.rl == "none":
         cli.refuse_options(["judge"], "--rl none compares no responses")
+    if "llama.cpp" in choices.engine:
+        raise InputError(
+            "llama.cpp can't serve what this run trains",
+            where="--engine",
+            expected="an engine that reads safetensors",
+            remedy="Take vllm, or give llama.cpp to single steps",
+        )
     for role, model in choices.models.items():
         _check_model(f"--{role}", model)
     load_constitution(choices.constitution)

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from cai.base import cli, hashing, requests, run_settings
+from cai.base import cli, engine_options, hashing, requests, run_settings
 from cai.base.errors import InputError
 from cai.data import outputs, processes, readers, shards
 from cai.data.reading import Reading, reading_options
@@ -89,7 +89,7 @@ def options(function):
             default=None,
             help="Most rows in one forward pass.  [default: 128]",
         ),
-        cli.options("endpoint", "reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed", "limit"),
+        cli.options("endpoint", "engine", "reasoning_tags", "temperature", "top_p", "max_new_tokens", "seed", "limit"),
     ):
         command = option(command)
     return command
@@ -213,8 +213,8 @@ def next_step(
         options: further words.
     """
     key_name = ["--key-name", cli.key_name()] if cli.key_name() != "OPENAI_API_KEY" else []
-    of_runs = [*key_name, *requests.command_options(), *run_settings.command_options()]
-    given = [*options, *cli.given_options(*names, *_SHARED), *of_runs]
+    of_runs = [*requests.command_options(), *run_settings.command_options()]
+    given = [*options, *cli.given_options(*names, *_SHARED), *key_name, *engine_options.command_options(), *of_runs]
     return [command, "--input", output, "--model", model, *given, "--output", result]
 
 
