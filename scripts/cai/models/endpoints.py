@@ -98,7 +98,7 @@ class EndpointsFile:
         return status.st_mtime_ns, status.st_size, status.st_ino
 
     def _read(self) -> tuple[list[str], list[InputError]]:
-        """(the addresses, each once; the errors of lines that are none)."""
+        """(the addresses, each once; the errors of the other lines)."""
         try:
             self._stamp = self._read_stamp()
             with open(self.path, encoding="utf-8", errors="replace") as file:
