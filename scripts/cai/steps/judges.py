@@ -74,16 +74,8 @@ def read_task(
     paths = [*inputs, *([against] if against else [])]
     kept = read_matches(principles, matches, model, rules, output, paths, settings)
     chooser = Chooser(rules, principles, settings.seed, kept)
-    question = judging.Question(
-        rules,
-        templates.load_template(template),
-        templates.load_template("preference_cot") if cot else None,
-        settings.sampling,
-        settings.seed,
-        templates.load_template(answer_template),
-        every=principles == "each",
-        most_examples=most_examples,
-        choose_principle=None if principles == "each" else lambda comparison: chooser.choose(_bare(comparison)),
+    question = make_question(
+        chooser, settings, template=template, answer_template=answer_template, most_examples=most_examples, cot=cot
     )
     comparisons, digests = pairs.read_comparisons(
         inputs, against, pairs_per_prompt, settings.seed, settings.limit, settings.reading, settings.shard
@@ -107,6 +99,31 @@ def read_task(
     return Task(comparisons, question, chooser, limits, paths, fingerprint)
 
 
+def make_question(
+    chooser: Chooser,
+    settings: SimpleNamespace,
+    *,
+    template: str,
+    answer_template: str,
+    most_examples: int | None,
+    cot: bool,
+    key: str = "id",
+) -> judging.Question:
+    """How comparisons are put to a judge. key: the field of a comparison that its principle is drawn by."""
+    each = chooser.mode == "each"
+    return judging.Question(
+        chooser.constitution,
+        templates.load_template(template),
+        templates.load_template("preference_cot") if cot else None,
+        settings.sampling,
+        settings.seed,
+        templates.load_template(answer_template),
+        every=each,
+        most_examples=most_examples,
+        choose_principle=None if each else lambda comparison: chooser.choose(_bare(comparison, key)),
+    )
+
+
 def read_limits(clamp: tuple[float, float] | None, default: tuple[float, float]) -> tuple[float, float]:
     """The limits of --clamp. Raises InputError for limits that favour one side."""
     low, high = clamp or default
@@ -119,9 +136,9 @@ def read_limits(clamp: tuple[float, float] | None, default: tuple[float, float])
     return low, high
 
 
-def _bare(comparison: Mapping[str, Any]) -> dict[str, Any]:
+def _bare(comparison: Mapping[str, Any], key: str = "id") -> dict[str, Any]:
     """What decides its principle: it may come from a file with fields of any other kind."""
-    return {name: comparison[name] for name in ("id", "prompt")}
+    return {"id": comparison[key], "prompt": comparison["prompt"]}
 
 
 def read_judges(names: Iterable[str], endpoints: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
