@@ -98,7 +98,7 @@ def read_request(body: bytes) -> list[Text]:
         labels, keys = (content.get(name) or [None] * size for name in ("labels", "ids"))
         fields = [queries, prompts, labels, keys]
         if not all(isinstance(each, list) and len(each) == size for each in fields) or not size:
-            raise ValueError("query, prompts, and labels and ids if given, are lists of the same length")
+            raise ValueError("lists that are empty or differ in length")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         expected = '{"query": [text, ...], "prompts": [text or messages, ...], "labels": [text, ...]}'
         raise RequestError(400, f"not a request for rewards ({shorten(repr(error))}); expected {expected}") from error
