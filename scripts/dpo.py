@@ -1,11 +1,12 @@
-"""Train a policy on preferences directly, without a reward model: DPO (arXiv 2305.18290), on TRL's DPOTrainer.
+"""Train a policy on preferences directly, without a reward model: DPO (arXiv 2305.18290) on TRL's trainer, IPO, SimPO.
 
     python scripts/dpo.py --input preferences.jsonl --model runs/sft --output runs/dpo
 
 Each pair is trained to the judge's own probability, p_chosen: −p·log σ(βd) − (1−p)·log σ(−βd), where d is by
 how much more the policy has come to prefer the chosen response than the reference does. TRL's loss is the case
-p = 1. With --holdout, `holdout.json` tells what the policy prefers on held-out pairs, and `holdout.jsonl` has them, for
-evaluate.py --pairs. Leaves out TRL's other losses, and pairs that the judge could not decide.
+p = 1. --loss takes that of IPO or SimPO instead (`pair_losses` in cai/train/dpo.py). With --holdout, `holdout.json`
+tells what the policy prefers on held-out pairs, and `holdout.jsonl` has them, for evaluate.py --pairs. Leaves out
+TRL's other losses, and pairs that the judge could not decide.
 """
 
 import click
@@ -27,8 +28,20 @@ from cai.train.arguments import ABOVE_0, labels_option, training_options
 )
 @labels_option
 @click.option(
-    "--beta", type=ABOVE_0, default=0.1, show_default=True, help="How strongly the policy is kept near the reference."
+    "--loss",
+    type=click.Choice(list(dpo.BETAS)),
+    default="sigmoid",
+    show_default=True,
+    help="sigmoid: DPO's; ipo: a squared one with a goal, per token; simpo: without a reference, per token.",
 )
+@click.option(
+    "--beta",
+    type=ABOVE_0,
+    default=None,
+    help="How strongly the policy is kept near the reference; of simpo the scale of its margin.  "
+    "[default: 0.1; with simpo 2]",
+)
+@click.option("--target-margin", type=ABOVE_0, default=None, help="With --loss simpo: its γ.  [default: 1]")
 @click.option(
     "--holdout",
     type=click.FloatRange(0, 1, max_open=True),
@@ -45,6 +58,7 @@ def main(options):
       python scripts/dpo.py --input preferences.jsonl --model runs/sft \\
           --output runs/dpo --learning-rate 1e-5
     """
+    loss, losses = dpo.choose_loss(options.loss, options.beta, options.target_margin)
     reference_name = options.ref_model or options.model
     loading.check_model(options.model, training=True)
     loading.check_model(reference_name)
@@ -60,7 +74,7 @@ def main(options):
             "ref_model": hashing.identity(reference_name),
             "input": digest,
             "labels": options.labels,
-            "beta": options.beta,
+            **loss,
             **({"holdout": options.holdout} if options.holdout else {}),
             **common.identify_options(options),
         },
@@ -85,9 +99,8 @@ def main(options):
         reference = run.load_policy(name, dropout=False)
         dpo.check_vocabulary(reference, policy, name)
     with run.folder:
-        trainer = dpo.make_trainer(
-            policy, reference, chat.tokenizer, rows, run.arguments(beta=options.beta), options.output, run.adapters()
-        )
+        arguments, adapters = run.arguments(beta=loss["beta"]), run.adapters()
+        trainer = dpo.make_trainer(policy, reference, chat.tokenizer, rows, arguments, options.output, adapters, losses)
         counts |= run.train(trainer)
         logps = dpo.score_pairs(trainer, [row for _, row in tests])
         common.save_trained(trainer, chat.tokenizer, options.output)

@@ -8,6 +8,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import click
 import conftest
 import models
 import pytest
@@ -45,7 +46,7 @@ def written(tmp_path, rows):
     return path
 
 
-def trainer(tmp_path, pairs, *, family="qwen", beta=0.5, apart=False, adapters=None, **settings):
+def trainer(tmp_path, pairs, *, family="qwen", beta=0.5, apart=False, adapters=None, losses=None, **settings):
     """A trainer over the pairs, in their order. apart: from a reference with other weights."""
     path = str(models.folder(family))
     chat = loading.load_chat(path)
@@ -56,7 +57,7 @@ def trainer(tmp_path, pairs, *, family="qwen", beta=0.5, apart=False, adapters=N
     arguments = common.trainer_arguments(
         tmp_path, **{"learning_rate": 1e-3, "batch_size": len(rows), "device": "cpu", "beta": beta, **settings}
     )
-    return dpo.make_trainer(policy, reference, chat.tokenizer, rows, arguments, tmp_path, adapters), rows
+    return dpo.make_trainer(policy, reference, chat.tokenizer, rows, arguments, tmp_path, adapters, losses), rows
 
 
 def sigmoid(x):
@@ -105,6 +106,33 @@ def test_the_loss_worked_by_hand(tmp_path):
     assert loss == pytest.approx(by_hand, rel=1e-4)
     hard = sum(-math.log(sigmoid(margin)) for margin in margins) / 4
     assert abs(loss - hard) > 0.05
+
+
+@pytest.mark.parametrize("loss", ["ipo", "simpo"])
+def test_losses_per_token_worked_by_hand(tmp_path, loss):
+    import torch
+
+    targets = [0.75, 0.5, 1.0, 0.1]
+    pairs = [pair(n, chosen="No. " * (n + 1), p=p) for n, p in enumerate(targets)]
+    # As the command calls it, whose command line has no option without effect.
+    with click.Context(click.Command("dpo")):
+        _, losses = dpo.choose_loss(loss, 0.7, 0.4 if loss == "simpo" else None)
+    made, rows = trainer(tmp_path, pairs, beta=0.7, apart=True, losses=losses)
+    with torch.no_grad():
+        batch = dict(next(iter(made.get_train_dataloader())))
+        value = made.compute_loss(made.model, batch).item()
+        by_hand = 0
+        for row, p in zip(rows, targets, strict=True):
+            d = 0
+            for side, sign in (("chosen_ids", 1), ("rejected_ids", -1)):
+                ratio = log_probability(made.model, row, side)
+                ratio -= log_probability(made.ref_model, row, side) if loss == "ipo" else 0
+                d += sign * ratio / len(row[side])
+            if loss == "ipo":
+                by_hand += (p * (d - 1 / 1.4) ** 2 + (1 - p) * (d + 1 / 1.4) ** 2) / 4
+            else:
+                by_hand -= (p * math.log(sigmoid(0.7 * d - 0.4)) + (1 - p) * math.log(sigmoid(-0.7 * d - 0.4))) / 4
+    assert value == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_with_adapters_the_reference_is_the_policy_without_them(tmp_path):
@@ -394,6 +422,19 @@ def test_killed_and_started_again_it_ends_as_if_it_had_not_been(invoke, tmp_path
         for name in ("killed", "whole")
     ]
     assert steps[0] == steps[1]
+
+
+@pytest.mark.slow
+def test_other_losses_are_trained_by_the_command(invoke, tmp_path):
+    path, model = many(tmp_path, 12), models.folder("qwen")
+    line = ["--input", path, "--model", model, *FAST]
+    for loss in ("ipo", "simpo"):
+        result = invoke("dpo", *line, "--output", tmp_path / loss, "--loss", loss)
+        assert result.exit_code == 0, result.output
+    other = invoke("dpo", *line, "--output", tmp_path / "simpo", "--loss", "simpo", "--target-margin", 0.5)
+    assert other.exit_code == 2 and "target_margin" in other.stderr  # another run's output
+    refused = invoke("dpo", *line, "--output", tmp_path / "x", "--target-margin", 0.5)
+    assert refused.exit_code == 2 and "only --loss simpo has it" in refused.stderr
 
 
 @pytest.mark.slow

@@ -248,6 +248,7 @@ def test_the_whole_method_runs_on_prompts_that_carry_pairs(invoke, tmp_path):
     pairs = [{"chosen": transcript(q, "Push it."), "rejected": transcript(q, "Why?")} for q in questions]
     write_jsonl(tmp_path / "prompts.jsonl", pairs)
     result = invoke("run", "--model", "tiny", "--input", tmp_path / "prompts.jsonl", "--limit", "8", "--rounds", "1",
+                    "--heldout-limit", "16",
                     "--rl", "dpo", "--output", tmp_path / "run")  # fmt: skip
     assert result.exit_code == 0, result.output
     [preferences] = (tmp_path / "run").glob("*-preferences.jsonl")

@@ -136,6 +136,12 @@ def test_a_reader_that_does_not_read_is_unfit(rule, orders):
     assert bias["n"] == (20 if orders == 1 else 174)
 
 
+def test_a_reader_that_is_right_in_one_order_of_five_is_unfit():
+    result = qualify("reader", knows_one_order, orders=5)
+    assert not result["fit"] and result["accuracy"]["low"] > result["best_baseline"]["value"]
+    assert result["reasons"] == ["it goes by letters more than by what they stand for: letter bias 0.58"]
+
+
 @pytest.mark.parametrize(("rule", "position"), [(guesses, (0.3, 0.7)), (says_a, (1, 1)), (knows_one_order, (0.3, 0.7))])
 def test_a_judge_that_guesses_or_goes_by_position_is_unfit(rule, position):
     result = qualify("judge", rule)

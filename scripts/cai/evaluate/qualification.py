@@ -44,6 +44,8 @@ LEAST_MASS = 0.5
 
 MOST_SAME_POSITION = 0.3
 
+MOST_LETTER_BIAS = 0.3  # of a reader; for the two options of the others the same position says it
+
 # Critiques are short. Where nothing is left of one, the model was still reasoning, and is asked again with more room.
 CRITIQUE_TOKENS, REASONING_TOKENS = 128, 2048
 
@@ -141,6 +143,9 @@ def _find_reasons(figures: Mapping[str, Any]) -> list[str]:
         reasons.append(f"it would rather not answer with a label: the labels have {mass:.0%} of its probability")
     if (figures["same_position"]["value"] or 0) > MOST_SAME_POSITION:
         reasons.append(f"it prefers the same position in {tables.show(figures['same_position'])} of pairs")
+    bias = figures["letter_bias"]
+    if figures["same_position"]["value"] is None and bias and (bias["low"] or 0) > MOST_LETTER_BIAS:
+        reasons.append(f"it goes by letters more than by what they stand for: letter bias {bias['value']:.2f}")
     return reasons
 
 
@@ -435,6 +440,7 @@ def qualify(
         "endpoints": list(endpoints),
         **engine_options.identify(),
         "dtype": dtype,
+        "thresholds": [LEAST_MASS, MOST_SAME_POSITION, MOST_LETTER_BIAS],
         "rows": sha256_text(json.dumps(rows, sort_keys=True)),
         **task.settings(),
     }

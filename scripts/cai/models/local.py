@@ -275,7 +275,8 @@ class LocalEngine:
 
     @property
     def _chunk_tokens(self) -> int:
-        return chunk_tokens(self.model.config.get_text_config().hidden_size, self.model.device.type == "cpu")
+        hidden = getattr(self.model.config.get_text_config(), "hidden_size", 1)
+        return chunk_tokens(hidden, self.model.device.type == "cpu")
 
     @property
     def _prefix_tokens(self) -> int | None:

@@ -8,7 +8,9 @@ Leaves out sampled text, which evaluate.py --pairs adds to the figures on the he
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cai.base import cli, files
 from cai.base.errors import InputError
@@ -17,6 +19,11 @@ from cai.models import loading
 from cai.models.chat import encode
 from cai.stats import preference, tables
 from cai.train import common, microbatches
+
+# {loss: beta by default}: that of each paper.
+BETAS = {"sigmoid": 0.1, "ipo": 0.1, "simpo": 2.0}
+
+TARGET_MARGIN = 1.0  # SimPO's gamma by default; its paper's are 0.3 to 1.6
 
 # What the summary shows of `preference.figures`; all of it is in holdout.json.
 SUMMARY = ("relative", "logp_margin", "outright", "outright_reference", "outright_change", "longer")
@@ -54,11 +61,51 @@ def row_length(row: dict) -> int:
     return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
-def make_trainer(policy, reference, tokenizer, rows: list[dict], arguments: dict, output: str, adapters=None):
+def pair_losses(loss: str, p, policy, reference, tokens, beta: float, target_margin: float):
+    """The loss (pairs,) of each pair under IPO or SimPO, with the soft label p as the weight of its two directions.
+
+    ipo (arXiv 2310.12036, eq. 17, per token as in TRL): p·(h − 1/2β)² + (1−p)·(h + 1/2β)², where h is the difference
+    of the log-ratios to the reference. simpo (arXiv 2405.14734, eq. 6): −p·log σ(z − γ) − (1−p)·log σ(−z − γ), where z
+    is β times the difference of the policy's log-probabilities per token; it has no reference.
+
+    Args:
+        p: (pairs,). policy, reference: log-probabilities (2 · pairs,), the chosen ones first. tokens: (2 · pairs,).
+        target_margin: γ.
+    """
+    from torch.nn.functional import logsigmoid
+
+    relative = policy if loss == "simpo" else policy - reference
+    chosen, rejected = (relative / tokens.clamp(min=1)).chunk(2)
+    if loss == "ipo":
+        goal = 1 / (2 * beta)
+        return p * (chosen - rejected - goal) ** 2 + (1 - p) * (chosen - rejected + goal) ** 2
+    z = beta * (chosen - rejected)
+    return -p * logsigmoid(z - target_margin) - (1 - p) * logsigmoid(-z - target_margin)
+
+
+def choose_loss(loss: str, beta: float | None, target_margin: float | None) -> tuple[dict, Any]:
+    """(what identifies the loss, `pair_losses` with its settings), or None in place of it for "sigmoid".
+
+    beta, target_margin: None for the default of the loss. Raises UsageError for a margin of a loss without one.
+    """
+    if loss != "simpo":
+        cli.refuse_options(["target_margin"], "only --loss simpo has it")
+    settings = {"beta": beta or BETAS[loss]}
+    if loss == "sigmoid":
+        return settings, None
+    margin = target_margin or TARGET_MARGIN
+    named = {**settings, "loss": loss, **({"target_margin": margin} if loss == "simpo" else {})}
+    return named, partial(pair_losses, loss, target_margin=margin, **settings)
+
+
+def make_trainer(
+    policy, reference, tokenizer, rows: list[dict], arguments: dict, output: str, adapters=None, losses=None
+):
     """TRL's DPOTrainer with the soft-label loss, over rows of `tokenize` in their order.
 
     Args:
-        reference: a frozen model, or None for the policy with its adapters off.
+        reference: a frozen model, or None for the policy with its adapters off; for SimPO it is in the figures only.
+        losses: of `choose_loss`; None for DPO's own.
     """
     import torch
     from datasets import Dataset
@@ -73,9 +120,12 @@ def make_trainer(policy, reference, tokenizer, rows: list[dict], arguments: dict
             # Taken by name, so that a lost label is an error and not the hard loss.
             p = inputs.pop("p_chosen")
             hard, (of_policy, of_reference) = self.compute_logps(model, inputs, num_items_in_batch)
-            chosen, rejected = (of_policy - of_reference).chunk(2)
-            # −p·log σ(βd) − (1−p)·log σ(−βd)  =  −log σ(βd) + (1−p)·βd, and TRL's loss is the first term.
-            loss = hard + ((1 - p) * self.beta * (chosen - rejected)).mean()
+            if losses is None:
+                chosen, rejected = (of_policy - of_reference).chunk(2)
+                # −p·log σ(βd) − (1−p)·log σ(−βd)  =  −log σ(βd) + (1−p)·βd, and TRL's loss is the first term.
+                loss = hard + ((1 - p) * self.beta * (chosen - rejected)).mean()
+            else:
+                loss = losses(p, of_policy, of_reference, inputs["completion_mask"][:, 1:].sum(1)).mean()
             if not torch.isfinite(loss):
                 raise common.describe_not_finite(self, "the loss is")
             return loss
@@ -104,7 +154,7 @@ def make_trainer(policy, reference, tokenizer, rows: list[dict], arguments: dict
         train_dataset=Dataset.from_list(rows),
         peft_config=adapters,
         data_collator=common.soft_label_collator(DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)),
-        # Every column is used: by default, Trainer drops those that the model does not know by name.
+        # Trainer would drop the columns that the model does not know by name.
         args=DPOConfig(**arguments, max_length=None, remove_unused_columns=False),
         callbacks=[common.MetricsLog(output, "dpo")],
     )
