@@ -188,7 +188,7 @@ def main(requests, clients, model):
         options = ["--model", model, "--constitution", "harmlessness", "--dtype", "float32"]
         result = measure(Path(folder), requests, clients, options)
     print(json.dumps(result))
-    if result["failed"] or result["answered"] != requests or result["largest_difference"] > 1e-6:
+    if result["failed"] or result["answered"] != requests or result["largest_difference"] > 5e-6:
         sys.exit("the service does not give what judge.py gives")
 
 
