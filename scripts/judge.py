@@ -124,18 +124,13 @@ def main(
       python scripts/judge.py --input samples.jsonl --model tiny \\
           --constitution harmlessness --output preferences.jsonl
     """
-    if address:
-        serving.serve(address, model, settings, task_options)
+    if serving.answer_requests(address, output, model, settings, task_options):
         return
-    if not output:
-        raise click.UsageError("Missing option '--output'.")
     verdicts.check_files(inputs, verdict_files)
     if verdict_files:
-        take_verdicts(inputs, verdict_files, verdict_fields, output, combine, audit_path, settings, task_options)
-        return
+        return take_verdicts(inputs, verdict_files, verdict_fields, output, combine, audit_path, settings, task_options)
     if prefer_input:
-        prefer(inputs, output, task_options["against"], task_options["pairs_per_prompt"], settings)
-        return
+        return prefer(inputs, output, task_options["against"], task_options["pairs_per_prompt"], settings)
     if not task_options["cot"]:
         cli.refuse_options(["like"], "without --cot a judge writes no answers")
     servers = judges.read_judges([model, *judge] if model else judge, settings.endpoints)
@@ -153,8 +148,7 @@ def main(
     audit.check_path(audit_path, [*inputs, output, *(judge_output.path for judge_output in outputs.values())])
     summary = {"command": "judge", "output": output}
     if settings.dry_run:
-        cli.finish({**summary, **judges.plan_judges(task, outputs, settings.plan)}, as_json=settings.as_json)
-        return
+        return cli.finish({**summary, **judges.plan_judges(task, outputs, settings.plan)}, as_json=settings.as_json)
     if team.tell(final.complete):
         cli.note(f"{output} is done already; --overwrite makes it again")
     else:

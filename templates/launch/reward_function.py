@@ -27,7 +27,7 @@ def request_rewards(queries, prompts, labels=None, ids=None):
         queries: where the prompt is text, prompt and response together; where it is messages, the response alone.
         prompts: texts in a chat template (ChatML, Llama 3, Gemma), or lists of messages.
         labels: reference responses that a judge compares with; None: those of the service's --against.
-        ids: decide which principle a judge draws; by default the texts do.
+        ids: decide which principle is drawn; by default the texts do.
     Raises:
         RuntimeError: the service refused the request, or did not answer.
     """

@@ -43,7 +43,7 @@ GATHER = 0.005  # seconds to wait for further requests of a batch
 
 _ROLES = {"model": "assistant"}
 
-# Conversations as chat templates render them: a turn of ChatML, Llama 3 and Gemma, and what may stand around the turns.
+# Conversations as chat templates render them: a turn of ChatML, Llama 3 and Gemma, and what comes around the turns.
 _TURNS = (
     re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*?)<\|im_end\|>\n?", re.DOTALL),
     re.compile(r"<\|start_header_id\|>(system|user|assistant)<\|end_header_id\|>\n\n(.*?)<\|eot_id\|>", re.DOTALL),

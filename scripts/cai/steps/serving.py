@@ -133,6 +133,17 @@ def read_references(path: str | None, reading: Any) -> dict[str, str]:
     return references
 
 
+def answer_requests(
+    address: str | None, output: str | None, model: str | None, settings: Any, options: Mapping[str, Any]
+) -> bool:
+    """`serve` with --serve. Returns whether it was given; without it there has to be an output."""
+    if address:
+        serve(address, model, settings, options)
+    elif not output:
+        raise click.UsageError("Missing option '--output'.")
+    return bool(address)
+
+
 def serve(address: str, model: str | None, settings: Any, options: Mapping[str, Any]) -> None:
     """judge.py --serve: load the model, answer requests until Ctrl-C or SIGTERM, and print the counts."""
     if model is None:
