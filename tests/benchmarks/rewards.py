@@ -106,7 +106,8 @@ def write_pairs(path: Path, count: int) -> list[dict]:
 
 def break_off(port: int, row: dict, in_the_middle: bool) -> None:
     """Send a request, or half of it, and close the connection."""
-    body = json.dumps({"query": [row["response_a"]], "prompts": [row["prompt"]], "labels": [row["response_b"]]})
+    prompt = [{"role": "user", "content": row["prompt"]}]
+    body = json.dumps({"query": [row["response_a"]], "prompts": [prompt], "labels": [row["response_b"]]})
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.putrequest("POST", "/get_reward")
@@ -160,12 +161,14 @@ def measure(folder: Path, requests: int, clients: int, options: list, kill: bool
                 is_killed = True
                 service.kill()
                 service.start()
-                memory.clear()
+                memory.clear()  # of a process that is gone
             time.sleep(0.1)
         seconds = time.monotonic() - began
         last = service.memory_mb
         summary = service.stop()
-    warm = next((mb for count, mb in memory if count > 0.6 * requests), last)
+    memory_mb = {}
+    for percent in (20, 40, 60, 80):
+        memory_mb |= next(({f"{percent} %": round(mb)} for count, mb in memory if count > percent / 100 * requests), {})
     return {
         "requests": requests,
         "clients": clients,
@@ -174,7 +177,7 @@ def measure(folder: Path, requests: int, clients: int, options: list, kill: bool
         "largest_difference": max(abs(rewards[row_id] - expected[row_id]) for row_id in rewards) if rewards else None,
         "answered": len(rewards),
         "requests_per_s": round(requests / seconds, 1),
-        "memory_mb": [round(warm, 1), round(last, 1)],
+        "memory_mb": {**memory_mb, "100 %": round(last)},
         "summary": summary,
     }
 
@@ -183,10 +186,11 @@ def measure(folder: Path, requests: int, clients: int, options: list, kill: bool
 @click.option("--requests", default=2000, show_default=True)
 @click.option("--clients", default=32, show_default=True)
 @click.option("--model", default="tiny", show_default=True)
-def main(requests, clients, model):
+@click.option("--no-kill", is_flag=True, help="Let one process answer them all, to see its memory.")
+def main(requests, clients, model, no_kill):
     with tempfile.TemporaryDirectory() as folder:
         options = ["--model", model, "--constitution", "harmlessness", "--dtype", "float32"]
-        result = measure(Path(folder), requests, clients, options)
+        result = measure(Path(folder), requests, clients, options, kill=not no_kill)
     print(json.dumps(result))
     if result["failed"] or result["answered"] != requests or result["largest_difference"] > 5e-6:
         sys.exit("the service does not give what judge.py gives")
