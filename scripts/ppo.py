@@ -17,7 +17,7 @@ from cai.base import cli, hashing
 from cai.base.errors import InputError
 from cai.data import dialogue, sources
 from cai.models import loading, local
-from cai.train import alarms, arguments, common, prompts, rewards, selection, updates
+from cai.train import alarms, arguments, common, handover, prompts, rewards, selection, updates
 
 
 @click.command(cls=cli.Command)
@@ -161,15 +161,23 @@ def identify(options, source: sources.Source, settings, weights: dict[str, float
 
 def plan(options, settings, weights: dict[str, float], source: sources.Source) -> dict:
     """What --dry-run reports."""
-    reward_models = [spec for spec in weights if not rewards.is_function(spec)]
-    return updates.plan(
+    (_, *value_model), frozen = models(options, weights)
+    figures = updates.plan(
         options,
         settings,
         [dialogue.as_messages(row["prompt"]) for row in source],
         sampled=settings.generation_batch_size,
-        value_model=None if options.value_head else reward_models[0],
-        frozen=[*reward_models, *([options.ref_model or options.model] if has_reference(options) else [])],
+        value_model=value_model[0] if value_model else None,
+        frozen=frozen,
     )
+    return {**figures, **handover.plan(options, *models(options, weights))}
+
+
+def models(options, weights: dict[str, float]) -> tuple[list[str], list[str]]:
+    """(the models that are trained, the policy first; those that are not) of a run."""
+    reward_models = [spec for spec in weights if not rewards.is_function(spec)]
+    references = [options.ref_model or options.model] if has_reference(options) else []
+    return [options.model, *([] if options.value_head else reward_models[:1])], [*reward_models, *references]
 
 
 def has_reference(options) -> bool:
@@ -188,6 +196,7 @@ def load(run: common.TrainingRun, settings, weights: dict[str, float], rows: lis
     from cai.train.ppo import PolicyAndValue
 
     options = run.options
+    handover.check(options, *models(options, weights))
     set_seed(settings.seed)  # of the adapters
     chat = loading.load_chat(options.model)
     if options.ref_model:

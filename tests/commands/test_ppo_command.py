@@ -1,6 +1,7 @@
 """scripts/ppo.py: what it writes, what it refuses, and how it goes on."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -397,3 +398,65 @@ def test_two_processes_train_as_one_does(invoke, common, tmp_path):
         assert one[name] == pytest.approx(two[name], abs=1e-5)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     assert all((weights[0][name] - weights[1][name]).abs().max() < 1e-5 for name in weights[0])
+
+
+# --- models that do not fit on one GPU -------------------------------------------------------------------------------
+
+
+def write_large(where, billions):
+    """A policy whose files say that it has so many parameters: a sparse file holds their zeros."""
+    folder = models.copy("llama", where)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_hidden_layers": 80, "intermediate_size": 28672}
+    (folder / "config.json").write_text(json.dumps(config))
+    size = int(billions * 10**9) * 2
+    header = json.dumps({"filler": {"dtype": "BF16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
+    with open(folder / "filler.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    return folder
+
+
+def hand_over(invoke, common, policy, *more):
+    line = [policy if part == models.folder("llama") else part for part in common]
+    result = invoke("ppo", *line, "--dry-run", "--gpu", "h100", "--json", *more)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout).get("hand_over")
+
+
+@pytest.mark.parametrize("billions, engine, nodes", [(70, "openrlhf", 3), (140, "verl", 6)])
+def test_a_dry_run_names_the_engine_for_a_model_that_fits_on_no_gpu(
+    invoke, common, prompts, reward_model, tmp_path, billions, engine, nodes
+):
+    policy = write_large(tmp_path / "large", billions)
+    line = shlex.split(hand_over(invoke, common, policy))
+    assert line[:6] == ["python", "scripts/export.py", "--to", engine, "--stage", "ppo"]
+    options = dict(zip(line[6::2], line[7::2], strict=True))
+    assert options == {
+        "--input": str(prompts),
+        "--model": str(policy),
+        "--reward-model": str(reward_model),
+        "--nodes": str(nodes),
+        "--output": f"{tmp_path / 'policy'}-{engine}",
+    }
+
+
+def test_a_model_that_fits_is_handed_to_nobody(invoke, common, tmp_path):
+    assert hand_over(invoke, common, models.folder("llama")) is None
+    # 4 bytes of weights, 4 of gradients and 8 of the optimizer per parameter, and 2 of the reference.
+    assert hand_over(invoke, common, write_large(tmp_path / "fits", 4.4)) is None
+    assert hand_over(invoke, common, write_large(tmp_path / "does-not", 4.5)) is not None
+    # A frozen base takes two bytes; bfloat16 alone half of all that is trained.
+    assert hand_over(invoke, common, write_large(tmp_path / "lora", 30), "--lora") is None
+    assert hand_over(invoke, common, write_large(tmp_path / "half", 7), "--dtype", "bfloat16") is None
+
+
+def test_a_launcher_that_shards_is_refused_with_the_command_before_anything_is_loaded(
+    invoke, common, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    line = [write_large(tmp_path / "large", 70) if part == models.folder("llama") else part for part in common]
+    result = invoke("ppo", *line)
+    assert result.exit_code == 2 and "does not run under FSDP or DeepSpeed" in result.stderr
+    assert "scripts/export.py --to openrlhf --stage ppo" in result.stderr
+    assert not (tmp_path / "policy").exists()

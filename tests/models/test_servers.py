@@ -20,6 +20,7 @@ from small_server import SmallServer
 
 from cai.base.errors import CaiError, InputError
 from cai.base.paths import TINY
+from cai.data.outputs import read_manifest
 from cai.models import server_answers, servers, transport
 from cai.models.chat import break_up
 from cai.models.endpoints import check_endpoints
@@ -268,7 +269,10 @@ def test_every_row_once_and_in_order_through_a_faulty_proxy(address, prompts, gr
     assert result.exit_code == 0, result.stderr
     assert [row["id"] for row in read(output)] == [f"p{n}/0" for n in range(ROWS)]
     assert {row["id"]: row["response"] for row in read(output)} == greedy
-    assert set(FAULTS) <= proxy.counts.keys() and proxy.counts["most"] == 64
+    assert set(FAULTS) <= proxy.counts.keys()
+    # On a busy machine requests may be given up, and the proxy still works at them beside their successors.
+    given_up = read_manifest(output)["counts"]["requests"]["silent"]
+    assert 64 <= proxy.counts["most"] <= 64 + given_up
 
 
 @pytest.mark.slow

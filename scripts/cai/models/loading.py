@@ -183,7 +183,7 @@ def load_weights(auto_class: Any, name: str, dtype: str, *, new_head: bool = Fal
         return _merge_adapter(body, path)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    with _explain_errors(name), _quiet_report() if new_head else nullcontext():
+    with _explain_errors(name), _quiet_report() if new_head else nullcontext(), _load_whole():
         model, info = auto_class.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
@@ -203,6 +203,23 @@ def load_weights(auto_class: Any, name: str, dtype: str, *, new_head: bool = Fal
     if (file := gguf_file(name)) is not None:
         model.name_or_path = str(file.resolve())  # what an adapter names as its base: a cache may be cleared
     return model
+
+
+@contextmanager
+def _load_whole() -> Iterator[None]:
+    """Load whole weights also where DeepSpeed's ZeRO-3 is configured already: transformers would shard them at once.
+
+    The trainer shards the models that it trains. A reward model, a judge, and an adapter that the first process merges
+    alone have no trainer, and their shards would be of no use.
+    """
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 @contextmanager
@@ -342,6 +359,17 @@ def best_device(device: str | None) -> str:
     return "cpu" if on_cpu(device) else device or str(torch.accelerator.current_accelerator().type)
 
 
+def device_memory(device: str | None) -> int | None:
+    """Bytes of memory of the GPU that this process trains on; None on a CPU, or where it is not known."""
+    import torch
+
+    if on_cpu(device) or not torch.cuda.is_available():
+        return None
+    # `choose_device` leaves one GPU visible, a launcher one per process.
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    return int(torch.cuda.get_device_properties(index).total_memory)
+
+
 def choose_device(device: str | None) -> None:
     """Make only one GPU visible to this process; several GPUs need a launcher, one process each.
 
@@ -475,7 +503,8 @@ def _load_scorer(path: str, dtype: str, config: Any) -> Any:
             )
         return _merge_adapter(_load_scorer(base, dtype, config), path)
     language_model = load_weights(AutoModelForCausalLM, path, dtype, config=_config(path, dropout=False))
-    model = AutoModelForSequenceClassification.from_config(config, dtype=language_model.dtype)
+    with _load_whole():
+        model = AutoModelForSequenceClassification.from_config(config, dtype=language_model.dtype)
     body = getattr(language_model, language_model.base_model_prefix)
     getattr(model, model.base_model_prefix).load_state_dict(body.state_dict())
     model.name_or_path = model.config._name_or_path = path

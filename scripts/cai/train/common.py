@@ -419,6 +419,22 @@ def run_trainer(trainer, output: str | Path):
     return trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
 
+def make_state_folders(trainer_class: type) -> type:
+    """The trainer's class, which makes the folder of a state before anything is saved in it.
+
+    Trainer takes a state for the best only if its folder is there, and makes that of a sharded state later: processes
+    would disagree on the best state, and wait for each other forever.
+    """
+
+    class FolderTrainer(trainer_class):  # type: ignore[misc, valid-type]
+        def save_model(self, output_dir=None, _internal_call=False):
+            Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            super().save_model(output_dir, _internal_call)
+
+    FolderTrainer.__name__ = trainer_class.__name__
+    return FolderTrainer
+
+
 def last_state(states: str | Path) -> Path | None:
     """The newest complete saved state in the folder, or None.
 

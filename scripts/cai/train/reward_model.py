@@ -216,7 +216,7 @@ def make_trainer(
     arguments = {**arguments, **decide_evaluations(eval_steps, patience)}
     longest = max(len(ids) for row in rows for ids in (row["chosen_ids"], row["rejected_ids"]))
     tokens, arguments = microbatches.choose_bound(model, arguments, longest=2 * longest, adapters=adapters)
-    return microbatches.bound_batches(SoftRewardTrainer, tokens, sides=2)(
+    return microbatches.bound_batches(common.make_state_folders(SoftRewardTrainer), tokens, sides=2)(
         model=model,
         processing_class=tokenizer,
         peft_config=adapters,
