@@ -13,7 +13,11 @@ import click
 from cai.base import cli, hashing
 from cai.data import preferences
 from cai.models import loading
+from cai.models.chat import ENDINGS
 from cai.train import arguments, common, reward_model
+
+# Options that decide the weights, beside those that all training commands have.
+IDENTIFYING = ("labels", "default_label", "min_margin", "holdout", "eval_steps", "patience", "center")
 
 
 @click.command(cls=cli.Command)
@@ -66,6 +70,15 @@ from cai.train import arguments, common, reward_model
     show_default=True,
     help="Weight of a penalty that keeps the scores near 0; 0.01 is usual.",
 )
+@click.option(
+    "--ending",
+    type=click.Choice(ENDINGS),
+    default="eos",
+    show_default=True,
+    help="Where the responses end that are scored. eos: at the end token, as a policy writes it; export.py then "
+    "writes a folder that all engines score alike. template: where the chat template ends a turn, which in ChatML and "
+    "Gemma is a line break later; engines that append token ids do not.",
+)
 @arguments.training_options(epochs=1, learning_rate=1e-5)
 def main(options):
     """Train a reward model on preferences with soft labels.
@@ -84,14 +97,14 @@ def main(options):
     weights = reward_model.read_weights(options.inputs, options.mix)
     pairs, counts, digests = reward_model.read_sources(weights, options)
     parts = preferences.split_holdout(pairs, options.holdout, options.seed)
-    names = ("labels", "default_label", "min_margin", "holdout", "eval_steps", "patience", "center")
     run = common.TrainingRun(
         "reward_model",
         options,
         {
             "model": hashing.identity(options.model),
             "input": digests,
-            **{name: getattr(options, name) for name in names},
+            **{name: getattr(options, name) for name in IDENTIFYING},
+            **({"ending": options.ending} if options.ending != "eos" else {}),
             **common.identify_options(options),
         },
         inputs=list(weights),
@@ -103,7 +116,7 @@ def main(options):
     if run.report_if_done(lambda: {**counts, **run.estimate(preferences.prompt_and_sides(parts["train"]))}):
         return
 
-    chat = loading.load_chat(options.model)
+    chat = loading.load_chat(options.model).set_ending(options.ending)
     rows, test_rows, counts = reward_model.tokenize_parts(parts, counts, chat, run.longest_row(), options.max_length)
     order = reward_model.training_order(rows, options.batch_size, options.epochs, options.seed)
     eval_steps = reward_model.choose_eval_steps(options, len(order), test_rows)
@@ -122,7 +135,7 @@ def main(options):
             patience=options.patience,
         )
         counts |= run.train(trainer)
-        measures = reward_model.measure_holdout(trainer, test_rows)
+        measures = reward_model.measure_holdout(trainer, test_rows, options.ending)
         common.save_trained(trainer, chat.tokenizer, options.output)
         if measures:
             counts["holdout"] = reward_model.write_holdout(measures, options.output)

@@ -23,6 +23,7 @@ FAMILIES = {
         None,
     ),
     "qwen": ("qwen3", None, ["<|im_end|>", "<|endoftext|>"], ["<|im_start|>"], "<|endoftext|>"),
+    "chatml": ("qwen2_5", None, ["<|im_end|>"], ["<|im_start|>"], "<|endoftext|>"),
     "gemma2": ("gemma", "<bos>", ["<end_of_turn>", "<eos>"], ["<start_of_turn>"], "<pad>"),
     "gemma3": ("gemma3", "<bos>", ["<end_of_turn>", "<eos>"], ["<start_of_turn>"], "<pad>"),
     # The one template of a Mistral that TRL ships: LLaVA-NeXT's, on Mistral 7B; it takes parts, not strings.
@@ -164,6 +165,7 @@ def _config(family: str, **settings):
         ),
         "gemma3": lambda s: Gemma3TextConfig(**s, **window, **alternate, query_pre_attn_scalar=16),
         "mistral": lambda s: MistralConfig(**s, **window),
+        "chatml": lambda s: Qwen2Config(**{k: v for k, v in s.items() if k != "head_dim"}),
         "thinker": lambda s: Qwen2Config(**{k: v for k, v in s.items() if k != "head_dim"}),
     }[family](settings)
 

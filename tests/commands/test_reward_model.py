@@ -409,3 +409,23 @@ def test_killed_and_run_again_it_ends_with_the_same_weights(invoke, tmp_path, mo
     assert said["killed"]["holdout"] == said["whole"]["holdout"]
     killed, whole = weights(tmp_path / "killed"), weights(tmp_path / "whole")
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_an_ending_of_the_template_is_kept_with_the_model_and_scored(invoke, tmp_path):
+    """Gemma's template writes a line break after the end token, at which the score is then read."""
+    import models
+
+    from cai.models import scorer
+
+    pairs = [{"prompt": f"Is it {n}?", "chosen": f"So {n}.", "rejected": "No.", "p_chosen": 0.9} for n in range(4)]
+    outputs.write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    for ending in ("eos", "template"):
+        output = tmp_path / ending
+        result = invoke("reward_model", "--input", tmp_path / "pairs.jsonl", "--model", models.folder("gemma2"),
+                        "--ending", ending, "--holdout", 0, "--device", "cpu", "--output", output)  # fmt: skip
+        assert result.exit_code == 0, result.output
+        chat = scorer.load_scorer(str(output), device="cpu").chat
+        assert chat.tail == ("\n" if ending == "template" else "")
+        config = json.loads((output / "config.json").read_text())
+        assert config.get("score_ending", "eos") == ending and ("score_ending" in config) == (ending != "eos")

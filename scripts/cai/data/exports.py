@@ -10,6 +10,7 @@ tokenizing, and any change of a text.
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 from cai.base.errors import InputError
@@ -25,6 +26,8 @@ from cai.data.sources import Source, first_row
 Message = dict[str, str]
 
 Record = tuple[Row, list[str]]  # a row of the output, and its texts except the prompt
+
+Convert = Callable[[Row], Row | str]  # from a record to an engine's row, or to why there is none
 
 # {target: the kinds of rows that it is made from}
 TARGETS = {
@@ -101,8 +104,23 @@ _CONVERSATIONS: dict[str, Callable[[list[Message], list[Message]], Row]] = {
 }
 
 
-def make_records(row: Row, target: str, kind: str, rounds: str, keep: Set[str]) -> tuple[dict[int, Record], Selection]:
-    """({round: record}, why others are left out); round 0 is a response, a pair or a prompt."""
+def make_records(
+    row: Row, target: str, kind: str, rounds: str, keep: Set[str], convert: Convert | None = None
+) -> tuple[dict[int, Record], Selection]:
+    """({round: record}, why others are left out); round 0 is a response, a pair or a prompt.
+
+    convert: from a record to an engine's row, or to the reason for which there is none.
+    """
+    records, selection = _make_records(row, target, kind, rounds, keep)
+    if convert is None:
+        return records, selection
+    rows = {number: (convert(record), texts) for number, (record, texts) in records.items()}
+    reasons = [line for line, _ in rows.values() if isinstance(line, str)]
+    kept = {number: (line, texts) for number, (line, texts) in rows.items() if not isinstance(line, str)}
+    return kept, replace(selection, left_out=[*selection.left_out, *reasons])
+
+
+def _make_records(row: Row, target: str, kind: str, rounds: str, keep: Set[str]) -> tuple[dict[int, Record], Selection]:
     prompt = _messages(row["prompt"])
     if target == "trl-prompt":
         return {0: ({"prompt": prompt}, [])}, Selection()
@@ -165,9 +183,11 @@ class Export:
         target: a key of `TARGETS`.
         rounds, keep: as `choose_revisions` takes them.
         keep_repeats: keep a prompt that a later input row repeats, with its different answer.
+        convert: as `make_records` takes it.
 
     Attributes:
-        records: rows of the output. ledger: one row per input row, in the order of the input.
+        records: rows of the output. texts: of each, its prompt and the responses in it.
+        ledger: one row per input row, in the order of the input.
         counts: for the summary; the outcomes add up to `lines`, the length of the ledger.
         origins, notes: see `lineage.Lineage`.
         digest: of the input and of what the ledger says of earlier steps.
@@ -183,11 +203,13 @@ class Export:
         keep_repeats: bool = False,
         limit: int | None = None,
         reading: Reading = AS_THEY_ARE,
+        convert: Convert | None = None,
     ):
         source, self.kind = read_source(inputs, target, limit, reading)
         rows = lineage.trace(source, "export")
         self.origins, self.notes = rows.origins, rows.notes
         self.records: list[Row] = []
+        self.texts: list[tuple[list[Message], list[str]]] = []
         self._kept_flags: Counter[str] = Counter()
         self._fallbacks = 0
         entries = [vars(entry).copy() for entry in rows.entries]
@@ -195,7 +217,7 @@ class Export:
         duplicates = _Duplicates(keep_repeats)
         used: dict[str, Row] = {}
         for row in source:
-            records, selection = make_records(row, target, self.kind, rounds, keep)
+            records, selection = make_records(row, target, self.kind, rounds, keep, convert)
             used[row["id"]] = self._take(row, records, selection, duplicates)
         self.ledger = [
             _ledger_row(entry, used.get(entry["id"]) if entry["step"] is None else None) for entry in entries
@@ -217,6 +239,7 @@ class Export:
                 outcome, reason = DUPLICATE, duplicate
                 continue
             self.records.append(record)
+            self.texts.append((_messages(row["prompt"]), texts))
             kept[number] = len(self.records)
         ended = {"outcome": KEPT, "reason": None} if kept else {"outcome": outcome, "reason": reason}
         flags = [flag for number in kept for flag in selection.flags.get(number, ())]

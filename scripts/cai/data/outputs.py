@@ -478,4 +478,29 @@ class TrainingOutput(_Claim):
         return self._finish_manifest(counts, info) if self.main else {}
 
 
+class WholeFolder(TrainingOutput):
+    """A folder that is built beside its place, in `<folder>.partial`, and renamed when all of it is there."""
+
+    def build(self, write: Callable[[Path], None], counts: dict[str, Any], **info: Any) -> dict[str, Any]:
+        """Have `write` fill an empty folder, put it in its place, and write the manifest, which is returned.
+
+        The manifest has the SHA-256 of every file but weights.
+        """
+        partial = Path(f"{os.fspath(self.path).rstrip('/')}.partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            write(partial)
+            if self.path.exists():  # empty, or by a run that was stopped before it wrote the manifest
+                shutil.rmtree(self.path)
+            os.replace(partial, self.path)
+        except OSError as error:
+            raise _full_disk(partial, error) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        written = sorted(path for path in self.path.rglob("*") if path.is_file() and path.suffix != ".safetensors")
+        digests = {str(path.relative_to(self.path)): sha256_file(path) for path in written}
+        return self.finish(counts, files=digests, **info)
+
+
 claim_folder = TrainingOutput  # the name that the commands use

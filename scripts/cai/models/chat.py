@@ -25,6 +25,9 @@ from cai.models.reasoning import closing_tag, strip_thinking
 # before it.
 _DATE_FORMAT = re.compile(r"(?=(['\"])((?:(?!\1)[^\n])*%[-#]?[A-Za-z](?:(?!\1)[^\n])*)\1)")
 
+# Where the responses that a reward model reads may end (`Chat.set_ending`).
+ENDINGS = ("eos", "template")
+
 # Stands for a text while a template is tried out. `trim` leaves it alone.
 _MARK = "Zx9MARKx9Z"
 
@@ -38,6 +41,8 @@ class Chat:
     Attributes:
         opened: closing tag of the reasoning block that the prompt itself opens, or None.
         stop_id, stop_text: the control token, or plain text, with which the template ends an assistant's turn.
+        turn_end: what the template writes after the text of an assistant's turn.
+        tail: what a scored response has after its end token, as the template writes it: "" unless `set_ending`.
         date: for a template that writes the date (`--date`).
         tags: further reasoning tags (`--reasoning-tags`).
     """
@@ -64,6 +69,17 @@ class Chat:
         control = self._control.search(end) if self._control else None
         self.stop_text = (end[: control.start()] if control else end).strip() or None
         self.stop_id = tokenizer.convert_tokens_to_ids(control[0]) if control and not self.stop_text else None
+        self.turn_end, self.tail = end, ""
+
+    def set_ending(self, ending: str) -> "Chat":
+        """Choose where the responses that a reward model reads end; returns the chat.
+
+        ending: one of `ENDINGS`. "eos": at the end token. "template": where the chat template ends a turn, which in
+            ChatML and Gemma is a line break later.
+        """
+        end_token = None if self.stop_id is None else self.tokenizer.convert_ids_to_tokens(self.stop_id)
+        self.tail = self.turn_end.partition(end_token)[2] if end_token and ending == "template" else ""
+        return self
 
     def adopt_run_settings(self) -> None:
         """Take the date and the reasoning tags of the running command: an engine outlives the command it is from."""
@@ -206,7 +222,8 @@ def encode(chat: Chat, prompt: Sequence[Message], response: str) -> tuple[list[i
 
     Prompt and response are tokenized separately, because an answer is generated after the tokens of the prompt
     alone. The end token is the one that the chat template writes, EOS where it writes none: a model that never sees
-    an end token in training never learns to stop. What templates put after it (a line break) is left out.
+    an end token in training never learns to stop. What templates put after it (a line break) is left out, unless
+    the chat has a `tail`.
     """
     before = chat.render(prompt)
     rendered = chat.render([*prompt, {"role": "assistant", "content": response}])
@@ -215,7 +232,7 @@ def encode(chat: Chat, prompt: Sequence[Message], response: str) -> tuple[list[i
     if chat.opened:  # the prompt ends within a reasoning block: close it, since there is no reasoning
         answer = f"{chat.opened}\n\n{answer}"
     end = [*chat.encode(chat.stop_text or ""), chat.tokenizer.eos_token_id] if chat.stop_id is None else [chat.stop_id]
-    return chat.encode(before), [*chat.encode(answer), *end]
+    return chat.encode(before), [*chat.encode(answer), *end, *(chat.encode(chat.tail) if chat.tail else ())]
 
 
 def chat_stops(chat: Chat, model: Any) -> set[int]:

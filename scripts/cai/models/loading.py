@@ -183,7 +183,7 @@ def load_weights(auto_class: Any, name: str, dtype: str, *, new_head: bool = Fal
         return _merge_adapter(body, path)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    with _explain_errors(name), _quiet_report() if new_head else nullcontext(), _load_whole():
+    with _explain_errors(name), quiet_report() if new_head else nullcontext(), _load_whole():
         model, info = auto_class.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
@@ -223,7 +223,7 @@ def _load_whole() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_report() -> Iterator[None]:
+def quiet_report() -> Iterator[None]:
     """Without transformers' report of missing and unused weights, which a new head is expected to cause."""
     from transformers.utils import logging
 

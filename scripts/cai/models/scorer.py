@@ -23,6 +23,9 @@ from cai.stats.calibration import sigmoid
 # The field of a reward model's config.json that holds the temperature of its scores.
 TEMPERATURE = "score_temperature"
 
+# The field that holds where its responses end (`chat.ENDINGS`); without it, at the end token.
+ENDING = "score_ending"
+
 
 def check_reward_model(name: str) -> None:
     """Raise InputError unless a folder or a hub id is a reward model: another model's head would be drawn at random."""
@@ -134,4 +137,5 @@ def load_scorer(name: str, *, batch_size: int = 32, device: str | None = None, d
     # Read by the classifier to find the last token of each row.
     model.config.get_text_config().pad_token_id = chat.tokenizer.pad_token_id
     temperature = float(getattr(model.config, TEMPERATURE, 1.0))
+    chat.set_ending(getattr(model.config, ENDING, "eos"))
     return Scorer(chat, model.eval().requires_grad_(False), batch_size, temperature)

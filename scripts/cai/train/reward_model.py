@@ -253,8 +253,18 @@ def decide_evaluations(eval_steps: int, patience: int) -> dict:
     return {"eval_strategy": "steps", "eval_steps": eval_steps, **(keeping if patience else {})}
 
 
-def measure_holdout(trainer, rows: Sequence[dict]) -> dict:
-    """`measure` of the trained model, {} without rows; its temperature is put into the model's configuration."""
+def _keep_ending(trainer, ending: str) -> None:
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    if ending != "eos":
+        setattr(config, scorer.ENDING, ending)
+    elif hasattr(config, scorer.ENDING):  # of the reward model that was trained further
+        delattr(config, scorer.ENDING)
+
+
+def measure_holdout(trainer, rows: Sequence[dict], ending: str = "eos") -> dict:
+    """`measure` of the trained model, {} without rows; its temperature and where scored responses end (`chat.ENDINGS`)
+    are put into the model's configuration."""
+    _keep_ending(trainer, ending)
     measures = measure(score_pairs(trainer, rows), rows) if rows else {}
     # Also where none was fitted: the temperature of a reward model that is trained further would be saved again.
     config = trainer.accelerator.unwrap_model(trainer.model).config
