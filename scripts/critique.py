@@ -66,6 +66,7 @@ def main(
         require=("prompt", "response"),
         limit=settings.limit,
         reading=settings.reading,
+        shard=settings.shard,
         check=lambda row, where, line: rounds.check_rounds(row, where, line, critiqued=False),
     )
     kept = choosing.read_matches(principles, matches, model, constitution, output, source.inputs, settings)

@@ -67,7 +67,7 @@ def main(inputs, output, model, samples, system, in_context, constitution, templ
     """
     if not in_context:
         cli.refuse_options(["constitution", "template"], "without --in-context the model reads no constitution")
-    source = Source(inputs, limit=settings.limit, reading=settings.reading)
+    source = Source(inputs, limit=settings.limit, reading=settings.reading, shard=settings.shard)
     rows = Samples(source, samples)
     shown, system_text = None, system or ""
     if in_context:

@@ -6,7 +6,7 @@ The judge answers a forced choice in both orders; the labels' log-probabilities 
 section 4.1). A principle is drawn for each comparison, or matched to its prompt, or all are used. Several judges run
 one after the other, each with its own file beside the output, and their labels are then combined. No judge is asked
 with --verdicts, which combines labels that exist already, and with --prefer-input, which prefers one file to another.
-Leaves out any training.
+--serve answers requests for rewards over HTTP. Leaves out any training.
 """
 
 import shlex
@@ -21,7 +21,7 @@ from cai.data.reading import Reading
 from cai.evaluate import audit, qualification
 from cai.models.loading import load_engine
 from cai.stats import agreement, tables
-from cai.steps import contrast, judges, pairs, principles, text, verdicts
+from cai.steps import contrast, judges, pairs, principles, serving, text, verdicts
 
 # The parameters that have an effect without a judge.
 WITHOUT_JUDGE = {
@@ -38,7 +38,8 @@ WITHOUT_JUDGE = {
     help="File of pairs, or of responses of which those to one prompt are compared (JSONL, JSON, CSV, Parquet), a "
     "pattern such as 'part-*.jsonl', a folder of save_to_disk, or a dataset id. Repeatable.",
 )
-@cli.options("output", "date")
+@cli.options("date")
+@click.option("--output", metavar="PATH", help="Where the result goes.  [required without --serve]")
 @click.option("--model", metavar="MODEL", help="The judge: a folder, a GGUF file, a hub id, or `tiny` (bundled).")
 @click.option(
     "--judge", multiple=True, metavar="MODEL", help="A further judge. Repeatable; then --model may be left out."
@@ -96,6 +97,7 @@ WITHOUT_JUDGE = {
     help="Measure the quality of the labels, with intervals, and write it here as JSON; with gold labels also a "
     "reliability diagram (PNG) beside it.",
 )
+@serving.serve_option
 @text.options
 def main(
     inputs,
@@ -107,6 +109,7 @@ def main(
     combine,
     audit_path,
     prefer_input,
+    address,
     settings,
     **task_options,
 ):
@@ -121,13 +124,13 @@ def main(
       python scripts/judge.py --input samples.jsonl --model tiny \\
           --constitution harmlessness --output preferences.jsonl
     """
+    if serving.answer_requests(address, output, model, settings, task_options):
+        return
     verdicts.check_files(inputs, verdict_files)
     if verdict_files:
-        take_verdicts(inputs, verdict_files, verdict_fields, output, combine, audit_path, settings, task_options)
-        return
+        return take_verdicts(inputs, verdict_files, verdict_fields, output, combine, audit_path, settings, task_options)
     if prefer_input:
-        prefer(inputs, output, task_options["against"], task_options["pairs_per_prompt"], settings)
-        return
+        return prefer(inputs, output, task_options["against"], task_options["pairs_per_prompt"], settings)
     if not task_options["cot"]:
         cli.refuse_options(["like"], "without --cot a judge writes no answers")
     servers = judges.read_judges([model, *judge] if model else judge, settings.endpoints)
@@ -145,8 +148,7 @@ def main(
     audit.check_path(audit_path, [*inputs, output, *(judge_output.path for judge_output in outputs.values())])
     summary = {"command": "judge", "output": output}
     if settings.dry_run:
-        cli.finish({**summary, **judges.plan_judges(task, outputs, settings.plan)}, as_json=settings.as_json)
-        return
+        return cli.finish({**summary, **judges.plan_judges(task, outputs, settings.plan)}, as_json=settings.as_json)
     if team.tell(final.complete):
         cli.note(f"{output} is done already; --overwrite makes it again")
     else:
@@ -164,13 +166,10 @@ def finish(summary: dict, output: str, names: list[str], audit_path: str | None,
     if audit_path:
         measured = audit.measure((row for _, row in readers.read_jsonl(output)), names)
         summary["audit"] = audit.write(audit_path, measured, title=", ".join(names))
-    if not settings.as_json:
-        is_rate = {name: isinstance(value, dict) and "low" in value for name, value in summary.items()}
-        summary = {name: tables.show(value) if is_rate[name] else value for name, value in summary.items()}
-    next_command = (
-        f"python scripts/reward_model.py --input {shlex.quote(output)} --model SFT_MODEL --output REWARD_MODEL"
-    )
-    cli.finish(summary, as_json=settings.as_json, next_command=next_command)
+    summary = summary if settings.as_json else tables.show_rates(summary)
+    train = f"reward_model.py --input {shlex.quote(output)} --model SFT_MODEL --output REWARD_MODEL"
+    merge = shlex.join(["merge.py", *text.MERGE])
+    cli.finish(summary, as_json=settings.as_json, next_command=f"python scripts/{merge if settings.shard else train}")
 
 
 def take_verdicts(inputs, files, columns, output: str, combine: str, audit_path: str | None, settings, options) -> None:

@@ -42,7 +42,12 @@ def main(inputs, output, model, constitution, template, gate, most_examples, sto
     reviser = Reviser(constitution, templates.load_template(template), most, gate)
     fields = ("prompt", "response", "rounds")
     source = sources.Source(
-        inputs, require=fields, limit=settings.limit, check=reviser.check_row, reading=settings.reading
+        inputs,
+        require=fields,
+        limit=settings.limit,
+        check=reviser.check_row,
+        reading=settings.reading,
+        shard=settings.shard,
     )
     # A critique that finds no fault leads to a copy of the response; without copies SFT learns only to refuse.
     train = ["sft", "--input", output, "--model", reviser.responder, "--keep", "copy", "--output", "SFT"]

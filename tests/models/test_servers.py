@@ -23,10 +23,11 @@ from cai.base.paths import TINY
 from cai.data.outputs import read_manifest
 from cai.models import server_answers, servers, transport
 from cai.models.chat import break_up
+from cai.models.endpoints import check_endpoints
 from cai.models.engine import Sampling
 from cai.models.loading import load_engine
 from cai.models.server_answers import label_logprobs
-from cai.models.servers import check_endpoints, load_server
+from cai.models.servers import load_server
 
 MODEL = f"openai:{TINY}"
 KEY = "sk-planted-3f9d2c71aa"

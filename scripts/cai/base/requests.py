@@ -20,6 +20,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Entries of click's context.
 _TIMEOUT, _UNSEEDED, _COUNTS = "request_timeout", "no_server_seed", "request_counts"
+_FILE = "endpoints_file"
 
 
 @dataclass
@@ -78,13 +79,20 @@ class RequestReport:
 
 
 def request_options(function: _Function) -> _Function:
-    """Add `--request-timeout` and `--no-server-seed`."""
+    """Add `--endpoints-file`, `--request-timeout` and `--no-server-seed`."""
     function = click.option(
         "--no-server-seed",
         is_flag=True,
         expose_value=False,
         callback=_keep(_UNSEEDED),
         help="Send no seeds to servers, such as one that dies on them; sampled texts can't be repeated then.",
+    )(function)
+    function = click.option(
+        "--endpoints-file",
+        metavar="FILE",
+        expose_value=False,
+        callback=_keep(_FILE),
+        help="Instead of --endpoint: a file with the address of a replica per line, which may come and go meanwhile.",
     )(function)
     return click.option(
         "--request-timeout",
@@ -114,7 +122,7 @@ def refuse_without_server(context: click.Context) -> None:
     typed = [
         option.opts[0]
         for option in context.command.params
-        if option.name in (_TIMEOUT, _UNSEEDED)
+        if option.name in (_TIMEOUT, _UNSEEDED, _FILE)
         and context.get_parameter_source(option.name) == ParameterSource.COMMANDLINE
     ]
     own = any(
@@ -122,6 +130,8 @@ def refuse_without_server(context: click.Context) -> None:
     )
     if typed and not own and not any(_names_server(value) for value in context.params.values()):
         raise click.UsageError(f"{', '.join(typed)} would have no effect: no model is on a server (openai:NAME).")
+    if "--endpoints-file" in typed and (own or context.params.get("endpoints")):
+        raise click.UsageError("--endpoints-file would have no effect: the servers are named otherwise.")
 
 
 def _names_server(value: object) -> bool:
@@ -136,7 +146,14 @@ def command_options() -> list[str]:
     context = click.get_current_context(silent=True)
     meta = context.meta if context else {}
     timeout = ["--request-timeout", f"{meta[_TIMEOUT]:g}"] if _TIMEOUT in meta else []
-    return [*timeout, *(["--no-server-seed"] if _UNSEEDED in meta else [])]
+    file = ["--endpoints-file", meta[_FILE]] if _FILE in meta else []
+    return [*file, *timeout, *(["--no-server-seed"] if _UNSEEDED in meta else [])]
+
+
+def endpoints_file() -> str | None:
+    """The file of --endpoints-file."""
+    context = click.get_current_context(silent=True)
+    return context.meta.get(_FILE) if context else None
 
 
 def request_timeout() -> float:

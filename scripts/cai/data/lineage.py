@@ -19,6 +19,7 @@ from cai.base.errors import InputError
 from cai.data.outputs import read_manifest
 from cai.data.readers import read_jsonl
 from cai.data.reading import Reading
+from cai.data.shards import Shard
 from cai.data.sources import Source
 
 FOLLOWED = ("generate", "critique", "revise", "judge")
@@ -146,12 +147,13 @@ def _read_inputs(name: str, manifest: Mapping[str, Any]) -> Source:
         require, limit, renames = tuple(map(str, entry["require"])), entry["limit"], dict(entry["reading"])
         digests = {os.path.relpath(os.path.join(folder, file)): digest for file, digest in entry["files"].items()}
         reading = Reading(**renames, skip_invalid=True)
+        shard = Shard.parse(str(entry["shard"])) if "shard" in entry else None
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError("its manifest does not name its inputs") from error
     for file in digests:
         if not os.path.isfile(file):
             raise InputError(f"{file} is no file, or was moved")
-    source = Source(list(digests), require=require, limit=limit, reading=reading)
+    source = Source(list(digests), require=require, limit=limit, reading=reading, shard=shard)
     if source.digests != digests:
         raise InputError(f"{', '.join(digests)}: changed since {manifest['command']}.py read it")
     return source

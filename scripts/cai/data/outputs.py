@@ -419,6 +419,28 @@ class WholeOutput(_Claim):
         return self._finish_manifest(counts, {"files": digests, **info})
 
 
+class LinesOutput(WholeOutput):
+    """One JSONL output that is written at once, from lines of rows that have ids: what `Output` would have written."""
+
+    def _delete(self) -> None:
+        super()._delete()
+        Path(f"{self.path}.partial").unlink(missing_ok=True)
+
+    def finish(  # type: ignore[override]
+        self, lines: Iterable[bytes], count: Callable[[PathName], dict[str, Any]], **info: Any
+    ) -> dict[str, Any]:
+        """Write the lines whole or not at all, and the manifest with the counts of the written file; returns it."""
+        try:
+            with replace_file(self.path) as file:
+                file.writelines(lines)
+        except InputError:
+            self.manifest_path.unlink(missing_ok=True)  # bad input leaves nothing behind
+            raise
+        except OSError as error:
+            raise _full_disk(self.path, error) from error
+        return self._finish_manifest(count(self.path), info)
+
+
 def _full_disk(path: Path, error: OSError) -> CaiError:
     return CaiError(f"{path}: cannot write ({error}). Make room and run it again.")
 

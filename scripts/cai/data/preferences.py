@@ -16,6 +16,7 @@ from cai.base.hashing import hashed_seed, sha256_text
 from cai.data.dialogue import as_messages, prompt_text
 from cai.data.readers import Row
 from cai.data.reading import AS_THEY_ARE, Reading
+from cai.data.shards import Shard
 from cai.data.sources import Source, first_row
 
 LABELS = ("A", "B")
@@ -161,10 +162,14 @@ class GivenPairs:
     Raises InputError with file and line for a row with a side missing, or a gold label that is neither a nor b.
     """
 
-    def __init__(self, inputs: Sequence[str], limit: int | None, reading: Reading = AS_THEY_ARE):
+    def __init__(
+        self, inputs: Sequence[str], limit: int | None, reading: Reading = AS_THEY_ARE, shard: Shard | None = None
+    ):
         self.trl = "response_a" not in first_row(inputs, reading)
         sides = ("chosen", "rejected") if self.trl else ("response_a", "response_b")
-        self._source = Source(inputs, require=("prompt", *sides), limit=limit, check=check_pair, reading=reading)
+        self._source = Source(
+            inputs, require=("prompt", *sides), limit=limit, check=check_pair, reading=reading, shard=shard
+        )
         self.ids, self.digest, self.unpaired = self._source.ids, self._source.digest, 0
 
     def __iter__(self) -> Iterator[Row]:

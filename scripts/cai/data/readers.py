@@ -28,6 +28,8 @@ Row = dict[str, Any]
 
 OnError = Callable[[InputError], None]
 
+KeepLine = Callable[[int, bytes], bool]  # whether a line is to be parsed
+
 
 def raise_error(error: InputError) -> None:
     """The `on_error` of a reader that stops at the first bad line."""
@@ -132,7 +134,7 @@ def _open(path: PathName) -> Iterator[Iterable[bytes]]:
         yield file
 
 
-def _lines(path: PathName) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: PathName) -> Iterator[tuple[int, bytes]]:
     """(1-based number, bytes) of each line of a file."""
     line = 0
     try:
@@ -152,14 +154,18 @@ def _decode(raw: bytes, line: int) -> str:
     return raw.decode("utf-8-sig" if line == 1 else "utf-8")
 
 
-def read_jsonl(path: PathName, on_error: OnError = raise_error) -> Iterator[tuple[int, Row]]:
+def read_jsonl(
+    path: PathName, on_error: OnError = raise_error, keep: KeepLine | None = None
+) -> Iterator[tuple[int, Row]]:
     """(1-based line number, row) of a JSON Lines file; empty lines are skipped.
 
+    keep: called for each line that is not empty; one for which it returns False is not parsed.
     Raises InputError with file and line for what is not a JSON object.
     """
-    for line, raw in _lines(path):
-        if raw.strip():
-            yield from _parse_or_report(raw, path, line, on_error)
+    for line, raw in read_lines(path):
+        if raw.strip() and (keep is None or keep(line, raw)):
+            for row in parse_line(raw, path, line, on_error):
+                yield line, row
 
 
 class JsonlRows:
@@ -172,35 +178,35 @@ class JsonlRows:
         return (row for _, row in read_jsonl(self.path))
 
 
-def _parse_or_report(raw: bytes, where: PathName, line: int, on_error: OnError) -> Iterator[tuple[int, Row]]:
-    """(line, row), or nothing where `on_error` takes the error."""
+def parse_line(raw: bytes, where: PathName, line: int, on_error: OnError) -> list[Row]:
+    """The row of a line of JSON, or nothing where `on_error` takes the error."""
     try:
-        row = _parse(raw, where, line)
+        return [_parse(raw, where, line)]
     except InputError as error:
         on_error(error)
-    else:
-        yield line, row
+        return []
 
 
 def _read_json(path: PathName, on_error: OnError) -> Iterator[tuple[int, Row]]:
     """A JSON array of objects (the number is the item's), or JSON Lines under the wrong name."""
-    lines = (raw.removeprefix(b"\xef\xbb\xbf").strip() for _, raw in _lines(path))
+    lines = (raw.removeprefix(b"\xef\xbb\xbf").strip() for _, raw in read_lines(path))
     if not next(filter(None, lines), b"").startswith(b"["):
         yield from read_jsonl(path, on_error)
         return
     try:
-        text = b"".join(raw for _, raw in _lines(path)).decode("utf-8-sig")
+        text = b"".join(raw for _, raw in read_lines(path)).decode("utf-8-sig")
         rows = [json.dumps(row).encode() for row in parse_json(text)]
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON ({error})", where=path, expected="an array of objects") from error
     for number, row in enumerate(rows, 1):
-        yield from _parse_or_report(row, path, number, on_error)
+        for parsed in parse_line(row, path, number, on_error):
+            yield number, parsed
 
 
 def _read_csv(path: PathName, on_error: OnError) -> Iterator[tuple[int, Row]]:
     """Rows of a CSV file, each with the number of its last line."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader((_decode(raw, line) for line, raw in _lines(path)), strict=True)
+    reader = csv.reader((_decode(raw, line) for line, raw in read_lines(path)), strict=True)
     empty_lines: list[int] = []  # of a file with one column they are empty cells, except at the end of the file
     try:
         columns = next(filter(None, reader), [])
@@ -232,7 +238,7 @@ def _read_csv(path: PathName, on_error: OnError) -> Iterator[tuple[int, Row]]:
 
 
 def _read_text(path: PathName, on_error: OnError) -> Iterator[tuple[int, Row]]:
-    for line, raw in _lines(path):
+    for line, raw in read_lines(path):
         try:
             text = _decode(raw, line).strip()
         except UnicodeDecodeError as error:
@@ -357,12 +363,25 @@ _READERS = {
 }
 
 
-def read_rows(name: str, on_error: OnError = raise_error) -> Iterator[tuple[int, Row]]:
+def _suffix(name: str) -> str:
+    return Path(re.sub(r"\.(gz|zst)$", "", name)).suffix
+
+
+def is_json_lines(name: str) -> bool:
+    """Whether an input is a file of JSON Lines, packed or not."""
+    return os.path.isfile(name) and _READERS.get(_suffix(name)) is read_jsonl
+
+
+def read_rows(name: str, on_error: OnError = raise_error, keep: KeepLine | None = None) -> Iterator[tuple[int, Row]]:
     """(line, row) of one input, read by the suffix of its name.
 
-    on_error: called with the error of a line that is bad by itself, which is then skipped; the default raises it.
+    Args:
+        on_error: called with the error of a line that is bad by itself, which is then skipped; the default raises it.
+        keep: see `read_jsonl`; called for JSON Lines alone.
     """
-    suffix = Path(re.sub(r"\.(gz|zst)$", "", name)).suffix
+    suffix = _suffix(name)
+    if is_json_lines(name):
+        return read_jsonl(name, on_error, keep)
     if os.path.isfile(name):
         if suffix not in _READERS or (suffix == ".parquet" and not name.endswith(".parquet")):
             raise InputError(

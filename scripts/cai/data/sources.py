@@ -24,9 +24,10 @@ from cai.base.files import expand_patterns
 from cai.base.hashing import sha256_file, sha256_text
 from cai.data.dialogue import split_transcript
 from cai.data.outputs import dump_row
-from cai.data.readers import Row, read_rows, type_name
+from cai.data.readers import Row, is_json_lines, parse_line, read_lines, read_rows, type_name
 from cai.data.reading import AS_THEY_ARE, FIELDS, Reading, list_columns
 from cai.data.shapes import normalise
+from cai.data.shards import Shard, Spool, explicit_id, line_key, read_first_id, shard_number
 
 _Check = Callable[[Row, str, int], None]
 
@@ -145,13 +146,15 @@ class Source:
         limit: read the first so many rows only, bad ones included.
         check: called with (row, file, line) for every row, to raise an InputError of the command's own.
         reading: names of columns and the like; with `skip_invalid` bad rows are left out and reported by cli.
+        shard: the rows of this shard alone, which may be none. They are kept in a temporary file, so that only the
+            first pass reads the whole input.
 
     Attributes:
         count: number of rows.
         ids: their ids, in order.
         bad_rows: the errors of rows that `skip_invalid` leaves out, with file and line.
         digests: {input: SHA-256 of its bytes}; of an input that is no file, of its rows.
-        digest: SHA-256 over the digests, the limit, and what `reading` renames.
+        digest: SHA-256 over the digests, the limit, and what `reading` renames; the same in all shards.
 
     Raises InputError with file and line for the bad rows, the first `MOST_ERRORS` of them. Raises CaiError if a file
     changes between the two passes; rows that were only added to it are left out, with a warning.
@@ -165,19 +168,24 @@ class Source:
         limit: int | None = None,
         check: _Check | None = None,
         reading: Reading = AS_THEY_ARE,
+        shard: Shard | None = None,
     ):
         self.inputs = expand_patterns(inputs)
         self.require, self.limit, self.reading = tuple(require), limit, reading
+        self.shard, self._spool = shard, Spool() if shard else None
         paths = [os.path.realpath(name) for name in self.inputs]
         for number, name in enumerate(self.inputs):
             if paths[number] in paths[:number]:
                 raise InputError("the same input twice", where=name, remedy="Name it once")
         self.ids = self._scan(check)
         self.count = len(self.ids)
-        if not self.count:
+        if not self.count and not shard:
             raise InputError("no rows", where=", ".join(self.inputs), expected="at least one row")
 
     def __iter__(self) -> Iterator[Row]:
+        return self._read_again() if self._spool is None else iter(self._spool)
+
+    def _read_again(self) -> Iterator[Row]:
         ids = iter(self.ids)
         for name in self.inputs:
             # As many as were counted: a row added since must not take the id of another file's row.
@@ -222,21 +230,31 @@ class Source:
         scan = _Scan(self.reading.skip_invalid, self.limit)
         hashes = {name: hashlib.sha256() for name in self.inputs if name not in self._stamps}
         for where, line, raw_row in self._read(scan):
+            key = explicit_id(raw_row)
+            if self.shard and key is not None and not self.shard.has(key) and where not in hashes:
+                continue
             try:
                 row = self._checked(raw_row, where, line)
-                row_id = scan.choose_id(row, where, line)
+                key = key or _id_of(row, where, line)[0]
+                is_ours = self.shard is None or self.shard.has(key)
+                row_id = scan.choose_id(row, where, line) if is_ours else key
                 if check:
                     check(row, where, line)
             except InputError as error:
-                self._bad_lines[where].add(line)
-                scan.add_error(error)
+                if self.shard is None or self.shard.has(key or line_key(line)):
+                    self._bad_lines[where].add(line)
+                    scan.add_error(error)
+                continue
+            if where in hashes:
+                hashes[where].update(dump_row(row))
+            if not is_ours:
                 continue
             scan.positions[row_id] = (where, line)
             if set(self.require) <= {"prompt", "kind"}:
                 scan.count_prompt(row)
             self._counts[where] += 1
-            if where in hashes:
-                hashes[where].update(dump_row(row))
+            if self._spool is not None:
+                self._spool.append({**row, "id": row_id})
         scan.finish(self.inputs)
         self.digests = {name: hashes[name].hexdigest() if name in hashes else sha256_file(name) for name in self.inputs}
         for name, stamp in self._stamps.items():
@@ -244,7 +262,10 @@ class Source:
                 raise InputError("it changed while it was read", where=name, remedy="Wait until it is complete")
         self.bad_rows = scan.errors
         self._lines = array("Q", (line for _, line in scan.positions.values()))
-        cli.report_input(files=self.digests, require=list(self.require), limit=self.limit, reading=self.reading.renames)
+        part = {"shard": str(self.shard)} if self.shard else {}
+        cli.report_input(
+            files=self.digests, require=list(self.require), limit=self.limit, reading=self.reading.renames, **part
+        )
         renames = [self.reading.renames] if self.reading.renames else []
         self.digest = sha256_text(json.dumps([list(self.digests.values()), self.limit, *renames]))
         return list(scan.positions)
@@ -252,16 +273,40 @@ class Source:
     def _read(self, scan: "_Scan") -> Iterator[tuple[str, int, Row]]:
         """(file, line, row) up to the limit; lines that can't be read count, and go to `scan.add_error`."""
         for name in self.inputs:
+            keep = _ShardFilter(self.shard, scan) if self.shard else None
 
-            def report(error: InputError, name: str = name) -> None:
-                if scan.takes_row():
+            def report(error: InputError, name: str = name, keep: "_ShardFilter | None" = keep) -> None:
+                if scan.takes_row() and (keep is None or keep.has_bad_line(error.line or 0)):
                     self._bad_lines[name].add(0)  # a reader's lines begin with 1: read again, it skips this one itself
                     scan.add_error(error)
 
-            rows = read_rows(name, report)
+            rows = read_rows(name, report, keep)
             while not scan.is_full and (numbered := next(rows, None)):
                 if scan.takes_row():
                     yield name, *numbered
+
+
+class _ShardFilter:
+    """Which lines of JSON Lines have to be parsed for a shard: its own, and those that do not begin with their id.
+
+    A line that belongs to another shard counts for the limit all the same.
+    """
+
+    def __init__(self, shard: Shard, scan: "_Scan"):
+        self._shard, self._scan = shard, scan
+        self._is_ours = False  # whether the last line belongs to the shard by the id that it begins with
+
+    def __call__(self, _line: int, raw: bytes) -> bool:
+        key = read_first_id(raw)
+        self._is_ours = key is not None and self._shard.has(key)
+        if key is not None and not self._is_ours:
+            self._scan.takes_row()
+            return False
+        return True
+
+    def has_bad_line(self, line: int) -> bool:
+        """Whether the shard reports a line that can't be read, the last one."""
+        return self._is_ours or self._shard.has(line_key(line))
 
 
 class _Scan:
@@ -323,6 +368,47 @@ class _Scan:
         number = f"the first {MOST_ERRORS}" if len(self.errors) == MOST_ERRORS else str(len(self.errors))
         lines = "".join(f"\n  {shorten(error, 300)}" for error in self.errors)
         return InputError(f"{number} bad rows:{lines}\nFix them, or leave them out with --skip-invalid")
+
+
+def read_shards(
+    inputs: Sequence[str], count: int, *, require: Sequence[str], limit: int | None, reading: Reading
+) -> Iterator[tuple[str, int, str, int]]:
+    """(file, line, id, number of its shard of `count`) of the rows, as sources with `shard` divide them; streaming.
+
+    The id lacks the suffix that a `Source` gives to a repeated one. A row without an id that a source would refuse is
+    left out; one with an id is not.
+    """
+    read = 0
+
+    def note_bad_line(_error: InputError) -> None:
+        nonlocal read
+        read += 1
+
+    for name in expand_patterns(inputs):
+        for line, key, row in _read_keys(name, note_bad_line):
+            if limit is not None and read >= limit:
+                return
+            read += 1
+            row_id = key.decode(errors="replace") if key is not None else explicit_id(row)
+            if row_id is None:
+                try:
+                    row_id = _id_of(_check_row(reading.apply(row, name, line), require, name, line), name, line)[0]
+                except InputError:
+                    continue
+            yield name, line, row_id, shard_number(key or row_id, count)
+
+
+def _read_keys(name: str, on_error: Callable[[InputError], None]) -> Iterator[tuple[int, bytes | None, Row]]:
+    """(line, the id that it begins with, {}) of lines of JSON that begin with one, (line, None, row) of others."""
+    if not is_json_lines(name):
+        yield from ((line, None, row) for line, row in read_rows(name, on_error))
+        return
+    for line, raw in read_lines(name):
+        if (key := read_first_id(raw)) is not None:
+            yield line, key, {}
+        elif raw.strip():
+            for row in parse_line(raw, name, line, on_error):
+                yield line, None, row
 
 
 def first_row(inputs: Sequence[str], reading: Reading = AS_THEY_ARE) -> Row:

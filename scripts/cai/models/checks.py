@@ -276,7 +276,7 @@ def check_hub(findings: Findings, timeout: float) -> _Report:
 
 def check_endpoint(findings: Findings, url: str, model: str | None, timeout: float) -> _Report:
     """Whether an OpenAI-compatible server answers /models, and has the model of `openai:NAME`."""
-    from cai.models.servers import check_endpoints
+    from cai.models.endpoints import check_endpoints
 
     try:
         [address] = check_endpoints(model or "openai:any", [url])

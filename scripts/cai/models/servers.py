@@ -22,12 +22,12 @@ import time
 from collections.abc import Container, Coroutine, Hashable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
-from urllib.parse import urlsplit
 
 from cai.base import cli, requests, run_settings
 from cai.base.errors import CaiError, InputError
 from cai.data.dialogue import cut_at_end_token
 from cai.models.chat import join_turns
+from cai.models.endpoints import EndpointsFile, check_endpoints
 from cai.models.engine import Generation, Message, Request, RequestT, Sampling, fold_prefill, label_instruction
 from cai.models.latency import Wait
 from cai.models.server_answers import (
@@ -50,6 +50,8 @@ TRIES = 12  # of one request; if the server answers another one then, this row f
 SILENT_TRIES = 3  # that end because no answer came in the longest time; they count as `TRIES` together
 
 GREETINGS = 6  # tries of the first request, within some seconds
+
+POLL = 2.0  # seconds between two looks at the file of --endpoints-file
 
 SEED_TRIES = 3  # requests with a seed that fail, while plain ones are answered, before seeds are left out
 
@@ -87,7 +89,8 @@ def load_server(
     """The engine of `openai:NAME` at its endpoints, after each has answered one small question.
 
     Args:
-        endpoints: base addresses; several are replicas that serve the same model.
+        endpoints: base addresses; several are replicas that serve the same model. Without any, those of
+            --endpoints-file, which come and go.
         batch_size: requests in flight at once, over all replicas.
         key_name: environment variable that holds the key, if the server wants one; None: the one of --key-name.
         timeout: seconds, at most, for one answer; None: those of --request-timeout.
@@ -96,7 +99,9 @@ def load_server(
     Raises:
         InputError: not a valid URL, no answer, a wrong key or model name, or the openai client is not installed.
     """
-    addresses = check_endpoints(model, endpoints)
+    path = requests.endpoints_file()
+    file = EndpointsFile(path) if path and not endpoints else None
+    addresses = file.read_all() if file else check_endpoints(model, endpoints)
     try:
         import openai  # noqa: F401
     except ImportError as error:
@@ -112,6 +117,7 @@ def load_server(
         key_name,
         timeout or requests.request_timeout(),
         PATIENCE if patience is None else patience,
+        file,
     )
     if not requests.sends_seeds():
         engine.leave_out_seeds("--no-server-seed")
@@ -119,43 +125,6 @@ def load_server(
         engine.leave_out_seeds("the engine does not stand them")
     engine.greet()
     return engine
-
-
-def check_endpoints(model: str, endpoints: Sequence[str]) -> list[str]:
-    """The base addresses, each ending with its path (`/v1` by default); sends no request.
-
-    Raises InputError for a missing name, for an address that is not a valid URL, and for one that holds a secret: it
-    would be written into the manifest.
-    """
-    where = "--endpoint"
-    if not model.removeprefix("openai:"):
-        raise InputError("openai: without a name", where="--model", expected="openai:NAME, as the server calls it")
-    if not endpoints:
-        raise InputError(f"no address for {model}", where=where, remedy="Name one: --endpoint http://localhost:8000/v1")
-    addresses: list[str] = []
-    for endpoint in endpoints:
-        try:
-            parts = urlsplit(endpoint)
-            host, port = parts.hostname, parts.port
-        except ValueError:
-            host = None
-        if not host or parts.scheme not in ("http", "https"):
-            # Not shown: what can't be parsed may hold a password.
-            raise InputError("not a valid URL", where=where, expected="http://HOST:PORT/v1 or https://…")
-        host = f"[{host}]" if ":" in host else host
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise InputError(
-                f"the address of {host} has more than host and path",
-                where=where,
-                expected="no user, password or query: it is written into the manifest",
-                remedy="Put a key into the environment, as OPENAI_API_KEY, or see --key-name",
-            )
-        path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
-        address = f"{parts.scheme}://{host}{f':{port}' if port else ''}{path}"
-        if address in addresses:
-            raise InputError(f"the same address twice: {address}", where=where, remedy="Name it once")
-        addresses.append(address)
-    return addresses
 
 
 class ServerEngine:
@@ -178,11 +147,12 @@ class ServerEngine:
         key_name: str = "OPENAI_API_KEY",
         timeout: float = requests.TIMEOUT,
         patience: float = PATIENCE,
+        file: EndpointsFile | None = None,
     ):
         self.name, self.batch_size, self.model = name, batch_size, name.removeprefix("openai:")
         self._servers = Transport(self.model, addresses, key, key_name, timeout, patience, batch_size)
         self.replicas, self._report = self._servers.replicas, self._servers.report
-        self._tags = run_settings.reasoning_tags()
+        self._tags, self._file = run_settings.reasoning_tags(), file
         # What the servers turned out to take and to give.
         self._dropped: set[str] = set()
         self._unseeded, self._samples = "", False  # why no seed is sent; whether texts are sampled
@@ -480,10 +450,48 @@ class ServerEngine:
                 where=self.name,
                 remedy="Is the server running, and is this its address? (references/engines.md)",
             )
-        for replica, failure in zip(self.replicas, failures, strict=True):
+        for replica, failure in zip(list(self.replicas), failures, strict=True):
             if failure:
                 replica.failures, replica.rests_until = DOWN_AFTER, time.monotonic() + 8.0
                 cli.warn(f"{failure}; going on with the others")
+                if self._file:  # it is greeted again, as a new one
+                    self._servers.retire(replica)
+                    self._file.forget()
+
+    async def _follow_file(self, file: EndpointsFile) -> None:
+        """Take replicas that are added to the file into use once they answer, and retire those that are removed."""
+        greetings: dict[str, asyncio.Task[None]] = {}
+        try:
+            while True:
+                if (addresses := file.read_changed()) is not None:
+                    for replica in [each for each in self.replicas if each.address not in addresses]:
+                        self._servers.retire(replica)
+                        cli.note(
+                            f"{replica.address} was removed from {file.path}; {len(self.replicas)} replicas are left"
+                        )
+                    for address in greetings.keys() - {*addresses}:
+                        greetings.pop(address).cancel()
+                    known = {replica.address for replica in self.replicas} | greetings.keys()
+                    for address in addresses:
+                        if address not in known:
+                            greetings[address] = asyncio.create_task(self._welcome(address))
+                for address in [address for address, task in greetings.items() if task.done()]:
+                    greetings.pop(address).result()  # raises what is no fault of the replica
+                await asyncio.sleep(POLL)
+        finally:
+            file.forget()  # what was not welcomed is new for the next run
+            await cancel_all(greetings.values())
+
+    async def _welcome(self, address: str) -> None:
+        """Greet a new replica until it answers, and take it into use."""
+        replica, failure = Replica(address), None
+        while (error := await self._meet(replica, SEED_WAIT)) is not None:
+            if failure is None:
+                cli.warn(f"{error}; a new replica that does not answer yet")
+            failure = error
+            await asyncio.sleep(2 * POLL)
+        self._servers.add(replica)
+        cli.note(f"{address} is a new replica; there are {len(self.replicas)}")
 
     async def _meet(self, replica: Replica, most: float | None = None) -> Exception | None:
         """None if the replica answers a plain question, else the error. most: seconds for one answer."""
@@ -542,7 +550,7 @@ class ServerEngine:
                 runner.run(self._try_seed())
 
     async def _try_seed(self) -> None:
-        ready = [replica for replica in self.replicas if replica.failures < DOWN_AFTER] or self.replicas
+        ready = [replica for replica in self.replicas if replica.failures < DOWN_AFTER] or list(self.replicas)
         replica, most = ready[0], max(SEED_WAIT, 4 * self._slowest_greeting)
         failure = await self._fail_on_seeds(replica, [{**_GREETING, "seed": 1}], most)
         if failure is None and "seed" not in self._dropped:
@@ -639,6 +647,7 @@ class ServerEngine:
         pending: dict[asyncio.Task[Any], Any] = {}
         self._servers.begin()
         with self._servers.session() as runner:
+            following = [runner.get_loop().create_task(self._follow_file(self._file))] if self._file else []
             try:
                 while True:
                     for request, job in islice(jobs, self.batch_size - len(pending)):
@@ -649,7 +658,7 @@ class ServerEngine:
                     for task in sorted(ended, key=lambda task: task.exception() is not None):
                         yield pending.pop(task), task.result()  # raises what the job raised, after the other results
             finally:
-                runner.run(cancel_all(pending))
+                runner.run(cancel_all([*pending, *following]))
 
 
 def _count_tries(failure: NoAnswerError) -> int:

@@ -109,13 +109,16 @@ class Transport:
         self.report, self.has_answered = requests.request_report(), False
         self._key, self._key_name = key, key_name
         self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
-        self._answered_at = self._told_to_wait_until = 0.0
+        self._answered_at = self._told_to_wait_until = self._emptied_at = 0.0
         self._warned_of_silence = False
         for address in addresses:
-            host = urlsplit(address).hostname or ""
-            is_loopback = host in ("localhost", "::1") or host.startswith("127.")
-            if key and address.startswith("http:") and not is_loopback:
-                cli.warn(f"the key in {key_name} goes to {address} unencrypted")
+            self._warn_of_open_key(address)
+
+    def _warn_of_open_key(self, address: str) -> None:
+        host = urlsplit(address).hostname or ""
+        is_loopback = host in ("localhost", "::1") or host.startswith("127.")
+        if self._key and address.startswith("http:") and not is_loopback:
+            cli.warn(f"the key in {self._key_name} goes to {address} unencrypted")
 
     # --- one exchange -----------------------------------------------------------------------------------------
 
@@ -124,7 +127,7 @@ class Transport:
         import openai
 
         session = self._sessions[asyncio.get_running_loop()]
-        client = self._connect(session, fresh)[replica.address]
+        client = self._connect(session, fresh, replica.address)
         extra = {name: value for name, value in body.items() if name != "messages"}
         try:
             async with session.watch.limit(wait):
@@ -170,7 +173,7 @@ class Transport:
 
     async def list_models(self, replica: Replica, seconds: float) -> Any:
         """What a server answers to /models, within so many seconds; raises whatever goes wrong."""
-        client = self._connect(self._sessions[asyncio.get_running_loop()], False)[replica.address]
+        client = self._connect(self._sessions[asyncio.get_running_loop()], False, replica.address)
         async with asyncio.timeout(seconds):
             raw = await client.models.with_raw_response.list()
         return json.loads(raw.http_response.content)
@@ -182,13 +185,31 @@ class Transport:
         self._answered_at = time.monotonic()
 
     async def free_replica(self, last: Replica | None) -> Replica:
-        """The least loaded replica that does not rest; another than the `last` if they are equal."""
+        """The least loaded replica that does not rest; another than the `last` if they are equal.
+
+        Raises CaiError if there has been no replica for `patience` seconds.
+        """
         while True:
             now = time.monotonic()
+            if not self.replicas and now - max(self._answered_at, self._emptied_at) > self.patience:
+                raise CaiError(
+                    f"{self.model}: no replica for {self.patience:g} s. What is done is kept: start one, and run the "
+                    "same command again"
+                )
             ready = [replica for replica in self.replicas if replica.is_ready(now)]
             if ready:
                 return min(ready, key=lambda each: (each.failures >= DOWN_AFTER, each.in_flight, each is last))
             await asyncio.sleep(0.05)
+
+    def add(self, replica: Replica) -> None:
+        """Take a further replica into use."""
+        self._warn_of_open_key(replica.address)
+        self.replicas.append(replica)
+
+    def retire(self, replica: Replica) -> None:
+        """Send a replica nothing more. Its requests under way may end, or are sent again to others."""
+        self.replicas.remove(replica)
+        self._emptied_at = time.monotonic()
 
     def note_answer(self, replica: Replica) -> None:
         """Count an answer, or a refusal, as a sign of life."""
@@ -240,29 +261,28 @@ class Transport:
                     runner.run(pool.aclose())
                 self.report.counts.waiting = 0
 
-    def _connect(self, session: _Session, fresh: bool) -> dict[str, Any]:
-        """{address: its client} of a session, made when they are first needed."""
+    def _connect(self, session: _Session, fresh: bool, address: str) -> Any:
+        """The client of a session for an address, made when it is first needed."""
         import openai
 
+        # How long an answer may take is the watch's business.
+        timeout = openai.Timeout(None, connect=min(10.0, self.waiting.longest))
         if fresh not in session.pools:
-            # How long an answer may take is the watch's business.
-            timeout = openai.Timeout(None, connect=min(10.0, self.waiting.longest))
             kept = 0 if fresh else self.connections
             limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_keepalive_connections=kept)
             pool = openai.DefaultAsyncHttpxClient(follow_redirects=False, timeout=timeout, limits=limits)
-            session.pools[fresh] = pool
-            session.clients[fresh] = {
-                replica.address: openai.AsyncOpenAI(
-                    base_url=replica.address,
-                    api_key=self._key or "none",
-                    admin_api_key="",
-                    max_retries=0,
-                    timeout=timeout,
-                    http_client=pool,
-                )
-                for replica in self.replicas
-            }
-        return session.clients[fresh]
+            session.pools[fresh], session.clients[fresh] = pool, {}
+        clients = session.clients[fresh]
+        if address not in clients:
+            clients[address] = openai.AsyncOpenAI(
+                base_url=address,
+                api_key=self._key or "none",
+                admin_api_key="",
+                max_retries=0,
+                timeout=timeout,
+                http_client=session.pools[fresh],
+            )
+        return clients[address]
 
     def _show_waiting(self, longest: float) -> None:
         """Put the requests under way into the progress line. longest: seconds that the oldest has waited."""

@@ -13,6 +13,12 @@ def show(measured: Mapping | None) -> str:
     return _show(measured, ".1f", scale=100, unit=" %")
 
 
+def show_rates(summary: Mapping) -> dict:
+    """The summary of a command, with its rates as `show` writes them."""
+    is_rate = {name: isinstance(value, Mapping) and "low" in value for name, value in summary.items()}
+    return {name: show(value) if is_rate[name] else value for name, value in summary.items()}
+
+
 def show_number(measured: Mapping | float | None, spec: str = ".3f") -> str:
     """`0.352 (0.301–0.403)` of what is not a share, without the interval where there is none; `–` for nothing."""
     return format(measured, spec) if isinstance(measured, int | float) else _show(measured, spec)

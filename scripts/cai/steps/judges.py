@@ -22,7 +22,7 @@ from cai.base import requests
 from cai.base.errors import InputError
 from cai.base.hashing import identity
 from cai.constitution import files, templates
-from cai.data import preferences, processes, readers
+from cai.data import preferences, processes, readers, shards
 from cai.data.outputs import Output
 from cai.models import engine, estimate, loading
 from cai.stats import agreement
@@ -74,19 +74,11 @@ def read_task(
     paths = [*inputs, *([against] if against else [])]
     kept = read_matches(principles, matches, model, rules, output, paths, settings)
     chooser = Chooser(rules, principles, settings.seed, kept)
-    question = judging.Question(
-        rules,
-        templates.load_template(template),
-        templates.load_template("preference_cot") if cot else None,
-        settings.sampling,
-        settings.seed,
-        templates.load_template(answer_template),
-        every=principles == "each",
-        most_examples=most_examples,
-        choose_principle=None if principles == "each" else lambda comparison: chooser.choose(_bare(comparison)),
+    question = make_question(
+        chooser, settings, template=template, answer_template=answer_template, most_examples=most_examples, cot=cot
     )
     comparisons, digests = pairs.read_comparisons(
-        inputs, against, pairs_per_prompt, settings.seed, settings.limit, settings.reading
+        inputs, against, pairs_per_prompt, settings.seed, settings.limit, settings.reading, settings.shard
     )
     fingerprint = {
         **digests,
@@ -99,11 +91,37 @@ def read_task(
         "seed": settings.seed,
         "limit": settings.limit,
         "dtype": settings.loading["dtype"],
+        **shards.fingerprint(settings.shard),
     }
     if cot:
         sampling = {name: getattr(settings.sampling, name) for name in ("max_new_tokens", "temperature", "top_p")}
         fingerprint |= {"cot": question.reasoning.sha256, **sampling}
     return Task(comparisons, question, chooser, limits, paths, fingerprint)
+
+
+def make_question(
+    chooser: Chooser,
+    settings: SimpleNamespace,
+    *,
+    template: str,
+    answer_template: str,
+    most_examples: int | None,
+    cot: bool,
+    key: str = "id",
+) -> judging.Question:
+    """How comparisons are put to a judge. key: the field of a comparison that its principle is drawn by."""
+    each = chooser.mode == "each"
+    return judging.Question(
+        chooser.constitution,
+        templates.load_template(template),
+        templates.load_template("preference_cot") if cot else None,
+        settings.sampling,
+        settings.seed,
+        templates.load_template(answer_template),
+        every=each,
+        most_examples=most_examples,
+        choose_principle=None if each else lambda comparison: chooser.choose(_bare(comparison, key)),
+    )
 
 
 def read_limits(clamp: tuple[float, float] | None, default: tuple[float, float]) -> tuple[float, float]:
@@ -118,9 +136,9 @@ def read_limits(clamp: tuple[float, float] | None, default: tuple[float, float])
     return low, high
 
 
-def _bare(comparison: Mapping[str, Any]) -> dict[str, Any]:
+def _bare(comparison: Mapping[str, Any], key: str = "id") -> dict[str, Any]:
     """What decides its principle: it may come from a file with fields of any other kind."""
-    return {name: comparison[name] for name in ("id", "prompt")}
+    return {"id": comparison[key], "prompt": comparison["prompt"]}
 
 
 def read_judges(names: Iterable[str], endpoints: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -159,6 +177,13 @@ def claim_outputs(
         claim = {"command": "judge", "fingerprint": {**more, **task.fingerprint}, "inputs": task.inputs}
         return Output(path, overwrite=overwrite, **claim)
 
+    if len(judges) > 1 and "shard" in task.fingerprint:
+        raise InputError(
+            "several judges over shards",
+            where="--shard",
+            expected="one judge: what combines the labels of several has to see all comparisons",
+            remedy="Run the shards once per judge, merge each, and combine them with --verdicts",
+        )
     weights = {name: identity(name) for name in judges}
     if len(judges) == 1:
         final = claim(output, overwrite, model=judges[0], weights=weights[judges[0]])

@@ -14,6 +14,7 @@ from cai.base.hashing import hashed_seed, sha256_text
 from cai.data import preferences, rounds, sources
 from cai.data.preferences import OF_A_PAIR, GivenPairs, is_pair
 from cai.data.reading import AS_THEY_ARE, Reading
+from cai.data.shards import Shard
 from cai.data.sources import Source, first_row
 
 # Fields that describe one response, or a pair that rows have carried along: a comparison of two rows leaves them out.
@@ -27,11 +28,13 @@ def read_comparisons(
     seed: int,
     limit: int | None,
     reading: Reading = AS_THEY_ARE,
+    shard: Shard | None = None,
 ) -> tuple["Pairs | GivenPairs", dict[str, str | None]]:
     """(comparisons, digests of the input files) from rows of pairs, or from rows of one response each.
 
     Args:
         against, most: for rows of one response, as `Pairs` takes them.
+        shard: the comparisons of this shard alone.
     Raises InputError if the rows are neither, or of both kinds.
     """
     if is_pair(first_row(inputs, reading)):
@@ -41,12 +44,12 @@ def read_comparisons(
                 where=", ".join(inputs),
                 remedy="Leave it out",
             )
-        pairs = GivenPairs(inputs, limit, reading)
+        pairs = GivenPairs(inputs, limit, reading, shard)
         return pairs, {"input": pairs.digest}
     source = Source(inputs, require=("prompt", "response"), limit=limit, reading=reading)
     others = Source([against], require=("prompt", "response"), reading=reading) if against else None
     digests = {"input": source.digest, "against": others and others.digest}
-    return Pairs(source, others, most, seed), digests
+    return Pairs(source, others, most, seed, shard), digests
 
 
 def choose_pairs(ours: Sequence, theirs: Sequence | None, most: int | None, *draw) -> list[tuple]:
@@ -72,13 +75,21 @@ class Pairs:
         source: rows with `prompt` and `response`; a revised row counts with its last revision.
         against: rows to compare them with; without it they are compared among themselves.
         most: pairs per prompt at most.
+        shard: only the comparisons whose ids belong to it, which may be none.
     Attributes:
         ids: of the comparisons, `<row id> vs <row id>`, in the order of the prompts.
         unpaired: number of rows without another response to their prompt.
     Raises InputError if two rows of one prompt_id have different prompts, or nothing can be paired.
     """
 
-    def __init__(self, source: sources.Source, against: sources.Source | None, most: int | None, seed: int):
+    def __init__(
+        self,
+        source: sources.Source,
+        against: sources.Source | None,
+        most: int | None,
+        seed: int,
+        shard: Shard | None = None,
+    ):
         self.sources = [source] if against is None else [source, against]
         self.plan: dict[str, list[tuple]] = {}
         self.unpaired = 0
@@ -88,8 +99,12 @@ class Pairs:
                 self.plan[key] = pairs
             else:
                 self.unpaired += sum(map(len, sides))
+        has_pairs = bool(self.plan)
+        if shard:
+            kept = {key: [(a, b) for a, b in pairs if shard.has(f"{a} vs {b}")] for key, pairs in self.plan.items()}
+            self.plan = {key: pairs for key, pairs in kept.items() if pairs}
         self.ids = [f"{a} vs {b}" for pairs in self.plan.values() for a, b in pairs]
-        if not self.ids:
+        if not has_pairs:
             raise InputError(
                 "no two responses to the same prompt",
                 where=", ".join(name for source in self.sources for name in source.inputs),

@@ -20,7 +20,7 @@ import click
 
 from cai.base import cli, engine_options, hashing, requests, run_settings
 from cai.base.errors import InputError
-from cai.data import outputs, processes, readers
+from cai.data import outputs, processes, readers, shards
 from cai.data.reading import Reading, reading_options
 from cai.models import estimate, loading
 from cai.models.engine import Engine, Generation, Message, RowRequest, Sampling
@@ -50,13 +50,14 @@ class Settings:
     dry_run: bool
     overwrite: bool
     reading: Reading
+    shard: shards.Shard | None
 
 
 def options(function):
     """Decorator: adds the options that all commands with an engine share, and passes them on as `settings`.
 
     They are attributes: sampling; endpoints and loading, the arguments of `load_engine`; plan, those of `text_plan`;
-    seed, limit, as_json, dry_run, overwrite.
+    seed, limit, as_json, dry_run, overwrite, reading, shard.
     """
 
     @wraps(function)
@@ -68,11 +69,12 @@ def options(function):
         sampling = Sampling(**take("max_new_tokens", "temperature", "top_p"))
         loading = take("batch_size", "batch_tokens", "device", "dtype")
         plan = {**take("like", "gpu", "price"), **loading}
-        others = take("endpoints", "seed", "limit", "as_json", "dry_run", "overwrite", "reading")
+        others = take("endpoints", "seed", "limit", "as_json", "dry_run", "overwrite", "reading", "shard")
         return function(settings=Settings(sampling=sampling, loading=loading, plan=plan, **others), **values)
 
     for option in (
         reading_options,
+        shards.shard_option,
         cli.options("device", "dtype", "events", "json", "dry_run", "overwrite"),
         estimate.plan_options,
         click.option(
@@ -158,6 +160,7 @@ def run(
         "seed": settings.seed,
         "limit": settings.limit,
         "dtype": settings.loading["dtype"],
+        **shards.fingerprint(settings.shard),
     }
     claim = {"command": step.command, "fingerprint": fingerprint, "overwrite": settings.overwrite, "inputs": inputs}
     final = answers = None
@@ -179,15 +182,18 @@ def run(
             revisions = gating.ungated_path(output)
             gating.gate_output(gate, team, final, revisions, step.ids, settings.loading, step.info)
     if team.first:
-        if final.counts.get("failed"):
-            summary["failed_rows"] = f"{final.manifest_path}"
-        lines = {"next_command": _command_line(next_command), "alternative": _command_line(alternative)}
+        summary |= {"failed_rows": f"{final.manifest_path}"} if final.counts.get("failed") else {}
+        following = [["merge", *MERGE], None] if settings.shard else [next_command, alternative]
+        lines = dict(zip(("next_command", "alternative"), map(_command_line, following), strict=True))
         cli.finish({**summary, **final.counts}, as_json=settings.as_json, **lines)
 
 
 def _command_line(words: list[str] | None) -> str | None:
     return shlex.join(["python", f"scripts/{words[0]}.py", *words[1:]]) if words else None
 
+
+# The arguments of merge.py in the line to run next after a shard.
+MERGE = ("--input", "SHARDS", "--output", "MERGED")
 
 # The settings of a run that its next text step takes over from this command line.
 _SHARED = ("endpoints", "max_new_tokens", "seed", "batch_size", "batch_tokens", "device", "dtype")
