@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from cai.base.hashing import sha256_file
 from cai.base.paths import TINY
@@ -69,6 +70,11 @@ def test_a_run_folder_becomes_all_that_an_engine_needs(invoke, run, engine, stag
     readme = (folder / "README.md").read_text()
     assert "--gate" in readme and "## Resume" in readme and "launch.sh" in readme
     assert (folder / "reward" / "config.json").exists() == (stage != "dpo")
+    shipped = (ROOT / "templates" / "launch" / "reward_function.py").read_bytes()
+    if engine in ("openrlhf", "verl"):
+        assert (folder / "reward_function.py").read_bytes() == shipped and "judge.py --serve" in readme
+    else:
+        assert not (folder / "reward_function.py").exists() and "--serve" not in readme
     assert len(list(read_jsonl(folder / "ledger.jsonl"))) == 8
     files = read_manifest(folder)["files"]
     assert files["launch.sh"] == sha256_file(folder / "launch.sh") and "rows.jsonl" in files

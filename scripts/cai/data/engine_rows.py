@@ -62,7 +62,7 @@ def _verl_prompt(record: Row) -> Row:
         "prompt": record["prompt"],
         "ability": "alignment",
         "reward_model": {"style": "model", "ground_truth": ""},
-        "extra_info": {"split": "train"},
+        "extra_info": {"split": "train", "prompt": record["prompt"]},  # for templates/launch/reward_function.py
     }
 
 

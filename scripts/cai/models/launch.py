@@ -68,6 +68,8 @@ BATCH, SAMPLES, EPOCHS = 128, 8, 1
 # The share of a GPU's memory that the weights of the model that writes may take in bfloat16.
 WEIGHTS_SHARE = 0.3
 
+REWARD_FUNCTION = "reward_function.py"
+
 # LLaMA-Factory renders with templates of its own, by name.
 FACTORY_TEMPLATES = {"<|im_start|>": "qwen", "<|start_header_id|>": "llama3", "<start_of_turn>": "gemma"}
 
@@ -97,6 +99,11 @@ def is_rl(stage: str) -> bool:
     return stage in ("ppo", "grpo")
 
 
+def takes_function(engine: str, stage: str) -> bool:
+    """Whether a judge's service may reward in place of a reward model, through the function that asks it."""
+    return is_rl(stage) and engine in ("openrlhf", "verl")
+
+
 def launch_files(engine: str, stage: str, terms: Terms, texts: Sequence[Row], notes: Sequence[str]) -> dict[str, str]:
     """{file name: its text}: launch.sh, the engine's configuration, and README.md.
 
@@ -120,7 +127,10 @@ def launch_files(engine: str, stage: str, terms: Terms, texts: Sequence[Row], no
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return {name: environment.get_template(template).render(values) for template, name in names.items()}
+    files = {name: environment.get_template(template).render(values) for template, name in names.items()}
+    if takes_function(engine, stage):
+        files[REWARD_FUNCTION] = (TEMPLATES / "launch" / REWARD_FUNCTION).read_text(encoding="utf-8")
+    return files
 
 
 def rows_file(engine: str, stage: str) -> str:
@@ -208,6 +218,8 @@ def _contents(engine: str, stage: str, names: Sequence[str]) -> list[tuple[str, 
     contents = [(rows_file(engine, stage), "the rows"), *((name, texts[name]) for name in names)]
     if is_rl(stage):
         contents.append(("reward/", "the reward model, in a form that all engines score alike"))
+    if takes_function(engine, stage):
+        contents.append((REWARD_FUNCTION, "asks the service of a judge for rewards, in place of the reward model"))
     return [*contents, ("ledger.jsonl", "what became of every input row")]
 
 
