@@ -86,7 +86,7 @@ def test_the_hidden_principle_is_among_the_first_three_in_nine_of_ten_seeds(infe
     write_candidates(tmp_path / "candidates.yaml")
     ranks, margins = {}, []
     for seed, hidden in enumerate(language.HARM_NAMES):
-        write_jsonl(tmp_path / "pairs.jsonl", hidden_pairs(hidden, seed, 32))
+        write_jsonl(tmp_path / "pairs.jsonl", hidden_pairs(hidden, seed, 28))
         arguments = ("--candidates", tmp_path / "candidates.yaml", "--propose", "0", "--overwrite")
         infer(tmp_path / "pairs.jsonl", *arguments)
         rows = scores_of(tmp_path)

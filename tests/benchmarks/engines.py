@@ -132,28 +132,32 @@ class Managed(Ours):
     def __init__(self, model: str, dtype: str, executable: str, device: str | None):
         super().__init__(model, dtype, device)
         from cai.base.engine_options import EngineChoice
-
-        self.choice = EngineChoice(engine="vllm", engine_path=executable)
-        self.executable = executable
-
-    @property
-    def engine(self):
         from cai.models import managed
 
         # Its address for emptying the prefix cache is there in development mode only.
         os.environ["VLLM_SERVER_DEV_MODE"] = "1"
-        return managed.serve(self.model, self.choice, dtype=self.dtype, device=self.device)
+        choice = EngineChoice(engine="vllm", engine_path=executable)
+        self.servers = managed.serve(model, choice, dtype=dtype, device=device)
+        [server] = self.servers.servers
+        self.address, self.name = server.address, server.serving["name"]
+        self.client = self.servers._client
+        managed._running = None  # a command would stop it before it loads a model; here both stay
+
+    @property
+    def engine(self):
+        return self.client
 
     def prepare(self) -> None:
-        for server in self.engine.servers:
-            root = server.address.removesuffix("/v1")
-            urllib.request.urlopen(urllib.request.Request(f"{root}/reset_prefix_cache", method="POST"), timeout=60)
+        root = self.address.removesuffix("/v1")
+        urllib.request.urlopen(urllib.request.Request(f"{root}/reset_prefix_cache", method="POST"), timeout=60)
+
+    def stop(self) -> None:
+        self.servers.stop()
 
 
-def round_of_commands(folder: Path, model: str, dtype: str, device: str | None, count: int, more: list[str]) -> dict:
-    """generate.py, critique.py and revise.py over `count` prompts, as one types them."""
-    shared = ["--model", model, "--temperature", 0, "--max-new-tokens", 64, "--overwrite", "--dtype", dtype, *more]
-    shared += ["--device", device] if device else []
+def round_of_commands(folder: Path, engine: list[str]) -> dict:
+    """generate.py, critique.py and revise.py over the prompts of the folder, as one types them."""
+    shared = [*engine, "--temperature", 0, "--max-new-tokens", 64, "--overwrite"]
     files = [folder / "prompts.jsonl", *(folder / f"{name}.jsonl" for name in ("generate", "critique", "revise"))]
     start = time.perf_counter()
     for source, output in pairwise(files):
@@ -227,7 +231,7 @@ def main(pairs, model, vllm, dtypes, works, rounds, prompts, judged, steps, new_
         file.write_text("".join(json.dumps({"id": r["id"], "prompt": r["prompt"]}) + "\n" for r in rows[:steps]))
         for dtype in dtypes.split(","):
             notes += measure(
-                figures, works, rows, folder, model, vllm, dtype, rounds, prompts, judged, steps, new_tokens, device
+                figures, works, rows, folder, model, vllm, dtype, rounds, prompts, judged, new_tokens, device
             )
         if torch.cuda.is_available():
             on_gpu = bench.Bench(model, "", max(1, prompts // 8), rounds, device)
@@ -250,7 +254,7 @@ def main(pairs, model, vllm, dtypes, works, rounds, prompts, judged, steps, new_
     click.echo("\n".join(dict.fromkeys(notes)))
 
 
-def measure(figures, works, rows, folder, model, vllm, dtype, rounds, prompts, judged, steps, new_tokens, device):
+def measure(figures, works, rows, folder, model, vllm, dtype, rounds, prompts, judged, new_tokens, device):
     """All works in one precision; returns notes on what ran."""
     ours, shipped = Ours(model, dtype, device), Ours(model, "auto", device)
     fast = local.fast_path(ours.engine)
@@ -278,10 +282,11 @@ def measure(figures, works, rows, folder, model, vllm, dtype, rounds, prompts, j
         work = lambda contender: contender.choose(asked)  # noqa: E731
         race(f"judge, {dtype}", {label: (c, work) for label, c in contenders.items()}, rounds, figures)
     if "round" in works and dtype == "bfloat16":
-        run = lambda *more: lambda _: round_of_commands(folder, model, dtype, device, steps, list(more))  # noqa: E731
-        runs = {"ours": (ours, run())}
+        run = lambda *engine: lambda _: round_of_commands(folder, list(engine))  # noqa: E731
+        runs = {"ours": (ours, run("--model", model, "--dtype", dtype, *(["--device", device] if device else [])))}
         if managed:
-            runs["managed vLLM"] = (managed, run("--engine", "vllm", "--engine-path", vllm))
+            served = run("--model", f"openai:{managed.name}", "--endpoint", managed.address)
+            runs["managed vLLM"] = (managed, served)
         race(f"whole round, {dtype}", runs, rounds, figures)
     if "forward" in works:
         for _ in range(rounds):
@@ -290,8 +295,8 @@ def measure(figures, works, rows, folder, model, vllm, dtype, rounds, prompts, j
             figures.setdefault((f"generate, {dtype}", "ours", "share in the forward pass"), []).append(
                 spent[0] / seconds
             )
-    if bare:
-        bare.stop()
+    for server in filter(None, (bare, managed)):
+        server.stop()
     return notes
 
 
