@@ -17,7 +17,7 @@ from cai.base import cli, hashing
 from cai.base.errors import InputError
 from cai.data import dialogue, sources
 from cai.models import loading, local
-from cai.train import alarms, arguments, common, handover, prompts, rewards, selection, updates
+from cai.train import alarms, arguments, common, prompts, rewards, selection, too_large, updates
 
 
 @click.command(cls=cli.Command)
@@ -170,7 +170,7 @@ def plan(options, settings, weights: dict[str, float], source: sources.Source) -
         value_model=value_model[0] if value_model else None,
         frozen=frozen,
     )
-    return {**figures, **handover.plan(options, *models(options, weights))}
+    return {**figures, **too_large.plan(options, *models(options, weights))}
 
 
 def models(options, weights: dict[str, float]) -> tuple[list[str], list[str]]:
@@ -196,7 +196,7 @@ def load(run: common.TrainingRun, settings, weights: dict[str, float], rows: lis
     from cai.train.ppo import PolicyAndValue
 
     options = run.options
-    handover.check(options, *models(options, weights))
+    too_large.check(options, *models(options, weights))
     set_seed(settings.seed)  # of the adapters
     chat = loading.load_chat(options.model)
     if options.ref_model:

@@ -16,7 +16,8 @@ import rewards as bench
 from cai.base.errors import InputError
 from cai.constitution import files
 from cai.data.reading import AS_THEY_ARE
-from cai.models.loading import load_chat, load_engine
+from cai.models.loading import load_chat, load_engine, load_reward_model
+from cai.models.scorer import load_scorer
 from cai.steps import judges, judging, service, serving
 from cai.steps.principles import Chooser
 
@@ -86,7 +87,7 @@ BAD = {
     "lengths": ({"query": ["a", "b"], "prompts": ["a"]}, "differ in length"),
     "empty": ({"query": [], "prompts": []}, "differ in length"),
     "query of another prompt": ({"query": ["a"], "prompts": ["b"]}, "does not begin with its prompt"),
-    "a number": ({"query": [3], "prompts": [MESSAGES]}, "no text"),
+    "a number": ({"query": [3], "prompts": [MESSAGES]}, "not a text"),
     "unknown template": ({"query": ["<|x|>a"], "prompts": ["<|x|>"]}, "unknown chat template"),
     "text between turns": (
         {"query": ["<|im_start|>user\na<|im_end|>\nb"], "prompts": ["<|im_start|>user\na<|im_end|>\nb"]},
@@ -217,6 +218,22 @@ def judge():
     chooser = Chooser(rules, "draw", 0, None)
     forms = {"template": "preference", "answer_template": "preference_answer", "most_examples": 0, "cot": False}
     return engine, chooser, settings, forms
+
+
+def test_a_reward_models_reward_is_its_score(tmp_path):
+    """Over HTTP, through the function that trainers call."""
+    folder = tmp_path / "reward"
+    model = str(models.folder("llama"))
+    load_reward_model(model, "cpu").save_pretrained(folder)
+    load_chat(model).tokenizer.save_pretrained(folder)
+    scores = load_scorer(str(folder), device="cpu")
+    responses = ["Push it.", "Wait for the owner, and ask for a key.", "No."]
+    with serving_with(serving.ModelRewards(scores)) as (_, client):
+        answer = client.request_rewards(responses, [MESSAGES] * 3)
+    expected = scores([MESSAGES] * 3, responses)
+    assert answer["rewards"] == pytest.approx(expected, abs=1e-6) and len(set(expected)) == 3
+    [too_long] = serving.ModelRewards(scores)([service.Text(MESSAGES, "word " * 4000)])
+    assert too_long.status == 422
 
 
 def test_a_judges_reward_is_the_probability_of_judge_py(judge, tmp_path):

@@ -13,6 +13,7 @@ a resumed run makes the same ones. torch and transformers are imported inside fu
 """
 
 import inspect
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
@@ -284,7 +285,7 @@ class Prefixes:
 
         parts: list[tuple[list[tuple[Any, Any]], list[int], list[int]]] = []  # layers, start and length of each row
         unread = [len(prefix) - (within.shared(prefix) if within else 0) for prefix in new]
-        for part in chunks(unread, chunk_tokens) if chunk_tokens else [range(len(new))] if new else []:
+        for part in chunks(unread, chunk_tokens or sys.maxsize):
             with torch.inference_mode():
                 _, past, starts = prefill(model, new[part.start : part.stop], within, pad_id)
             lengths = self.lengths[part.start : part.stop]

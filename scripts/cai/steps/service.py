@@ -117,7 +117,7 @@ def _read_text(query: Any, prompt: Any, label: Any, key: Any) -> Text:
     """One response. Where the prompt is text, the query begins with it; where it is messages, the query is the
     response alone. Raises ValueError for what is neither."""
     if not isinstance(query, str):
-        raise ValueError("the query is no text")
+        raise ValueError("the query is not a text")
     if isinstance(prompt, str):
         if not query.startswith(prompt):
             raise ValueError("the query does not begin with its prompt")

@@ -1,6 +1,6 @@
 """PPO of models that do not fit on one GPU: the engine that takes them, and the command that hands the run over.
 
-    handover.check(options, ["runs/sft", "runs/reward"], ["runs/reward", "runs/sft"])
+    too_large.check(options, ["runs/sft", "runs/reward"], ["runs/reward", "runs/sft"])
 
 Each process of ppo.py holds a copy of all its models. What is compared with the GPU is the least that these need (their
 weights, gradients and optimizer, without activations), so that a model that fits is never refused. Leaves out CPUs, and
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cai.base.errors import InputError
-from cai.models import estimate, loading
+from cai.models import estimate, folders, loading
 from cai.train import rewards
 
 # GPUs of one machine, and the share of their memory that models may take, when machines are counted.
@@ -62,7 +62,7 @@ def least_memory(trained: Sequence[str], frozen: Sequence[str], lora_rank: int |
     """Bytes of weights, gradients and optimizer on a GPU; None where the sizes of a model are not known.
 
     Args:
-        trained, frozen: as for `check_memory`.
+        trained, frozen: as for `check`.
         dtype: of --dtype. Trained weights, and all that belongs to them, take two bytes each in bfloat16 alone.
     """
     shapes = [estimate.shape_of(name) for name in (*trained, *frozen)]
@@ -82,7 +82,7 @@ def command(options, needed: float, memory: float | None) -> str:
     Args:
         needed, memory: bytes, of all the models and of one GPU; None: a GPU of 80 GB.
     """
-    engine = "openrlhf" if _parameters(options.model) <= LARGEST_BY_LAYERS else "verl"
+    engine = "openrlhf" if (folders.count_parameters(options.model) or 0) <= LARGEST_BY_LAYERS else "verl"
     nodes = math.ceil(needed / (GPUS_PER_NODE * USABLE * (memory or 80e9)))
     line = ["python", "scripts/export.py", "--to", engine, "--stage", "ppo"]
     line += [part for path in options.inputs for part in ("--input", path)]
@@ -92,8 +92,3 @@ def command(options, needed: float, memory: float | None) -> str:
     line += ["--nodes", str(nodes)] if nodes > 1 else []
     line += ["--output", f"{options.output.rstrip(os.sep)}-{engine}"]
     return shlex.join(line)
-
-
-def _parameters(model: str) -> int:
-    shape = estimate.shape_of(model)
-    return 0 if shape is None else shape.parameters
