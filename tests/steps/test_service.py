@@ -258,6 +258,10 @@ def test_a_judges_reward_is_the_probability_of_judge_py(judge, tmp_path):
     assert ask([service.Text(MESSAGES, "Same.", "Same.")]) == [0.5]
     [too_long] = ask([service.Text(MESSAGES, "word " * 4000, "Wait.")])
     assert too_long.status == 422
+    # An engine that loses what it was asked: an error, not a number.
+    silent = SimpleNamespace(name="x", batch_size=4, scores_choices=True, score=lambda *_: iter(()))
+    [lost] = serving.JudgeRewards(silent, question)([texts[0]])
+    assert lost.status == 500 and "no answer" in str(lost)
 
 
 def test_two_references_to_one_prompt_are_refused(tmp_path):

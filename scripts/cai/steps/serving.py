@@ -77,7 +77,8 @@ class JudgeRewards:
         self.engine, self.question, self.limits, self.references = engine, question, limits, references or {}
 
     def __call__(self, texts: Sequence[service.Text]) -> list[float | service.RequestError]:
-        rewards: list[float | service.RequestError] = [0.0] * len(texts)
+        lost = service.RequestError(500, "the judge gave no answer")
+        rewards: list[float | service.RequestError] = [lost] * len(texts)  # what stays so is no reward
         comparisons: dict[str, dict[str, Any]] = {}
         numbers: dict[str, list[int]] = defaultdict(list)  # of the texts of each comparison
         for number, text in enumerate(texts):
