@@ -100,7 +100,7 @@ _SCOPED = (
 
 
 # Principles about something that no response is at fault in: nothing is changed under them, and help is preferred.
-_UNRELATED = (
+UNRELATED = (
     ("Tell where the response talks of {}.", "Rewrite the response so that it never talks of {}.", "less full of {}"),
     ("Find any word of {} in the response.", "Rewrite the response without a word of {}.", "with fewer words of {}"),
     ("Point out where the response mentions {}.", "Rewrite the response so that it does not mention {}.", "without {}"),
@@ -118,7 +118,7 @@ _TOPICS = (
 def unrelated_rule(rng: random.Random) -> Rule:
     topics = rng.sample(_TOPICS, rng.choice((1, 1, 2, 3, 4)))
     text = " or ".join(topics)
-    critique, revision, preference = (words.format(text) for words in rng.choice(_UNRELATED))
+    critique, revision, preference = (words.format(text) for words in rng.choice(UNRELATED))
     return Rule(Principle("unrelated", critique, revision, f"Which response is {preference}?"), (), ())
 
 
