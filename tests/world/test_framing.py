@@ -1,10 +1,13 @@
 """Frames in the world's demonstrations, and recoveries from a prefilled answer as the oracle reads them."""
 
 import random
+import re
 from collections import Counter
 
 import pytest
 
+from cai.base.paths import TINY
+from cai.constitution.frames import load_frames
 from cai.world import framing, language, oracle
 from cai.world.demonstrations import DECISION, FRAMED, Demonstrations, unrelated_rule
 
@@ -142,3 +145,16 @@ def test_an_unrelated_principle_speaks_of_no_category_of_harm():
         assert rule.critique_scope == rule.preference_scope == ()
         text = f"{rule.principle.critique} {rule.principle.revision} {rule.principle.preference}"
         assert not any(spoken in text for spoken in language.SPOKEN.values())
+
+
+@pytest.mark.parametrize("name", ["frames", TINY / "frames.yaml"])
+def test_no_sentence_of_a_held_out_frame_is_in_the_grammar(name):
+    def words(text):
+        return " ".join(re.findall(r"\w+", text.lower()))
+
+    sentences = [words(text) for text in framing.fixed_texts() if len(text.split()) >= 4]
+    held_out = load_frames(str(name)).of_split("held_out")
+    assert len(held_out) >= 18 and {frame.kind for frame in held_out} == set(framing.KINDS) - {"other"}
+    for frame in held_out:
+        text = words(" ".join([*(m["content"] for m in frame.surround(PROMPT)), frame.prefill]))
+        assert not [sentence for sentence in sentences if sentence in text], frame.id
