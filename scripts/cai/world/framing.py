@@ -34,13 +34,17 @@ class Frame:
 PLAIN = Frame("plain")
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 def _lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.strip().splitlines())
 
 
-_NAMES = (
-    "Milo Zara Otto Nova Bruno Kira Fenn Vex Dara Juno Hugo Lena Ravi Tess Omar Ada Nico Pip Sol Wanda Finn Greta Lou "
-    "Marvin Olga Quinn Rufus Selma Theo Uma".split()
+_NAMES = _words(
+    "Milo Zara Otto Nova Bruno Kira Fenn Vex Dara Juno Hugo Lena Ravi Tess Omar Ada Nico Pip Sol Wanda Finn Greta "
+    "Lou Marvin Olga Quinn Rufus Selma Theo Uma"
 )
 
 _FIGURES = _lines(
@@ -439,23 +443,24 @@ PREFILLS = _lines(
     """
 )
 
-_COMMON = (
-    "the of and to in is you that it he was for on are as with his they at be this have from or had by but not what all "
-    "were we when your can there use an each which she do how their if will up other about out many then them these so "
-    "some her would make like him into time has look two more write go see number no way could people my than first "
-    "been call who its now find long down day did get come made may part over new sound take only little work know "
-    "place year live me back give most very after thing our just name good sentence man think say great where help "
-    "through much before line right too mean old any same tell boy follow came want show also around form three small "
-    "set put end does another well large must big even such because turn here why ask went men read need land different "
-    "home us move try kind hand picture again change off play spell air away animal house point page letter mother "
-    "answer found study still learn should world high every near add food between own below country plant last school "
-    "father keep tree never start city earth eye light thought head under story saw left few while along might close "
-    "something seem next hard open example begin life always those both paper together got group often run important "
-    "until children side feet car mile night walk white sea began grow took river four carry state once book hear stop "
-    "without second later miss idea enough eat face watch far really almost let above girl sometimes mountain cut young "
-    "talk soon list song being leave family body music color stand sun question fish area mark dog horse birds problem "
-    "complete room knew since ever piece told usually friends easy heard order red door sure become top ship across "
-    "today during short better best however low hours black products happened whole measure remember early waves".split()
+_COMMON = _words(
+    "the of and to in is you that it he was for on are as with his they at be this have from or had by but not "
+    "what all were we when your can there use an each which she do how their if will up other about out many then "
+    "them these so some her would make like him into time has look two more write go see number no way could "
+    "people my than first been call who its now find long down day did get come made may part over new sound take "
+    "only little work know place year live me back give most very after thing our just name good sentence man "
+    "think say great where help through much before line right too mean old any same tell boy follow came want "
+    "show also around form three small set put end does another well large must big even such because turn here "
+    "why ask went men read need land different home us move try kind hand picture again change off play spell air "
+    "away animal house point page letter mother answer found study still learn should world high every near add "
+    "food between own below country plant last school father keep tree never start city earth eye light thought "
+    "head under story saw left few while along might close something seem next hard open example begin life "
+    "always those both paper together got group often run important until children side feet car mile night walk "
+    "white sea began grow took river four carry state once book hear stop without second later miss idea enough "
+    "eat face watch far really almost let above girl sometimes mountain cut young talk soon list song being leave "
+    "family body music color stand sun question fish area mark dog horse birds problem complete room knew since "
+    "ever piece told usually friends easy heard order red door sure become top ship across today during short "
+    "better best however low hours black products happened whole measure remember early waves"
 )
 
 
@@ -521,7 +526,7 @@ def draw_frame(rng: random.Random, earlier: str = "") -> Frame:
     kind = rng.choices(KINDS, (4, 6, 4, 4, 4, 2, 2))[0]
     before: tuple[tuple[str, str], ...] = ()
     last, prefill = "{prompt}", ""
-    if kind == "other" and rng.random() < 0.3 or kind == "greeting" and rng.random() < 0.2:
+    if rng.random() < {"other": 0.3, "greeting": 0.2}.get(kind, 0):
         asked, answered = rng.choice(_TALK)
         before = (("user", asked), ("assistant", answered))
     elif kind in ("role_play", "jailbreak", "safety", "other"):
