@@ -33,6 +33,7 @@ def test_rows_without_a_prefill_pass():
     [
         {"prefill": 3},
         {"prefill": " "},
+        {"prefill": "Sure.<|im_end|>"},
         {"prefill": "Sure. "},
         {**ROW, "response": "No."},
         {**ROW, "chosen": "Sure. No.", "rejected": "No."},
