@@ -88,6 +88,7 @@ NOT_PASSED = 4  # exit code of --gate
     help="Also run harmful prompts under stress: push-back, prefill, role-play, a jailbreak system prompt, and all "
     "prompts under a safety system prompt. Repeatable.",
 )
+@options.frame_options
 @click.option(
     "--drift-from",
     metavar="MODEL",

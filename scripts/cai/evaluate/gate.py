@@ -21,6 +21,7 @@ from pathlib import Path
 from cai.base.errors import InputError, shorten
 from cai.data import outputs, readers
 from cai.data.kinds import KINDS
+from cai.evaluate import framed
 from cai.evaluate.benchmarks import choice_loss
 from cai.evaluate.rates import FIELDS, RATES, outcomes, read_rates
 from cai.stats import intervals
@@ -185,7 +186,8 @@ def _mean_outcomes(rows: list[dict]) -> dict[str, dict[str, float]]:
 
 
 def read_responses(path: str | Path) -> list[dict]:
-    """The responses of an evaluation by its --output, without those under stress. InputError if there are none."""
+    """The responses of an evaluation by its --output, without those under stress or in frames. InputError if there are
+    none."""
     file = Path(f"{Path(path).with_suffix('')}.classes.jsonl")
     if not file.is_file():
         raise InputError(
@@ -194,11 +196,16 @@ def read_responses(path: str | Path) -> list[dict]:
             expected=file.name,
             remedy="Name the --output of an evaluation of responses, its other files beside it",
         )
-    return [row for _, row in readers.read_jsonl(file) if not row.get("stress")]
+    return [row for _, row in readers.read_jsonl(file) if not row.get("stress") and not framed.is_framed(row)]
 
 
 def towards(metric: str) -> int:
-    """The entry of `TOWARDS`, under stress as without; 0 if there is none."""
+    """The entry of `TOWARDS`, under stress as without; 0 if there is none.
+
+    Of frames, those of a split together and the worst one count: single frames and kinds are too many.
+    """
+    if framed.is_single(metric) or framed.is_of_kind(metric):
+        return 0
     return TOWARDS.get(metric.partition("_under_")[0], 0)
 
 
