@@ -162,7 +162,7 @@ def frame_options(function: Callable) -> Callable:
         "--frames",
         metavar="NAME|FILE",
         help="Put prompts into frames: system messages, earlier turns, prefilled answers. A YAML file, or `frames` for "
-        "the bundled one. Frames that are held out are not used.",
+        "the bundled one. Frames that are held out are for measuring only.",
     )
     return frames(share(function))
 

@@ -79,6 +79,11 @@ def is_single(metric: str) -> bool:
     return "_under_frame_" in metric
 
 
+def is_worst(metric: str) -> bool:
+    """Whether a figure is of a worst frame."""
+    return "_under_worst_" in metric
+
+
 def is_of_kind(metric: str) -> bool:
     """Whether a figure is of the frames of one kind."""
     return any(metric.endswith(f"_{kind}_frames") for kind in KINDS)
@@ -127,7 +132,7 @@ def table(rates: Mapping[str, Mapping[str, Any]]) -> str | None:
     def lines() -> Iterator[list[str]]:
         for split in SPLITS:
             for kind in KINDS:
-                of_kind = [frame for frame, place in frames.items() if place == (kind, split)]
+                of_kind = sorted(frame for frame, place in frames.items() if place == (kind, split))
                 if of_kind:
                     yield [f"{_words(kind)}, {_words(split)}", *cells(f"{split}_{kind}_frames")]
                 yield from ([f"  {frame}", *cells(f"frame_{frame}")] for frame in of_kind)
@@ -147,6 +152,31 @@ def worst_lines(rates: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 def _words(name: str) -> str:
     return {"held_out": "held-out"}.get(name, name.replace("_", " "))
+
+
+def stage_rows(stages: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[tuple[str, ...]]:
+    """Rows of the table of a run's stages, {stage: {metric: figure}}: all frames together, and the worst.
+
+    The worst frame is another one at each stage; its name stands behind the figure.
+    """
+    first = next(iter(stages.values()))
+    for kind, names in FIGURES.items():
+        name = next((name for name in names if any(metric.startswith(f"{name}_under_") for metric in first)), None)
+        if name is None or kind == "borderline":
+            continue
+        endings = [*(f"{split}_frames" for split in SPLITS), *(f"{split}_safety_frames" for split in SPLITS)]
+        endings = endings if kind == "benign" else endings[: len(SPLITS)]
+        endings = [*endings, *(f"worst_{split}_frame" for split in SPLITS)]
+        endings = [ending for ending in endings if all(f"{name}_under_{ending}" in rates for rates in stages.values())]
+        if endings:
+            yield (f"{kind} prompts in frames: {_words(name)}", *([""] * len(stages)))
+        for ending in endings:
+            figures = [rates[f"{name}_under_{ending}"] for rates in stages.values()]
+            yield (f"  {describe_way(ending).removeprefix(' in ')}", *map(_show_with_frame, figures))
+
+
+def _show_with_frame(rate: Mapping[str, Any]) -> str:
+    return " ".join(filter(None, (tables.show(rate), rate.get("frame"))))
 
 
 def describe_way(way: str) -> str:

@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
 
-from cai.base import cli
 from cai.base.engine_options import engine_choice
 from cai.base.errors import CaiError, InputError, shorten
 from cai.base.hashing import identity
@@ -31,6 +30,8 @@ from cai.stats import calibration, intervals, refusals
 
 def choose(options: SimpleNamespace) -> measurement.Measurement:
     """What the options ask for. InputError unless that is clear."""
+    if options.frames and not (options.inputs and options.model):
+        raise InputError("--frames without prompts to ask", expected="--input and --model", remedy="Leave it out")
     others = [options.inputs, options.responses, options.reward_model, options.choice]
     if options.pairs:
         if any(others) or not options.model:
@@ -75,9 +76,8 @@ def choose(options: SimpleNamespace) -> measurement.Measurement:
 
 def measure_responses(options: SimpleNamespace) -> measurement.Measurement:
     """What the responses of a model, or those of a file, do."""
-    for option, value in (("--seeds or --stress", options.seeds > 1 or options.stress), ("--frames", options.frames)):
-        if options.responses and value:
-            raise InputError(f"{option} with --responses", remedy="They ask a model: give --input and --model")
+    if options.responses and (options.seeds > 1 or options.stress):
+        raise InputError("--seeds or --stress with --responses", remedy="They ask a model: give --input and --model")
     reader, model = options.reader, options.model
     reader.check()
     for name in filter(None, (model, options.drift_from)):
@@ -141,7 +141,6 @@ def qualify_reader(reader: classes.Reader) -> bool:
 def _read_frames(options: SimpleNamespace, source: sources.Source) -> dict[str, list[Frame]]:
     """{prompt id: the frames of --frames that it is asked in}; {} without. InputError for a row that has a frame."""
     if not options.frames:
-        cli.refuse_options(["frame_split", "frame_prompts"], "without --frames no prompt is asked in a frame")
         return {}
     if row := next((row for row in source if row.get("frame") is not None or row.get("prefill") is not None), None):
         raise InputError(f"row {shorten(row['id'])!r} has a frame already", where="--frames", expected="plain prompts")
