@@ -79,7 +79,7 @@ def main(inputs, output, model, samples, system, in_context, constitution, templ
         check_room(shown, system_text, model, settings.sampling.max_new_tokens)
 
     def render(row):
-        return dialogue.add_system(prefills.asked(row), system_text)
+        return dialogue.add_system(prefills.conversation_of(row), system_text)
 
     def answer(row, generation):
         flags = {"flags": [LEAKED_TAG]} if has_reasoning_tag(generation.text) else {}

@@ -135,7 +135,7 @@ def plan(options, settings: grpo.Settings, rows: list[dict]) -> dict:
     return updates.plan(
         options,
         settings,
-        list(map(prefills.asked, rows)),
+        list(map(prefills.conversation_of, rows)),
         sampled=settings.rows_per_update // settings.processes,
         frozen=[options.reward_model or options.judge, *reference],
     )

@@ -168,7 +168,7 @@ def plan(options, settings, weights: dict[str, float], rows: list[dict]) -> dict
     figures = updates.plan(
         options,
         settings,
-        list(map(prefills.asked, rows)),
+        list(map(prefills.conversation_of, rows)),
         sampled=settings.generation_batch_size,
         value_model=value_model[0] if value_model else None,
         frozen=frozen,

@@ -110,8 +110,8 @@ def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | N
         answers = sources.Source(helpful, require=("prompt", "response"), limit=limit, reading=reading)
         # What follows an end token in an answer is no part of it (`cut_at_end_token`).
         texts = [(row, dialogue.cut_at_end_token(row["response"])) for row in answers]
-        examples = [(prefills.asked(row), prefills.continuation_of(row, text)) for row, text in texts]
-        written = [(asked, text) for asked, text in examples if not is_blank(text)]
+        examples = [(prefills.conversation_of(row), prefills.continuation_of(row, text)) for row, text in texts]
+        written = [(conversation, text) for conversation, text in examples if not is_blank(text)]
         rows.extend(written)
         if cut := sum(text != row["response"] for row, text in texts):
             counts["helpful_cut"] = cut
@@ -141,7 +141,9 @@ def read_revisions(revised: sources.Source, rounds: str, keep: frozenset[str]):
         kept.update(selection.kept)
         skipped += not selection.texts
         fallbacks += selection.falls_back
-        rows.extend((prefills.asked(row), prefills.continuation_of(row, text)) for text in selection.texts.values())
+        rows.extend(
+            (prefills.conversation_of(row), prefills.continuation_of(row, text)) for text in selection.texts.values()
+        )
         if row.get("kind") == "harmful" and selection.texts:
             *_, text = selection.texts.values()
             is_complying.append(refusals.read(dialogue.prompt_text(row["prompt"]), text) == "complied")

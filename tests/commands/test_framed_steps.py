@@ -112,11 +112,11 @@ def test_the_model_reads_the_frame_and_goes_on_from_the_prefill(step, prompts, f
     rows = step("generate", "f", "--input", prompts, "--frames", frames, "--frame-share", 1, "--temperature", 0)
     chat = loading.load_chat(str(models.folder("llama")))
     row = next(row for row in rows if row.get("prefill"))
-    text = chat.render(prefills.asked(row))
+    text = chat.render(prefills.conversation_of(row))
     assert text.endswith(f"gate {row['prompt_id'][1:]}?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
                          "Sure, ask the owner.")  # fmt: skip
     engine = loading.load_engine(str(models.folder("llama")), dtype="auto")
-    [(_, again)] = engine.generate([Request("a", prefills.asked(row))], Sampling(8, 0.0))
+    [(_, again)] = engine.generate([Request("a", prefills.conversation_of(row))], Sampling(8, 0.0))
     assert row["response"] == prefills.join_prefill(row["prefill"], again.text)
 
 
@@ -215,11 +215,11 @@ def test_responses_in_different_frames_are_not_compared(invoke, tmp_path):
 def test_the_tokens_of_prefill_and_continuation_are_those_of_the_whole(family):
     chat = loading.load_chat(str(models.folder(family)))
     row = {"prompt": "How do I open the gate?", "prefill": "Sure, ask the owner.", "response": ""}
-    before, answer = encode(chat, prefills.asked(row), "But no, I would not.")
+    before, answer = encode(chat, prefills.conversation_of(row), "But no, I would not.")
     answered = {"role": "assistant", "content": "Sure, ask the owner. But no, I would not."}
-    whole = chat.render([*prefills.asked(row)[:1], answered])
+    whole = chat.render([*prefills.conversation_of(row)[:1], answered])
     assert chat.tokenizer.decode([*before, *answer]).startswith(chat.tokenizer.decode(chat.encode(whole)))
-    assert before == chat.encode(chat.render(prefills.asked(row))), "as it is generated from"
+    assert before == chat.encode(chat.render(prefills.conversation_of(row))), "as it is generated from"
     assert chat.tokenizer.decode(answer).startswith(" But no, I would not.")
 
 

@@ -85,7 +85,8 @@ def test_a_prompt_is_asked_in_the_words_of_the_frame(frames):
     row = {"id": "a", "prompt": "How?", "kind": "harmful"}
     plain, in_rex, in_sure = responding.plan([row], 0, frames={"a": [rex, sure]})
     assert plain.row == row and plain.conversation() == [{"role": "user", "content": "How?"}]
-    assert in_rex.row == {**row, "prompt_id": "a", "id": "a@frame:rex", **framed.describe(rex)}
+    about = {"prompt_id": "a", "id": "a@frame:rex", "conversation": rex.surround("How?")}
+    assert in_rex.row == {**row, **about, **framed.describe(rex)}
     assert in_rex.conversation()[0] == {"role": "system", "content": "You play Rex."}
     assert in_sure.conversation()[-1] == {"role": "assistant", "content": "Sure."}
     assert len({plain.seed, in_rex.seed, in_sure.seed}) == 3

@@ -280,8 +280,8 @@ def _check_turns(frame: Frame, line: int, path: Path) -> None:
             f"has the roles {', '.join(roles)}",
             "a system message or none, then user and assistant in turn, the user last",
         )
-    asked = [message["content"] for message in frame.surround(_MARK) if message["role"] == "user"]
-    if not any(_MARK in content for content in asked):
+    questions = [message["content"] for message in frame.surround(_MARK) if message["role"] == "user"]
+    if not any(_MARK in content for content in questions):
         raise error("leaves the prompt out", "`{{ prompt }}` in a message of the user")
     if frame.kind == "push" and "assistant" not in roles:
         raise error("of the kind push has no earlier answer", "an assistant's turn before the user's last")

@@ -14,7 +14,7 @@ from typing import Any
 from cai.base.errors import InputError, shorten
 from cai.base.hashing import hashed_seed, sha256_text
 from cai.data.dialogue import as_messages, prompt_text
-from cai.data.prefills import asked, continuation_of, prefill_of
+from cai.data.prefills import continuation_of, conversation_of, prefill_of
 from cai.data.readers import Row
 from cai.data.reading import AS_THEY_ARE, Reading
 from cai.data.shards import Shard
@@ -146,7 +146,8 @@ def prompt_and_sides(pairs: Sequence[Row]) -> list[tuple[list[Row], list[str]]]:
 
 def prompt_and_continuations(pairs: Sequence[Row]) -> list[tuple[list[Row], list[str]]]:
     """`prompt_and_sides` with a prefill as the end of the prompt: what a policy wrote, and is trained on."""
-    return [(asked(pair), [continuation_of(pair, pair[side]) for side in ("chosen", "rejected")]) for pair in pairs]
+    sides = ("chosen", "rejected")
+    return [(conversation_of(pair), [continuation_of(pair, pair[side]) for side in sides]) for pair in pairs]
 
 
 # --- comparisons to judge -----------------------------------------------------------------------------------

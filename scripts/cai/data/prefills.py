@@ -1,7 +1,7 @@
 """Rows whose answer is prefilled: the beginning of the assistant's turn is given, and the response goes on from it.
 
-    asked(row)                                  # the prompt's messages, and the prefill as the assistant's beginning
-    join_prefill("Sure.", "But no: ...")        # the response, whole: "Sure. But no: ..."
+    conversation_of(row)                      # the prompt's messages, and the prefill as the assistant's beginning
+    join_prefill("Sure.", "But no: ...")      # the response, whole: "Sure. But no: ..."
 
 In a row `prefill` is that beginning; `prompt` does not hold it, and `response`, revisions, `chosen` and `rejected` do.
 A model is trained on what follows it. Leaves out where prefills come from (constitution/frames.py).
@@ -31,7 +31,7 @@ def begin_answer(messages: list[Message], prefill: str) -> list[Message]:
     return [*messages, {"role": "assistant", "content": prefill}]
 
 
-def asked(row: Mapping[str, Any]) -> list[Message]:
+def conversation_of(row: Mapping[str, Any]) -> list[Message]:
     """What a model is asked: the prompt's messages, and the prefill as the assistant's message that it continues."""
     return begin_answer(dialogue.as_messages(row["prompt"]), prefill_of(row))
 

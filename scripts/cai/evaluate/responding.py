@@ -94,6 +94,7 @@ def plan(
             for frame in frames.get(row["id"], ()):
                 answer_seed = hashing.hashed_seed("evaluate", number, row["id"], "frame", frame.id)
                 about = {**sample, "id": f"{plain}@frame:{frame.id}", **framed.describe(frame)}
+                about["conversation"] = frame.surround(row["prompt"])
                 yield Answer({**row, "prompt_id": row["id"], **about}, answer_seed, None, plain, frame)
 
 

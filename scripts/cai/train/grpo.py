@@ -287,7 +287,7 @@ def save_merged_reference(policy, states: str | Path) -> None:
 def arrange_prompts(prompts: Sequence[Prompt], chat: Chat, settings: Settings) -> list[dict]:
     """The prompts of all updates, in their order, as rows of {prompt, row, update}."""
     # Rendered here and not by TRL, so that text from a record can't end a turn.
-    texts = [chat.render(prompt.asked) for prompt in prompts]
+    texts = [chat.render(prompt.conversation) for prompt in prompts]
     drawn = settings.updates * settings.prompts_per_update
     order = common.training_order([1] * len(prompts), 1, drawn / len(prompts), settings.seed)
     return [

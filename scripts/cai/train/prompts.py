@@ -29,7 +29,7 @@ class Prompt:
     prefill: str = ""
 
     @property
-    def asked(self) -> list[dict]:
+    def conversation(self) -> list[dict]:
         """The conversation that the policy continues."""
         return prefills.begin_answer(self.messages, self.prefill)
 
@@ -56,7 +56,7 @@ def encode_prompts(rows: Sequence[dict], chat: Chat, policy, max_new_tokens: int
 
     prompts = []
     for row in rows:
-        ids = torch.tensor(chat.encode(chat.render(prefills.asked(row))))
+        ids = torch.tensor(chat.encode(chat.render(prefills.conversation_of(row))))
         messages = dialogue.as_messages(row["prompt"])
         prompts.append(Prompt(messages, ids, row.get("kind"), prefills.prefill_of(row)))
     check_context(prompts, policy, max_new_tokens)
@@ -100,4 +100,4 @@ def read_references(against: str, rows: Sequence[dict]) -> tuple[list[list[str]]
 
 def _conversation_key(row: dict) -> str:
     """What a row asks as a string, the same for a text and for its messages."""
-    return json.dumps(prefills.asked(row), sort_keys=True)
+    return json.dumps(prefills.conversation_of(row), sort_keys=True)
