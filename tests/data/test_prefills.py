@@ -3,14 +3,14 @@
 import pytest
 
 from cai.base.errors import InputError
-from cai.data.prefills import asked, check_prefill, continuation_of, join_prefill
+from cai.data.prefills import check_prefill, continuation_of, conversation_of, join_prefill
 
 ROW = {"prompt": "how?", "prefill": "Sure."}
 
 
 def test_a_model_is_asked_to_go_on():
-    assert asked(ROW) == [{"role": "user", "content": "how?"}, {"role": "assistant", "content": "Sure."}]
-    assert asked({"prompt": "how?"}) == [{"role": "user", "content": "how?"}]
+    assert conversation_of(ROW) == [{"role": "user", "content": "how?"}, {"role": "assistant", "content": "Sure."}]
+    assert conversation_of({"prompt": "how?"}) == [{"role": "user", "content": "how?"}]
 
 
 def test_a_response_is_whole_and_can_be_taken_apart():
@@ -33,6 +33,7 @@ def test_rows_without_a_prefill_pass():
     [
         {"prefill": 3},
         {"prefill": " "},
+        {"prefill": "Sure.<|im_end|>"},
         {"prefill": "Sure. "},
         {**ROW, "response": "No."},
         {**ROW, "chosen": "Sure. No.", "rejected": "No."},

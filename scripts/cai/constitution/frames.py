@@ -10,15 +10,17 @@ Leaves out what later steps do with a prefilled answer (data/prefills.py), and s
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import click
 import jinja2
 import jinja2.meta
 import yaml
 
+from cai.base import cli
 from cai.base.errors import InputError, shorten
 from cai.base.hashing import hashed_seed
 from cai.base.paths import TEMPLATES, find_file
@@ -118,6 +120,61 @@ def frame_row(row: Mapping[str, Any], frame: Frame | None) -> dict[str, Any]:
         return dict(row)
     prefill = {"prefill": frame.prefill} if frame.prefill else {}
     return {**row, "prompt": frame.surround(row["prompt"]), "frame": frame.id, "frame_kind": frame.kind, **prefill}
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How the prompts of a command are framed; without `frames` they stay as they are."""
+
+    frames: Frames | None
+    share: float
+    seed: int
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the frames of prompts, for manifests; {} without frames."""
+        return {"frames": self.frames.sha256, "frame_share": self.share} if self.frames else {}
+
+    def apply(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row in its frame. Raises InputError for one that has a frame already."""
+        if self.frames is None:
+            return row
+        if row.get("frame") is not None or row.get("prefill") is not None:
+            raise InputError(
+                f"row {shorten(row['id'])!r} has a frame already",
+                where="--frames",
+                expected="plain prompts",
+                remedy="Leave --frames out: rows keep the frame that they have",
+            )
+        return frame_row(row, self.frames.choose(self.seed, row["id"], row.get("kind"), self.share))
+
+
+def frame_options(function: Callable) -> Callable:
+    """Decorator: `--frames` and `--frame-share`, which `read_framing` reads."""
+    share = click.option(
+        "--frame-share",
+        type=click.FloatRange(0, 1),
+        default=0.5,
+        show_default=True,
+        help="With --frames: the share of prompts that get a frame; the others stay plain.",
+    )
+    frames = click.option(
+        "--frames",
+        metavar="NAME|FILE",
+        help="Put prompts into frames: system messages, earlier turns, prefilled answers. A YAML file, or `frames` for "
+        "the bundled one. Frames that are held out are for measuring only.",
+    )
+    return frames(share(function))
+
+
+def read_framing(name_or_path: str | None, share: float, seed: int) -> Framing:
+    """The framing that `frame_options` name. Raises InputError for a file without a frame that is seen."""
+    if name_or_path is None:
+        cli.refuse_options(["frame_share"], "without --frames every prompt stays plain")
+        return Framing(None, share, seed)
+    frames = load_frames(name_or_path)
+    frames.of_split("seen")
+    return Framing(frames, share, seed)
 
 
 def load_frames(name_or_path: str) -> Frames:
@@ -223,8 +280,8 @@ def _check_turns(frame: Frame, line: int, path: Path) -> None:
             f"has the roles {', '.join(roles)}",
             "a system message or none, then user and assistant in turn, the user last",
         )
-    asked = [message["content"] for message in frame.surround(_MARK) if message["role"] == "user"]
-    if not any(_MARK in content for content in asked):
+    questions = [message["content"] for message in frame.surround(_MARK) if message["role"] == "user"]
+    if not any(_MARK in content for content in questions):
         raise error("leaves the prompt out", "`{{ prompt }}` in a message of the user")
     if frame.kind == "push" and "assistant" not in roles:
         raise error("of the kind push has no earlier answer", "an assistant's turn before the user's last")

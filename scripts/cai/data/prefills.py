@@ -1,7 +1,7 @@
 """Rows whose answer is prefilled: the beginning of the assistant's turn is given, and the response goes on from it.
 
-    asked(row)                                  # the prompt's messages, and the prefill as the assistant's beginning
-    join_prefill("Sure.", "But no: ...")        # the response, whole: "Sure. But no: ..."
+    conversation_of(row)                      # the prompt's messages, and the prefill as the assistant's beginning
+    join_prefill("Sure.", "But no: ...")      # the response, whole: "Sure. But no: ..."
 
 In a row `prefill` is that beginning; `prompt` does not hold it, and `response`, revisions, `chosen` and `rejected` do.
 A model is trained on what follows it. Leaves out where prefills come from (constitution/frames.py).
@@ -22,11 +22,16 @@ def prefill_of(row: Mapping[str, Any]) -> str:
 
 
 def begin_answer(messages: list[Message], prefill: str) -> list[Message]:
-    """The conversation with the assistant's turn begun; the same where there is no prefill."""
-    return [*messages, {"role": "assistant", "content": prefill}] if prefill else messages
+    """The conversation with the assistant's turn prefilled, after a prefill of its own; unchanged without a prefill."""
+    if not prefill:
+        return messages
+    if messages[-1]["role"] == "assistant":
+        *messages, last = messages
+        prefill = f"{last['content']} {prefill}"
+    return [*messages, {"role": "assistant", "content": prefill}]
 
 
-def asked(row: Mapping[str, Any]) -> list[Message]:
+def conversation_of(row: Mapping[str, Any]) -> list[Message]:
     """What a model is asked: the prompt's messages, and the prefill as the assistant's message that it continues."""
     return begin_answer(dialogue.as_messages(row["prompt"]), prefill_of(row))
 
@@ -52,12 +57,12 @@ def check_prefill(row: Mapping[str, Any], where: str, line: int) -> None:
     prefill = row.get("prefill")
     if prefill is None:
         return
-    if not isinstance(prefill, str) or not prefill.strip() or prefill != prefill.strip():
+    if not isinstance(prefill, str) or not prefill or dialogue.cut_at_end_token(prefill.strip()) != prefill:
         raise InputError(
             f"the prefill is {shorten(prefill)!r}",
             where=where,
             line=line,
-            expected="the beginning of the answer: a text without space around it",
+            expected="the beginning of the answer: a text without space around it, and without an end token",
             remedy="Fix it, or leave the column out",
         )
     rounds = row.get("rounds")

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from cai.base.paths import TEMPLATES
 from cai.data.kinds import KINDS
+from cai.evaluate import framed
 from cai.evaluate.rates import RATES
 from cai.report import escaping, run_folder, transcripts
 from cai.report.run_folder import Run
@@ -121,8 +122,12 @@ def judge_table(name: str, counts: list[tuple[str, object]]) -> tuple[str, list,
 
 
 def _stage_rows(run: Run) -> list[tuple[str, list]]:
-    """[(kind of prompts with n, [(label, a rate for each stage)])]; prompts under stress come last."""
+    """[(kind of prompts with n, [(label, a rate for each stage)])]; prompts under stress and in frames come last.
+
+    Single frames are left out: there are many, and the worst is shown.
+    """
     measured = {name for stage in run.stages for name, rate in stage.rates.items() if rate}
+    measured = {name for name in measured if not framed.is_single(name)}
     ways = sorted({name.partition("_under_")[2] for name in measured})  # "" first: without stress
     result = []
     for way, kind in itertools.product(ways, KINDS):
@@ -131,7 +136,7 @@ def _stage_rows(run: Run) -> list[tuple[str, list]]:
         rates = {name: [stage.rates.get(name + ending) for stage in run.stages] for name in names}
         if names:
             sizes = ", ".join(f"{n:,}" for n in sorted({rate["n"] for rate in rates[names[0]] if rate}))
-            stress = f" under stress: {way.replace('_', ' ')}" if way else ""
+            stress = framed.describe_way(way) if way else ""
             rows = [(NAMES.get(name, name), rates[name]) for name in names]
             result.append((f"{kind} prompts{stress} (n = {sizes})", rows))
     return result

@@ -24,7 +24,7 @@ TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 # The settings of each step. A critique that found no fault leaves the response as it was: from such copies
 # of harmless rows SFT learns to stay helpful, hence `--keep copy`. Pairs are sampled hotter than answers are,
 # because two that are alike teach a reward model nothing. `batch_size` is that of the steps that write or
-# judge text; `size`: updates, prompts in each, and minibatches.
+# judge text; `size`: updates, prompts in each, and minibatches; `frames`: of the evaluations of a run in frames.
 PRESETS = {
     "tiny": {
         "batch_size": 64,
@@ -40,6 +40,7 @@ PRESETS = {
         "dpo": "--epochs 1 --learning-rate 1e-4 --batch-size 32 --max-length 512",
         "grpo": "--samples 4 --batch-size 64 --learning-rate 1e-4 --max-new-tokens 96",
         "evaluate": "--by oracle --temperature 0.7 --max-new-tokens 96",
+        "frames": "--frame-prompts 20",
     },
     "default": {
         "batch_size": 32,
@@ -55,6 +56,7 @@ PRESETS = {
         "dpo": "--lora --epochs 1 --learning-rate 5e-6",
         "grpo": "--lora --learning-rate 1e-5 --max-new-tokens 512",
         "evaluate": "--by judge --temperature 0.7 --max-new-tokens 512",
+        "frames": "--frame-prompts 20",
     },
 }
 
@@ -107,7 +109,8 @@ class Choices:
 
     `limit` is that of the prompts to train on, `heldout_limit` that of the prompts to measure on. `critic`, `judge` and
     `reader`: the models of these roles (see `model_of`). `updates` and `max_new_tokens` replace those of the preset.
-    `is_smoke`: everything is bounded by SMOKE. `engine`: the words of --engine and what belongs to it.
+    `is_smoke`: everything is bounded by SMOKE. `engine`: the words of --engine and what belongs to it. `frames`: a
+    frames file, in whose frames a share of the prompts is asked.
     """
 
     model: str
@@ -135,6 +138,8 @@ class Choices:
     updates: int | None = None
     is_smoke: bool = False
     engine: tuple[str, ...] = ()
+    frames: str | None = None
+    frame_share: float = 0.5
 
     def model_of(self, role: str) -> str:
         """The model that criticises and revises (`critic`), compares responses (`judge`) or says what a response does
@@ -213,7 +218,10 @@ class _Plan:
         judge = ["--judge", self.choices.model_of("reader")] if self.choices.reads_by_judge else []
         reading = self.choices.reading_of("heldout").arguments
         prompts = [*_repeat("--input", self.choices.heldout), *self.heldout_limit, *reading]
-        arguments = [*prompts, "--model", model, *judge]
+        # A smoke run has no rows to spare for each frame.
+        in_frames = self.choices.frames and not self.choices.is_smoke
+        frames = ["--frames", self.choices.frames, *self.settings("frames")] if in_frames else []
+        arguments = [*prompts, "--model", model, *judge, *frames]
         self.add(f"evaluate-{stage}", "evaluate", arguments, f"evaluation-{stage}.jsonl")
 
 
@@ -222,6 +230,8 @@ def make_plan(choices: Choices, output: str, seed: int) -> list[Step]:
     model, plan = choices.model, _Plan(choices, Path(output), seed)
     plan.add_evaluation("base", model)
     prompts = [*_repeat("--input", choices.inputs), *plan.limit, *choices.reading_of("inputs").arguments]
+    if choices.frames:  # with the same seed in every step, so that a prompt keeps its frame
+        prompts += ["--frames", choices.frames, "--frame-share", str(choices.frame_share)]
     responses = plan.add_rows("responses", "generate", [*prompts, "--model", model])
     critic, revised = [*name_model(choices.model_of("critic")), "--constitution", choices.constitution], responses
     by = _choose_by(choices, plan.folder, "matches.jsonl")

@@ -17,6 +17,7 @@ from cai.base import cli, engine_options
 from cai.base.errors import InputError
 from cai.base.paths import TINY
 from cai.constitution.files import load_constitution
+from cai.constitution.frames import frame_options, read_framing
 from cai.data.reading import reading_options
 from cai.data.sources import Source
 from cai.models import loading
@@ -53,6 +54,7 @@ _TABLE = (
         "--heldout", help="Prompts with their kind to measure on; for `tiny` the bundled ones. Repeatable."
     ),
     cli.rows_option("--helpful", help="Rows with a helpful `response` to mix into SFT. Repeatable."),
+    frame_options,
     choosing.principles_option("draw", "match", "all"),
     gating.gate_option,
     content.stop_option,
@@ -161,6 +163,7 @@ def check_inputs(choices: Choices) -> None:
     for role, model in choices.models.items():
         _check_model(f"--{role}", model)
     load_constitution(choices.constitution)
+    read_framing(choices.frames, choices.frame_share, seed=0)
     of_files = {"inputs": (("prompt",), choices.limit), "heldout": (("prompt", "kind"), choices.heldout_limit)}
     for files, (fields, limit) in of_files.items():
         if pricing.is_file(choices, files):
