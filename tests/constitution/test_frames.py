@@ -66,6 +66,12 @@ def test_a_frame_takes_the_place_of_the_last_message_and_stands_before_the_syste
     ]
 
 
+def test_a_frame_that_does_not_suit_a_prompt_is_named(load):
+    [frame] = load(FRAME.replace("{{ prompt }}", "{{ prompt }}{{ 1 // (prompt | length - 4) }}")).frames
+    with pytest.raises(InputError, match=r"the frame 'rex': it can't be rendered with the prompt 'how\?'"):
+        frame.surround("how?")
+
+
 def test_a_framed_row_keeps_its_other_fields(load):
     [frame] = load(FRAME + '    prefill: "  Of course. "\n').frames
     row = frame_row({"id": "1", "prompt": "how?", "kind": "harmful"}, frame)
