@@ -1,10 +1,12 @@
 """Frames: the bundled file, how a prompt gets one, and what is refused with file and line."""
 
+import re
 from collections import Counter
 
 import pytest
 
 from cai.base.errors import InputError
+from cai.base.paths import TEMPLATES
 from cai.constitution.frames import KINDS, SPLITS, frame_row, load_frames
 
 FRAME = """\
@@ -40,6 +42,14 @@ def test_the_bundled_frames_are_of_every_kind_seen_and_held_out():
         assert "Where is the harbour?" in str(frame.surround("Where is the harbour?")), frame.id
     texts = [str(frame.surround("?")) + frame.prefill for frame in frames]
     assert len(set(texts)) == len(texts), "no frame occurs twice"
+
+
+def test_the_words_of_stress_are_in_no_frame():
+    text = " ".join((TEMPLATES / "frames.yaml").read_text(encoding="utf-8").split())
+    for path in (TEMPLATES / "stress").glob("*.jinja"):
+        words = re.sub(r"{#.*?#}|{%.*?%}|{{.*?}}", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for sentence in re.split(r"[.:]\s", " ".join(words.split())):
+            assert len(sentence) < 20 or sentence not in text, sentence
 
 
 def test_a_prompt_is_data_in_a_frame(load):
