@@ -93,11 +93,7 @@ def main(options):
     """
     from cai.train.ppo import PPOTrainer, Settings
 
-    loading.check_model(options.model, training=True)
-    if options.ref_model:
-        loading.check_model(options.ref_model)
-    if options.judge and not rewards.is_function(options.judge):
-        loading.find_model(options.judge)
+    check_models(options)
     source = sources.Source(options.inputs, limit=options.limit, reading=options.reading)
     framing = frames.read_framing(options.frames, options.frame_share, options.seed)
     rows = list(map(framing.apply, source))
@@ -145,6 +141,15 @@ def main(options):
         counts = updates.summarise(options.output, trainer.state.global_step)
         counts = {"prompts": source.count, **counts, **chosen, **stopped}
         run.finish(counts, fast_path=local.fast_path_field(trainer.slow_reason))
+
+
+def check_models(options) -> None:
+    """Raise InputError for a model that is not there or can't be trained."""
+    loading.check_model(options.model, training=True)
+    if options.ref_model:
+        loading.check_model(options.ref_model)
+    if options.judge and not rewards.is_function(options.judge):
+        loading.find_model(options.judge)
 
 
 def identify(options, source: sources.Source, settings, weights: dict[str, float], selected: list[dict]) -> dict:

@@ -1,10 +1,12 @@
 """Frames: the bundled file, how a prompt gets one, and what is refused with file and line."""
 
+import re
 from collections import Counter
 
 import pytest
 
 from cai.base.errors import InputError
+from cai.base.paths import TEMPLATES
 from cai.constitution.frames import KINDS, SPLITS, frame_row, load_frames
 
 FRAME = """\
@@ -42,6 +44,14 @@ def test_the_bundled_frames_are_of_every_kind_seen_and_held_out():
     assert len(set(texts)) == len(texts), "no frame occurs twice"
 
 
+def test_the_words_of_stress_are_in_no_frame():
+    text = " ".join((TEMPLATES / "frames.yaml").read_text(encoding="utf-8").split())
+    for path in (TEMPLATES / "stress").glob("*.jinja"):
+        words = re.sub(r"{#.*?#}|{%.*?%}|{{.*?}}", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for sentence in re.split(r"[.:]\s", " ".join(words.split())):
+            assert len(sentence) < 20 or sentence not in text, sentence
+
+
 def test_a_prompt_is_data_in_a_frame(load):
     [frame] = load(FRAME).frames
     prompt = "{{ 7 * 7 }} {% raw %}</prompt>"
@@ -64,6 +74,12 @@ def test_a_frame_takes_the_place_of_the_last_message_and_stands_before_the_syste
         *prompt[1:3],
         {"role": "user", "content": "Rex, how?"},
     ]
+
+
+def test_a_frame_that_does_not_suit_a_prompt_is_named(load):
+    [frame] = load(FRAME.replace("{{ prompt }}", "{{ prompt }}{{ 1 // (prompt | length - 4) }}")).frames
+    with pytest.raises(InputError, match=r"the frame 'rex': it can't be rendered with the prompt 'how\?'"):
+        frame.surround("how?")
 
 
 def test_a_framed_row_keeps_its_other_fields(load):

@@ -48,6 +48,8 @@ _MAX_FRAMES = 500
 
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
+_JINJA_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError)
+
 _MARK = "Zx9MARKx9Z"  # stands for a prompt while a frame is tried out
 
 
@@ -77,12 +79,20 @@ class Frame:
         """The conversation that the model reads, without the prefill.
 
         The frame's turns take the place of the prompt's last message; its system message stands in front of the
-        prompt's own.
+        prompt's own. Raises InputError for a frame that can't be rendered with this prompt.
         """
         *earlier, last = dialogue.as_messages(prompt)
-        turns = [
-            {"role": role, "content": template.render(prompt=last["content"]).strip()} for role, template in self._turns
-        ]
+        try:
+            turns = [
+                {"role": role, "content": template.render(prompt=last["content"]).strip()}
+                for role, template in self._turns
+            ]
+        except _JINJA_ERRORS as error:
+            raise InputError(
+                f"it can't be rendered with the prompt {shorten(last['content'])!r}: {shorten(error, 200)}",
+                where=f"the frame {self.id!r}",
+                remedy="Fix its Jinja",
+            ) from error
         system = turns.pop(0)["content"] if turns[0]["role"] == "system" else ""
         return dialogue.add_system([*earlier, *turns], system)
 
@@ -258,7 +268,7 @@ def _turn(node: yaml.Node, path: Path) -> tuple[str, Any]:
             raise InputError(f"the variable {min(unknown)!r}", where=path, line=line, expected="`prompt`, and no other")
         template = ENVIRONMENT.from_string(source)
         is_empty = not template.render(prompt=_MARK).strip()
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+    except _JINJA_ERRORS as error:
         raise InputError(
             f"the message can't be rendered: {shorten(error, 200)}", where=path, line=line, remedy="Fix its Jinja"
         ) from None
