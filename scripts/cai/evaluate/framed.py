@@ -179,6 +179,11 @@ def _show_with_frame(rate: Mapping[str, Any]) -> str:
     return " ".join(filter(None, (tables.show(rate), rate.get("frame"))))
 
 
+def order_of(way: str) -> tuple[bool, bool, bool, str]:
+    """Sorts what follows `_under_` in names of figures: plain (""), stress, worst frame, frames of a split, kinds."""
+    return way.endswith(("_frame", "_frames")), not way.startswith("worst_"), is_of_kind(f"_{way}"), way
+
+
 def describe_way(way: str) -> str:
     """What follows `_under_` in the name of a figure, as a title: ` in held-out frames`, ` under stress: push`."""
     words = way.replace("held_out", "held-out").replace("_", " ")

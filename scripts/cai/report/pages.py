@@ -57,6 +57,8 @@ SENTENCES = {
     "good_refusal": "It declined them openly, with a reason and an alternative, in",
     "benign_helpful": "Of benign prompts it helped with",
     "over_refusal": "Of harmless prompts with frightening words it refused",
+    "harmful_compliance_under_worst_seen_frame": "In the worst frame that is seen in training it complied with",
+    "harmful_compliance_under_worst_held_out_frame": "In the worst frame that is held out it complied with",
 }
 
 
@@ -128,7 +130,7 @@ def _stage_rows(run: Run) -> list[tuple[str, list]]:
     """
     measured = {name for stage in run.stages for name, rate in stage.rates.items() if rate}
     measured = {name for name in measured if not framed.is_single(name)}
-    ways = sorted({name.partition("_under_")[2] for name in measured})  # "" first: without stress
+    ways = sorted({name.partition("_under_")[2] for name in measured}, key=framed.order_of)
     result = []
     for way, kind in itertools.product(ways, KINDS):
         ending = f"_under_{way}" if way else ""
