@@ -199,7 +199,6 @@ def test_tiny_matches_the_principle_of_the_category(invoke, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="with the weights of today a principle speaks to 142 of 150: one prompt too few", strict=True)
 def test_a_principle_speaks_to_nearly_every_harmful_prompt(invoke, tmp_path):
     _, coverage = ask_about_principles(invoke, tmp_path)
     covered = [row["covered"] for _, row in read_jsonl(coverage)]
