@@ -145,6 +145,8 @@ def main(options):
 
 def check_models(options) -> None:
     """Raise InputError for a model that is not there or can't be trained."""
+    if options.value_head:
+        cli.refuse_options(["value_warmup"], "with --value-head the value model is the policy's own")
     loading.check_model(options.model, training=True)
     if options.ref_model:
         loading.check_model(options.ref_model)

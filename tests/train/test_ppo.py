@@ -451,6 +451,21 @@ def test_the_steps_are_updates_times_epochs_times_minibatches(tmp_path):
     assert {"prompt", "response", "score", "kl", "tokens", "ended"} <= set(samples[0])
 
 
+def test_in_the_warmup_the_value_model_alone_is_trained(tmp_path):
+    one = trainer(tmp_path, updates=3, value_warmup=2)
+    at_start = {name: p.detach().clone() for name, p in one.model.named_parameters()}
+    common.run_trainer(one, tmp_path)
+    rows = rows_of(tmp_path)
+    assert [row["kl"] for row in rows] == pytest.approx([0, 0, 0], abs=1e-5)
+    changed = {name.split(".")[0] for name, p in one.model.named_parameters() if not torch.equal(p, at_start[name])}
+    assert changed == {"policy", "value"}
+    two = trainer(tmp_path / "all", updates=2, value_warmup=2)
+    at_start = {name: p.detach().clone() for name, p in two.model.named_parameters()}
+    common.run_trainer(two, tmp_path / "all")
+    changed = {name.split(".")[0] for name, p in two.model.named_parameters() if not torch.equal(p, at_start[name])}
+    assert changed == {"value"}
+
+
 @pytest.mark.slow
 def test_several_passes_add_up_to_one_large_batch(tmp_path):
     weights, values = [], []

@@ -34,15 +34,15 @@ PRESETS = {
         "revise": "--temperature 1.0 --max-new-tokens 96 --examples 0",
         "sft": "--keep all --epochs 3 --learning-rate 1e-3 --batch-size 32 --max-length 512",
         "samples": "--samples 4 --temperature 1.0 --max-new-tokens 96",
-        "judge": "--pairs-per-prompt 5",
+        "judge": "--pairs-per-prompt 4",
         "reward_model": "--epochs 1 --learning-rate 5e-4 --batch-size 32 --max-length 512",
         "size": {"ppo": (24, 64, 4), "grpo": (20, 16, 1)},
         "ppo": "--epochs 1 --batch-size 32 --learning-rate 3e-4 --value-learning-rate 1e-3 --value-warmup 2 "
-        "--value-clip-range 10 --lam 1 --temperature 1.0 --max-new-tokens 96",
+        "--value-clip-range 10 --lam 1 --kl-coef 0.1 --temperature 1.0 --max-new-tokens 96",
         "dpo": "--epochs 1 --learning-rate 1e-4 --batch-size 32 --max-length 512",
         "grpo": "--samples 4 --batch-size 64 --learning-rate 1e-4 --max-new-tokens 96",
         "evaluate": "--by oracle --temperature 1.0 --max-new-tokens 96",
-        "frames": "--frame-prompts 20",
+        "frames": "--frame-prompts 10",
     },
     "default": {
         "batch_size": 32,

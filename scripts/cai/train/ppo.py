@@ -703,8 +703,10 @@ class PPOTrainer(Trainer):
             policy_rate = self.settings.learning_rate
             rates = {"policy.": policy_rate, "value.": self.settings.value_learning_rate or policy_rate}
             trained = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
+            # Named here because Trainer does not: PyTorch's AdamW would take 0.01.
+            decay = self.args.weight_decay
             groups = [
-                {"params": [p for name, p in trained if name.startswith(part)], "lr": rate}
+                {"params": [p for name, p in trained if name.startswith(part)], "lr": rate, "weight_decay": decay}
                 for part, rate in rates.items()
             ]
             self.optimizer = kind(groups, **options)
