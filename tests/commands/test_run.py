@@ -80,10 +80,10 @@ def test_frames_go_to_the_steps_that_generate_measure_and_sample(invoke, tmp_pat
 
 def test_a_bad_frames_file_is_refused_before_the_first_step(invoke, tmp_path, prompts):
     bad = tmp_path / "frames.yaml"
-    bad.write_text("frames:\n  - {id: x, kind: push, split: seen, mesages: []}\n")
+    bad.write_text("frames:\n  - {id: x, kind: push, split: seen, prefil: x}\n")
     result = invoke("run", "--model", "tiny", "--output", tmp_path / "out", *prompts, "--frames", bad)
     assert result.exit_code == 2
-    assert "frames.yaml:2: unknown key 'mesages' in a frame" in result.stderr and "'messages'" in result.stderr
+    assert "frames.yaml:2: unknown key 'prefil' in a frame" in result.stderr and "'prefill'" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -112,7 +112,8 @@ class Choices:
 
     `limit` is that of the prompts to train on, `heldout_limit` that of the prompts to measure on. `critic`, `judge` and
     `reader`: the models of these roles (see `model_of`). `updates` and `max_new_tokens` replace those of the preset.
-    `is_smoke`: everything is bounded by SMOKE. `engine`: the words of --engine and what belongs to it. `frames`: a
+    `is_smoke`: everything is bounded by SMOKE. `engine`: the words of --engine and what belongs to it; `requests`:
+    those of --request-timeout and --no-server-seed. `frames`: a
     frames file, in whose frames a share of the prompts is asked.
     """
 
@@ -141,6 +142,7 @@ class Choices:
     updates: int | None = None
     is_smoke: bool = False
     engine: tuple[str, ...] = ()
+    requests: tuple[str, ...] = ()
     frames: str | None = None
     frame_share: float = 0.5
 
@@ -191,7 +193,16 @@ class _Plan:
         engine, batch_size = self._engine(command, arguments), self.preset["batch_size"]
         if engine:
             batch_size = IN_FLIGHT * self.choices.engine_number("--replicas")
-        extra = [] if command in TRAINS else [*engine, "--batch-size", str(self.choices.batch_size or batch_size)]
+        extra = (
+            []
+            if command in TRAINS
+            else [
+                *engine,
+                *self._requests(engine, arguments),
+                "--batch-size",
+                str(self.choices.batch_size or batch_size),
+            ]
+        )
         words = [*arguments, "--output", path, *self.settings(settings or command), *extra, *self.shared]
         self.steps.append(Step(name, command, words, path))
         return path
@@ -202,6 +213,11 @@ class _Plan:
         models = [value for option, value in pairs if option in ("--model", "--judge", "--gate")]
         is_asked = command not in TRAINS and not all(model.startswith("openai:") for model in models)
         return list(self.choices.engine) if is_asked else []
+
+    def _requests(self, engine: list[str], arguments: list[str]) -> list[str]:
+        """The options of requests for a step that asks a server; [] for the others."""
+        asks_server = engine or any(word.startswith("openai:") for word in arguments)
+        return list(self.choices.requests) if asks_server else []
 
     def settings(self, entry: str) -> list[str]:
         """The preset's settings, with the user's choices in their place, and bounded in a smoke run."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from cai.base import cli, engine_options
+from cai.base import cli, engine_options, requests
 from cai.base.errors import InputError
 from cai.base.paths import TINY
 from cai.constitution.files import load_constitution
@@ -47,6 +47,7 @@ def _role_option(role: str) -> Callable:
 _TABLE = (
     cli.options("model", "engine"),
     *map(_role_option, _ROLES),
+    requests.patience_options,
     click.option("--output", required=True, metavar="FOLDER", help="Folder for all outputs."),
     cli.options("constitution"),
     cli.rows_option(
@@ -155,8 +156,9 @@ def choose(
         options["frames"] = shorten_path(TINY / "frames.yaml")
     elif options["frames"] == NO_FRAMES:
         options["frames"] = None
-    engine = tuple(engine_options.command_options())
-    return Choices(model=model, inputs=inputs, heldout=heldout, preset=preset, engine=engine, **options)
+    words = {"engine": engine_options.command_options(), "requests": requests.command_options()}
+    servers = {name: tuple(options) for name, options in words.items()}
+    return Choices(model=model, inputs=inputs, heldout=heldout, preset=preset, **servers, **options)
 
 
 def check_inputs(choices: Choices) -> None:
