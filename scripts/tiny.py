@@ -53,9 +53,16 @@ def main():
 @click.option("--layers", type=int, help="Layers.  [default: 6]")
 @click.option("--feed-forward", type=int, help="Width of the feed-forward layer.  [default: 384]")
 @click.option("--learning-rate", type=float, help="Highest learning rate.  [default: 0.002; with --from 0.0006]")
+@click.option(
+    "--sharpness",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Multiply the logits in the end: at 1.33 the model's temperature 1 is what 0.75 was.",
+)
 @click.option("--threads", default=2, show_default=True, help="CPU threads.")
 @cli.options("seed", "json", "dry_run")
-def build(output, start, tokens, learning_rate, threads, seed, as_json, dry_run, **sizes):
+def build(output, start, tokens, learning_rate, sharpness, threads, seed, as_json, dry_run, **sizes):
     """Train `tiny` again from its seed; resumes where it was stopped. About three quarters of an hour on two cores.
 
     With --from the tokenizer and the sizes of the earlier build are kept, and its weights are trained further.
@@ -78,6 +85,7 @@ def build(output, start, tokens, learning_rate, threads, seed, as_json, dry_run,
         "seed": seed,
         "tokens": tokens or (2_000_000 if start else 25_000_000),
         "learning_rate": learning_rate or (6e-4 if start else 2e-3),
+        "sharpness": sharpness,
         **(_earlier_settings(start) if start else _SIZES | sizes),
     }
     if dry_run:

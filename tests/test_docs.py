@@ -222,9 +222,9 @@ def test_the_worked_row_of_the_readme_is_what_tiny_writes(invoke, tmp_path, monk
     shared = ("--model", "tiny", "--max-new-tokens", "96", "--dtype", "float32")
     last = "prompts.jsonl"
     for name, more in (
-        ("generate", ("--temperature", "0.5")),
-        ("critique", ("--temperature", "0.3")),
-        ("revise", ("--temperature", "0.3")),
+        ("generate", ("--temperature", "1.0")),
+        ("critique", ("--temperature", "1.0")),
+        ("revise", ("--temperature", "1.0")),
     ):
         result = invoke(name, "--input", last, *shared, *more, "--output", f"{name}.jsonl")
         assert result.exit_code == 0, result.stderr
