@@ -25,6 +25,8 @@ from cai.steps import content, gating, pricing
 from cai.steps import principles as choosing
 from cai.steps.plan import PRESETS, Choices, shorten_path
 
+NO_FRAMES = "none"  # as --frames: the bundled prompts are asked without the bundled frames
+
 # The models beside --model, and what they do.
 _ROLES = {
     "critic": "Criticises and revises responses",
@@ -60,7 +62,10 @@ _TABLE = (
     gating.gate_option,
     content.stop_option,
     click.option(
-        "--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Rounds of critique and revision."
+        "--rounds",
+        type=click.IntRange(min=1),
+        default=None,
+        help="Rounds of critique and revision. Default: the preset's, 2; with `tiny` 1.",
     ),
     click.option(
         "--rl",
@@ -132,7 +137,8 @@ def options(function: Callable) -> Callable:
 def choose(
     terms: pricing.Terms, *, model: str, inputs: Any, heldout: Any, preset: str | None, **options: Any
 ) -> Choices:
-    """The choices, with the bundled prompts and preset for the bundled model. InputError for another without them."""
+    """The choices, with the bundled prompts, frames and preset for the bundled model. InputError for another without
+    prompts."""
     inputs, heldout = terms.fill_in(model, inputs, heldout)
     files = {"--input": (inputs, "train.jsonl"), "--heldout": (heldout, "heldout.jsonl")}
     for option, (names, _) in files.items():
@@ -142,8 +148,14 @@ def choose(
                 expected="a file of prompts",
                 remedy=f"Only --model tiny has bundled prompts; give {option} FILE, or --dry-run with --prompts N",
             )
+    has_own_prompts = bool(inputs or heldout)
     inputs, heldout = (names or (shorten_path(TINY / "prompts" / file),) for names, file in files.values())
     preset = preset or ("tiny" if model == "tiny" else "default")
+    options["rounds"] = options["rounds"] or PRESETS[preset]["rounds"]
+    if model == "tiny" and not has_own_prompts and options["frames"] is None:
+        options["frames"] = shorten_path(TINY / "frames.yaml")
+    elif options["frames"] == NO_FRAMES:
+        options["frames"] = None
     words = {"engine": engine_options.command_options(), "requests": requests.command_options()}
     servers = {name: tuple(options) for name, options in words.items()}
     return Choices(model=model, inputs=inputs, heldout=heldout, preset=preset, **servers, **options)
