@@ -254,8 +254,8 @@ def build(
             optimizers begin again, and all demonstrations are of the last stage.
         report: called with a line of text now and then.
         compiled: torch.compile the layers, which takes a C++ compiler and then two thirds of the time.
-        settings: seed, hidden, layers, feed_forward and learning_rate; `sharpness`, what the logits are multiplied by in
-            the end, 1 if it is left out; others are kept in build.json.
+        settings: seed, hidden, layers, feed_forward and learning_rate; `sharpness`, by which logits are multiplied in
+            the end, or 1; others are kept in build.json.
 
     Returns a dict of what was done, saved as build.json beside the weights.
     """
@@ -356,8 +356,8 @@ class _Training:
 
     def finish(self, folder: Path, seconds: int) -> dict:
         """Save the weights and build.json, and return what it holds."""
-        # A model of this size spreads a few per cent over wrong words at temperature 1, and hardly errs below it. What is
-        # trained on its samples would learn the errors, so the logits are scaled, and its temperature 1 is a lower one.
+        # A model of this size spreads a few per cent over wrong words at temperature 1, and hardly errs below it. What
+        # is trained on its samples would learn the errors: the logits are scaled, and its temperature 1 is a lower one.
         self.model.model.norm.weight.data.mul_(self.settings.get("sharpness", 1.0))
         # half precision halves the file; float16 rounds these weights eight times as finely as bfloat16
         self.model.to(torch.float16).save_pretrained(folder)
