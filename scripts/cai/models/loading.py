@@ -201,7 +201,8 @@ def load_weights(auto_class: Any, name: str, dtype: str, *, new_head: bool = Fal
             expected="a complete model of its architecture",
         )
     if (file := gguf_file(name)) is not None:
-        model.name_or_path = str(file.resolve())  # what an adapter names as its base: a cache may be cleared
+        # What an adapter names as its base: a cache may be cleared, and a package is elsewhere on another machine.
+        model.name_or_path = name if name == "smollm2" else str(file.resolve())
     return model
 
 
