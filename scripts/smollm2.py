@@ -2,8 +2,8 @@
 
     python scripts/smollm2.py build --output smollm2-new --seed 0
 
-The rows are made in cai/train/adapter_rows.py, the training is cai/train/adapters.py. Leaves out measuring: critique.py,
-judge.py and `doctor.py --qualify` take the adapters as any model.
+The rows are made in cai/train/adapter_rows.py, the training is cai/train/adapters.py. Leaves out measuring: the
+commands, `doctor.py --as critic` among them, take the adapters as any model.
 """
 
 import json
@@ -42,7 +42,7 @@ def main():
     "--demonstrations",
     default=str(SMOLLM2 / "demonstrations.jsonl"),
     metavar="FILE",
-    help="Rows with prompt, kind, category, topic, response, fault, critique and revision.  [default: the bundled ones]",
+    help="Rows with prompt, kind, category, topic, response, fault, critique, revision.  [default: the bundled ones]",
 )
 @click.option(
     "--role", "roles", multiple=True, type=click.Choice(list(ROLES)), help="Only this adapter.  [default: both]"
@@ -80,7 +80,7 @@ def build(output, model, demonstrations, roles, epochs, own_count, threads, seed
         **vars(settings),
     }
     if dry_run:
-        return cli.finish({"would_build": output, "demonstrations": len(rows), **record}, as_json=as_json)
+        return cli.finish({"would_build": output, "rows": len(rows), **record}, as_json=as_json)
     import torch
 
     torch.set_num_threads(threads)

@@ -15,14 +15,13 @@ import click
 
 from cai.base import cli, engine_options
 from cai.base.errors import InputError
-from cai.base.paths import TINY
 from cai.constitution.files import load_constitution
 from cai.data.reading import reading_options
 from cai.data.sources import Source
 from cai.models import loading
 from cai.steps import content, gating, pricing
 from cai.steps import principles as choosing
-from cai.steps.plan import PRESETS, Choices, shorten_path
+from cai.steps.plan import BUNDLED, PRESETS, Choices, shorten_path
 
 # The models beside --model, and what they do.
 _ROLES = {
@@ -47,17 +46,22 @@ _TABLE = (
     click.option("--output", required=True, metavar="FOLDER", help="Folder for all outputs."),
     cli.options("constitution"),
     cli.rows_option(
-        "--input", "inputs", help="Prompts to train on, harmful and harmless; for `tiny` the bundled ones. Repeatable."
+        "--input",
+        "inputs",
+        help="Prompts to train on, harmful and harmless; bundled for `tiny` and `smollm2`. Repeatable.",
     ),
     cli.rows_option(
-        "--heldout", help="Prompts with their kind to measure on; for `tiny` the bundled ones. Repeatable."
+        "--heldout", help="Prompts with their kind to measure on; bundled for `tiny` and `smollm2`. Repeatable."
     ),
     cli.rows_option("--helpful", help="Rows with a helpful `response` to mix into SFT. Repeatable."),
     choosing.principles_option("draw", "match", "all"),
     gating.gate_option,
     content.stop_option,
     click.option(
-        "--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Rounds of critique and revision."
+        "--rounds",
+        type=click.IntRange(min=1),
+        default=None,
+        help="Rounds of critique and revision. Default: the preset's, 2 and for `smollm2` 1.",
     ),
     click.option(
         "--rl",
@@ -96,7 +100,7 @@ _TABLE = (
         "--preset",
         type=click.Choice(list(PRESETS)),
         default=None,
-        help="Settings of the steps. Default: `tiny` for that model, else `default`.",
+        help="Settings of the steps. Default: the one named like the model, else `default`.",
     ),
     click.option(
         "--batch-size",
@@ -127,22 +131,46 @@ def options(function: Callable) -> Callable:
 
 
 def choose(
-    terms: pricing.Terms, *, model: str, inputs: Any, heldout: Any, preset: str | None, **options: Any
+    terms: pricing.Terms,
+    *,
+    model: str,
+    inputs: Any,
+    heldout: Any,
+    preset: str | None,
+    rounds: int | None,
+    stops: bool,
+    **options: Any,
 ) -> Choices:
-    """The choices, with the bundled prompts and preset for the bundled model. InputError for another without them."""
+    """The choices, with the bundled prompts, preset and adapters for a model that has them. InputError for another
+    without prompts."""
     inputs, heldout = terms.fill_in(model, inputs, heldout)
     files = {"--input": (inputs, "train.jsonl"), "--heldout": (heldout, "heldout.jsonl")}
     for option, (names, _) in files.items():
-        if model != "tiny" and not names:
+        if model not in BUNDLED and not names:
             raise InputError(
                 f"no {option}",
                 expected="a file of prompts",
-                remedy=f"Only --model tiny has bundled prompts; give {option} FILE, or --dry-run with --prompts N",
+                remedy=f"Only --model tiny and smollm2 have bundled prompts; give {option} FILE, or --dry-run with "
+                "--prompts N",
             )
-    inputs, heldout = (names or (shorten_path(TINY / "prompts" / file),) for names, file in files.values())
-    preset = preset or ("tiny" if model == "tiny" else "default")
-    engine = tuple(engine_options.command_options())
-    return Choices(model=model, inputs=inputs, heldout=heldout, preset=preset, engine=engine, **options)
+    folder = BUNDLED.get(model)
+    if folder:
+        inputs, heldout = (names or (shorten_path(folder / "prompts" / file),) for names, file in files.values())
+    for role in ("critic", "judge"):
+        if folder and (folder / role).is_dir() and (role == "critic" or options["rl"] != "none"):
+            options[role] = options[role] or shorten_path(folder / role)
+    preset = preset or (model if model in PRESETS else "default")
+    settings = PRESETS[preset]
+    return Choices(
+        model=model,
+        inputs=inputs,
+        heldout=heldout,
+        preset=preset,
+        rounds=rounds or int(str(settings.get("rounds", 2))),
+        stops=stops or bool(settings.get("stop")),
+        engine=tuple(engine_options.command_options()),
+        **options,
+    )
 
 
 def check_inputs(choices: Choices) -> None:

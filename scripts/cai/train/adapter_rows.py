@@ -214,7 +214,7 @@ def _comparisons(tasks: Tasks, demonstrations: Sequence[Row], own: Sequence[Row]
     for row in demonstrations:
         by_category[row["category"]].append(row)
     answers = {row["id"]: row["response"] for row in own}
-    for row in demonstrations:
+    for row in tasks.share(demonstrations, len(demonstrations) // 2):
         good, refuses = row["revision"], row["kind"] == "harmful"
         if row["fault"] != "none":
             yield tasks.prefer(row, good, row["response"])
@@ -239,7 +239,7 @@ def _refusals_like(row: Row, by_category: Mapping[str, Sequence[Row]], rng: rand
 def _classes(tasks: Tasks, demonstrations: Sequence[Row], own: Sequence[Row]) -> Iterator[TokenRow]:
     """What responses do: faulty ones, good refusals, and helpful answers."""
     faulty = [row for row in demonstrations if row["fault"] in _LETTERS]
-    for row in [*tasks.share(faulty, len(demonstrations) // 3), *tasks.share(own, len(demonstrations) // 10)]:
+    for row in [*tasks.share(faulty, len(demonstrations) // 5), *tasks.share(own, len(demonstrations) // 14)]:
         yield tasks.classify(row, row["response"], "helpful" if row["fault"] == "none" else row["fault"])
-    for row in tasks.share(demonstrations, len(demonstrations) // 3):
+    for row in tasks.share(demonstrations, len(demonstrations) // 5):
         yield tasks.classify(row, row["revision"], "good" if row["kind"] == "harmful" else "helpful")

@@ -35,7 +35,7 @@ WARM_UP = 0.05  # share of the steps
 
 @dataclass(frozen=True)
 class Settings:
-    """How an adapter is trained. `batch_tokens`: of one step, padding counted. `save_steps`: between two saved states."""
+    """How an adapter is trained. `batch_tokens`: of one step, padding counted. `save_steps`: between saved states."""
 
     rank: int = 8
     learning_rate: float = 1e-3
