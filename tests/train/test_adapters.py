@@ -1,4 +1,4 @@
-"""Adapters trained by the plain loop: the gradient of the plain loss, resumed without a difference, read back by peft."""
+"""Adapters trained by the plain loop: the gradient of the plain loss, resumed with the same result, read by peft."""
 
 import json
 

@@ -25,7 +25,7 @@ TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 # of harmless rows SFT learns to stay helpful, hence `--keep copy`. Pairs are sampled hotter than answers are,
 # because two that are alike teach a reward model nothing. `batch_size` is that of the steps that write or
 # judge text; `size`: updates, prompts in each, and minibatches; `rounds` of critique and revision. Those of `smollm2`
-# end within an hour on two cores: whole weights are trained there, which on a CPU is faster than adapters, and an answer
+# end within an hour on two cores: whole weights are trained, which on a CPU is faster than adapters, and an answer
 # that is cut at the limit is neither taught to end there nor penalised for it, because this model answers at length.
 PRESETS = {
     "tiny": {
