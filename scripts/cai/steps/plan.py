@@ -49,7 +49,7 @@ PRESETS = {
         "stop": True,
         "generate": "--temperature 0.7 --max-new-tokens 80",
         "critique": "--temperature 0 --max-new-tokens 72 --examples 0",
-        "revise": "--temperature 0 --max-new-tokens 96 --examples 0",
+        "revise": "--temperature 0 --max-new-tokens 112 --examples 0",
         "sft": "--keep copy --epochs 2 --learning-rate 5e-5 --batch-size 16 --max-length 384",
         "samples": "--samples 2 --temperature 1.0 --max-new-tokens 80",
         "judge": "--pairs-per-prompt 1 --examples 0",
