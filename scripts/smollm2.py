@@ -18,7 +18,8 @@ from cai.models import loading
 from cai.models.engine import Request, Sampling
 from cai.train import adapter_rows, adapters
 
-ROLES = {"critic": adapter_rows.critic_rows, "judge": adapter_rows.judge_rows}
+# The stages of each role: what makes the rows of an epoch.
+ROLES = {"critic": (adapter_rows.critic_rows, adapter_rows.decision_rows), "judge": (adapter_rows.judge_rows,)}
 
 OWN_ANSWERS = "own-answers.json"
 
@@ -88,8 +89,12 @@ def build(output, model, demonstrations, roles, epochs, own_count, threads, seed
     chat = loading.load_chat(model)
     figures = {}
     for role in roles or ROLES:
-        epochs_of_rows = [ROLES[role](rows, own, chat, seed + epoch) for epoch in range(epochs)]
-        figures[role] = train(model, epochs_of_rows, Path(output) / role, settings, record)
+        start = None
+        for number, make in enumerate(ROLES[role], 1):
+            folder = Path(output) / (role if number == len(ROLES[role]) else f"{role}-{number}")
+            epochs_of_rows = [make(rows, own, chat, seed + epoch) for epoch in range(epochs)]
+            figures[role] = train(model, epochs_of_rows, folder, settings, record, start)
+            start = folder
     cli.finish(
         {"output": output, "own_answers": len(own), **figures},
         as_json=as_json,
@@ -116,8 +121,10 @@ def own_answers(rows: list[dict], model: str, count: int, seed: int, output: Pat
     return answers
 
 
-def train(model: str, epochs: list, folder: Path, settings: adapters.Settings, record: dict) -> dict:
-    """Train one adapter, unless the folder has the same one already; its figures."""
+def train(
+    model: str, epochs: list, folder: Path, settings: adapters.Settings, record: dict, start: Path | None
+) -> dict:
+    """Train one adapter from an earlier stage's, unless the folder has the same one already; its figures."""
     from transformers import AutoModelForCausalLM
 
     done = folder / "build.json"
@@ -126,7 +133,7 @@ def train(model: str, epochs: list, folder: Path, settings: adapters.Settings, r
     loading.keep_freed_memory()
     policy = loading.load_weights(AutoModelForCausalLM, model, "bfloat16")
     cli.note(f"{folder}: {sum(len(row.ids) for rows in epochs for row in rows)} tokens")
-    figures = adapters.adapt(policy, epochs, folder, settings, base=model, report=cli.note)
+    figures = adapters.adapt(policy, epochs, folder, settings, base=model, start=start, report=cli.note)
     files.write_text(done, json.dumps({"settings": record, "figures": figures}, indent=1) + "\n")
     return figures
 

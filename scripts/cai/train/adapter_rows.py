@@ -82,10 +82,7 @@ def own_demonstrations(demonstrations: Sequence[Row], answers: Mapping[str, str]
         if row["kind"] == "harmful" and row["fault"] == "harm":
             rows.append({**row, "response": answer})
         elif row["kind"] != "harmful":
-            topic = row["topic"].replace("-", " ")
-            critique = f"Nothing in the response goes against this: the request, about {topic}, is harmless."
-            if row["fault"] == "none":
-                critique = row["critique"]
+            critique = row["critique"] if row["fault"] == "none" else _helps(row)
             rows.append({**row, "response": answer, "fault": "none", "critique": critique, "revision": answer})
     return rows
 
@@ -103,7 +100,8 @@ class Tasks:
         names = ("harmlessness", "non-evasive", "helpfulness")
         self.constitutions: dict[str, Constitution] = {name: load_constitution(name) for name in names}
         self.templates = {
-            name: load_template(name) for name in ("critique", "revise", "classify_critique", "preference", "classify")
+            name: load_template(name)
+            for name in ("critique", "revise", "classify_critique", "check_prompt", "preference", "classify")
         }
 
     def principle(self, row: Row) -> Principle:
@@ -131,6 +129,18 @@ class Tasks:
 
     def criticise(self, row: Row) -> TokenRow:
         return self.write("critique", row["critique"], principle=self.principle(row), **_texts(row))
+
+    def decide(self, row: Row) -> TokenRow:
+        """A critique of which only the first word is trained: whether there is a fault at all."""
+        whole = self.criticise(row)
+        return TokenRow(whole.ids[: len(whole.ids) - whole.targets + 1], 1)
+
+    def check_prompt(self, row: Row) -> TokenRow:
+        """Whether giving what the prompt asks for would be at fault: option 0 is yes."""
+        order = self.rng.choice(letters.cyclic_orders(2, 2))
+        label = "AB"[order.index(int(row["kind"] != "harmful"))]
+        principle = self.principle({**row, "fault": "harm"})
+        return self.choose("check_prompt", label, principle=principle, prompt=row["prompt"], order=order)
 
     def revise(self, row: Row) -> TokenRow:
         return self.write(
@@ -191,6 +201,41 @@ def critic_rows(demonstrations: Sequence[Row], own: Sequence[Row], chat: Chat, s
         *map(tasks.revise, [*tasks.share(faulty, len(faulty) * 2 // 3), *tasks.share(faultless, len(rows) // 20)]),
         *map(tasks.read_critique, tasks.share(rows, len(rows) // 7)),
     ]
+
+
+def decision_rows(demonstrations: Sequence[Row], own: Sequence[Row], chat: Chat, seed: int) -> list[TokenRow]:
+    """What follows an epoch of `critic_rows`: above all, whether there is a fault. In a critique that is one word of
+    fifty, which the epoch before hardly teaches. Faulty and faultless rows are as many here.
+
+    Args:
+        own: of `own_demonstrations`.
+    """
+    tasks = Tasks(chat, random.Random(f"decision/{seed}"))
+    rows = [*demonstrations, *own]
+    harm = [row for row in rows if row["fault"] == "harm"]
+    helped = [
+        {**row, "response": row["revision"], "fault": "none", "critique": _helps(row)}
+        for row in demonstrations
+        if row["kind"] != "harmful" and row["fault"] != "none"
+    ]
+    helped += [row for row in rows if row["fault"] == "none" and row["kind"] != "harmful"]
+    declined = [row for row in demonstrations if row["fault"] == "none" and row["kind"] == "harmful"]
+    other = [row for row in rows if row["fault"] not in ("harm", "none")]
+    half = len(demonstrations) // 3
+    faulty = [*tasks.share(harm, half), *tasks.share(other, half // 3)]
+    faultless = [*tasks.share(helped, half), *tasks.share(declined, half // 6)]
+    return [
+        *map(tasks.decide, [*faulty, *faultless]),
+        *map(tasks.check_prompt, demonstrations),
+        *map(tasks.read_critique, [*tasks.share(faulty, half // 3), *tasks.share(faultless, half // 3)]),
+        *map(tasks.criticise, [*tasks.share(faulty, half // 4), *tasks.share(faultless, half // 4)]),
+        *map(tasks.revise, tasks.share(faulty, half // 4)),
+    ]
+
+
+def _helps(row: Row) -> str:
+    topic = row["topic"].replace("-", " ")
+    return f"Nothing in the response goes against this: the request, about {topic}, is harmless."
 
 
 def _declines_well(row: Row) -> str:

@@ -176,6 +176,7 @@ def adapt(
     settings: Settings,
     *,
     base: str,
+    start: Path | None = None,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train adapters on the rows of each epoch, and save them to `folder` in peft's form; {steps, tokens, loss}.
@@ -185,11 +186,14 @@ def adapt(
     Args:
         model: a Llama-like language model, with its weights in the dtype of the forward pass.
         base: what the adapter names as its base.
+        start: an adapter of this rank to continue from, as `save_adapter` wrote it.
     """
     import torch
 
     folder = Path(folder)
     layers = adapted_layers(model, settings)
+    if start is not None:
+        _load_adapter(layers, start)
     parameters = [parameter for layer in layers.values() for parameter in (layer.lora_a, layer.lora_b)]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
     plan = [
@@ -255,6 +259,15 @@ def _save_state(folder, parameters, optimizer, step, losses, settings, steps) ->
     state |= {"parameters": [parameter.data for parameter in parameters], "optimizer": optimizer.state_dict()}
     torch.save(state, folder / f"{STATE}.tmp")
     os.replace(folder / f"{STATE}.tmp", folder / STATE)
+
+
+def _load_adapter(layers: dict[str, Any], folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name, layer in layers.items():
+        for kind, matrix in (("lora_A", layer.lora_a), ("lora_B", layer.lora_b)):
+            matrix.data.copy_(tensors[f"base_model.model.{name}.{kind}.weight"])
 
 
 def save_adapter(layers: dict[str, Any], folder: Path, settings: Settings, base: str) -> None:
