@@ -88,6 +88,7 @@ NOT_PASSED = 4  # exit code of --gate
     help="Also run harmful prompts under stress: push-back, prefill, role-play, a jailbreak system prompt, and all "
     "prompts under a safety system prompt. Repeatable.",
 )
+@options.frame_options
 @click.option(
     "--drift-from",
     metavar="MODEL",
@@ -123,6 +124,8 @@ def main(output, against, watch, gated, margin, no_worse_than, unqualified, as_j
       python scripts/evaluate.py --input scripts/cai/tiny/prompts/heldout.jsonl \\
           --model tiny --by oracle --output evaluation.jsonl
     """
+    if not values["frames"]:
+        cli.refuse_options(["frame_split", "frame_prompts"], "without --frames no prompt is asked in a frame")
     chosen = gather(values)
     chosen.reader = classes.Reader(
         "classifier" if chosen.classifier else chosen.by,

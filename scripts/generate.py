@@ -13,7 +13,8 @@ from collections import Counter
 import click
 
 from cai.base import cli
-from cai.data import dialogue, sources
+from cai.constitution.frames import Framing, frame_options, read_framing
+from cai.data import dialogue, prefills, sources
 from cai.data.preferences import without_responses
 from cai.data.sources import Source
 from cai.models.reasoning import has_reasoning_tag
@@ -23,10 +24,10 @@ from cai.steps.in_context import check_room, read_in_context
 
 
 class Samples:
-    """The rows of a source, each as many times as it is sampled, with ids `<prompt id>/<sample>`."""
+    """The rows of a source, each in its frame and as many times as it is sampled, with ids `<prompt id>/<sample>`."""
 
-    def __init__(self, source: sources.Source, samples: int):
-        self.source, self.samples = source, samples
+    def __init__(self, source: sources.Source, samples: int, framing: Framing):
+        self.source, self.samples, self.framing = source, samples, framing
 
     @property
     def ids(self) -> list[str]:
@@ -34,7 +35,7 @@ class Samples:
 
     def __iter__(self):
         for row in self.source:
-            row = without_responses(row)
+            row = self.framing.apply(without_responses(row))
             for n in range(self.samples):
                 yield {**row, "id": f"{row['id']}/{n}", "prompt_id": row["id"], "sample": n}
 
@@ -56,8 +57,9 @@ class Samples:
 @click.option(
     "--template", metavar="NAME|FILE", help="With --in-context: template of the system message.  [default: in_context]"
 )
+@frame_options
 @text.options
-def main(inputs, output, model, samples, system, in_context, constitution, template, settings):
+def main(inputs, output, model, samples, system, in_context, constitution, template, frames, frame_share, settings):
     """Generate responses to prompts with a model.
 
     \b
@@ -68,7 +70,8 @@ def main(inputs, output, model, samples, system, in_context, constitution, templ
     if not in_context:
         cli.refuse_options(["constitution", "template"], "without --in-context the model reads no constitution")
     source = Source(inputs, limit=settings.limit, reading=settings.reading, shard=settings.shard)
-    rows = Samples(source, samples)
+    framing = read_framing(frames, frame_share, settings.seed)
+    rows = Samples(source, samples, framing)
     shown, system_text = None, system or ""
     if in_context:
         shown = read_in_context(constitution or "harmlessness", template or "in_context")
@@ -76,34 +79,29 @@ def main(inputs, output, model, samples, system, in_context, constitution, templ
         check_room(shown, system_text, model, settings.sampling.max_new_tokens)
 
     def render(row):
-        return dialogue.add_system(dialogue.as_messages(row["prompt"]), system_text)
+        return dialogue.add_system(prefills.conversation_of(row), system_text)
 
     def answer(row, generation):
         flags = {"flags": [LEAKED_TAG]} if has_reasoning_tag(generation.text) else {}
         if own_flags(row):
             row = {name: value for name, value in row.items() if name != "flags"}  # they are of an earlier response
         context = {"in_context": shown.constitution.name} if shown else {}
-        return {**row, "response": generation.text, "model": model, "finish": generation.finish, **context, **flags}
+        response = prefills.join_prefill(prefills.prefill_of(row), generation.text)
+        return {**row, "response": response, "model": model, "finish": generation.finish, **context, **flags}
 
     text.run(
         text.Step(
-            "generate",
-            model,
-            rows,
-            rows.ids,
-            render,
-            answer,
-            written=lambda row: row["response"],
-            flag_duplicate=flag_duplicate,
+            "generate", model, rows, rows.ids, render, answer, written=written_by_model, flag_duplicate=flag_duplicate
         ),
         settings,
         inputs=inputs,
         output=output,
-        tally=lambda answered: {"prompts": source.count, **count_faults(answered)},
+        tally=lambda answered: {"prompts": source.count, **count_faults(answered, framing)},
         fingerprint={
             "input": source.digest,
             "samples": samples,
             "system": system,
+            **framing.fingerprint,
             **(shown.fingerprint if shown else {}),
         },
         next_command=(
@@ -114,11 +112,18 @@ def main(inputs, output, model, samples, system, in_context, constitution, templ
     )
 
 
-def count_faults(answered):
-    """Counts over the finished rows."""
-    counts = Counter(unfinished=0, empty=0)
+def written_by_model(row):
+    """The response without its prefill."""
+    return prefills.continuation_of(row, row["response"])
+
+
+def count_faults(answered, framing):
+    """Counts over the finished rows; `framed`, with --frames: the rows in a frame."""
+    counts = Counter(unfinished=0, empty=0, **({"framed": 0} if framing.frames else {}))
     for row in answered:
-        counts.update(unfinished=row["finish"] == "length", empty=not row["response"])
+        counts.update(unfinished=row["finish"] == "length", empty=not written_by_model(row))
+        if framing.frames:
+            counts["framed"] += row.get("frame") is not None
         if LEAKED_TAG in own_flags(row):
             counts[LEAKED_TAG] += 1
     return dict(counts)

@@ -14,8 +14,8 @@ import click
 
 from cai.base import cli, hashing
 from cai.base.errors import InputError
-from cai.constitution import files, templates
-from cai.data import dialogue, preferences, sources
+from cai.constitution import files, frames, templates
+from cai.data import preferences, prefills, sources
 from cai.models import loading, local
 from cai.models.scorer import check_reward_model
 from cai.steps import judging
@@ -86,7 +86,9 @@ def main(options):
     source = sources.Source(options.inputs, limit=options.limit, reading=options.reading)
     settings = updates.read_settings(grpo.Settings, options)
     watch = alarms.Watch(alarms.limits(options.alarm), options.stop_on)
-    question, references, reward_identity = read_reward(options, source)
+    framing = frames.read_framing(options.frames, options.frame_share, options.seed)
+    rows = list(map(framing.apply, source))
+    question, references, reward_identity = read_reward(options, rows)
     run = common.TrainingRun(
         "grpo",
         options,
@@ -96,12 +98,12 @@ def main(options):
             "algorithm": options.algorithm,
             **reward_identity,
             "trl": options.trl,
+            **framing.fingerprint,
             **updates.identify_settings(settings, options),
         },
         inputs=[*options.inputs, *filter(None, [options.against])],
         next_command=f"python scripts/evaluate.py --model {options.output} --input PROMPTS --output FIGURES",
     )
-    rows = list(source)
     if run.report_if_done(lambda: plan(options, settings, rows)):
         return
 
@@ -133,7 +135,7 @@ def plan(options, settings: grpo.Settings, rows: list[dict]) -> dict:
     return updates.plan(
         options,
         settings,
-        [dialogue.as_messages(row["prompt"]) for row in rows],
+        list(map(prefills.conversation_of, rows)),
         sampled=settings.rows_per_update // settings.processes,
         frozen=[options.reward_model or options.judge, *reference],
     )
@@ -156,14 +158,14 @@ def check_usage(options) -> None:
         check_reward_model(options.reward_model)
 
 
-def read_reward(options, source: sources.Source) -> tuple["GroupQuestion | None", list[list[str]], dict]:
+def read_reward(options, rows: list[dict]) -> tuple["GroupQuestion | None", list[list[str]], dict]:
     """(the question to a judge, the responses to compare with, what the manifest knows the reward by)."""
     if options.reward_model:
         return None, [], {"reward_model": hashing.identity(options.reward_model)}
     question = GroupQuestion(
         files.load_constitution(options.constitution), templates.load_template(options.template), seed=options.seed
     )
-    references, digest = prompts.read_references(options.against, source)
+    references, digest = prompts.read_references(options.against, rows)
     return (
         question,
         references,

@@ -15,7 +15,8 @@ import click
 
 from cai.base import cli, hashing
 from cai.base.errors import InputError
-from cai.data import dialogue, sources
+from cai.constitution import frames
+from cai.data import prefills, sources
 from cai.models import loading, local
 from cai.train import alarms, arguments, common, prompts, rewards, selection, too_large, updates
 
@@ -92,12 +93,10 @@ def main(options):
     """
     from cai.train.ppo import PPOTrainer, Settings
 
-    loading.check_model(options.model, training=True)
-    if options.ref_model:
-        loading.check_model(options.ref_model)
-    if options.judge and not rewards.is_function(options.judge):
-        loading.find_model(options.judge)
+    check_models(options)
     source = sources.Source(options.inputs, limit=options.limit, reading=options.reading)
+    framing = frames.read_framing(options.frames, options.frame_share, options.seed)
+    rows = list(map(framing.apply, source))
     settings = updates.read_settings(Settings, options)
     watch = alarms.Watch(alarms.limits(options.alarm), options.stop_on)
     trackers = common.check_trackers(options.report_to)
@@ -108,14 +107,14 @@ def main(options):
     run = common.TrainingRun(
         "ppo",
         options,
-        identify(options, source, settings, weights, selected),
+        {**identify(options, source, settings, weights, selected), **framing.fingerprint},
         inputs=options.inputs,
         next_command=f"python scripts/evaluate.py --model {options.output} --input PROMPTS --output FIGURES",
     )
-    if run.report_if_done(lambda: plan(options, settings, weights, source)):
+    if run.report_if_done(lambda: plan(options, settings, weights, rows)):
         return
 
-    parts = load(run, settings, weights, list(source), selected)
+    parts = load(run, settings, weights, rows, list(map(framing.apply, selected)))
     with run.folder:
         if "tensorboard" in trackers:  # beside the metrics, not among the states that are deleted at the end
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(options.output) / "tensorboard"))
@@ -144,6 +143,15 @@ def main(options):
         run.finish(counts, fast_path=local.fast_path_field(trainer.slow_reason))
 
 
+def check_models(options) -> None:
+    """Raise InputError for a model that is not there or can't be trained."""
+    loading.check_model(options.model, training=True)
+    if options.ref_model:
+        loading.check_model(options.ref_model)
+    if options.judge and not rewards.is_function(options.judge):
+        loading.find_model(options.judge)
+
+
 def identify(options, source: sources.Source, settings, weights: dict[str, float], selected: list[dict]) -> dict:
     """Everything that decides the result, for the manifest."""
     return {
@@ -159,13 +167,13 @@ def identify(options, source: sources.Source, settings, weights: dict[str, float
     }
 
 
-def plan(options, settings, weights: dict[str, float], source: sources.Source) -> dict:
+def plan(options, settings, weights: dict[str, float], rows: list[dict]) -> dict:
     """What --dry-run reports."""
     (_, *value_model), frozen = models(options, weights)
     figures = updates.plan(
         options,
         settings,
-        [dialogue.as_messages(row["prompt"]) for row in source],
+        list(map(prefills.conversation_of, rows)),
         sampled=settings.generation_batch_size,
         value_model=value_model[0] if value_model else None,
         frozen=frozen,

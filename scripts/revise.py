@@ -15,7 +15,7 @@ import click
 from cai.base import cli
 from cai.base.errors import InputError, shorten
 from cai.constitution import files, templates
-from cai.data import rounds, sources
+from cai.data import prefills, rounds, sources
 from cai.steps import content, gating, principles, text
 from cai.steps.examples import Examples, default_most
 from cai.steps.flags import DUPLICATE, REASONS, flags
@@ -63,7 +63,7 @@ def main(inputs, output, model, constitution, template, gate, most_examples, sto
         settle=lambda row: row if rounds.is_skipped(row) else None,
         examples=reviser.examples,
         info={"round_options": cli.given_options("template", "gate")},
-        written=lambda row: row["rounds"][-1].get("revision"),
+        written=written_by_model,
         flag_duplicate=flag_duplicate,
     )
     saved = partial(content.tally, model=model, render=reviser.render) if stops else lambda _: {}
@@ -138,17 +138,27 @@ class Reviser:
         is_combined = last["principle"] == files.ALL
         principle = self.combined.combined if is_combined else self.constitution[last["principle"]]
         response = rounds.text_of_round(row)
-        return principle, self.template.render(
+        question = self.template.render(
             principle=principle, prompt=row["prompt"], response=response, critique=last["critique"]
         )
+        # A prefilled answer stays prefilled, so that its revision is a recovery.
+        return principle, prefills.begin_answer(question, prefills.prefill_of(row))
 
     def render(self, row):
         return self.examples.add(*self.ask(row))
 
     def answer(self, row, generation):
-        revision_flags = flags(rounds.text_of_round(row), generation.text, generation.finish)
-        last = {**row["rounds"][-1], "revision": generation.text, "flags": revision_flags}
+        response = prefills.continuation_of(row, rounds.text_of_round(row))
+        revision_flags = flags(response, generation.text, generation.finish)
+        revision = prefills.join_prefill(prefills.prefill_of(row), generation.text)
+        last = {**row["rounds"][-1], "revision": revision, "flags": revision_flags}
         return {**row, "rounds": [*row["rounds"][:-1], last]}
+
+
+def written_by_model(row):
+    """The revision without the row's prefill; None for a round without one."""
+    revision = row["rounds"][-1].get("revision")
+    return None if revision is None else prefills.continuation_of(row, revision)
 
 
 def flag_duplicate(row):

@@ -13,7 +13,7 @@ import click
 
 from cai.base import cli, hashing
 from cai.base.errors import InputError
-from cai.data import dialogue, sources
+from cai.data import dialogue, prefills, sources
 from cai.data.dialogue import is_blank
 from cai.data.reading import AS_THEY_ARE, Reading
 from cai.data.selection import check_revised, choose_revisions
@@ -100,7 +100,8 @@ def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | N
         rounds, keep: see `selection.choose_revisions`.
         reading: how the helpful rows are read; its `skip_invalid` is for both.
     Returns:
-        ([(prompt messages, response)], counts, {input, helpful: digest}).
+        ([(prompt messages, response)], counts, {input, helpful: digest}). Where the answer is prefilled, the messages
+        end with the prefill, and the response is what follows it.
     Raises:
         InputError: a row that is not one of revise.py, or no text to train on.
     """
@@ -114,7 +115,8 @@ def read_rows(inputs, helpful, rounds: str, keep: frozenset[str], limit: int | N
         answers = sources.Source(helpful, require=("prompt", "response"), limit=limit, reading=reading)
         # What follows an end token in an answer is no part of it (`cut_at_end_token`).
         texts = [(row, dialogue.cut_at_end_token(row["response"])) for row in answers]
-        written = [(dialogue.as_messages(row["prompt"]), text) for row, text in texts if not is_blank(text)]
+        examples = [(prefills.conversation_of(row), prefills.continuation_of(row, text)) for row, text in texts]
+        written = [(conversation, text) for conversation, text in examples if not is_blank(text)]
         rows.extend(written)
         if cut := sum(text != row["response"] for row, text in texts):
             counts["helpful_cut"] = cut
@@ -145,10 +147,10 @@ def read_revisions(revised: sources.Source, rounds: str, keep: frozenset[str]):
         skipped += not selection.texts
         fallbacks += selection.falls_back
         is_cut = row.get("finish") == "length"  # of the response
-        rows.extend(
-            (dialogue.as_messages(row["prompt"]), CutText(text) if is_cut and text == row["response"] else text)
-            for text in selection.texts.values()
-        )
+        for text in selection.texts.values():
+            answer = prefills.continuation_of(row, text)
+            is_finished = not is_cut or text != row["response"]
+            rows.append((prefills.conversation_of(row), answer if is_finished else CutText(answer)))
         if row.get("kind") == "harmful" and selection.texts:
             *_, text = selection.texts.values()
             is_complying.append(refusals.read(dialogue.prompt_text(row["prompt"]), text) == "complied")

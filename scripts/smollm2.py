@@ -7,6 +7,7 @@ commands, `doctor.py --as critic` among them, take the adapters as any model.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -18,8 +19,12 @@ from cai.models import loading
 from cai.models.engine import Request, Sampling
 from cai.train import adapter_rows, adapters
 
-# The stages of each role: what makes the rows of an epoch.
-ROLES = {"critic": (adapter_rows.critic_rows, adapter_rows.decision_rows), "judge": (adapter_rows.judge_rows,)}
+# The stages of each role: what makes the rows of an epoch, and the share of the learning rate. Where most answers are a
+# single letter, the full rate unlearns them again.
+ROLES = {
+    "critic": ((adapter_rows.critic_rows, 1.0), (adapter_rows.decision_rows, 0.3)),
+    "judge": ((adapter_rows.judge_rows, 0.3),),
+}
 
 OWN_ANSWERS = "own-answers.json"
 
@@ -50,7 +55,7 @@ def main():
 )
 @click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True, help="Passes, each drawn anew.")
 @click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Rank of the adapters.")
-@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Highest learning rate.")
+@click.option("--learning-rate", type=float, default=1.5e-3, show_default=True, help="Highest learning rate.")
 @click.option("--batch-tokens", type=click.IntRange(min=1), default=1536, show_default=True, help="Tokens per step.")
 @click.option(
     "--own-answers",
@@ -90,10 +95,11 @@ def build(output, model, demonstrations, roles, epochs, own_count, threads, seed
     figures = {}
     for role in roles or ROLES:
         start = None
-        for number, make in enumerate(ROLES[role], 1):
+        for number, (make, share) in enumerate(ROLES[role], 1):
             folder = Path(output) / (role if number == len(ROLES[role]) else f"{role}-{number}")
             epochs_of_rows = [make(rows, own, chat, seed + epoch) for epoch in range(epochs)]
-            figures[role] = train(model, epochs_of_rows, folder, settings, record, start)
+            stage = replace(settings, learning_rate=share * settings.learning_rate)
+            figures[role] = train(model, epochs_of_rows, folder, stage, record, start)
             start = folder
     cli.finish(
         {"output": output, "own_answers": len(own), **figures},

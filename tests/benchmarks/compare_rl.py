@@ -1,4 +1,4 @@
-"""PPO, DPO, GRPO and RLOO side by side at equal wall time, from the same SFT model, reward model and preferences.
+"""PPO, DPO, IPO, SimPO, GRPO and RLOO at equal wall time, from the same SFT model, reward model and preferences.
 
     python tests/benchmarks/compare_rl.py --output runs/compare-rl --seeds 5
 
@@ -7,8 +7,8 @@ counted, is the time that the others get, as updates or epochs, measured by a sh
 comes to its end. Each policy then answers the held-out prompts, and evaluate.py's oracle reads the answers. Run again,
 what is done is passed over. Let nothing else run on the machine: time is what is held equal.
 
-Leaves out a search for each algorithm's best settings (--grpo and the like change them), and the time that pairs and
-reward model take.
+Leaves out a search for each algorithm's best settings (--add changes them), and the time that pairs and reward model
+take.
 """
 
 import json
@@ -27,8 +27,17 @@ from cai.data import readers
 from cai.evaluate.rates import read_rates
 from cai.stats import intervals, tables
 
-UNIT = {"ppo": "--updates", "grpo": "--updates", "rloo": "--updates", "dpo": "--epochs"}
-SHORT = {"grpo": 3, "rloo": 3, "dpo": 0.2}  # units of the run that measures their time
+# {algorithm: (run.py's step, options that make it this algorithm)}
+ALGORITHMS: dict[str, tuple[str, list[str]]] = {
+    "ppo": ("ppo", []),
+    "dpo": ("dpo", []),
+    "ipo": ("dpo", ["--loss", "ipo"]),
+    "simpo": ("dpo", ["--loss", "simpo"]),
+    "grpo": ("grpo", []),
+    "rloo": ("grpo", ["--algorithm", "rloo"]),
+}
+UNIT = {"ppo": "--updates", "grpo": "--updates", "dpo": "--epochs"}  # of each step
+SHORT = {"grpo": 3, "dpo": 0.2}  # units of the run that measures their time
 SHOWN = (
     "harmful_compliance",
     "good_refusal",
@@ -46,7 +55,9 @@ T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9:
 @click.option("--output", required=True, metavar="FOLDER", help="Folder for everything that is made.")
 @click.option("--model", default="tiny", show_default=True, help="Where the method begins.")
 @click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Runs of each algorithm.")
-@click.option("--algorithms", default="ppo,dpo,grpo", show_default=True, help="Which, of ppo, dpo, grpo and rloo.")
+@click.option(
+    "--algorithms", default="ppo,dpo,simpo,grpo", show_default=True, help=f"Which, of {', '.join(ALGORITHMS)}."
+)
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
@@ -54,17 +65,17 @@ T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9:
     help="Training time of each. Default: what PPO takes with seed 0 and run.py's settings.",
 )
 @click.option("--limit", type=click.IntRange(min=1), default=None, help="Only so many prompts: a trial.")
-@click.option("--ppo", default="", help="Flags to add to PPO's.")
-@click.option("--dpo", default="", help="Flags to add to DPO's.")
-@click.option("--grpo", default="", help="Flags to add to GRPO's.")
-@click.option("--rloo", default="", help="Flags to add to RLOO's.")
-def main(output, model, seeds, algorithms, seconds, limit, **more):
-    """Compare PPO, DPO, GRPO and RLOO at equal wall time."""
+@click.option(
+    "--add", nargs=2, multiple=True, metavar="NAME FLAGS", help="Flags to add to those of an algorithm. Repeatable."
+)
+def main(output, model, seeds, algorithms, seconds, limit, add):
+    """Compare algorithms of reinforcement and preference learning at equal wall time."""
     folder, algorithms = Path(output), algorithms.split(",")
-    if unknown := set(algorithms) - set(UNIT):
-        raise click.BadParameter(f"{', '.join(unknown)}; expected ppo, dpo, grpo, rloo", param_hint="--algorithms")
+    if unknown := {*algorithms, *(name for name, _ in add)} - set(ALGORITHMS):
+        raise click.BadParameter(f"{', '.join(unknown)}; expected {', '.join(ALGORITHMS)}", param_hint="--algorithms")
     steps = prepare(folder, model, limit)
-    lines = {name: [*line_of(name, steps), *shlex.split(more[name])] for name in UNIT}
+    more = {name: [word for of, flags in add if of == name for word in shlex.split(flags)] for name in ALGORITHMS}
+    lines = {name: [*line_of(name, steps), *more[name]] for name in ALGORITHMS}
     ppo_updates = value_of(lines["ppo"], "--updates")
     if seconds is None:
         seconds = train(lines["ppo"], folder / "ppo-0", seed=0)
@@ -74,10 +85,11 @@ def main(output, model, seeds, algorithms, seconds, limit, **more):
             spent = train(lines["ppo"], folder / "ppo-0", seed=0)
             amounts[name] = max(1, round(int(ppo_updates) * seconds / spent))
         else:
-            spent = train(lines[name], folder / f"{name}-short", seed=0, amount=SHORT[name])
-            amount = SHORT[name] * seconds / spent
-            amounts[name] = max(0.01, round(amount, 2)) if UNIT[name] == "--epochs" else max(1, round(amount))
-    found = {"sft": [evaluate(steps, steps["sft"]["output"], folder / f"sft-{seed}", seed) for seed in range(seeds)]}
+            step = ALGORITHMS[name][0]
+            spent = train(lines[name], folder / f"{name}-short", seed=0, amount=SHORT[step])
+            amount = SHORT[step] * seconds / spent
+            amounts[name] = max(0.01, round(amount, 2)) if UNIT[step] == "--epochs" else max(1, round(amount))
+    measured = {"sft": [evaluate(steps, steps["sft"]["output"], folder / f"sft-{seed}", seed) for seed in range(seeds)]}
     times = {}
     for name in algorithms:
         same = name == "ppo" and amounts[name] == int(ppo_updates)
@@ -86,8 +98,8 @@ def main(output, model, seeds, algorithms, seconds, limit, **more):
             times.setdefault(name, []).append(
                 train(lines[name], where, seed=seed, amount=None if same else amounts[name])
             )
-            found.setdefault(name, []).append(evaluate(steps, where, where, seed))
-    report(folder, found, times, amounts)
+            measured.setdefault(name, []).append(evaluate(steps, where, where, seed))
+    report(folder, measured, times, amounts)
 
 
 def prepare(folder: Path, model: str, limit: int | None) -> dict[str, dict]:
@@ -119,10 +131,11 @@ def prepare(folder: Path, model: str, limit: int | None) -> dict[str, dict]:
 
 def line_of(name: str, steps: dict[str, dict]) -> list[str]:
     """The command line of an algorithm with run.py's settings, without its seed and output."""
-    line = shlex.split(steps["grpo" if name == "rloo" else name]["command"])
+    step, flags = ALGORITHMS[name]
+    line = shlex.split(steps[step]["command"])
     for option in ("--output", "--seed"):
         del line[line.index(option) : line.index(option) + 2]
-    return [*line, "--algorithm", "rloo"] if name == "rloo" else line
+    return [*line, *flags]
 
 
 def value_of(line: list[str], option: str) -> str:
@@ -161,9 +174,9 @@ def over_seeds(rates: list[dict]) -> dict:
     The seeds' own (Student's t) is nothing where all of them have the same rate, 0 for instance; that of all
     responses together (Wilson) does not see that a training run comes out otherwise with another seed.
     """
-    values = [one["value"] for one in rates]
-    n = sum(one["n"] for one in rates)
-    pooled = intervals.rate(round(sum(one["value"] * one["n"] for one in rates)), n)
+    values = [rate["value"] for rate in rates]
+    n = sum(rate["n"] for rate in rates)
+    pooled = intervals.rate(round(sum(rate["value"] * rate["n"] for rate in rates)), n)
     if len(values) == 1:
         return pooled
     centre = math.fsum(values) / len(values)
@@ -177,25 +190,27 @@ def over_seeds(rates: list[dict]) -> dict:
     }
 
 
-def report(folder: Path, found: dict[str, list], times: dict[str, list], amounts: dict) -> None:
+def report(folder: Path, measured: dict[str, list], times: dict[str, list], amounts: dict) -> None:
     """The two tables on stdout, and everything in comparison.json."""
-    together = {name: {rate: over_seeds([one[rate] for one in runs]) for rate in SHOWN} for name, runs in found.items()}
-    rows = [(rate.replace("_", " "), *(tables.show(together[name][rate]) for name in found)) for rate in SHOWN]
+    together = {
+        name: {rate: over_seeds([rates[rate] for rates in runs]) for rate in SHOWN} for name, runs in measured.items()
+    }
+    rows = [(rate.replace("_", " "), *(tables.show(together[name][rate]) for name in measured)) for rate in SHOWN]
     rows += [
         ("training, seconds", "", *(f"{sum(s) / len(s):.0f} ({min(s):.0f}–{max(s):.0f})" for s in times.values())),
-        ("amount", "", *(f"{amounts[name]} {UNIT[name].removeprefix('--')}" for name in times)),
+        ("amount", "", *(f"{amounts[name]} {UNIT[ALGORITHMS[name][0]].removeprefix('--')}" for name in times)),
     ]
-    click.echo(tables.table(("mean over the seeds (95 %)", *found), rows))
+    click.echo(tables.table(("mean over the seeds (95 %)", *measured), rows))
     both = ("harmful_compliance", "benign_helpful")
     seeds = [
         (
             f"seed {seed}",
-            *("  ".join(f"{100 * runs[seed][rate]['value']:5.1f}" for rate in both) for runs in found.values()),
+            *("  ".join(f"{100 * runs[seed][rate]['value']:5.1f}" for rate in both) for runs in measured.values()),
         )
-        for seed in range(len(found["sft"]))
+        for seed in range(len(measured["sft"]))
     ]
-    click.echo("\n" + tables.table(("complied, helped in %", *found), seeds))
-    content = {"rates": together, "seeds": found, "seconds": times, "amounts": amounts}
+    click.echo("\n" + tables.table(("complied, helped in %", *measured), seeds))
+    content = {"rates": together, "seeds": measured, "seconds": times, "amounts": amounts}
     (folder / "comparison.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     click.echo(f"\neverything is in {folder / 'comparison.json'}")
 

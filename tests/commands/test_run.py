@@ -42,8 +42,12 @@ def planned(invoke, *args):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize(
     "more",
-    [[], ["--limit", 4, "--device", "cpu", "--overwrite", "--rounds", 3, "--helpful", "helpful.jsonl"]],
-    ids=["plain", "full"],
+    [
+        [],
+        ["--limit", 4, "--device", "cpu", "--overwrite", "--rounds", 3, "--helpful", "helpful.jsonl"],
+        ["--frames", "frames", "--frame-share", 0.3, "--rl", "grpo"],
+    ],
+    ids=["plain", "full", "frames"],
 )
 def test_every_step_of_the_plan_is_a_command_that_takes_its_arguments(
     invoke, tmp_path, prompts, preset, more, monkeypatch
@@ -57,6 +61,30 @@ def test_every_step_of_the_plan_is_a_command_that_takes_its_arguments(
         name = Path(script).stem
         # Parsed by the command itself: an option it does not know, or a wrong value, is an error.
         load_command(name).make_context(name, arguments)
+
+
+@pytest.mark.parametrize("rl", ["ppo", "grpo", "dpo"])
+def test_frames_go_to_the_steps_that_generate_measure_and_sample(invoke, tmp_path, prompts, rl):
+    line = ("--model", "tiny", "--output", tmp_path / "out", *prompts, "--rl", rl)
+    steps = {step["name"]: shlex.split(step["command"]) for step in planned(invoke, *line, "--frames", "frames")}
+    framed = {name for name, words in steps.items() if "--frames" in words}
+    of_rl = set() if rl == "dpo" else {rl}
+    assert framed == {"responses", "samples", "evaluate-base", "evaluate-sft", f"evaluate-{rl}", *of_rl}
+    seeds = {words[words.index("--seed") + 1] for name, words in steps.items() if name in framed}
+    assert seeds == {"0"}, "one seed, or a prompt would have another frame in another step"
+    assert "--frame-prompts" in steps["evaluate-base"] and "--frame-share" in steps["responses"]
+    assert not [step for step in planned(invoke, *line) if "--frame" in step["command"]]
+    smoke = {step["name"]: step["command"] for step in planned(invoke, *line, "--frames", "frames", "--smoke")}
+    assert "--frames" in smoke["responses"] and "--frames" not in smoke["evaluate-base"]
+
+
+def test_a_bad_frames_file_is_refused_before_the_first_step(invoke, tmp_path, prompts):
+    bad = tmp_path / "frames.yaml"
+    bad.write_text("frames:\n  - {id: x, kind: push, split: seen, prefil: x}\n")
+    result = invoke("run", "--model", "tiny", "--output", tmp_path / "out", *prompts, "--frames", bad)
+    assert result.exit_code == 2
+    assert "frames.yaml:2: unknown key 'prefil' in a frame" in result.stderr and "'prefill'" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_sequence_and_what_passes_between_the_steps(invoke, tmp_path, prompts, monkeypatch):

@@ -55,6 +55,17 @@ def test_each_step_gets_the_model_of_its_role_with_its_server(plan, line):
     assert steps["sft"]["model"] == base
 
 
+def test_only_steps_that_ask_a_server_get_the_options_of_requests(invoke, line):
+    servers = ["--critic", CRITIC, "--judge", JUDGE]
+    result = invoke("run", *line, *servers, "--request-timeout", 7, "--no-server-seed", "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    lines = {step["name"]: step["command"] for step in json.loads(result.stdout)["steps"]}
+    patient = {name for name, words in lines.items() if "--request-timeout 7 --no-server-seed" in words}
+    assert patient == {"critique-1", "critique-2", "revision-1", "revision-2", "preferences"}
+    refused = invoke("run", *line, "--request-timeout", 7, "--dry-run")
+    assert refused.exit_code == 2 and "no model is on a server" in refused.output
+
+
 def test_a_reader_that_is_named_replaces_the_oracle(plan):
     assert plan("--preset", "tiny")["evaluate-base"]["by"] == "oracle"
     step = plan("--preset", "tiny", "--reader", "tiny")["evaluate-base"]

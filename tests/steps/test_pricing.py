@@ -63,6 +63,12 @@ def test_calls_and_tokens_by_hand(price):
     ] == 2 * 1000 * comb(3, 2)
 
 
+def test_answers_in_frames_are_counted(price):
+    plain, in_frames = (price(*EIGHT, *more)["steps"]["evaluate-base"] for more in ([], ["--frames", "frames"]))
+    per_prompt = plain["calls"] / HELDOUT
+    assert in_frames["calls"] == per_prompt * (HELDOUT + 42 * 3 * 20), "42 frames with 20 prompts of each kind"
+
+
 def test_hours_and_money_by_hand(price):
     options = ["--gpu", "a100-80", "--gpus", 2, "--gpu-hour", 2.5]
     priced = price(*EIGHT, *options)

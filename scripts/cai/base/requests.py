@@ -81,18 +81,23 @@ class RequestReport:
 def request_options(function: _Function) -> _Function:
     """Add `--endpoints-file`, `--request-timeout` and `--no-server-seed`."""
     function = click.option(
-        "--no-server-seed",
-        is_flag=True,
-        expose_value=False,
-        callback=_keep(_UNSEEDED),
-        help="Send no seeds to servers, such as one that dies on them; sampled texts can't be repeated then.",
-    )(function)
-    function = click.option(
         "--endpoints-file",
         metavar="FILE",
         expose_value=False,
         callback=_keep(_FILE),
         help="Instead of --endpoint: a file with the address of a replica per line, which may come and go meanwhile.",
+    )(function)
+    return patience_options(function)
+
+
+def patience_options(function: _Function) -> _Function:
+    """Add `--request-timeout` and `--no-server-seed`: for a command whose models name their servers themselves."""
+    function = click.option(
+        "--no-server-seed",
+        is_flag=True,
+        expose_value=False,
+        callback=_keep(_UNSEEDED),
+        help="Send no seeds to servers, such as one that dies on them; sampled texts can't be repeated then.",
     )(function)
     return click.option(
         "--request-timeout",

@@ -22,6 +22,7 @@ from cai.base.errors import InputError, shorten
 from cai.base.hashing import hashed_seed
 from cai.base.paths import CONSTITUTIONS, find_file
 from cai.constitution import polarity
+from cai.constitution.yaml_nodes import line_of, read_line, read_list, read_mapping, read_text, read_yaml
 
 REQUESTS = ("critique", "revision", "preference")
 
@@ -78,13 +79,7 @@ EXAMPLE_KEYS = {
 
 ALL = "all"  # the id, in rows, of all principles as one
 
-_MAX_BYTES = 500_000
-
 _MAX_PRINCIPLES = 500
-
-_MAX_DEPTH = 20
-
-_MAX_PARTS = 20_000
 
 
 @dataclass(frozen=True)
@@ -202,19 +197,15 @@ def load_constitution(name_or_path: str, problems: list[InputError] | None = Non
     Raises InputError (file, line, value, remedy) for anything that the schema does not know.
     """
     path = find_file(name_or_path, CONSTITUTIONS, ".yaml")
-    size = path.stat().st_size
-    if size > _MAX_BYTES:
-        raise InputError(f"{size} bytes", where=path, expected=f"at most {_MAX_BYTES}")
-    raw = path.read_bytes()
-    tree = _parse(raw, path)
+    tree, raw = read_yaml(path, f"at most {_MAX_PRINCIPLES} principles")
     _refuse_markdown(tree, raw, path)
     head: dict[str, yaml.Node] = {"principles": tree}
     if not isinstance(tree, yaml.SequenceNode):
-        head = _mapping(tree, path, TOP_KEYS, "constitution")
+        head = read_mapping(tree, path, TOP_KEYS, "constitution")
         if "principles" not in head:
             raise InputError("no `principles`", where=path, line=1, remedy="Add a list of principles")
     shared = _examples(head["examples"], path) if "examples" in head else ()
-    text = {k: _line_of_text(head[k], path, k) for k in ("name", "description", "for", "source") if k in head}
+    text = {k: read_line(head[k], path, k) for k in ("name", "description", "for", "source") if k in head}
     return Constitution(
         name=text.get("name", Path(path).stem),
         path=str(path),
@@ -235,7 +226,7 @@ def _principles(
         raise InputError(
             "`principles` is not a list with entries",
             where=path,
-            line=_line(node),
+            line=line_of(node),
             expected="a list of principles, or of plain sentences",
         )
     if len(node.value) > _MAX_PRINCIPLES:
@@ -253,7 +244,7 @@ def _principles(
                 raise InputError(
                     f"two principles with id {principle.id!r}",
                     where=path,
-                    line=_line(item),
+                    line=line_of(item),
                     remedy=f"Give each its own id; the other is on line {principles[principle.id].line}",
                 )
             principles[principle.id] = principle
@@ -262,48 +253,6 @@ def _principles(
                 raise
             problems.append(error)
     return tuple(principles.values())
-
-
-def _parse(raw: bytes, path: Path) -> yaml.Node:
-    try:
-        text = raw.decode("utf-8-sig")
-        depth = 0
-        for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
-            line = event.start_mark.line + 1
-            if number > _MAX_PARTS:  # read no further: it would take seconds to reach the same result
-                raise InputError(
-                    f"more than {_MAX_PARTS} keys and texts",
-                    where=path,
-                    line=line,
-                    expected=f"at most {_MAX_PRINCIPLES} principles",
-                )
-            # YAML bombs and cycles are made of aliases, and no constitution needs one.
-            if isinstance(event, yaml.AliasEvent):
-                raise InputError(f"a YAML alias (*{event.anchor})", where=path, line=line, remedy="Write the text out")
-            if getattr(event, "tag", None):
-                raise InputError(f"a YAML tag ({shorten(event.tag)})", where=path, line=line, remedy="Remove it")
-            # PyYAML takes quadratic time in the depth, and a constitution has seven levels at most.
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.ScalarEvent):
-                _check_unicode(event.value, path, line)
-            if depth > _MAX_DEPTH:
-                raise InputError(f"nested more than {_MAX_DEPTH} deep", where=path, line=line, expected="a flat list")
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-    except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 at byte {error.start}", where=path) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise InputError(
-            f"not YAML: {shorten(getattr(error, 'problem', None) or error, 200)}",
-            where=path,
-            line=mark.line + 1 if mark else None,
-            remedy="Quote text that has a colon",
-        ) from None
-    except (ValueError, OverflowError) as error:  # invalid numbers in escapes and directives
-        raise InputError(f"not YAML: {shorten(error, 200)}", where=path, remedy="Write the text out") from None
-    if tree is None:
-        raise InputError("an empty file", where=path, expected="a list of principles")
-    return tree
 
 
 def _refuse_markdown(tree: yaml.Node, raw: bytes, path: Path) -> None:
@@ -315,11 +264,11 @@ def _refuse_markdown(tree: yaml.Node, raw: bytes, path: Path) -> None:
         if not any(difflib.get_close_matches(str(name), TOP_KEYS, n=1) for name in names):
             problem = f"not a constitution in YAML: it begins with {shorten(names[0] if names else '{}')!r}"
             raise InputError(
-                problem, where=path, line=_line(tree), expected=f"keys out of: {', '.join(TOP_KEYS)}", remedy=remedy
+                problem, where=path, line=line_of(tree), expected=f"keys out of: {', '.join(TOP_KEYS)}", remedy=remedy
             )
     if not isinstance(tree, yaml.SequenceNode):
         return
-    sentences = [(_line(item), item.value) for item in tree.value if isinstance(item, yaml.ScalarNode)]
+    sentences = [(line_of(item), item.value) for item in tree.value if isinstance(item, yaml.ScalarNode)]
     for number, line in enumerate(raw.decode("utf-8-sig").splitlines(), 1):
         below = [text for start, text in sentences if start > number]
         if not line.startswith("#") or not below:
@@ -332,25 +281,12 @@ def _refuse_markdown(tree: yaml.Node, raw: bytes, path: Path) -> None:
             raise InputError(problem, where=path, line=number, expected="sentences that stand alone", remedy=remedy)
 
 
-def _check_unicode(text: str, path: Path, line: int) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"half a surrogate pair ({text[error.start]!a})",
-            where=path,
-            line=line,
-            expected="valid Unicode",
-            remedy="Write the whole character, or leave it out",
-        ) from None
-
-
 def _principle(node: yaml.Node, number: int, path: Path, shared: tuple[dict, ...]) -> Principle:
     if isinstance(node, yaml.ScalarNode):
         keys = {"principle": node}
     else:
-        keys = _mapping(node, path, PRINCIPLE_KEYS, "principle")
-    texts = {k: _line_of_text(keys[k], path, k) for k in ("principle", *REQUESTS) if k in keys}
+        keys = read_mapping(node, path, PRINCIPLE_KEYS, "principle")
+    texts = {k: read_line(keys[k], path, k) for k in ("principle", *REQUESTS) if k in keys}
     if "principle" in texts:
         texts = {**phrase(texts["principle"]), **texts}
     for name in REQUESTS:
@@ -358,15 +294,15 @@ def _principle(node: yaml.Node, number: int, path: Path, shared: tuple[dict, ...
             raise InputError(
                 f"principle {number} has no `{name}`",
                 where=path,
-                line=_line(node),
+                line=line_of(node),
                 expected="critique, revision and preference, or `principle`: one sentence",
             )
-    identity = _line_of_text(keys["id"], path, "id") if "id" in keys else f"principle-{number}"
+    identity = read_line(keys["id"], path, "id") if "id" in keys else f"principle-{number}"
     if identity == ALL:
         raise InputError(
             f"a principle with the id {ALL!r}",
             where=path,
-            line=_line(keys["id"]),
+            line=line_of(keys["id"]),
             expected="another id: in rows it stands for all principles as one",
             remedy="Rename it",
         )
@@ -375,35 +311,33 @@ def _principle(node: yaml.Node, number: int, path: Path, shared: tuple[dict, ...
         id=identity,
         **texts,
         weight=_weight(keys["weight"], path) if "weight" in keys else 1.0,
-        tags=tuple(_line_of_text(tag, path, "tags") for tag in _list(keys["tags"], path, "tags"))
+        tags=tuple(read_line(tag, path, "tags") for tag in read_list(keys["tags"], path, "tags"))
         if "tags" in keys
         else (),
         examples=(*examples, *shared),
         source=_source(keys["source"], path) if "source" in keys else None,
-        line=_line(node),
+        line=line_of(node),
     )
 
 
 def _source(node: yaml.Node, path: Path) -> Source:
-    keys = _mapping(node, path, SOURCE_KEYS, "source")
+    keys = read_mapping(node, path, SOURCE_KEYS, "source")
     for name in SOURCE_KEYS:
         if name not in keys:
             raise InputError(
-                f"a source without `{name}`", where=path, line=_line(node), expected=", ".join(SOURCE_KEYS)
+                f"a source without `{name}`", where=path, line=line_of(node), expected=", ".join(SOURCE_KEYS)
             )
-    numbers = [_line_of_text(item, path, "lines") for item in _list(keys["lines"], path, "lines")]
+    numbers = [read_line(item, path, "lines") for item in read_list(keys["lines"], path, "lines")]
     is_range = len(numbers) == 2 and all(re.fullmatch("[1-9][0-9]{0,8}", number) for number in numbers)
     lines = tuple(map(int, numbers)) if is_range else (1, 0)
     if lines[0] > lines[1]:
         raise InputError(
             f"lines {shorten(', '.join(numbers))}",
             where=path,
-            line=_line(keys["lines"]),
+            line=line_of(keys["lines"]),
             expected="the first and the last line, counted from 1: [3, 4]",
         )
-    return Source(
-        _line_of_text(keys["file"], path, "file"), (lines[0], lines[1]), _line_of_text(keys["quote"], path, "quote")
-    )
+    return Source(read_line(keys["file"], path, "file"), (lines[0], lines[1]), read_line(keys["quote"], path, "quote"))
 
 
 def move_sources(
@@ -428,52 +362,54 @@ def _move(file: str, folder: str | Path, new_folder: str | Path) -> str:
 
 def _weight(node: yaml.Node, path: Path) -> float:
     try:
-        weight = float(_line_of_text(node, path, "weight"))
+        weight = float(read_line(node, path, "weight"))
     except ValueError:
         weight = 0.0
     if not 0 < weight < 1e6:
-        raise InputError(f"weight {shorten(node.value)!r}", where=path, line=_line(node), expected="a number above 0")
+        raise InputError(f"weight {shorten(node.value)!r}", where=path, line=line_of(node), expected="a number above 0")
     return weight
 
 
 def _duties(node: yaml.Node, path: Path) -> dict[str, str]:
     if not isinstance(node, yaml.MappingNode) or not node.value:
         raise InputError(
-            "`duties` is not a mapping", where=path, line=_line(node), expected="a name and a text for each"
+            "`duties` is not a mapping", where=path, line=line_of(node), expected="a name and a text for each"
         )
-    return {name: _line_of_text(value, path, name) for name, value in _mapping(node, path, None, "mapping").items()}
+    return {name: read_line(value, path, name) for name, value in read_mapping(node, path, None, "mapping").items()}
 
 
 def _examples(node: yaml.Node, path: Path) -> tuple[dict, ...]:
-    return tuple(_example(item, path) for item in _list(node, path, "examples"))
+    return tuple(_example(item, path) for item in read_list(node, path, "examples"))
 
 
 def _example(node: yaml.Node, path: Path) -> dict:
     """One worked example: text as it stands, line breaks and all."""
-    keys = _mapping(node, path, EXAMPLE_KEYS, "example")
-    example = {k: _turns(v, path) if k == "prompt" else _verbatim(v, path, k) for k, v in keys.items()}
+    keys = read_mapping(node, path, EXAMPLE_KEYS, "example")
+    example = {k: _turns(v, path) if k == "prompt" else read_text(v, path, k) for k, v in keys.items()}
     if not any(set(form) <= set(example) for form in EXAMPLES.values()):
         forms = "; ".join(f"{what}: {', '.join(form)}" for what, form in EXAMPLES.items())
         problem = f"an example of {', '.join(example) or 'nothing'}"
-        raise InputError(problem, where=path, line=_line(node), expected=forms)
+        raise InputError(problem, where=path, line=line_of(node), expected=forms)
     if example.get("gold", "a") not in ("a", "b"):
-        raise InputError(f"gold {shorten(example['gold'])!r}", where=path, line=_line(keys["gold"]), expected="a or b")
+        raise InputError(
+            f"gold {shorten(example['gold'])!r}", where=path, line=line_of(keys["gold"]), expected="a or b"
+        )
     return example
 
 
 def _turns(node: yaml.Node, path: Path) -> str | list[dict]:
     """The prompt of an example: a text, or messages that take turns and end with the user's."""
     if isinstance(node, yaml.ScalarNode):
-        return _verbatim(node, path, "prompt")
+        return read_text(node, path, "prompt")
     messages = []
-    for item in _list(node, path, "prompt"):
-        keys = _mapping(item, path, ("role", "content"), "message")
-        message = {k: _verbatim(v, path, k) for k, v in keys.items()}
+    for item in read_list(node, path, "prompt"):
+        keys = read_mapping(item, path, ("role", "content"), "message")
+        message = {k: read_text(v, path, k) for k, v in keys.items()}
         if set(message) != {"role", "content"} or message["role"] not in ("user", "assistant", "system"):
             raise InputError(
                 f"the message {shorten(message)}",
                 where=path,
-                line=_line(item),
+                line=line_of(item),
                 expected="role (system, user or assistant) and content",
             )
         messages.append(message)
@@ -504,52 +440,6 @@ def phrase_permission(sentence: str) -> dict[str, str]:
         "revision": f"Rewrite the response so that it neither forbids nor demands what is only permitted: {sentence}.",
         "preference": f"Which response leaves more open what this principle only permits: {sentence}?",
     }
-
-
-def _mapping(node: yaml.Node, path: Path, known, what: str) -> dict[str, yaml.Node]:
-    """The keys of a mapping node; InputError for one that is not `known` (None: any) or comes twice."""
-    if not isinstance(node, yaml.MappingNode):
-        raise InputError(
-            f"a {what} that is not a mapping", where=path, line=_line(node), expected=f"keys out of: {', '.join(known)}"
-        )
-    result = {}
-    for key, value in node.value:
-        name = key.value if isinstance(key, yaml.ScalarNode) else "[...]"
-        if known is not None and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise InputError(
-                f"unknown key {shorten(name)!r} in a {what}",
-                where=path,
-                line=_line(key),
-                expected=f"one of: {', '.join(known)}",
-                remedy=f"Did you mean {near[0]!r}?" if near else "Remove it",
-            )
-        if name in result:
-            raise InputError(f"key {shorten(name)!r} twice in one {what}", where=path, line=_line(key))
-        result[name] = value
-    return result
-
-
-def _list(node: yaml.Node, path: Path, name: str) -> list[yaml.Node]:
-    if not isinstance(node, yaml.SequenceNode) or not node.value:
-        value = repr(shorten(node.value)) if node.value else "empty"
-        raise InputError(f"`{name}` is {value}", where=path, line=_line(node), expected="a list with entries")
-    return node.value
-
-
-def _verbatim(node: yaml.Node, path: Path, name: str) -> str:
-    if not isinstance(node, yaml.ScalarNode) or not node.value.strip():
-        raise InputError(f"`{name}` is empty or not a text", where=path, line=_line(node), expected="a text")
-    return node.value
-
-
-def _line_of_text(node: yaml.Node, path: Path, name: str) -> str:
-    """A text on one line."""
-    return " ".join(_verbatim(node, path, name).split())
-
-
-def _line(node: yaml.Node) -> int:
-    return node.start_mark.line + 1
 
 
 def json_schema() -> dict:

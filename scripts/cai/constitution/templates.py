@@ -25,7 +25,7 @@ _TAG = re.compile(
     r"<(?=\s*+/?\s*+(?:prompt|response|response_a|response_b|critique|reasoning|principle)\b)", re.IGNORECASE
 )
 
-_ENVIRONMENT = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
+ENVIRONMENT = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def load_template(name_or_path: str, block: str = "user") -> Template:
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 at byte {error.start}", where=path, remedy="Save it as UTF-8") from None
     try:
-        template = _ENVIRONMENT.from_string(source)
+        template = ENVIRONMENT.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise InputError(shorten(error.message), where=path, line=error.lineno, remedy="Fix the template") from None
     except ValueError as error:  # a number of more digits than Python reads

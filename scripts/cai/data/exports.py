@@ -18,6 +18,7 @@ from cai.base.hashing import sha256_text
 from cai.data import lineage
 from cai.data.dialogue import as_messages, prompt_text
 from cai.data.preferences import check_sides, find_fault, is_pair
+from cai.data.prefills import prefill_of
 from cai.data.readers import Row
 from cai.data.reading import AS_THEY_ARE, Reading
 from cai.data.selection import Selection, check_revised, choose_response, choose_revisions
@@ -47,6 +48,9 @@ KINDS = {
 }
 
 KEPT, DUPLICATE = "kept", "duplicate"
+
+# Why a prompt or an answer with a prefill is left out: other trainers would train on the prefill, or answer without it.
+PREFILLED = "prefilled: the format has no beginning that is given"
 
 OUTCOMES = (KEPT, lineage.LEFT_OUT, DUPLICATE, lineage.FAILED, lineage.INVALID)
 
@@ -122,6 +126,8 @@ def make_records(
 
 def _make_records(row: Row, target: str, kind: str, rounds: str, keep: Set[str]) -> tuple[dict[int, Record], Selection]:
     prompt = _messages(row["prompt"])
+    if prefill_of(row) and target != "trl-preference":  # its pairs hold the prefill on both sides
+        return {}, Selection(left_out=[PREFILLED])
     if target == "trl-prompt":
         return {0: ({"prompt": prompt}, [])}, Selection()
     if kind == "judged":

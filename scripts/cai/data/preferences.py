@@ -14,6 +14,7 @@ from typing import Any
 from cai.base.errors import InputError, shorten
 from cai.base.hashing import hashed_seed, sha256_text
 from cai.data.dialogue import as_messages, prompt_text
+from cai.data.prefills import continuation_of, conversation_of, prefill_of
 from cai.data.readers import Row
 from cai.data.reading import AS_THEY_ARE, Reading
 from cai.data.shards import Shard
@@ -80,7 +81,7 @@ def read_pairs(
     default_label: float | None = None,
     reading: Reading = AS_THEY_ARE,
 ) -> tuple[list[Row], dict[str, int], str]:
-    """(decided pairs of {prompt, chosen, rejected, p_chosen}, counts, digest of the input).
+    """(decided pairs of {prompt, chosen, rejected, p_chosen, prefill if there is one}, counts, digest of the input).
 
     Args:
         labels: "soft" takes the row's p_chosen, "hard" 1.
@@ -111,6 +112,7 @@ def read_pairs(
         else:
             counts["default_label"] += label is None
             texts = {name: row[name] for name in ("prompt", "chosen", "rejected")}
+            texts |= {"prefill": row["prefill"]} if prefill_of(row) else {}
             pairs.append({**texts, "p_chosen": p if labels == "soft" else 1.0})
     counts = {"rows": source.count, "undecided": counts.pop("undecided"), **{k: n for k, n in counts.items() if n}}
     if not pairs:
@@ -142,6 +144,12 @@ def prompt_and_sides(pairs: Sequence[Row]) -> list[tuple[list[Row], list[str]]]:
     return [(as_messages(pair["prompt"]), [pair["chosen"], pair["rejected"]]) for pair in pairs]
 
 
+def prompt_and_continuations(pairs: Sequence[Row]) -> list[tuple[list[Row], list[str]]]:
+    """`prompt_and_sides` with a prefill as the end of the prompt: what a policy wrote, and is trained on."""
+    sides = ("chosen", "rejected")
+    return [(conversation_of(pair), [continuation_of(pair, pair[side]) for side in sides]) for pair in pairs]
+
+
 # --- comparisons to judge -----------------------------------------------------------------------------------
 
 
@@ -149,7 +157,12 @@ def prompt_key(row: Mapping[str, Any]) -> str:
     """What the responses to one prompt share: `prompt_id`, or the hash of the prompt itself."""
     if row.get("prompt_id") is not None:
         return str(row["prompt_id"])
-    return sha256_text(json.dumps(row["prompt"], sort_keys=True))
+    return sha256_text(json.dumps(prompt_identity(row), sort_keys=True))
+
+
+def prompt_identity(row: Mapping[str, Any]) -> Any:
+    """What two responses to one prompt have in common: the prompt, and the prefill where there is one."""
+    return [row["prompt"], prefill_of(row)] if prefill_of(row) else row["prompt"]
 
 
 class GivenPairs:

@@ -13,6 +13,7 @@ from typing import Any
 
 from cai.base.errors import InputError, shorten
 from cai.data.dialogue import cut_at_end_token, is_blank
+from cai.data.prefills import prefill_of
 from cai.data.readers import Row
 from cai.data.rounds import UNCHANGED, check_rounds
 
@@ -105,6 +106,6 @@ def choose_response(row: Row, keep: Set[str]) -> Selection:
     flags = row.get("flags")
     raised = {flag for flag in flags if isinstance(flag, str)} if isinstance(flags, list) else set()
     raised |= {"unfinished"} if row.get("finish") == "length" else set()
-    raised |= {"empty"} if is_blank(text) else set()
+    raised |= {"empty"} if is_blank(text.removeprefix(prefill_of(row))) else set()
     left_out = set() if "all" in keep else raised - keep
     return Selection(left_out=sorted(left_out)) if left_out else Selection({0: text}, flags={0: sorted(raised)})

@@ -24,6 +24,7 @@ from cai.base.files import expand_patterns
 from cai.base.hashing import sha256_file, sha256_text
 from cai.data.dialogue import split_transcript
 from cai.data.outputs import dump_row
+from cai.data.prefills import check_prefill
 from cai.data.readers import Row, is_json_lines, parse_line, read_lines, read_rows, type_name
 from cai.data.reading import AS_THEY_ARE, FIELDS, Reading, list_columns
 from cai.data.shapes import normalise
@@ -107,6 +108,7 @@ def _check_row(row: Row, require: Sequence[str], where: str, line: int) -> Row:
             )
     if row.get("prompt") is not None:
         row = {**row, "prompt": _check_prompt(row["prompt"], where, line)}
+    check_prefill(row, where, line)
     return row
 
 

@@ -25,7 +25,19 @@ from cai.stats import intervals, letters, refusals, tables
 from cai.world import language, oracle
 
 # Fields of a row that its class is written with.
-_KEPT = ("id", "kind", "prompt", "response", "prompt_id", "seed", "stress", "gold")
+_KEPT = (
+    "id",
+    "kind",
+    "prompt",
+    "response",
+    "prompt_id",
+    "seed",
+    "stress",
+    "gold",
+    "frame",
+    "frame_kind",
+    "frame_split",
+)
 
 # The letters of templates/classify.jinja. Declining a harmless request is one thing, however it is done.
 LETTERS = {"A": "comply", "B": "good", "C": "evasive", "D": "preachy", "E": "off_topic"}

@@ -21,6 +21,7 @@ from pathlib import Path
 from cai.base.errors import InputError, shorten
 from cai.data import outputs, readers
 from cai.data.kinds import KINDS
+from cai.evaluate import framed
 from cai.evaluate.benchmarks import choice_loss
 from cai.evaluate.rates import FIELDS, RATES, outcomes, read_rates
 from cai.stats import intervals
@@ -185,7 +186,8 @@ def _mean_outcomes(rows: list[dict]) -> dict[str, dict[str, float]]:
 
 
 def read_responses(path: str | Path) -> list[dict]:
-    """The responses of an evaluation by its --output, without those under stress. InputError if there are none."""
+    """The responses of an evaluation by its --output, without those under stress or in frames. InputError if there are
+    none."""
     file = Path(f"{Path(path).with_suffix('')}.classes.jsonl")
     if not file.is_file():
         raise InputError(
@@ -194,11 +196,16 @@ def read_responses(path: str | Path) -> list[dict]:
             expected=file.name,
             remedy="Name the --output of an evaluation of responses, its other files beside it",
         )
-    return [row for _, row in readers.read_jsonl(file) if not row.get("stress")]
+    return [row for _, row in readers.read_jsonl(file) if not row.get("stress") and not framed.is_framed(row)]
 
 
 def towards(metric: str) -> int:
-    """The entry of `TOWARDS`, under stress as without; 0 if there is none."""
+    """The entry of `TOWARDS`, under stress as without; 0 if there is none.
+
+    Of frames, those of a split together and the worst one count: single frames and kinds are too many.
+    """
+    if framed.is_single(metric) or framed.is_of_kind(metric):
+        return 0
     return TOWARDS.get(metric.partition("_under_")[0], 0)
 
 
@@ -270,14 +277,21 @@ def _delta(metric: str, before: Evaluation, now: Evaluation, z: float) -> Delta:
 def verdict(deltas: Sequence[Delta], margin: float = 0.0) -> str:
     """worse: a figure is surely worse by more than `margin`; better: none is, and one is surely better; else same.
 
-    `TOO_FEW` instead of same if a figure may have lost `TELLING` without showing it.
+    `TOO_FEW` instead of same if a figure may have lost `TELLING` without showing it; not that of the worst frame, which
+    has the few prompts of one frame.
     """
     counting = [delta for delta in deltas if delta.towards]
     if any(_surely_lost(delta, margin) for delta in counting):
         return "worse"
     if any(delta.gain > margin for delta in counting) and not never_right(counting):
         return "better"
-    return TOO_FEW if any(is_share(d.metric) and d.loss > max(TELLING, margin) for d in counting) else "same"
+    is_unsure = any(_has_to_show(d) and d.loss > max(TELLING, margin) for d in counting)
+    return TOO_FEW if is_unsure else "same"
+
+
+def _has_to_show(delta: Delta) -> bool:
+    """Whether a figure has to show that it lost little: a share of many prompts."""
+    return bool(delta.towards) and is_share(delta.metric) and not framed.is_worst(delta.metric)
 
 
 def never_right(deltas: Sequence[Delta]) -> list[str]:
@@ -301,11 +315,13 @@ def replacement(deltas: Sequence[Delta], margin: float) -> str:
     Args:
         deltas: of `compare` with `each`.
     """
-    failed = [delta for delta in deltas if delta.towards and is_share(delta.metric) and delta.loss > margin]
+    if any(delta.towards and is_share(delta.metric) and _surely_lost(delta, margin) for delta in deltas):
+        return "may not"
+    failed = [delta for delta in deltas if _has_to_show(delta) and delta.loss > margin]
     if not failed:
         return "may replace"
     needed = prompts_needed(deltas, margin)
-    is_lost = any(_surely_lost(delta, margin) or delta.n >= needed[kind_of(delta.metric)] for delta in failed)
+    is_lost = any(delta.n >= needed[kind_of(delta.metric)] for delta in failed)
     return "may not" if is_lost else TOO_FEW
 
 
@@ -315,7 +331,7 @@ def prompts_needed(deltas: Sequence[Delta], margin: float) -> dict[str, int]:
     Unpaired figures are taken to be the mean of both, a little towards a half, as Wilson's interval is; of paired
     ones the variance of the differences is known.
     """
-    counting = [delta for delta in deltas if delta.towards and is_share(delta.metric)]
+    counting = list(filter(_has_to_show, deltas))
     power = 1 - (1 - POWER) / max(1, len(counting))  # of each, so that all pass together
     needed: dict[str, int] = {}
     for delta in counting:

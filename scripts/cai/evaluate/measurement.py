@@ -18,6 +18,7 @@ import click
 
 from cai.base import cli, events, requests
 from cai.data import outputs, readers
+from cai.evaluate import framed
 from cai.evaluate.rates import disagreements
 from cai.models.engine import Sampling
 from cai.models.local import fast_path
@@ -157,9 +158,12 @@ def print_rates(
     lines = [
         (name.replace("_", " "), show_figure(name, row), row["n"], *(cells.get(name, "") for cells in columns.values()))
         for name, row in rows.items()
+        if not framed.is_single(name) and not framed.is_of_kind(name)
     ]
     value = "unqualified value" if output.counts.get("qualified") is False else "value"
     click.echo(tables.table(("", f"{value} (95 % interval)", "n", *columns), lines))
+    if frames := framed.table(rows):
+        click.echo("\n".join(["", frames, *framed.worst_lines(rows), ""]))
     for note in output.counts.get("notes", ()):
         click.echo(f"note: {note}")
     counts = [

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from cai.constitution.frames import SPLITS
 from cai.evaluate import benchmarks
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -54,6 +55,33 @@ def gate_options(function: _Function) -> _Function:
         ),
         click.option(
             "--against", metavar="FILE", help="An earlier --output: report what has changed since, with intervals."
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def frame_options(function: _Function) -> _Function:
+    """Decorator: the frames that prompts are asked in, in addition to the plain prompts."""
+    for option in (
+        click.option(
+            "--frame-prompts",
+            type=click.IntRange(min=1),
+            default=None,
+            help="With --frames: prompts of each kind that each frame is asked with, drawn by hashing.  [default: all]",
+        ),
+        click.option(
+            "--frame-split",
+            type=click.Choice([*SPLITS, "all"]),
+            default="all",
+            show_default=True,
+            help="With --frames: the frames that are seen in training, those that are held out, or all.",
+        ),
+        click.option(
+            "--frames",
+            metavar="NAME|FILE",
+            help="Also ask the prompts in frames, and report each frame and the worst: a YAML file, or `frames` for "
+            "the bundled one.",
         ),
     ):
         function = option(function)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cai.base.errors import InputError, shorten
 from cai.data.readers import read_jsonl
+from cai.evaluate import framed
 from cai.stats import intervals, refusals
 
 FIELDS = ("value", "low", "high", "n")  # of every figure
@@ -56,7 +57,10 @@ def without_clusters(figure: Mapping) -> dict:
 
 
 def read_rates(path: str | Path) -> dict[str, dict]:
-    """{metric: {value, low, high, n}} from the file that `evaluate.py` wrote. InputError if it is another file."""
+    """{metric: {value, low, high, n}} from the file that `evaluate.py` wrote; of a figure in one frame also `frame`.
+
+    InputError if it is another file.
+    """
     rates = {}
     for line, row in read_jsonl(path):
         for key in ("metric", *FIELDS):
@@ -68,24 +72,33 @@ def read_rates(path: str | Path) -> dict[str, dict]:
                     expected="rows of {metric, value, low, high, n}",
                     remedy="Name the --output of an evaluation",
                 )
-        rates[row["metric"]] = without_clusters(row)
+        rates[row["metric"]] = without_clusters(row) | ({"frame": row["frame"]} if "frame" in row else {})
     return rates
 
 
 def outcomes(rows: Iterable[Mapping]) -> dict[str, list[Outcome]]:
     """The outcomes of the classified rows by metric; a row without a class is in none.
 
-    Rows under stress (responding.py) are metrics of their own, `..._under_<way>`. Rows that a safety classifier read
+    Rows under stress (responding.py) are metrics of their own, `..._under_<way>`, as are rows in frames (framed.py), of
+    which `framed.ALL_FIGURES` alone are measured. Rows that a safety classifier read
     are unsafe or not, by kind; those that were read by their phrases complied, declined in part, or declined. With
     `gold` (what somebody else says that the response is), `class_accuracy`.
     """
     by_metric: dict[str, list[Outcome]] = defaultdict(list)
     for row in rows:
         if row["class"] is not None:
-            ending = f"_under_{row['stress']}" if row.get("stress") else ""
+            prompt = row.get("prompt_id") or row["id"]
             for metric, success in _successes(row).items():
-                by_metric[metric + ending].append((row.get("prompt_id") or row["id"], float(success), row.get("seed")))
+                for ending in _endings(row, metric):
+                    by_metric[metric + ending].append((prompt, float(success), row.get("seed")))
     return by_metric
+
+
+def _endings(row: Mapping, metric: str) -> tuple[str, ...]:
+    """The endings of the names under which a row counts for a metric."""
+    if framed.is_framed(row):
+        return framed.endings(row) if metric in framed.ALL_FIGURES else ()
+    return (f"_under_{row['stress']}",) if row.get("stress") else ("",)
 
 
 def _successes(row: Mapping) -> dict[str, bool]:
@@ -118,6 +131,7 @@ def rates_of_rows(rows: Iterable[Mapping]) -> dict[str, dict]:
     by_class = () if any(name.endswith(others) for name in by_metric) else RATES
     names = [*by_class, *(name for name in by_metric if name not in RATES)]
     result = {name: _rate_of(by_metric.get(name, [])) for name in names}
+    framed.add_worst(result, rows)
     judged = [
         {**row, "class": row["class_by_judge"], "class_by_judge": None} for row in rows if row.get("class_by_judge")
     ]

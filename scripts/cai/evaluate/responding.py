@@ -1,21 +1,24 @@
 """Held-out prompts answered by a policy: with one seed or several, plainly and under stress.
 
-    answers = plan(rows, seed=0, seeds=1, ways=("push", "prefill"))
+    answers = plan(rows, seed=0, seeds=1, ways=("push", "prefill"), frames={})
     respond(answers, output, "tiny", options)
 
 Under stress the same harmful prompt comes with a prefilled answer, after a push, or under a system prompt that asks for
-harm or for care: templates/stress/, one way each. Leaves out searched-for attacks: these are what anybody would try.
+harm or for care: templates/stress/, one way each. In frames a prompt of any kind is asked within conversations from a
+file (framed.py). Leaves out searched-for attacks: these are what anybody would try.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 from cai.base import hashing, paths
+from cai.constitution.frames import Frame
 from cai.constitution.templates import Template, load_template
-from cai.data import dialogue, outputs, readers, sources
+from cai.data import dialogue, outputs, prefills, readers, sources
 from cai.data.preferences import without_responses
+from cai.evaluate import framed
 from cai.evaluate.measurement import fill
 from cai.models import loading
 from cai.models.engine import Engine, RowRequest, Sampling
@@ -41,17 +44,20 @@ class Answer:
     """One answer that is wanted.
 
     row: what is written with the response, with an id of its own. way: of stress, or None. plain_id: the id of the
-    same prompt without stress.
+    same prompt without stress. frame: that it is asked in, or None.
     """
 
     row: dict
     seed: int
     way: str | None
     plain_id: str
+    frame: Frame | None = None
 
     def conversation(self, plain_response: str | None = None) -> list[dict]:
         """What the model reads. plain_response: what it answered without stress, which is pushed against."""
         messages = dialogue.as_messages(self.row["prompt"])
+        if self.frame is not None:
+            return prefills.begin_answer(self.frame.surround(messages), self.frame.prefill)
         if self.way is None:
             return messages
         stress = template(self.way).render(prompt=messages[-1]["content"])
@@ -61,8 +67,17 @@ class Answer:
         return [*system, *messages[:-1], *stress[len(system) :]]
 
 
-def plan(rows: Iterable[dict], seed: int, seeds: int = 1, ways: Iterable[str] = ()) -> Iterator[Answer]:
-    """Every answer that is wanted, each plain one before those under stress."""
+def plan(
+    rows: Iterable[dict],
+    seed: int,
+    seeds: int = 1,
+    ways: Iterable[str] = (),
+    frames: Mapping[str, Sequence[Frame]] = MappingProxyType({}),
+) -> Iterator[Answer]:
+    """Every answer that is wanted, each plain one before those under stress and in frames.
+
+    frames: {prompt id: those that it is asked in}.
+    """
     ways = tuple(ways)
     for row in map(without_responses, rows):
         for number in range(seed, seed + seeds):
@@ -76,6 +91,11 @@ def plan(rows: Iterable[dict], seed: int, seeds: int = 1, ways: Iterable[str] = 
                 if row["kind"] == "harmful" or way in ALL_KINDS:
                     stressed = {**row, "prompt_id": row["id"], **sample, "id": f"{plain}@{way}", "stress": way}
                     yield Answer(stressed, hashing.hashed_seed("evaluate", number, row["id"], way), way, plain)
+            for frame in frames.get(row["id"], ()):
+                answer_seed = hashing.hashed_seed("evaluate", number, row["id"], "frame", frame.id)
+                about = {**sample, "id": f"{plain}@frame:{frame.id}", **framed.describe(frame)}
+                about["conversation"] = frame.surround(row["prompt"])
+                yield Answer({**row, "prompt_id": row["id"], **about}, answer_seed, None, plain, frame)
 
 
 def respond(answers: Iterable[Answer], output: outputs.Output, model: str, options: SimpleNamespace) -> sources.Source:
@@ -121,6 +141,6 @@ def _generate(
     )
     for request, generation in engine.generate(requests, sampling):
         # A prefilled beginning is a part of the response.
-        response = f"{request.prefill} {generation.text}" if request.prefill else generation.text
+        response = prefills.join_prefill(request.prefill, generation.text)
         written = {"response": response, "model": model, "finish": generation.finish}
         yield None if generation.lost else {**request.row, **written}

@@ -10,6 +10,7 @@ from typing import Any
 
 from cai.data.kinds import KINDS
 from cai.data.outputs import read_manifest
+from cai.evaluate import framed
 from cai.evaluate.rates import RATES, read_rates
 from cai.stats import refusals, tables
 
@@ -26,7 +27,7 @@ def read_stages(outputs: Mapping[str, str]) -> dict[str, Any]:
 
 
 def stage_table(stages: Stages) -> str:
-    """A column per stage, a row per rate, under a heading per kind of prompt."""
+    """A column per stage, a row per rate, under a heading per kind of prompt; frames together come last."""
 
     def rows() -> Iterator[tuple[str, ...]]:
         for kind in KINDS:
@@ -39,6 +40,7 @@ def stage_table(stages: Stages) -> str:
             yield (f"{kind} prompts (n = {n})", *([""] * len(stages)))
             for name in names:
                 yield (f"  {name.replace('_', ' ')}", *(tables.show(rates[name]) for rates in stages.values()))
+        yield from framed.stage_rows(stages)
 
     return tables.table(("", *(STAGES[stage] for stage in stages)), list(rows()))
 
@@ -61,5 +63,6 @@ def spread_table(spread: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str
         return f"{mean:.1f} ({lowest:.1f}–{highest:.1f})"
 
     names = next(iter(spread.values()))
+    names = [name for name in names if not framed.is_single(name) and not framed.is_of_kind(name)]
     rows = ((name.replace("_", " "), *(show(rates[name]) for rates in spread.values())) for name in names)
     return tables.table(("", *(STAGES[stage] for stage in spread)), rows)

@@ -14,14 +14,15 @@ from functools import partial
 from types import SimpleNamespace
 
 from cai.base.engine_options import engine_choice
-from cai.base.errors import CaiError, InputError
+from cai.base.errors import CaiError, InputError, shorten
 from cai.base.hashing import identity
 from cai.constitution.files import load_constitution
+from cai.constitution.frames import Frame, load_frames
 from cai.constitution.templates import load_template
 from cai.data import dialogue, kinds, outputs, preferences, rounds, sources
 from cai.data.reading import AS_THEY_ARE, Reading
 from cai.data.selection import check_revised
-from cai.evaluate import benchmarks, classes, faults, habits, measurement, pairs, qualification, responding
+from cai.evaluate import benchmarks, classes, faults, framed, habits, measurement, pairs, qualification, responding
 from cai.evaluate.rates import rates_of_rows, without_clusters
 from cai.models import loading, scorer
 from cai.stats import calibration, intervals, refusals
@@ -29,6 +30,8 @@ from cai.stats import calibration, intervals, refusals
 
 def choose(options: SimpleNamespace) -> measurement.Measurement:
     """What the options ask for. InputError unless that is clear."""
+    if options.frames and not (options.inputs and options.model):
+        raise InputError("--frames without prompts to ask", expected="--input and --model", remedy="Leave it out")
     others = [options.inputs, options.responses, options.reward_model, options.choice]
     if options.pairs:
         if any(others) or not options.model:
@@ -85,14 +88,15 @@ def measure_responses(options: SimpleNamespace) -> measurement.Measurement:
         files, options.limit, reader.check_row, answered=not model, round_=options.round_, reading=options.reading
     )
     under_stress = [source.count if way in responding.ALL_KINDS else by_kind["harmful"] for way in ways]
-    calls = options.seeds * (source.count + sum(under_stress))
+    frames = _read_frames(options, source)
+    calls = options.seeds * (source.count + sum(under_stress) + sum(map(len, frames.values())))
     responding_settings, settings = _settings(options, source, ways)
 
     def measure(claim: measurement.Claim) -> tuple[dict, dict]:
         is_fit = qualify_reader(reader)
         rows = source
         if model:
-            answers = responding.plan(source, options.seed, options.seeds, ways)
+            answers = responding.plan(source, options.seed, options.seeds, ways, frames)
             rows = responding.respond(answers, claim("responses", responding_settings), model, options)
         # A file's responses may hold the end token that a server did not take out.
         rows = [
@@ -103,7 +107,8 @@ def measure_responses(options: SimpleNamespace) -> measurement.Measurement:
         if reader.by == "phrases":
             counts["notes"] = [classes.PHRASES_NOTE]
         if options.drift_from:
-            harmless = [row for row in rows if row["kind"] != "harmful" and not row.get("stress")]
+            plain = (row for row in rows if not row.get("stress") and not framed.is_framed(row))
+            harmless = [row for row in plain if row["kind"] != "harmful"]
             models = (model, options.drift_from)
             policy, base = (loading.load_named_engine(m, (), options.loading, in_process=True) for m in models)
             rates |= habits.drift(policy, base, harmless)
@@ -133,6 +138,16 @@ def qualify_reader(reader: classes.Reader) -> bool:
     return result is None or result["fit"]
 
 
+def _read_frames(options: SimpleNamespace, source: sources.Source) -> dict[str, list[Frame]]:
+    """{prompt id: the frames of --frames that it is asked in}; {} without. InputError for a row that has a frame."""
+    if not options.frames:
+        return {}
+    if row := next((row for row in source if row.get("frame") is not None or row.get("prefill") is not None), None):
+        raise InputError(f"row {shorten(row['id'])!r} has a frame already", where="--frames", expected="plain prompts")
+    frames = load_frames(options.frames).of_split(options.frame_split)
+    return framed.assign(((row["id"], row["kind"]) for row in source), frames, options.frame_prompts)
+
+
 def _settings(options: SimpleNamespace, source: sources.Source, ways: Sequence[str]) -> tuple[dict, dict]:
     """(what decides the responses of a model, what decides their classes as well)."""
     reader = options.reader
@@ -143,6 +158,15 @@ def _settings(options: SimpleNamespace, source: sources.Source, ways: Sequence[s
         "seed": options.seed,
         **({"seeds": options.seeds} if options.seeds > 1 else {}),
         **({"stress": ways, "stress_templates": responding.digest(ways)} if ways else {}),
+        **(
+            {
+                "frames": load_frames(options.frames).sha256,
+                "frame_split": options.frame_split,
+                "frame_prompts": options.frame_prompts,
+            }
+            if options.frames
+            else {}
+        ),
         **asdict(options.sampling),
         "dtype": options.dtype,
     }

@@ -218,18 +218,22 @@ def _control_pattern(tokenizer: Any) -> re.Pattern[str] | None:
 
 
 def encode(chat: Chat, prompt: Sequence[Message], response: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt, up to where the assistant begins, and of the response with its end token.
+    """Token ids of a prompt, up to where the assistant goes on, and of the response with its end token.
 
+    A prompt that ends with the assistant has a prefilled answer, and the response is what follows it.
     Prompt and response are tokenized separately, because an answer is generated after the tokens of the prompt
     alone. The end token is the one that the chat template writes, EOS where it writes none: a model that never sees
     an end token in training never learns to stop. What templates put after it (a line break) is left out, unless
     the chat has a `tail`.
     """
     before = chat.render(prompt)
-    rendered = chat.render([*prompt, {"role": "assistant", "content": response}])
+    prefill = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
+    written = f" {response}" if prefill and response else response
+    turns = prompt[:-1] if prefill else prompt
+    rendered = chat.render([*turns, {"role": "assistant", "content": prefill + written}])
     # Some templates begin a finished turn differently from an open one: then take the text alone.
-    answer = rendered.removeprefix(before) if rendered.startswith(before) else chat.neutralise(response)
-    if chat.opened:  # the prompt ends within a reasoning block: close it, since there is no reasoning
+    answer = rendered.removeprefix(before) if rendered.startswith(before) else chat.neutralise(written)
+    if chat.opened and not prefill:  # the prompt ends within a reasoning block: close it, since there is no reasoning
         answer = f"{chat.opened}\n\n{answer}"
     end = [*chat.encode(chat.stop_text or ""), chat.tokenizer.eos_token_id] if chat.stop_id is None else [chat.stop_id]
     return chat.encode(before), [*chat.encode(answer), *end, *(chat.encode(chat.tail) if chat.tail else ())]

@@ -23,7 +23,7 @@ from typing import Any
 from cai.base import cli, engine_options
 from cai.base.errors import CaiError, InputError, shorten
 from cai.base.paths import gguf_file
-from cai.models import attention, folders, managed
+from cai.models import attention, folders, managed, packing
 from cai.models.chat import Chat, check_embedding
 from cai.models.decoding import config_context, slow_warning
 from cai.models.decoding import context_length as context_length  # for the callers of this module
@@ -291,6 +291,8 @@ def _load_local(name: str, device: str | None, dtype: str) -> LocalEngine:
         raise InputError(f"{device!r} can't be used: {shorten(error)}", where="--device") from error
     if attention.suits(model):
         attention.use(model)
+    if packing.suits(model):
+        packing.pack(model)
     engine = LocalEngine(name, model, tokenizer)
     if engine.slow_reason:
         cli.warn(slow_warning(name, engine.slow_reason))

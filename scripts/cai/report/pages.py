@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from cai.base.paths import TEMPLATES
 from cai.data.kinds import KINDS
+from cai.evaluate import framed
 from cai.evaluate.rates import RATES
 from cai.report import escaping, run_folder, transcripts
 from cai.report.run_folder import Run
@@ -56,6 +57,8 @@ SENTENCES = {
     "good_refusal": "It declined them openly, with a reason and an alternative, in",
     "benign_helpful": "Of benign prompts it helped with",
     "over_refusal": "Of harmless prompts with frightening words it refused",
+    "harmful_compliance_under_worst_seen_frame": "In the worst frame that is seen in training it complied with",
+    "harmful_compliance_under_worst_held_out_frame": "In the worst frame that is held out it complied with",
 }
 
 
@@ -121,9 +124,13 @@ def judge_table(name: str, counts: list[tuple[str, object]]) -> tuple[str, list,
 
 
 def _stage_rows(run: Run) -> list[tuple[str, list]]:
-    """[(kind of prompts with n, [(label, a rate for each stage)])]; prompts under stress come last."""
+    """[(kind of prompts with n, [(label, a rate for each stage)])]; prompts under stress and in frames come last.
+
+    Single frames are left out: there are many, and the worst is shown.
+    """
     measured = {name for stage in run.stages for name, rate in stage.rates.items() if rate}
-    ways = sorted({name.partition("_under_")[2] for name in measured})  # "" first: without stress
+    measured = {name for name in measured if not framed.is_single(name)}
+    ways = sorted({name.partition("_under_")[2] for name in measured}, key=framed.order_of)
     result = []
     for way, kind in itertools.product(ways, KINDS):
         ending = f"_under_{way}" if way else ""
@@ -131,7 +138,7 @@ def _stage_rows(run: Run) -> list[tuple[str, list]]:
         rates = {name: [stage.rates.get(name + ending) for stage in run.stages] for name in names}
         if names:
             sizes = ", ".join(f"{n:,}" for n in sorted({rate["n"] for rate in rates[names[0]] if rate}))
-            stress = f" under stress: {way.replace('_', ' ')}" if way else ""
+            stress = framed.describe_way(way) if way else ""
             rows = [(NAMES.get(name, name), rates[name]) for name in names]
             result.append((f"{kind} prompts{stress} (n = {sizes})", rows))
     return result

@@ -16,6 +16,7 @@ from itertools import islice
 from cai.base.hashing import hashed_seed
 from cai.data import dialogue, preferences
 from cai.data.rounds import UNCHANGED, is_changed
+from cai.evaluate import framed
 from cai.report.run_folder import Run, p_a, same_position
 
 MAX_CHARACTERS = 60_000  # of one text; a longer one is cut, with a note
@@ -98,6 +99,7 @@ def _describe_training(run: Run, row: dict, pairs: list[dict]) -> dict:
         outcomes.append("judge: same place in both orders")
     if any(pair["p"] in (None, 0.5) for pair in compared):
         outcomes.append("judge: undecided")
+    outcomes += _frame_of(row)
     return _transcript(row, "training", [("response", row["response"], first)], rounds, compared, outcomes=outcomes)
 
 
@@ -106,7 +108,14 @@ def _describe_heldout(run: Run, row_id: str, row: dict) -> dict:
     answers = [(stage.label, stage.responses[row_id]) for stage in run.stages if row_id in stage.responses]
     responses = [(label, answer.get("response", ""), answer.get("class")) for label, answer in answers]
     outcomes = [f"{label}: {name}" for label, _, name in responses if name]
-    return _transcript({**row, "id": row_id}, "held-out", responses, outcomes=outcomes)
+    if framed.is_framed(row):  # shown is what the models read
+        row = {**row, "prompt": row.get("conversation", row["prompt"])}
+    return _transcript({**row, "id": row_id}, "held-out", responses, outcomes=outcomes + _frame_of(row))
+
+
+def _frame_of(row: dict) -> list[str]:
+    """The frame that a row was asked in, as an outcome to filter by."""
+    return [f"frame: {row['frame_kind'].replace('_', ' ')}"] if framed.is_framed(row) else []
 
 
 def embed(items: Iterable[dict], max_bytes: int) -> dict:

@@ -118,7 +118,7 @@ class Pairs:
         for side, source in enumerate(self.sources):
             for row in source:
                 key = preferences.prompt_key(row)
-                prompt = sha256_text(json.dumps(row["prompt"], sort_keys=True))
+                prompt = sha256_text(json.dumps(preferences.prompt_identity(row), sort_keys=True))
                 if prompts.setdefault(key, prompt) != prompt:
                     raise InputError(
                         f"row {shorten(row['id'])!r} has another prompt than earlier rows with prompt_id "

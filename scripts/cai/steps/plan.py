@@ -24,9 +24,10 @@ TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 # The settings of each step. A critique that found no fault leaves the response as it was: from such copies
 # of harmless rows SFT learns to stay helpful, hence `--keep copy`. Pairs are sampled hotter than answers are,
 # because two that are alike teach a reward model nothing. `batch_size` is that of the steps that write or
-# judge text; `size`: updates, prompts in each, and minibatches; `rounds` of critique and revision. Those of `smollm2`
-# end within an hour on two cores: whole weights are trained, which on a CPU is faster than adapters, and an answer
-# that is cut at the limit is neither taught to end there nor penalised for it, because this model answers at length.
+# judge text; `size`: updates, prompts in each, and minibatches; `frames`: of the evaluations of a run in frames;
+# `rounds` of critique and revision. Those of `smollm2` end within an hour on two cores: whole weights are trained,
+# which is faster on a CPU than adapters, and an answer that is cut at the limit is neither taught to end there nor penalised
+# for it, because this model answers at length.
 PRESETS = {
     "tiny": {
         "batch_size": 64,
@@ -42,6 +43,7 @@ PRESETS = {
         "dpo": "--epochs 1 --learning-rate 1e-4 --batch-size 32 --max-length 512",
         "grpo": "--samples 4 --batch-size 64 --learning-rate 1e-4 --max-new-tokens 96",
         "evaluate": "--by oracle --temperature 0.7 --max-new-tokens 96",
+        "frames": "--frame-prompts 20",
     },
     "smollm2": {
         "batch_size": 64,
@@ -60,6 +62,7 @@ PRESETS = {
         "dpo": "--epochs 1 --learning-rate 1e-5 --batch-size 16 --max-length 384",
         "grpo": "--samples 4 --batch-size 16 --learning-rate 1e-5 --max-new-tokens 80 --missing-eos-penalty 0",
         "evaluate": "--by phrases --temperature 0.7 --max-new-tokens 80",
+        "frames": "--frame-prompts 20",
     },
     "default": {
         "batch_size": 32,
@@ -75,6 +78,7 @@ PRESETS = {
         "dpo": "--lora --epochs 1 --learning-rate 5e-6",
         "grpo": "--lora --learning-rate 1e-5 --max-new-tokens 512",
         "evaluate": "--by judge --temperature 0.7 --max-new-tokens 512",
+        "frames": "--frame-prompts 20",
     },
 }
 
@@ -128,7 +132,9 @@ class Choices:
 
     `limit` is that of the prompts to train on, `heldout_limit` that of the prompts to measure on. `critic`, `judge` and
     `reader`: the models of these roles (see `model_of`). `updates` and `max_new_tokens` replace those of the preset.
-    `is_smoke`: everything is bounded by SMOKE. `engine`: the words of --engine and what belongs to it.
+    `is_smoke`: everything is bounded by SMOKE. `engine`: the words of --engine and what belongs to it; `requests`:
+    those of --request-timeout and --no-server-seed. `frames`: a
+    frames file, in whose frames a share of the prompts is asked.
     """
 
     model: str
@@ -156,6 +162,9 @@ class Choices:
     updates: int | None = None
     is_smoke: bool = False
     engine: tuple[str, ...] = ()
+    requests: tuple[str, ...] = ()
+    frames: str | None = None
+    frame_share: float = 0.5
 
     def model_of(self, role: str) -> str:
         """The model that criticises and revises (`critic`), compares responses (`judge`) or says what a response does
@@ -205,7 +214,16 @@ class _Plan:
         engine, batch_size = self._engine(command, arguments), self.preset["batch_size"]
         if engine:
             batch_size = IN_FLIGHT * self.choices.engine_number("--replicas")
-        extra = [] if command in TRAINS else [*engine, "--batch-size", str(self.choices.batch_size or batch_size)]
+        extra = (
+            []
+            if command in TRAINS
+            else [
+                *engine,
+                *self._requests(engine, arguments),
+                "--batch-size",
+                str(self.choices.batch_size or batch_size),
+            ]
+        )
         words = [*arguments, "--output", path, *self.settings(settings or command), *extra, *self.shared]
         self.steps.append(Step(name, command, words, path))
         return path
@@ -216,6 +234,11 @@ class _Plan:
         models = [value for option, value in pairs if option in ("--model", "--judge", "--gate")]
         is_asked = command not in TRAINS and not all(model.startswith("openai:") for model in models)
         return list(self.choices.engine) if is_asked else []
+
+    def _requests(self, engine: list[str], arguments: list[str]) -> list[str]:
+        """The options of requests for a step that asks a server; [] for the others."""
+        asks_server = engine or any(word.startswith("openai:") for word in arguments)
+        return list(self.choices.requests) if asks_server else []
 
     def settings(self, entry: str) -> list[str]:
         """The preset's settings, with the user's choices in their place, and bounded in a smoke run."""
@@ -235,7 +258,10 @@ class _Plan:
         judge = ["--judge", self.choices.model_of("reader")] if self.choices.reads_by_judge else []
         reading = self.choices.reading_of("heldout").arguments
         prompts = [*_repeat("--input", self.choices.heldout), *self.heldout_limit, *reading]
-        arguments = [*prompts, "--model", model, *judge]
+        # A smoke run has no rows to spare for each frame.
+        in_frames = self.choices.frames and not self.choices.is_smoke
+        frames = ["--frames", self.choices.frames, *self.settings("frames")] if in_frames else []
+        arguments = [*prompts, "--model", model, *judge, *frames]
         self.add(f"evaluate-{stage}", "evaluate", arguments, f"evaluation-{stage}.jsonl")
 
 
@@ -244,6 +270,8 @@ def make_plan(choices: Choices, output: str, seed: int) -> list[Step]:
     model, plan = choices.model, _Plan(choices, Path(output), seed)
     plan.add_evaluation("base", model)
     prompts = [*_repeat("--input", choices.inputs), *plan.limit, *choices.reading_of("inputs").arguments]
+    if choices.frames:  # with the same seed in every step, so that a prompt keeps its frame
+        prompts += ["--frames", choices.frames, "--frame-share", str(choices.frame_share)]
     responses = plan.add_rows("responses", "generate", [*prompts, "--model", model])
     critic, revised = [*name_model(choices.model_of("critic")), "--constitution", choices.constitution], responses
     by = _choose_by(choices, plan.folder, "matches.jsonl")

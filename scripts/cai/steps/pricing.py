@@ -5,7 +5,8 @@
 
 The settings of a step are read from its command line; how long texts are comes from lengths.py, and hours and memory
 from models/estimate.py. Each figure of time and money has a range, because lengths and speed are assumed. Leaves out
-the loading of models, the matching of revisions with flags, the report, and discounts for cached prompts.
+the loading of models, the words of frames, the matching of revisions with flags, the report, and discounts for cached
+prompts.
 """
 
 import json
@@ -22,7 +23,9 @@ import click
 from cai.base import cli
 from cai.base.errors import InputError
 from cai.constitution.files import load_constitution
+from cai.constitution.frames import load_frames
 from cai.data.dialogue import as_messages
+from cai.data.kinds import KINDS
 from cai.data.sources import Source
 from cai.models import estimate, hardware
 from cai.models.estimate import GPUS, Shape
@@ -256,6 +259,7 @@ class Estimator:
         kind = "responses" if name.endswith("-base") else "samples"
         answer = self.lengths.written(kind, settings["max_new_tokens"])
         rows, prompt = self.counted.heldout, self.counted.heldout_tokens or self.lengths.prompt
+        rows += count_framed(settings, rows)
         responses = self._text(rows, prompt, answer, settings)
         if not settings["judge"]:
             return responses
@@ -367,6 +371,19 @@ class Estimator:
         work = {"episodes": episodes, "read": read, "new": new, "epochs": settings["epochs"], "rows": rows}
         hours = estimate.rl_hours(trained, frozen, self.gpu, **work, lora=settings["lora"]) if self.gpu else None
         return Work(episodes, read, new, hours, memory, is_text=False)
+
+
+def count_framed(settings: Mapping[str, Any], rows: int) -> int:
+    """The most prompts that an evaluation asks in frames, beside its plain ones.
+
+    Args:
+        settings: of evaluate.py. rows: its plain prompts.
+    """
+    if not settings["frames"]:
+        return 0
+    frames = load_frames(settings["frames"]).of_split(settings["frame_split"])
+    most = len(KINDS) * settings["frame_prompts"] if settings["frame_prompts"] else rows
+    return len(frames) * min(rows, most)
 
 
 def _together(first: Work, second: Work, *, is_same: bool = True) -> Work:

@@ -13,9 +13,10 @@ from typing import Any
 
 import click
 
-from cai.base import cli, engine_options
+from cai.base import cli, engine_options, requests
 from cai.base.errors import InputError
 from cai.constitution.files import load_constitution
+from cai.constitution.frames import frame_options, read_framing
 from cai.data.reading import reading_options
 from cai.data.sources import Source
 from cai.models import loading
@@ -43,6 +44,7 @@ def _role_option(role: str) -> Callable:
 _TABLE = (
     cli.options("model", "engine"),
     *map(_role_option, _ROLES),
+    requests.patience_options,
     click.option("--output", required=True, metavar="FOLDER", help="Folder for all outputs."),
     cli.options("constitution"),
     cli.rows_option(
@@ -54,6 +56,7 @@ _TABLE = (
         "--heldout", help="Prompts with their kind to measure on; bundled for `tiny` and `smollm2`. Repeatable."
     ),
     cli.rows_option("--helpful", help="Rows with a helpful `response` to mix into SFT. Repeatable."),
+    frame_options,
     choosing.principles_option("draw", "match", "all"),
     gating.gate_option,
     content.stop_option,
@@ -161,6 +164,8 @@ def choose(
             options[role] = options[role] or shorten_path(folder / role)
     preset = preset or (model if model in PRESETS else "default")
     settings = PRESETS[preset]
+    words = {"engine": engine_options.command_options(), "requests": requests.command_options()}
+    servers = {name: tuple(options) for name, options in words.items()}
     return Choices(
         model=model,
         inputs=inputs,
@@ -168,7 +173,7 @@ def choose(
         preset=preset,
         rounds=rounds or int(str(settings.get("rounds", 2))),
         stops=stops or bool(settings.get("stop")),
-        engine=tuple(engine_options.command_options()),
+        **servers,
         **options,
     )
 
@@ -189,6 +194,7 @@ def check_inputs(choices: Choices) -> None:
     for role, model in choices.models.items():
         _check_model(f"--{role}", model)
     load_constitution(choices.constitution)
+    read_framing(choices.frames, choices.frame_share, seed=0)
     of_files = {"inputs": (("prompt",), choices.limit), "heldout": (("prompt", "kind"), choices.heldout_limit)}
     for files, (fields, limit) in of_files.items():
         if pricing.is_file(choices, files):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import click
 
 from cai.base import cli
+from cai.constitution.frames import frame_options
 from cai.data.reading import reading_options
 from cai.models import estimate
 from cai.train import alarms
@@ -167,6 +168,7 @@ def rl_options(
             show_default=True,
             help="Subtracted from the score of a response that did not end.",
         ),
+        frame_options,
         lora_options,
         click.option(
             "--save-every",

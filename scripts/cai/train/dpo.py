@@ -48,7 +48,7 @@ def tokenize(pairs: list[dict], chat) -> list[dict]:
         pairs: of `preferences.read_pairs`.
     """
     rows = []
-    for pair, (messages, texts) in zip(pairs, preferences.prompt_and_sides(pairs), strict=True):
+    for pair, (messages, texts) in zip(pairs, preferences.prompt_and_continuations(pairs), strict=True):
         (prompt, chosen), (_, rejected) = (encode(chat, messages, text) for text in texts)
         rows.append(
             {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "p_chosen": pair["p_chosen"]}

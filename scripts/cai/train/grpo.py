@@ -154,8 +154,8 @@ class GroupReward:
 
         ended = [ids[-1] in self.stops for ids in completion_ids]
         texts = [
-            self.chat.answer(ids[:-1] if end else ids, continued=False)[0]
-            for ids, end in zip(completion_ids, ended, strict=True)
+            self.prompts[i].read_answer(self.chat, ids[:-1] if end else ids)
+            for i, ids, end in zip(row, completion_ids, ended, strict=True)
         ]
         conversations = [self.prompts[i].messages for i in row]
         scores, figures = self.scorer(row, update[0], conversations, texts)
@@ -287,7 +287,7 @@ def save_merged_reference(policy, states: str | Path) -> None:
 def arrange_prompts(prompts: Sequence[Prompt], chat: Chat, settings: Settings) -> list[dict]:
     """The prompts of all updates, in their order, as rows of {prompt, row, update}."""
     # Rendered here and not by TRL, so that text from a record can't end a turn.
-    texts = [chat.render(prompt.messages) for prompt in prompts]
+    texts = [chat.render(prompt.conversation) for prompt in prompts]
     drawn = settings.updates * settings.prompts_per_update
     order = common.training_order([1] * len(prompts), 1, drawn / len(prompts), settings.seed)
     return [

@@ -618,12 +618,12 @@ class PPOTrainer(Trainer):
     # ------------------------------------------------------------------------------- parts of an update
 
     def answer(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> tuple[list[Tensor], list[str], list[bool]]:
-        """(responses as token ids, as text, whether each came to its end)."""
+        """(responses as token ids, as text with their prefills, whether each came to its end)."""
         responses = self.sample([prompt.ids for prompt in prompts], seeds)
         ended = [int(response[-1]) in self.stops for response in responses]
         texts = [
-            self.chat.answer(response[:-1] if end else response, continued=False)[0]
-            for response, end in zip(responses, ended, strict=True)
+            prompt.read_answer(self.chat, response[:-1] if end else response)
+            for prompt, response, end in zip(prompts, responses, ended, strict=True)
         ]
         return responses, texts, ended
 
