@@ -25,9 +25,9 @@ TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 # of harmless rows SFT learns to stay helpful, hence `--keep copy`. Pairs are sampled hotter than answers are,
 # because two that are alike teach a reward model nothing. `batch_size` is that of the steps that write or
 # judge text; `size`: updates, prompts in each, and minibatches; `frames`: of the evaluations of a run in frames;
-# `rounds` of critique and revision. Those of `smollm2` end within an hour on two cores: whole weights are trained,
-# which is faster on a CPU than adapters, and an answer that is cut at the limit is neither taught to end there nor penalised
-# for it, because this model answers at length.
+# `rounds` of critique and revision. Those of `smollm2` end within an hour on two cores. Whole weights are trained there,
+# which is faster on a CPU than adapters. An answer that is cut at the limit is not penalised, because this model answers
+# at length.
 PRESETS = {
     "tiny": {
         "batch_size": 64,
