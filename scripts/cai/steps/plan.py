@@ -25,8 +25,8 @@ TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 # of harmless rows SFT learns to stay helpful, hence `--keep copy`. Pairs are sampled hotter than answers are,
 # because two that are alike teach a reward model nothing. `batch_size` is that of the steps that write or
 # judge text; `size`: updates, prompts in each, and minibatches; `frames`: of the evaluations of a run in frames;
-# `rounds` of critique and revision. Those of `smollm2` end within an hour on two cores. Whole weights are trained there,
-# which is faster on a CPU than adapters. An answer that is cut at the limit is not penalised, because this model answers
+# `rounds` of critique and revision. Those of `smollm2` end within an hour on two cores. Whole weights are trained,
+# which is faster on a CPU than adapters. An answer that is cut is not penalised, because this model answers
 # at length.
 PRESETS = {
     "tiny": {
