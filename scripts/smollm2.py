@@ -19,11 +19,11 @@ from cai.models import loading
 from cai.models.engine import Request, Sampling
 from cai.train import adapter_rows, adapters
 
-# The stages of each role: what makes the rows of an epoch, and the share of the learning rate. Where most answers are a
-# single letter, the full rate unlearns them again.
+# The stages of each role: what makes the rows of an epoch, and the share of the learning rate. The critic's second stage
+# is not to undo what the first one taught.
 ROLES = {
     "critic": ((adapter_rows.critic_rows, 1.0), (adapter_rows.decision_rows, 0.3)),
-    "judge": ((adapter_rows.judge_rows, 0.3),),
+    "judge": ((adapter_rows.judge_rows, 1.0),),
 }
 
 OWN_ANSWERS = "own-answers.json"
@@ -53,7 +53,13 @@ def main():
 @click.option(
     "--role", "roles", multiple=True, type=click.Choice(list(ROLES)), help="Only this adapter.  [default: both]"
 )
-@click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True, help="Passes, each drawn anew.")
+@click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Passes per stage, with other draws each.",
+)
 @click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Rank of the adapters.")
 @click.option("--learning-rate", type=float, default=1.5e-3, show_default=True, help="Highest learning rate.")
 @click.option("--batch-tokens", type=click.IntRange(min=1), default=1536, show_default=True, help="Tokens per step.")

@@ -228,8 +228,7 @@ def adapt(
     save_adapter(layers, folder, settings, base)
     (folder / STATE).unlink(missing_ok=True)
     tokens = sum(len(rows[number].ids) for rows, batch in plan for number in batch)
-    tail = losses[-50:]
-    return {"steps": len(plan), "tokens": tokens, "loss": round(sum(tail) / len(tail), 4)}
+    return {"steps": len(plan), "tokens": tokens, "loss": round(sum(losses[-50:]) / len(losses[-50:]), 4)}
 
 
 def _schedule(step: int, steps: int) -> float:
