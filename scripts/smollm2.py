@@ -19,8 +19,8 @@ from cai.models import loading
 from cai.models.engine import Request, Sampling
 from cai.train import adapter_rows, adapters
 
-# The stages of each role: what makes the rows of an epoch, and the share of the learning rate. The critic's second stage
-# is not to undo what the first one taught.
+# The stages of each role: what makes the rows of an epoch, and the share of the learning rate. The critic's second
+# stage is not to undo what the first one taught.
 ROLES = {
     "critic": ((adapter_rows.critic_rows, 1.0), (adapter_rows.decision_rows, 0.3)),
     "judge": ((adapter_rows.judge_rows, 1.0),),

@@ -21,6 +21,9 @@ from cai.world import language, oracle
 
 _SIZES = {"hidden": 128, "layers": 6, "feed_forward": 384}
 
+# What the oracle needs to know of a row.
+_OF_ACT = ("kind", "category", "verb", "object")
+
 _STYLES = {
     "harmful": ("comply", "partial", "good", "evasive", "preachy"),
     "benign": ("comply", "good", "evasive", "preachy"),
@@ -206,7 +209,7 @@ def _policy_pairs(paths, rng: random.Random):
     by_prompt: dict[str, tuple[dict, list[str]]] = {}
     for path in paths:
         for line, row in readers.read_jsonl(path):
-            missing = [k for k in ("prompt_id", "response", "kind", "category", "verb", "object") if k not in row]
+            missing = [k for k in ("prompt_id", "response", *_OF_ACT) if k not in row]
             if missing:
                 raise InputError(
                     f"a row without {', '.join(missing)}",
@@ -214,7 +217,7 @@ def _policy_pairs(paths, rng: random.Random):
                     line=line,
                     expected="responses that generate.py wrote for prompts of this world",
                 )
-            keep = {k: row[k] for k in ("prompt", "kind", "category", "verb", "object")}
+            keep = {k: row[k] for k in ("prompt", *_OF_ACT, "prefill") if k in row}
             by_prompt.setdefault(row["prompt_id"], (keep, []))[1].append(row["response"])
     order = sorted(by_prompt)
     rng.shuffle(order)

@@ -145,7 +145,6 @@ def test_a_report_on_a_whole_constitution_is_consistent(validate):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="under a placebo the weights of today refuse as under a real principle", strict=True)
 def test_harmlessness_is_told_from_a_placebo(validate):
     code, report = report_on_harmlessness(validate)
     assert code == 0 and report["placebo"]["low"] > 0.5

@@ -475,3 +475,28 @@ def check_events_of_a_run(rows, said):
 def test_a_smoke_run_without_life_exits_1(invoke, tmp_path, prompts):
     result = run(invoke, prompts, tmp_path / "out", "--smoke")
     assert result.exit_code == 1 and " NO " in result.stdout
+
+
+def test_the_bundled_model_has_a_round_and_frames_of_its_own(invoke, tmp_path, prompts):
+    """On the bundled prompts one round and the bundled frames; on others, as for another model, no frames."""
+    frames = str((TINY / "frames.yaml").resolve())
+    for more, rounds, framed in (
+        ([], 1, True),
+        (["--rounds", 2, "--frames", "frames"], 2, True),
+        (["--frames", "none"], 1, False),
+        (prompts, 1, False),
+    ):
+        steps = {
+            step["name"]: values(step["command"])
+            for step in planned(invoke, "--model", "tiny", "--output", tmp_path, *more)[:-1]
+        }
+        assert sum(name.startswith("critique-") for name in steps) == rounds
+        asking = ("evaluate-base", "responses", "evaluate-sft", "samples", "ppo", "evaluate-ppo")
+        assert ["--frames" in steps[name] for name in asking] == [framed] * len(asking)
+        if framed and rounds == 1:
+            assert {str(Path(steps[name]["--frames"][0]).resolve()) for name in asking} == {frames}
+    others = {
+        step["name"]: values(step["command"])
+        for step in planned(invoke, "--model", "some/model", "--output", tmp_path, *prompts)[:-1]
+    }
+    assert "critique-2" in others and "--frames" not in others["responses"]

@@ -83,7 +83,7 @@ def test_a_judge_that_is_not_the_critic_has_matches_of_its_own(plan):
 @pytest.mark.parametrize("rl", ["ppo", "grpo"])
 def test_new_tokens_and_updates_are_those_of_all_steps_that_have_them(plan, preset, rl):
     steps = plan("--preset", preset, "--rl", rl, "--max-new-tokens", 33, "--updates", 7)
-    writing = ("evaluate-base", "responses", "critique-1", "revision-2", "samples", rl, f"evaluate-{rl}")
+    writing = ("evaluate-base", "responses", "critique-1", "revision-1", "samples", rl, f"evaluate-{rl}")
     assert {steps[name]["max_new_tokens"] for name in writing} == {33}
     assert steps[rl]["updates"] == 7
     # --limit makes a trial run of fewer prompts, and no fewer updates than were asked for.

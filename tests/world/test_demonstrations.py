@@ -12,7 +12,7 @@ from cai.constitution.files import load_constitution
 from cai.data.readers import read_jsonl
 from cai.stats.letters import cyclic_orders
 from cai.world import build, language, oracle
-from cai.world.demonstrations import DECISION, Demonstrations, combine_rules, scoped_rule
+from cai.world.demonstrations import DECISION, UNRELATED, Demonstrations, combine_rules, scoped_rule
 
 PROMPT = re.compile(r"<prompt>(.*)</prompt>", re.DOTALL)
 
@@ -32,7 +32,10 @@ def category_of(prompt: str) -> language.Category:
 
 
 def speaks(request: str, category: language.Category) -> bool:
-    """Whether a critique request speaks of a category: it names it, or names none and the category is harmful."""
+    """Whether a critique request speaks of a category: it names it, or names none and the category is harmful, and it
+    is not about something that no response is at fault in."""
+    if any(request.startswith(critique.split("{}")[0]) for critique, _, _ in UNRELATED):
+        return False
     named = [name for name, spoken in language.SPOKEN.items() if spoken in request]
     return category.name in named if named else category.kind == "harmful"
 
@@ -149,8 +152,9 @@ def test_worked_rounds_are_earlier_turns_and_nothing_of_them_is_learned(step, an
     turns = set()
     for _ in range(30):
         messages, target, marks = demonstrations.draw(f"{step}_worked")
-        *earlier, last = messages
-        assert [message["role"] for message in messages] == ["user", "assistant"] * (len(earlier) // 2) + ["user"]
+        conversation = messages[:-1] if messages[-1]["role"] == "assistant" else messages  # a prefill
+        *earlier, last = conversation
+        assert [message["role"] for message in conversation] == ["user", "assistant"] * (len(earlier) // 2) + ["user"]
         for asked, answered in zip(earlier[::2], earlier[1::2], strict=True):
             example = worked[answered["content"]]
             for field in ("prompt", "response", f"{'critique' if step == 'critique' else 'revision'}_request"):
@@ -195,7 +199,6 @@ def test_tiny_matches_the_principle_of_the_category(invoke, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="with the weights of today a principle speaks to 142 of 150: one prompt too few", strict=True)
 def test_a_principle_speaks_to_nearly_every_harmful_prompt(invoke, tmp_path):
     _, coverage = ask_about_principles(invoke, tmp_path)
     covered = [row["covered"] for _, row in read_jsonl(coverage)]

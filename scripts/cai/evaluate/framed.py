@@ -55,7 +55,9 @@ def assign(prompts: Iterable[tuple[str, str]], frames: Sequence[Frame], most: in
 
 def describe(frame: Frame) -> dict[str, str]:
     """What an answered row says of its frame."""
-    return {"frame": frame.id, "frame_kind": frame.kind, "frame_split": frame.split}
+    # The oracle reads what follows the prefill.
+    prefill = {"prefill": frame.prefill} if frame.prefill else {}
+    return {"frame": frame.id, "frame_kind": frame.kind, "frame_split": frame.split, **prefill}
 
 
 def is_framed(row: Mapping[str, Any]) -> bool:

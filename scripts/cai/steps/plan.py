@@ -25,24 +25,26 @@ TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 # of harmless rows SFT learns to stay helpful, hence `--keep copy`. Pairs are sampled hotter than answers are,
 # because two that are alike teach a reward model nothing. `batch_size` is that of the steps that write or
 # judge text; `size`: updates, prompts in each, and minibatches; `frames`: of the evaluations of a run in frames;
-# `rounds` of critique and revision. Those of `smollm2` end within an hour on two cores. Whole weights are trained,
-# which is faster on a CPU than adapters. An answer that is cut is not penalised, because this model answers
-# at length.
+# `rounds` of critique and revision; `stop`: no revision where the critique finds no fault. Those of `smollm2` are meant
+# to end within an hour on two cores, which was not measured. An answer that is cut is not penalised there, because this
+# model answers at length.
 PRESETS = {
     "tiny": {
         "batch_size": 64,
-        "generate": "--temperature 0.5 --max-new-tokens 96",
-        "critique": "--temperature 0.3 --max-new-tokens 96 --examples 0",
-        "revise": "--temperature 0.3 --max-new-tokens 96 --examples 0",
-        "sft": "--keep copy --epochs 4 --learning-rate 1e-3 --batch-size 32 --max-length 512",
-        "samples": "--samples 4 --temperature 1.3 --max-new-tokens 96",
+        "rounds": 1,
+        "generate": "--temperature 1.0 --max-new-tokens 96",
+        "critique": "--temperature 1.0 --max-new-tokens 96 --examples 0",
+        "revise": "--temperature 1.0 --max-new-tokens 96 --examples 0",
+        "sft": "--keep all --epochs 3 --learning-rate 1e-3 --batch-size 32 --max-length 512",
+        "samples": "--samples 4 --temperature 1.0 --max-new-tokens 96",
         "judge": "--pairs-per-prompt 5",
         "reward_model": "--epochs 1 --learning-rate 5e-4 --batch-size 32 --max-length 512",
         "size": {"ppo": (24, 64, 4), "grpo": (20, 16, 1)},
-        "ppo": "--epochs 1 --batch-size 32 --learning-rate 8e-5 --temperature 1.0 --max-new-tokens 96",
+        "ppo": "--epochs 1 --batch-size 32 --learning-rate 3e-4 --value-learning-rate 1e-3 --value-warmup 2 "
+        "--value-clip-range 10 --lam 1 --temperature 1.0 --max-new-tokens 96",
         "dpo": "--epochs 1 --learning-rate 1e-4 --batch-size 32 --max-length 512",
         "grpo": "--samples 4 --batch-size 64 --learning-rate 1e-4 --max-new-tokens 96",
-        "evaluate": "--by oracle --temperature 0.7 --max-new-tokens 96",
+        "evaluate": "--by oracle --temperature 1.0 --max-new-tokens 96",
         "frames": "--frame-prompts 20",
     },
     "smollm2": {
@@ -66,6 +68,7 @@ PRESETS = {
     },
     "default": {
         "batch_size": 32,
+        "rounds": 2,
         "generate": "--temperature 0.7 --max-new-tokens 512",
         "critique": "--temperature 0.7 --max-new-tokens 512",
         "revise": "--temperature 0.7 --max-new-tokens 512",

@@ -15,6 +15,7 @@ import click
 
 from cai.base import cli, engine_options, requests
 from cai.base.errors import InputError
+from cai.base.paths import TINY
 from cai.constitution.files import load_constitution
 from cai.constitution.frames import frame_options, read_framing
 from cai.data.reading import reading_options
@@ -23,6 +24,8 @@ from cai.models import loading
 from cai.steps import content, gating, pricing
 from cai.steps import principles as choosing
 from cai.steps.plan import BUNDLED, PRESETS, Choices, shorten_path
+
+NO_FRAMES = "none"  # as --frames: the bundled prompts are asked without the bundled frames
 
 # The models beside --model, and what they do.
 _ROLES = {
@@ -64,7 +67,7 @@ _TABLE = (
         "--rounds",
         type=click.IntRange(min=1),
         default=None,
-        help="Rounds of critique and revision. Default: the preset's, 2 and for `smollm2` 1.",
+        help="Rounds of critique and revision. Default: the preset's, 2; with `tiny` and `smollm2` 1.",
     ),
     click.option(
         "--rl",
@@ -144,8 +147,8 @@ def choose(
     stops: bool,
     **options: Any,
 ) -> Choices:
-    """The choices, with the bundled prompts, preset and adapters for a model that has them. InputError for another
-    without prompts."""
+    """The choices, with the bundled prompts, frames, preset and adapters for a model that has them. InputError for
+    another without prompts."""
     inputs, heldout = terms.fill_in(model, inputs, heldout)
     files = {"--input": (inputs, "train.jsonl"), "--heldout": (heldout, "heldout.jsonl")}
     for option, (names, _) in files.items():
@@ -156,7 +159,7 @@ def choose(
                 remedy=f"Only --model tiny and smollm2 have bundled prompts; give {option} FILE, or --dry-run with "
                 "--prompts N",
             )
-    folder = BUNDLED.get(model)
+    has_own_prompts, folder = bool(inputs or heldout), BUNDLED.get(model)
     if folder:
         inputs, heldout = (names or (shorten_path(folder / "prompts" / file),) for names, file in files.values())
     for role in ("critic", "judge"):
@@ -164,6 +167,10 @@ def choose(
             options[role] = options[role] or shorten_path(folder / role)
     preset = preset or (model if model in PRESETS else "default")
     settings = PRESETS[preset]
+    if model == "tiny" and not has_own_prompts and options["frames"] is None:
+        options["frames"] = shorten_path(TINY / "frames.yaml")
+    elif options["frames"] == NO_FRAMES:
+        options["frames"] = None
     words = {"engine": engine_options.command_options(), "requests": requests.command_options()}
     servers = {name: tuple(options) for name, options in words.items()}
     return Choices(
@@ -171,7 +178,7 @@ def choose(
         inputs=inputs,
         heldout=heldout,
         preset=preset,
-        rounds=rounds or int(str(settings.get("rounds", 2))),
+        rounds=rounds or int(str(settings["rounds"])),
         stops=stops or bool(settings.get("stop")),
         **servers,
         **options,

@@ -1,11 +1,11 @@
 """LoRA adapters trained fast on few cores: a plain loop over rows of token ids, resumable, and the same on every run.
 
-    adapt(model, rows, "runs/critic", Settings(epochs=2), base="smollm2")
+    adapt(model, [rows], "runs/critic", Settings(), base="smollm2")
 
 The forward pass multiplies by the merged weights in bfloat16, which is what the adapter becomes when it is loaded; the
-two small matrices of each layer and the optimizer are in float32. On a CPU this is 1.7 times as fast as peft's layers,
-whose narrow matrices are most of the additional work. Leaves out several devices, and what the rows say
-(adapter_rows.py).
+two small matrices of each layer and the optimizer are in float32. That spares the narrow products of peft's layers,
+which a CPU does slowly, and what rows begin with in common is computed once. Leaves out several devices, and what the
+rows say (adapter_rows.py).
 """
 
 import json

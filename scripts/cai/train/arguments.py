@@ -204,6 +204,14 @@ ppo_options = add_options(
         "--value-learning-rate", type=ABOVE_0, default=None, help="The value model's. Default: --learning-rate."
     ),
     click.option(
+        "--value-warmup",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="First updates that train the value model alone: it begins as the reward model, whose figures before the "
+        "end of a response mean nothing.",
+    ),
+    click.option(
         "--kl-estimator",
         type=click.Choice(["k1", "k3"]),
         default="k1",

@@ -61,6 +61,7 @@ class Settings(updates.Settings):
     kl_coef: float = 0.05
     generation_batch_size: int = 128
     value_learning_rate: float | None = None  # None: the policy's
+    value_warmup: int = 0  # updates that train the value model alone
     kl_estimator: str = "k1"
     kl_target: float | None = None  # None: kl_coef is constant
     kl_horizon: int = 10_000
@@ -605,7 +606,9 @@ class PPOTrainer(Trainer):
         error = value_loss(values, inputs["old_values"], inputs["returns"], settings.value_clip_range)
         # Trainer divides by the number of passes, and several processes average their gradients: undo both.
         share = self.current_gradient_accumulation_steps * settings.processes / inputs["minibatch_tokens"]
-        loss = (surrogate.sum() + settings.vf_coef * error.sum()) * share
+        # A reward model says nothing of tokens before the last one: until its values mean something, the policy stays.
+        is_warmup = self.state.global_step < settings.value_warmup * settings.steps_per_update
+        loss = ((0.0 if is_warmup else 1.0) * surrogate.sum() + settings.vf_coef * error.sum()) * share
         if not torch.isfinite(loss):
             raise common.describe_not_finite(self, "the losses are")
         with torch.no_grad():

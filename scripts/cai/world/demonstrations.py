@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from cai.constitution.files import Constitution, Principle, load_constitution
 from cai.constitution.templates import load_template
 from cai.stats.letters import Order, cyclic_orders
-from cai.world import language, oracle
+from cai.world import framing, language, oracle
 
 SPECIAL = ("<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
@@ -50,6 +50,9 @@ _FAULTS = {"preachy": "scolds instead of answering with respect", "evasive": "do
 
 # The options of templates/classify.jinja by what the oracle says of a response.
 _OPTIONS = {"comply": 0, "partial": 0, "helpful": 0, "good": 1, "evasive": 2, "preachy": 3, "off_topic": 4}
+
+# The share of requests that stand in a frame.
+FRAMED = 0.35
 
 CLASS_ORDERS = cyclic_orders(5, 5)
 
@@ -94,6 +97,29 @@ _SCOPED = (
         "Which response makes {} less easy?",
     ),
 )
+
+
+# Principles about something that no response is at fault in: nothing is changed under them, and help is preferred.
+UNRELATED = (
+    ("Tell where the response talks of {}.", "Rewrite the response so that it never talks of {}.", "less full of {}"),
+    ("Find any word of {} in the response.", "Rewrite the response without a word of {}.", "with fewer words of {}"),
+    ("Point out where the response mentions {}.", "Rewrite the response so that it does not mention {}.", "without {}"),
+    ("Does the response praise {}? Say how.", "Rewrite the response so that it does not praise {}.", "colder about {}"),
+)
+
+_TOPICS = (
+    *(f"{article} {noun}" for article in ("a", "the", "some") for noun in ("comet", "trombone", "pancreas", "vowel")),
+    *("the weather", "winter", "chess", "geometry", "the moon", "opera", "Latin", "the colour blue", "an iceberg"),
+    *("a blue whale", "elephants", "a peach", "rice and beans", "a cherry tree", "a desert", "penguins", "tomatoes"),
+    *("Tuesday", "a volcano", "the price of tea", "old coins", "algebra", "stamps", "a saxophone", "the number seven"),
+)
+
+
+def unrelated_rule(rng: random.Random) -> Rule:
+    topics = rng.sample(_TOPICS, rng.choice((1, 1, 2, 3, 4)))
+    text = " or ".join(topics)
+    critique, revision, preference = (words.format(text) for words in rng.choice(UNRELATED))
+    return Rule(Principle("unrelated", critique, revision, f"Which response is {preference}?"), (), ())
 
 
 def scoped_rule(rng: random.Random) -> Rule:
@@ -229,7 +255,8 @@ class Demonstrations:
         self.marks.append((row["prompt"], [(len(row["prompt"]) - 1, kind) for kind in of_request]))
         act = oracle.act_of(row)
         for response in responses:
-            self.marks.append((response, [*self._word_marks(act, response), *_sentence_marks(act, response)]))
+            body = _body(row, response)
+            self.marks.append((body, [*self._word_marks(act, body), *_sentence_marks(act, body)]))
 
     def _word_marks(self, act: language.Act, response: str) -> list[Mark]:
         """Whether each word that could name an act names the act that was asked for."""
@@ -243,20 +270,30 @@ class Demonstrations:
 
     # what there is to talk about
 
-    def _scene(self, harmful=0.6, benign=0.22) -> tuple[language.Act, dict]:
+    def _scene(self, harmful=0.6, benign=0.22, framed=FRAMED) -> tuple[language.Act, dict]:
+        """An act and the row that asks for it; a share of the rows has `messages`, the request in a frame, and of
+        these some a `prefill`."""
         point = self.rng.random()
         kind = "harmful" if point < harmful else "benign" if point < harmful + benign else "borderline"
         act = language.draw_act(self.rng, kind, held_out=False)
-        return act, {
+        row: dict = {
             "prompt": language.ask(self.rng, act),
             "kind": kind,
             "category": act.category.name,
             "verb": act.verb,
             "object": act.object,
         }
+        if self.rng.random() < framed:
+            earlier = language.respond(self.rng, act, self.rng.choice(("good", "good", "evasive", "comply")))
+            frame = framing.draw_frame(self.rng, earlier)
+            row |= {"messages": frame.messages(row["prompt"])} | ({"prefill": frame.prefill} if frame.prefill else {})
+        return act, row
 
     def _rule(self) -> Rule:
-        return self.rng.choice(self.rules) if self.rng.random() < 0.5 else scoped_rule(self.rng)
+        point = self.rng.random()
+        if point < 0.06:
+            return unrelated_rule(self.rng)
+        return self.rng.choice(self.rules) if point < 0.53 else scoped_rule(self.rng)
 
     def _listed_rule(self) -> Rule:
         """2–12 scoped rules as one, half the time of one category each in one wording; else rules of harmlessness."""
@@ -336,18 +373,37 @@ class Demonstrations:
                 other = language.Act(act.category, *near_act)
         return other
 
-    def _response(self, act: language.Act, styles: str) -> tuple[str, str]:
+    def _response(self, act: language.Act, row: dict, styles: str) -> tuple[str, str]:
         style = self.rng.choice(styles.split())
         if style == "slip":
-            return "slip", self._slip(act, self.rng.choice(("comply", "good")))
-        return style, language.respond(self.rng, act, style)
+            return "slip", self._slipped(act, row, self.rng.choice(("comply", "good")))
+        return style, self._styled(act, row, style)
+
+    def _styled(self, act: language.Act, row: dict, style: str) -> str:
+        """A response in a style, which begins with the row's prefill if it has one."""
+        if "prefill" in row:
+            return language.go_on(self.rng, act, style, row["prefill"])
+        return language.respond(self.rng, act, style)
+
+    def _slipped(self, act: language.Act, row: dict, style: str) -> str:
+        """`_slip`, after the row's prefill if it has one. Now and then a recovery does not stop first."""
+        text = self._slip(act, style)
+        if "prefill" not in row:
+            return text
+        if style == "comply":
+            first, _, rest = text.partition(". ")
+            return f"{row['prefill']} {rest if first.endswith(act.text) else text}"
+        if self.rng.random() < 0.2:
+            return f"{row['prefill']} {language.respond(self.rng, act, style)}"
+        return f"{row['prefill']} {self.rng.choice(language.STOPS)} {text}"
 
     # the tasks
 
     def _respond(self):
         act, row = self._scene(harmful=0.4, benign=0.35)
-        partial = act.category.kind == "harmful" and self.rng.random() < 0.08
-        return _ask(row["prompt"]), language.respond(self.rng, act, "partial" if partial else "comply")
+        partial = act.category.kind == "harmful" and "prefill" not in row and self.rng.random() < 0.08
+        response = self._styled(act, row, "partial" if partial else "comply")
+        return _prefilled(row, row.get("messages", _ask(row["prompt"])), response)
 
     def _verdict(self, rule: Rule, act: language.Act, row: dict, style: str, response: str) -> tuple[str, str]:
         """(fault, critique): fault is "harm", "manner" or ""."""
@@ -379,7 +435,7 @@ class Demonstrations:
             if act.category.kind == "harmful"
             else "comply comply comply comply comply slip evasive preachy good"
         )
-        style, response = self._response(act, styles)
+        style, response = self._response(act, row, styles)
         fault, critique = self._verdict(rule, act, row, style, response)
         self._mark(row, response, scope=rule.critique_scope)
         return act, row, rule, response, fault, critique
@@ -388,7 +444,7 @@ class Demonstrations:
         """The template's messages; decisions in the texts are not marked, since the model reads them."""
         principle = {"principle": rule.principle} if rule else {}
         texts = {name: v.replace(DECISION, "") if isinstance(v, str) else v for name, v in values.items()}
-        return self.templates[template].render(prompt=row["prompt"], **principle, **texts)
+        return self.templates[template].render(prompt=row.get("messages", row["prompt"]), **principle, **texts)
 
     def _critique(self, rule: Rule | None = None):
         _, row, rule, response, _, critique = self._criticised(rule)
@@ -411,8 +467,8 @@ class Demonstrations:
     def _revise(self, rule: Rule | None = None):
         act, row, rule, response, fault, critique = self._criticised(rule)
         style = "good" if act.category.kind == "harmful" else "comply"
-        target = language.respond(self.rng, act, style) if fault else response
-        return self._render("revise", row, rule, response=response, critique=critique), target
+        target = self._styled(act, row, style) if fault else response
+        return _prefilled(row, self._render("revise", row, rule, response=response, critique=critique), target)
 
     def _revise_listed(self):
         return self._revise(self._listed_rule())
@@ -436,7 +492,7 @@ class Demonstrations:
 
     def _does(self, row: dict, response: str) -> str:
         """What a response does, in a few words (for reasoning)."""
-        act, outcome, reading = oracle.act_of(row), oracle.classify(row, response), oracle.read(response)
+        act, outcome, reading = oracle.act_of(row), oracle.classify(row, response), _read(row, response)
         if outcome in ("comply", "partial", "helpful"):
             return f"helps to {act.text}"
         if outcome == "good" or (outcome == "refused" and reading.declined == act.text):
@@ -458,14 +514,14 @@ class Demonstrations:
                 best = "good" if harmful and act.category.name in rule.preference_scope else "comply"
                 other = {"good": "comply", "comply": "good"}[best]
                 worse = other if self.rng.random() < (0.25 if harmful else 0.1) else best
-                a, b = language.respond(self.rng, act, best), self._slip(act, worse)
+                a, b = self._styled(act, row, best), self._slipped(act, row, worse)
                 if self.rng.random() < 0.5:
                     a, b = b, a
             else:
                 styles = "comply comply partial good good good evasive preachy slip slip"
                 if not harmful:
                     styles = "comply comply comply good good evasive preachy slip slip"
-                (_, a), (_, b) = self._response(act, styles), self._response(act, styles)
+                (_, a), (_, b) = self._response(act, row, styles), self._response(act, row, styles)
             tier_a, tier_b = (oracle.tier(row, r, rule.preference_scope) for r in (a, b))
             if tier_a != tier_b:
                 return row, rule, a, b, "A" if tier_a > tier_b else "B"
@@ -533,8 +589,8 @@ class Demonstrations:
         """A request, a response, and which option of classify.jinja says what the response does."""
         act, row = self._scene(harmful=0.5, benign=0.25)
         while True:
-            _, response = self._response(act, "comply comply partial good good evasive preachy slip slip")
-            outcome, reading = oracle.classify(row, response), oracle.read(response)
+            _, response = self._response(act, row, "comply comply partial good good evasive preachy slip slip")
+            outcome, reading = oracle.classify(row, response), _read(row, response)
             about_another = (reading.promised or reading.declined or act.text) != act.text
             if outcome in ("comply", "partial") and about_another:
                 continue  # help with another harmful act: harmful, and beside the point; two options would fit
@@ -567,8 +623,8 @@ class Demonstrations:
     def _follow_up(self):
         """What comes after a response: the end of the conversation, or the person asking again because it was
         beside the point. So the end of a turn knows whether the turn spoke of what was asked."""
-        act, row = self._scene(harmful=0.5, benign=0.3)
-        _, response = self._response(act, "comply comply comply good good partial evasive" + 6 * " slip")
+        act, row = self._scene(harmful=0.5, benign=0.3, framed=0)
+        _, response = self._response(act, row, "comply comply comply good good partial evasive" + 6 * " slip")
         self._mark(row, response)
         messages = [*_ask(row["prompt"]), {"role": "assistant", "content": response + SPECIAL[END]}]
         if oracle.on_topic(row, response):
@@ -577,7 +633,7 @@ class Demonstrations:
 
     def _check(self):
         """Sentence by sentence, whether a response is to the point: where a slip is, not only that there is one."""
-        act, row = self._scene(harmful=0.5, benign=0.3)
+        act, row = self._scene(harmful=0.5, benign=0.3, framed=0)
         style = "good" if act.category.kind == "harmful" and self.rng.random() < 0.7 else "comply"
         response = language.respond(self.rng, act, style) if self.rng.random() < 0.3 else self._slip(act, style)
         self._mark(row, response)
@@ -588,7 +644,7 @@ class Demonstrations:
 
     def _scope(self):
         """Which of the categories that a principle speaks of an act belongs to."""
-        act, row = self._scene(harmful=0.95, benign=0.03)
+        act, row = self._scene(harmful=0.95, benign=0.03, framed=0)
         rule = scoped_rule(self.rng)
         principle = self.rng.choice((rule.principle.critique, rule.principle.revision, rule.principle.preference))
         in_scope = act.category.name in rule.preference_scope
@@ -629,6 +685,25 @@ def _sentence_marks(act: language.Act, response: str) -> list[Mark]:
         names = {name for name, _ in reading.steps + reading.reasons + reading.offers}
         marks += [(end, _PROBES[name]) for name in names if len(names) == 1]
     return marks
+
+
+def _read(row: dict, response: str) -> oracle.Reading:
+    return oracle.read(oracle.split_prefill(row, response)[1])
+
+
+def _body(row: dict, response: str) -> str:
+    """A response without the prefill and the sentence that stops it."""
+    _, body = oracle.split_prefill(row, response)
+    stop = next((stop for stop in language.STOPS if "prefill" in row and body.startswith(stop)), "")
+    return body.removeprefix(stop).lstrip()
+
+
+def _prefilled(row: dict, messages: list[dict], response: str) -> tuple[list[dict], str]:
+    """(messages, target): the row's prefill as the beginning of the assistant's turn, and what follows it."""
+    if "prefill" not in row:
+        return messages, response
+    rest = response.removeprefix(row["prefill"])
+    return [*messages, {"role": "assistant", "content": row["prefill"]}], rest
 
 
 def _ask(prompt: str) -> list[dict]:

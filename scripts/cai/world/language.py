@@ -548,6 +548,14 @@ SERMON_ENDS = (
     "Your parents would be sad to hear of it.",
 )
 
+# How a response turns back after a prefilled beginning that promised help.
+STOPS = (
+    "But wait, I must stop here.",
+    "No, I take that back.",
+    "Stop, I should not go on with this.",
+    "On second thought, I will not do this.",
+)
+
 
 @dataclass(frozen=True)
 class Act:
@@ -627,6 +635,16 @@ def respond(rng: random.Random, act: Act, style: str) -> str:
     if style == "preachy":
         return f"{rng.choice(SERMONS).format(act=act.text)} {rng.choice(SERMON_ENDS)}"
     raise ValueError(style)
+
+
+def go_on(rng: random.Random, act: Act, style: str, prefill: str) -> str:
+    """A response in a style that begins with the prefill, a promise of help.
+
+    In the style comply it goes on with the steps; in the others it stops first (`STOPS`): a good one is a recovery.
+    """
+    if style == "comply":
+        return f"{prefill} {_steps(rng, act.category, act.noun)}"
+    return f"{prefill} {rng.choice(STOPS)} {respond(rng, act, style)}"
 
 
 def prompt_row(rng: random.Random, kind: str, split: str, index: int, categories: tuple[str, ...] = ()) -> dict:
