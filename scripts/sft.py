@@ -24,6 +24,11 @@ from cai.steps.flags import selection_options
 from cai.train import common, microbatches
 from cai.train.arguments import training_options
 
+
+class CutText(str):
+    """A response that was cut at its limit of tokens: no end token is trained after it, for it does not end there."""
+
+
 MOST_COMPLYING = 0.2  # of the harmful rows that are trained on; above it a warning is printed
 
 
@@ -141,9 +146,11 @@ def read_revisions(revised: sources.Source, rounds: str, keep: frozenset[str]):
         kept.update(selection.kept)
         skipped += not selection.texts
         fallbacks += selection.falls_back
-        rows.extend(
-            (prefills.conversation_of(row), prefills.continuation_of(row, text)) for text in selection.texts.values()
-        )
+        is_cut = row.get("finish") == "length"  # of the response
+        for text in selection.texts.values():
+            answer = prefills.continuation_of(row, text)
+            is_finished = not is_cut or text != row["response"]
+            rows.append((prefills.conversation_of(row), answer if is_finished else CutText(answer)))
         if row.get("kind") == "harmful" and selection.texts:
             *_, text = selection.texts.values()
             is_complying.append(refusals.read(dialogue.prompt_text(row["prompt"]), text) == "complied")
@@ -165,9 +172,12 @@ def tokenize(rows: list[tuple[list[dict], str]], chat) -> list[dict]:
     Args:
         rows: (prompt messages, response).
     Returns:
-        rows of {input_ids, labels}; labels are -100, no loss, on the prompt's tokens.
+        rows of {input_ids, labels}; labels are -100, no loss, on the prompt's tokens. A `CutText` has no end token.
     """
     encoded = [encode(chat, messages, response) for messages, response in rows]
+    for number, (_, response) in enumerate(rows):
+        if isinstance(response, CutText):
+            encoded[number] = encoded[number][0], chat.encode(chat.neutralise(response))
     return [{"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer} for prompt, answer in encoded]
 
 

@@ -205,6 +205,21 @@ def trainer(tmp_path, rows, family="qwen", **settings):
     return sft.make_trainer(policy, chat.tokenizer, tokens, arguments, tmp_path), chat
 
 
+def test_no_end_is_trained_after_a_response_that_was_cut(tmp_path):
+    """A row whose critique found no fault keeps its response, which generate.py may have cut at its limit."""
+    whole = {**ROWS[0], "response": "Lift the bar.", "finish": "stop"}
+    whole["rounds"] = [{"principle": "harm", "critique": "No fault.", "skipped": "content"}]
+    cut = {**whole, "id": "cut", "finish": "length"}
+    revised = {**cut, "id": "revised", "rounds": [a_round("Ask the owner.")]}
+    outputs.write_jsonl(tmp_path / "revised.jsonl", [whole, cut, revised])
+    rows, _, _ = sft.read_rows([str(tmp_path / "revised.jsonl")], [], "last", frozenset({"copy"}), None)
+    assert answers(rows) == ["Lift the bar.", "Lift the bar.", "Ask the owner."]
+    chat = loading.load_chat(str(models.folder("chatml")))
+    tokens = [[label for label in row["labels"] if label != -100] for row in sft.tokenize(rows, chat)]
+    assert tokens[0] == [*tokens[1], chat.stop_id] and tokens[1] == chat.encode("Lift the bar.")
+    assert tokens[2][-1] == chat.stop_id
+
+
 def test_the_prompt_is_masked_and_the_end_is_trained(tmp_path, revised):
     rows, _, _ = sft.read_rows([str(revised)], [], "last", frozenset(), None)
     made, chat = trainer(tmp_path, rows)

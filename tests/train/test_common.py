@@ -8,7 +8,7 @@ import models
 import pytest
 
 from cai.base.errors import InputError
-from cai.models import loading, scorer
+from cai.models import loading, local, scorer
 from cai.models.chat import encode
 from cai.models.loading import load_engine
 from cai.train import common
@@ -138,6 +138,11 @@ def test_dropout_as_configured_or_none(tmp_path):
 
 def test_precision_on_a_cpu_and_as_asked():
     assert loading.precision("cpu", "auto") == ("float32", None)
+    # As for writing and judging: by the processor and the size of the model.
+    forward = "bfloat16" if local.cpu_multiplies_bfloat16() else None
+    assert loading.precision("cpu", "auto", parameters=135_000_000) == ("float32", forward)
+    assert loading.precision("cpu", "auto", parameters=1_000_000) == ("float32", None)
+    assert loading.precision("cpu", "float32", parameters=135_000_000) == ("float32", None)
     assert loading.precision("cpu", "float32") == ("float32", None)
     assert loading.precision("cpu", "bfloat16") == ("bfloat16", "bfloat16")
     with pytest.raises(InputError, match="float16 does not train"):

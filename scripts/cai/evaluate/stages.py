@@ -12,7 +12,7 @@ from cai.data.kinds import KINDS
 from cai.data.outputs import read_manifest
 from cai.evaluate import framed
 from cai.evaluate.rates import RATES, read_rates
-from cai.stats import tables
+from cai.stats import refusals, tables
 
 STAGES = {"base": "base", "sft": "after SFT", "ppo": "after PPO", "dpo": "after DPO", "grpo": "after GRPO"}
 
@@ -32,7 +32,10 @@ def stage_table(stages: Stages) -> str:
     def rows() -> Iterator[tuple[str, ...]]:
         for kind in KINDS:
             names = [name for name, (of, _) in RATES.items() if of == kind]
+            names += [f"{kind}_{name}" for name in refusals.CLASSES]  # of responses read by their phrases
             names = [name for name in names if all(name in rates for rates in stages.values())]
+            if not names:
+                continue
             n = next(iter(stages.values()))[names[0]]["n"]
             yield (f"{kind} prompts (n = {n})", *([""] * len(stages)))
             for name in names:

@@ -201,7 +201,8 @@ def load_weights(auto_class: Any, name: str, dtype: str, *, new_head: bool = Fal
             expected="a complete model of its architecture",
         )
     if (file := gguf_file(name)) is not None:
-        model.name_or_path = str(file.resolve())  # what an adapter names as its base: a cache may be cleared
+        # What an adapter names as its base: a cache may be cleared, and a package is elsewhere on another machine.
+        model.name_or_path = name if name == "smollm2" else str(file.resolve())
     return model
 
 
@@ -403,15 +404,18 @@ def choose_device(device: str | None) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = chosen
 
 
-def precision(device: str | None, dtype: str, lora: bool = False) -> tuple[str, str | None]:
+def precision(
+    device: str | None, dtype: str, lora: bool = False, parameters: int | None = None
+) -> tuple[str, str | None]:
     """(dtype of the weights, dtype of the autocast forward pass or None).
 
-    auto on a GPU keeps the trained weights in float32, because the eight bits of a bfloat16 mantissa lose an AdamW
+    auto on a CPU is float32, with a forward pass in bfloat16 where `auto_dtype` takes it for so many `parameters`. On a
+    GPU it keeps the trained weights in float32, because the eight bits of a bfloat16 mantissa lose an AdamW
     step of 1e-5. A frozen LoRA base is held in bfloat16, its adapters in float32.
     """
     if dtype == "auto":
         if on_cpu(device):
-            return "float32", None
+            return "float32", "bfloat16" if auto_dtype("cpu", parameters) == "bfloat16" else None
         return ("bfloat16" if lora else "float32"), "bfloat16"
     if dtype == "float16":
         if on_cpu(device):
@@ -581,5 +585,5 @@ def _load_trainable(load: Callable[..., Any], path: str, config: Any, dtype: str
     # peft and TRL ask their models for it by its old name in transformers, and nobody here can change that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     # Of an adapter on a GGUF file, whose vocabulary is indeed not modified.
-    warnings.filterwarnings("ignore", message="Could not find a config file in .*gguf ", category=UserWarning)
+    warnings.filterwarnings("ignore", message="Could not find a config file in (smollm2|.*gguf) ", category=UserWarning)
     return load(path, dtype, config=config)

@@ -12,7 +12,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from cai.base.files import file_name
-from cai.base.paths import GGUF, model_path
+from cai.base.paths import GGUF
 from cai.data.kinds import KINDS
 from cai.evaluate.rates import RATES
 from cai.report import escaping, run_folder
@@ -92,8 +92,7 @@ def card_of(path: Path) -> str:
 def hub_id(model: str | None) -> str | None:
     """The model's name if it can be one on a hub, not a folder here or the bundled model."""
     is_id = model and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not Path(model).exists()
-    is_id = is_id and not str(model).lower().endswith(GGUF)
-    return model if is_id and model_path(model) == model else None
+    return model if is_id and not str(model).lower().endswith(GGUF) else None
 
 
 def model_card(run: Run, training: Training) -> str:

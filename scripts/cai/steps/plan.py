@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import count, pairwise
 from pathlib import Path
 
-from cai.base.paths import SCRIPTS, TINY
+from cai.base.paths import SCRIPTS, SMOLLM2, TINY
 from cai.data.reading import AS_THEY_ARE, Reading
 from cai.models.loading import split_endpoint
 from cai.models.servers import IN_FLIGHT
@@ -24,7 +24,10 @@ TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 # The settings of each step. A critique that found no fault leaves the response as it was: from such copies
 # of harmless rows SFT learns to stay helpful, hence `--keep copy`. Pairs are sampled hotter than answers are,
 # because two that are alike teach a reward model nothing. `batch_size` is that of the steps that write or
-# judge text; `size`: updates, prompts in each, and minibatches; `frames`: of the evaluations of a run in frames.
+# judge text; `size`: updates, prompts in each, and minibatches; `frames`: of the evaluations of a run in frames;
+# `rounds` of critique and revision; `stop`: no revision where the critique finds no fault. Those of `smollm2` are meant
+# to end within an hour on two cores, which was not measured. An answer that is cut is not penalised there, because this
+# model answers at length.
 PRESETS = {
     "tiny": {
         "batch_size": 64,
@@ -43,6 +46,25 @@ PRESETS = {
         "grpo": "--samples 4 --batch-size 64 --learning-rate 1e-4 --max-new-tokens 96",
         "evaluate": "--by oracle --temperature 1.0 --max-new-tokens 96",
         "frames": "--frame-prompts 10",
+    },
+    "smollm2": {
+        "batch_size": 64,
+        "rounds": 1,
+        "stop": True,
+        "generate": "--temperature 0.7 --max-new-tokens 80",
+        "critique": "--temperature 0 --max-new-tokens 72 --examples 0",
+        "revise": "--temperature 0 --max-new-tokens 112 --examples 0",
+        "sft": "--keep copy --epochs 2 --learning-rate 5e-5 --batch-size 16 --max-length 384",
+        "samples": "--samples 2 --temperature 1.0 --max-new-tokens 80",
+        "judge": "--pairs-per-prompt 1 --examples 0",
+        "reward_model": "--epochs 1 --learning-rate 3e-5 --batch-size 16 --max-length 384",
+        "size": {"ppo": (12, 48, 2), "grpo": (12, 8, 1)},
+        "ppo": "--epochs 1 --batch-size 24 --learning-rate 1e-5 --temperature 1.0 --max-new-tokens 80 "
+        "--missing-eos-penalty 0 --kl-coef 0.05",
+        "dpo": "--epochs 1 --learning-rate 1e-5 --batch-size 16 --max-length 384",
+        "grpo": "--samples 4 --batch-size 16 --learning-rate 1e-5 --max-new-tokens 80 --missing-eos-penalty 0",
+        "evaluate": "--by phrases --temperature 0.7 --max-new-tokens 80",
+        "frames": "--frame-prompts 20",
     },
     "default": {
         "batch_size": 32,
@@ -87,7 +109,8 @@ SMOKE_KEEP = ["--keep", "all"]
 # The options of how rows are read that are for a kind of files, beside --prompt-field.
 READING_OF = {"inputs": (), "heldout": ("kind_field", "kind", "form"), "helpful": ("response_field",)}
 
-BUNDLED = (TINY / "prompts").resolve()
+# The models whose prompts are bundled.
+BUNDLED = {"tiny": TINY, "smollm2": SMOLLM2}
 
 
 @dataclass(frozen=True)
@@ -168,7 +191,8 @@ class Choices:
 
     def reading_of(self, files: str) -> Reading:
         """How the rows of `inputs`, `heldout` or `helpful` are read; the bundled prompts have our names."""
-        if all(Path(name).resolve().parent == BUNDLED for name in getattr(self, files)):
+        bundled = {(folder / "prompts").resolve() for folder in BUNDLED.values()}
+        if all(Path(name).resolve().parent in bundled for name in getattr(self, files)):
             return AS_THEY_ARE
         return self.reading.only("prompt_field", *READING_OF[files])
 

@@ -32,7 +32,7 @@ from cai.models.estimate import GPUS, Shape
 from cai.models.local import auto_dtype, chunk_tokens
 from cai.stats import tables
 from cai.steps.lengths import Lengths, Requests, read_run
-from cai.steps.plan import Choices, Step
+from cai.steps.plan import BUNDLED, Choices, Step
 
 # Assumed where no file of prompts is given: tokens of a prompt (fewest, likely, most), and held-out prompts.
 PROMPT_TOKENS, HELDOUT = (50, 100, 200), 1000
@@ -92,7 +92,7 @@ class Terms:
         """The files of the plan, with `NO_FILES` in place of those that --prompts makes unnecessary."""
         if not self.prompts:
             return inputs, heldout
-        return (NO_FILES["inputs"],), heldout if heldout or model == "tiny" else (NO_FILES["heldout"],)
+        return (NO_FILES["inputs"],), heldout if heldout or model in BUNDLED else (NO_FILES["heldout"],)
 
 
 def options(function: Callable) -> Callable:

@@ -23,7 +23,7 @@ from cai.data.sources import Source
 from cai.models import loading
 from cai.steps import content, gating, pricing
 from cai.steps import principles as choosing
-from cai.steps.plan import PRESETS, Choices, shorten_path
+from cai.steps.plan import BUNDLED, PRESETS, Choices, shorten_path
 
 NO_FRAMES = "none"  # as --frames: the bundled prompts are asked without the bundled frames
 
@@ -51,10 +51,12 @@ _TABLE = (
     click.option("--output", required=True, metavar="FOLDER", help="Folder for all outputs."),
     cli.options("constitution"),
     cli.rows_option(
-        "--input", "inputs", help="Prompts to train on, harmful and harmless; for `tiny` the bundled ones. Repeatable."
+        "--input",
+        "inputs",
+        help="Prompts to train on, harmful and harmless; bundled for `tiny` and `smollm2`. Repeatable.",
     ),
     cli.rows_option(
-        "--heldout", help="Prompts with their kind to measure on; for `tiny` the bundled ones. Repeatable."
+        "--heldout", help="Prompts with their kind to measure on; bundled for `tiny` and `smollm2`. Repeatable."
     ),
     cli.rows_option("--helpful", help="Rows with a helpful `response` to mix into SFT. Repeatable."),
     frame_options,
@@ -65,7 +67,7 @@ _TABLE = (
         "--rounds",
         type=click.IntRange(min=1),
         default=None,
-        help="Rounds of critique and revision. Default: the preset's, 2; with `tiny` 1.",
+        help="Rounds of critique and revision. Default: the preset's, 2; with `tiny` and `smollm2` 1.",
     ),
     click.option(
         "--rl",
@@ -104,7 +106,7 @@ _TABLE = (
         "--preset",
         type=click.Choice(list(PRESETS)),
         default=None,
-        help="Settings of the steps. Default: `tiny` for that model, else `default`.",
+        help="Settings of the steps. Default: the one named like the model, else `default`.",
     ),
     click.option(
         "--batch-size",
@@ -135,30 +137,52 @@ def options(function: Callable) -> Callable:
 
 
 def choose(
-    terms: pricing.Terms, *, model: str, inputs: Any, heldout: Any, preset: str | None, **options: Any
+    terms: pricing.Terms,
+    *,
+    model: str,
+    inputs: Any,
+    heldout: Any,
+    preset: str | None,
+    rounds: int | None,
+    stops: bool,
+    **options: Any,
 ) -> Choices:
-    """The choices, with the bundled prompts, frames and preset for the bundled model. InputError for another without
-    prompts."""
+    """The choices, with the bundled prompts, frames, preset and adapters for a model that has them. InputError for
+    another without prompts."""
     inputs, heldout = terms.fill_in(model, inputs, heldout)
     files = {"--input": (inputs, "train.jsonl"), "--heldout": (heldout, "heldout.jsonl")}
     for option, (names, _) in files.items():
-        if model != "tiny" and not names:
+        if model not in BUNDLED and not names:
             raise InputError(
                 f"no {option}",
                 expected="a file of prompts",
-                remedy=f"Only --model tiny has bundled prompts; give {option} FILE, or --dry-run with --prompts N",
+                remedy=f"Only --model tiny and smollm2 have bundled prompts; give {option} FILE, or --dry-run with "
+                "--prompts N",
             )
-    has_own_prompts = bool(inputs or heldout)
-    inputs, heldout = (names or (shorten_path(TINY / "prompts" / file),) for names, file in files.values())
-    preset = preset or ("tiny" if model == "tiny" else "default")
-    options["rounds"] = options["rounds"] or PRESETS[preset]["rounds"]
+    has_own_prompts, folder = bool(inputs or heldout), BUNDLED.get(model)
+    if folder:
+        inputs, heldout = (names or (shorten_path(folder / "prompts" / file),) for names, file in files.values())
+    for role in ("critic", "judge"):
+        if folder and (folder / role).is_dir() and (role == "critic" or options["rl"] != "none"):
+            options[role] = options[role] or shorten_path(folder / role)
+    preset = preset or (model if model in PRESETS else "default")
+    settings = PRESETS[preset]
     if model == "tiny" and not has_own_prompts and options["frames"] is None:
         options["frames"] = shorten_path(TINY / "frames.yaml")
     elif options["frames"] == NO_FRAMES:
         options["frames"] = None
     words = {"engine": engine_options.command_options(), "requests": requests.command_options()}
     servers = {name: tuple(options) for name, options in words.items()}
-    return Choices(model=model, inputs=inputs, heldout=heldout, preset=preset, **servers, **options)
+    return Choices(
+        model=model,
+        inputs=inputs,
+        heldout=heldout,
+        preset=preset,
+        rounds=rounds or int(str(settings["rounds"])),
+        stops=stops or bool(settings.get("stop")),
+        **servers,
+        **options,
+    )
 
 
 def check_inputs(choices: Choices) -> None:

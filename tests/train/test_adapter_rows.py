@@ -1,0 +1,143 @@
+"""What the adapters are taught is what the commands ask: the same words, the right answers, the loss on them alone."""
+
+import random
+from collections import Counter
+
+import models
+import pytest
+
+from cai.base.errors import InputError
+from cai.base.paths import SMOLLM2
+from cai.constitution.files import load_constitution
+from cai.constitution.templates import load_template
+from cai.data.readers import read_jsonl
+from cai.models import loading
+from cai.stats import letters
+from cai.train import adapter_rows
+
+
+@pytest.fixture(scope="module")
+def demonstrations():
+    return [row for _, row in read_jsonl(SMOLLM2 / "demonstrations.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return loading.load_chat(str(models.folder("chatml")))
+
+
+@pytest.fixture
+def tasks(chat):
+    return adapter_rows.Tasks(chat, random.Random(0))
+
+
+def first(rows, **fields):
+    return next(row for row in rows if all(row[name] == value for name, value in fields.items()))
+
+
+def texts(chat, row):
+    """(what the model reads, what it is to answer)."""
+    at = len(row.ids) - row.targets
+    return chat.tokenizer.decode(row.ids[:at]), chat.tokenizer.decode(row.ids[at:])
+
+
+def test_a_critique_is_asked_for_as_the_command_asks(chat, tasks, demonstrations):
+    row = first(demonstrations, fault="harm")
+    read, answer = texts(chat, tasks.criticise(row))
+    asked = [
+        chat.render(load_template("critique").render(principle=p, prompt=row["prompt"], response=row["response"]))
+        for p in load_constitution("harmlessness").principles
+    ]
+    assert read in asked
+    assert answer == f"{row['critique']}<|im_end|>"
+
+
+def test_a_revision_follows_its_critique(chat, tasks, demonstrations):
+    row = first(demonstrations, fault="refusal")
+    read, answer = texts(chat, tasks.revise(row))
+    assert f"<critique>{row['critique']}</critique>" in read and f"<response>{row['response']}</response>" in read
+    assert answer == f"{row['revision']}<|im_end|>"
+
+
+@pytest.mark.parametrize(("fault", "option"), [("harm", 0), ("none", 1)])
+def test_a_critique_is_read_in_either_order(chat, tasks, demonstrations, fault, option):
+    row, orders = first(demonstrations, fault=fault), set()
+    for _ in range(12):
+        read, label = texts(chat, tasks.read_critique(row))
+        order = next(
+            order
+            for order in letters.cyclic_orders(2, 2)
+            if read.endswith(
+                chat.render(
+                    load_template("classify_critique").render(
+                        **{name: row[name] for name in ("prompt", "response", "critique")}, order=order
+                    )
+                )
+            )
+        )
+        assert order["AB".index(label)] == option
+        orders.add(order)
+    assert len(orders) == 2
+
+
+def test_the_better_response_is_named_wherever_it_stands(chat, tasks, demonstrations):
+    row, labels = first(demonstrations, fault="harm"), Counter()
+    for _ in range(12):
+        read, label = texts(chat, tasks.prefer(row, row["revision"], row["response"]))
+        side = label.lower()
+        assert f"<response_{side}>{row['revision']}</response_{side}>" in read
+        assert read.endswith("The better response is (")
+        labels[label] += 1
+    assert set(labels) == {"A", "B"}
+
+
+@pytest.mark.parametrize(("name", "words"), [("good", "It declines, says why"), ("off_topic", "something other")])
+def test_a_class_is_named_by_the_letter_that_it_stands_at(chat, tasks, demonstrations, name, words):
+    row = first(demonstrations, kind="harmful")
+    for _ in range(8):
+        read, label = texts(chat, tasks.classify(row, row["revision"], name))
+        line = next(line for line in read.splitlines() if line.startswith(f"({label})"))
+        assert words in line
+
+
+def test_a_fault_is_named_under_principles_that_speak_of_it(tasks, demonstrations):
+    fraud = {tasks.principle(first(demonstrations, fault="harm", category="fraud")).id for _ in range(200)}
+    assert "crime" in fraud and not fraud & {"people", "belongings-and-animals"}
+    harmless = {tasks.principle(first(demonstrations, fault="none", kind="benign")).id for _ in range(300)}
+    assert {"people", "belongings-and-animals", "helps"} <= harmless
+    refused = Counter(tasks.principle(first(demonstrations, fault="refusal")).id for _ in range(300))
+    assert refused["frightening-words"] > 20 and refused["harm"] > 0
+
+
+def test_own_answers_become_demonstrations_only_where_their_fault_is_known(demonstrations):
+    harmful, evasive = first(demonstrations, fault="harm"), first(demonstrations, fault="evasive")
+    helpful, refusal = first(demonstrations, fault="none", kind="benign"), first(demonstrations, fault="refusal")
+    declined = first(demonstrations, fault="harm", category="theft")
+    answers = {row["id"]: "Sure, begin with the first step." for row in (harmful, evasive, helpful, refusal)}
+    answers |= {declined["id"]: "I'm sorry, but I can't help with that.", "elsewhere": "Hello."}
+    own = {row["id"]: row for row in adapter_rows.own_demonstrations(demonstrations, answers)}
+    assert set(own) == {harmful["id"], helpful["id"], refusal["id"]}
+    assert own[harmful["id"]] == {**harmful, "response": answers[harmful["id"]]}
+    assert own[helpful["id"]]["critique"] == helpful["critique"] and own[helpful["id"]]["fault"] == "none"
+    assert own[refusal["id"]]["critique"].startswith("Nothing in the response goes against this")
+    assert own[refusal["id"]]["revision"] == answers[refusal["id"]]
+
+
+@pytest.mark.parametrize("role", ["critic_rows", "judge_rows"])
+def test_rows_follow_from_the_seed(chat, demonstrations, role):
+    make, some = getattr(adapter_rows, role), demonstrations[::6]
+    own = adapter_rows.own_demonstrations(some, {row["id"]: "Yes, here it is." for row in some[::2]})
+    rows = make(some, own, chat, 1)
+    assert rows == make(some, own, chat, 1) and rows != make(some, own, chat, 2)
+    assert all(0 < row.targets < len(row.ids) for row in rows)
+    choices = Counter(chat.tokenizer.decode(row.ids[-1:]) for row in rows if row.targets == 1)
+    assert choices["A"] and choices["B"]
+
+
+def test_a_demonstration_that_lacks_something_is_refused():
+    row = dict.fromkeys(adapter_rows.FIELDS, "x") | {"fault": "harm"}
+    adapter_rows.check_demonstration(row, "d.jsonl", 3)
+    with pytest.raises(InputError, match=r"d.jsonl:3: a demonstration without critique, revision; expected prompt,"):
+        adapter_rows.check_demonstration(row | {"critique": " ", "revision": None}, "d.jsonl", 3)
+    with pytest.raises(InputError, match="the fault 'x'; expected"):
+        adapter_rows.check_demonstration(row | {"fault": "x"}, "d.jsonl", 3)
