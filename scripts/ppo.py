@@ -144,9 +144,15 @@ def main(options):
 
 
 def check_models(options) -> None:
-    """Raise InputError for a model that is not there or can't be trained."""
+    """Raise InputError for a model that is not there or can't be trained, or whose training would never begin."""
     if options.value_head:
         cli.refuse_options(["value_warmup"], "with --value-head the value model is the policy's own")
+    if options.value_warmup >= options.updates:
+        raise InputError(
+            f"--value-warmup {options.value_warmup} leaves no update for the policy",
+            expected=f"fewer than the {options.updates} of --updates",
+            remedy="Lower it, or raise --updates",
+        )
     loading.check_model(options.model, training=True)
     if options.ref_model:
         loading.check_model(options.ref_model)

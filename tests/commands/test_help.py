@@ -93,7 +93,7 @@ def test_options_are_spelled_the_same_everywhere():
     assert {flag: dict(found) for flag, found in ways.items() if len(found) > 1}.keys() <= TWO_MEANINGS
 
 
-NO_STEPS = ("tiny", "report", "figures", "push", "constitution", "doctor", "export", "merge")
+NO_STEPS = ("tiny", "smollm2", "report", "figures", "push", "constitution", "doctor", "export", "merge")
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in NO_STEPS])

@@ -260,7 +260,8 @@ def test_from_prompts_to_a_policy_and_to_an_sft_model(invoke, generate, rules, t
     assert generate("without.jsonl").exit_code == 0
     sides = ["--input", tmp_path / "with.jsonl", "--against", tmp_path / "without.jsonl"]
     result = invoke("judge", *sides, "--prefer-input", "--output", tmp_path / "pairs.jsonl", "--json")
-    assert json.loads(result.stdout)["pairs"] == 2, result.output
+    counts = json.loads(result.stdout)  # of two prompts; the rules need not change each of the short answers
+    assert counts["pairs"] >= 1 and counts["pairs"] + counts["identical"] == 2, result.output
     small = ["--model", "tiny", "--batch-size", "1", "--device", "cpu", "--json"]
     for command, source, more in (
         ("dpo", "--input", []),

@@ -155,7 +155,7 @@ def test_the_model_and_another_take_turns(stub, invoke, tmp_path):
 
 @pytest.mark.slow
 def test_steps_of_a_run_share_one_engine_until_training_stops_it(stub, invoke, tmp_path):
-    line = ["--model", "tiny", "--smoke", "--rl", "none", "--rounds", 1, *stub(), "--output", tmp_path / "run"]
+    line = ["--model", "tiny", "--frames", "none", "--smoke", "--rl", "none", *stub(), "--output", tmp_path / "run"]
     result = invoke("run", *line)
     assert result.output.count("starting a server of vllm for tiny\n") == 1, result.output
     folder = tmp_path / "run" / "smoke"

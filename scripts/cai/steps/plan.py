@@ -24,10 +24,10 @@ TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 # The settings of each step. A critique that found no fault leaves the response as it was: from such copies
 # of harmless rows SFT learns to stay helpful, hence `--keep copy`. Pairs are sampled hotter than answers are,
 # because two that are alike teach a reward model nothing. `batch_size` is that of the steps that write or
-# judge text; `size`: updates, prompts in each, and minibatches; `frames`: of the evaluations of a run in frames;
-# `rounds` of critique and revision; `stop`: no revision where the critique finds no fault. Those of `smollm2` are meant
-# to end within an hour on two cores, which was not measured. An answer that is cut is not penalised there, because this
-# model answers at length.
+# judge text; `size`: updates, prompts in each, and minibatches; `value_warmup`: updates of PPO before the policy's
+# first; `frames`: of the evaluations of a run in frames; `rounds` of critique and revision; `stop`: no revision where
+# the critique finds no fault. Those of `smollm2` are meant to end within an hour on two cores, which was not measured.
+# An answer that is cut is not penalised there, because this model answers at length.
 PRESETS = {
     "tiny": {
         "batch_size": 64,
@@ -40,7 +40,8 @@ PRESETS = {
         "judge": "--pairs-per-prompt 4",
         "reward_model": "--epochs 1 --learning-rate 5e-4 --batch-size 32 --max-length 512",
         "size": {"ppo": (24, 64, 4), "grpo": (20, 16, 1)},
-        "ppo": "--epochs 1 --batch-size 32 --learning-rate 3e-4 --value-learning-rate 1e-3 --value-warmup 2 "
+        "value_warmup": 2,
+        "ppo": "--epochs 1 --batch-size 32 --learning-rate 3e-4 --value-learning-rate 1e-3 "
         "--value-clip-range 10 --lam 1 --kl-coef 0.1 --temperature 1.0 --max-new-tokens 96",
         "dpo": "--epochs 1 --learning-rate 1e-4 --batch-size 32 --max-length 512",
         "grpo": "--samples 4 --batch-size 64 --learning-rate 1e-4 --max-new-tokens 96",
@@ -316,6 +317,9 @@ def _add_rl(plan: _Plan, prompts: list[str], preferences: str, sft: str) -> str:
     if plan.choices.is_smoke and not plan.choices.updates:
         updates = min(updates, SMOKE[rl]["--updates"])
     size = ["--updates", updates, "--prompts-per-update", most, "--minibatches", minibatches]
+    warmup = min(plan.preset.get("value_warmup", 0), updates - 1)  # type: ignore[call-overload]
+    if rl == "ppo" and warmup:  # at least one update trains the policy
+        size += ["--value-warmup", warmup]
     return plan.add(rl, rl, [*prompts, "--model", sft, "--reward-model", reward, *map(str, size)], rl)
 
 
