@@ -256,12 +256,12 @@ def test_a_judge_compares_the_two_sides(invoke, tmp_path):
 
 @pytest.mark.slow
 def test_from_prompts_to_a_policy_and_to_an_sft_model(invoke, generate, rules, tmp_path):
-    assert generate("with.jsonl", "--in-context", "--constitution", rules).exit_code == 0
-    assert generate("without.jsonl").exit_code == 0
+    whole = ["--max-new-tokens", "48"]  # the rules need not change the first words of an answer
+    assert generate("with.jsonl", "--in-context", "--constitution", rules, *whole).exit_code == 0
+    assert generate("without.jsonl", *whole).exit_code == 0
     sides = ["--input", tmp_path / "with.jsonl", "--against", tmp_path / "without.jsonl"]
     result = invoke("judge", *sides, "--prefer-input", "--output", tmp_path / "pairs.jsonl", "--json")
-    counts = json.loads(result.stdout)  # of two prompts; the rules need not change each of the short answers
-    assert counts["pairs"] >= 1 and counts["pairs"] + counts["identical"] == 2, result.output
+    assert json.loads(result.stdout)["pairs"] == 2, result.output
     small = ["--model", "tiny", "--batch-size", "1", "--device", "cpu", "--json"]
     for command, source, more in (
         ("dpo", "--input", []),
@@ -271,5 +271,5 @@ def test_from_prompts_to_a_policy_and_to_an_sft_model(invoke, generate, rules, t
         file = "with.jsonl" if command == "sft" else "pairs.jsonl"
         result = invoke(command, source, tmp_path / file, "--output", tmp_path / command, *small, *more)
         assert result.exit_code == 0, result.output
-        assert json.loads(result.stdout)["steps"] == (2 if command == "sft" else counts["pairs"])
+        assert json.loads(result.stdout)["steps"] == 2
         assert (tmp_path / command / "model.safetensors").exists()

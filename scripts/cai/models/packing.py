@@ -11,6 +11,7 @@ small ones in float32 (`BFLOAT16_FROM`), whose values stay the same to the last 
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from cai.models.local import BFLOAT16_FROM
@@ -67,10 +68,16 @@ def _linear_layers(model: Any) -> Iterator[tuple[Any, str, Any]]:
 
 def _make_packed(layer: Any) -> Any:
     """A module that computes what a linear layer does."""
+    return _packed_linear()(layer)
+
+
+@cache
+def _packed_linear() -> Any:
+    """The class of packed layers; in a function, because torch is imported late."""
     import torch
 
     class PackedLinear(torch.nn.Module):  # type: ignore[misc]
-        def __init__(self) -> None:
+        def __init__(self, layer: Any) -> None:
             super().__init__()
             self.in_features, self.out_features = layer.in_features, layer.out_features
             self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
@@ -79,4 +86,4 @@ def _make_packed(layer: Any) -> Any:
         def forward(self, states: Any) -> Any:
             return torch.ops.mkldnn._linear_pointwise(states, self.packed, self.bias, "none", [], "")
 
-    return PackedLinear()
+    return PackedLinear
