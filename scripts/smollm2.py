@@ -118,8 +118,10 @@ def build(output, model, demonstrations, roles, epochs, own_count, threads, seed
 def own_answers(rows: list[dict], model: str, count: int, seed: int, output: Path) -> dict[str, str]:
     """{id: the model's own answer} of so many demonstrations, spread evenly over them; kept in the output folder."""
     file = output / OWN_ANSWERS
-    if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
+    wanted = {"model": hashing.identity(model), "count": count, "seed": seed, "rows": [row["prompt"] for row in rows]}
+    key = hashing.sha256_text(json.dumps(wanted))
+    if file.is_file() and (kept := json.loads(file.read_text(encoding="utf-8"))).get("key") == key:
+        return kept["answers"]
     chosen = rows[:: max(1, len(rows) // count)][:count] if count else []
     requests = [
         Request(row["id"], [{"role": "user", "content": row["prompt"]}], hashing.hashed_seed("own", seed, row["id"]))
@@ -129,7 +131,7 @@ def own_answers(rows: list[dict], model: str, count: int, seed: int, output: Pat
     answers = {request.key: generation.text for request, generation in engine.generate(requests, OWN_SAMPLING)}
     loading.release_engines()
     output.mkdir(parents=True, exist_ok=True)
-    files.write_text(file, json.dumps(answers, ensure_ascii=False, indent=1) + "\n")
+    files.write_text(file, json.dumps({"key": key, "answers": answers}, ensure_ascii=False, indent=1) + "\n")
     return answers
 
 

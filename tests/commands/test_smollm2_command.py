@@ -1,10 +1,12 @@
 """smollm2.py: the build of critic and judge on a small random model, and what run.py makes of the shipped ones."""
 
 import json
+import sys
 from importlib.util import find_spec
 
 import models
 import pytest
+from conftest import load_command
 
 from cai.base.paths import SMOLLM2
 from cai.data.outputs import write_jsonl
@@ -53,6 +55,17 @@ def test_the_same_command_is_done_and_other_settings_build_again(invoke, tmp_pat
     assert again["judge"] == first["judge"] and weights.stat().st_mtime_ns == before
     assert json.loads(invoke(*args, "--epochs", 2).stdout)["judge"]["steps"] > first["judge"]["steps"]
     assert weights.stat().st_mtime_ns != before
+
+
+def test_own_answers_are_kept_for_the_same_settings_alone(demonstrations, tmp_path):
+    load_command("smollm2")
+    own_answers = sys.modules["command_smollm2"].own_answers
+    rows, model = [row for _, row in read_jsonl(demonstrations)], str(models.folder("chatml"))
+    first = own_answers(rows, model, 4, 0, tmp_path)
+    assert len(first) == 4 and own_answers(rows, model, 4, 0, tmp_path) == first
+    other = own_answers(rows, model, 4, 1, tmp_path)
+    assert other.keys() == first.keys() and other != first
+    assert len(own_answers(rows, model, 6, 1, tmp_path)) == 6
 
 
 def test_a_dry_run_writes_nothing(invoke, tmp_path, demonstrations):
