@@ -23,7 +23,8 @@ TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 
 # The settings of each step. A critique that found no fault leaves the response as it was: from such copies
 # of harmless rows SFT learns to stay helpful, hence `--keep copy`. Pairs are sampled hotter than answers are,
-# because two that are alike teach a reward model nothing. `batch_size` is that of the steps that write or
+# because two that are alike teach a reward model nothing. With `tiny` SFT is light, so that RL has something to do, and
+# PPO takes 48 rows per optimizer step: with 16 its noise costs helpfulness (references/results.md). `batch_size` is that of the steps that write or
 # judge text; `size`: updates, prompts in each, and minibatches; `value_warmup`: updates of PPO before the policy's
 # first; `frames`: of the evaluations of a run in frames; `rounds` of critique and revision; `stop`: no revision where
 # the critique finds no fault. Those of `smollm2` are meant to end within an hour on two cores, which was not measured.
@@ -35,11 +36,11 @@ PRESETS = {
         "generate": "--temperature 1.0 --max-new-tokens 96",
         "critique": "--temperature 1.0 --max-new-tokens 96 --examples 0",
         "revise": "--temperature 1.0 --max-new-tokens 96 --examples 0",
-        "sft": "--keep all --epochs 3 --learning-rate 1e-3 --batch-size 32 --max-length 512",
-        "samples": "--samples 4 --temperature 1.0 --max-new-tokens 96",
+        "sft": "--keep all --epochs 1 --learning-rate 3e-4 --batch-size 32 --max-length 512",
+        "samples": "--samples 4 --temperature 1.3 --max-new-tokens 96",
         "judge": "--pairs-per-prompt 4",
         "reward_model": "--epochs 1 --learning-rate 5e-4 --batch-size 32 --max-length 512",
-        "size": {"ppo": (24, 64, 4), "grpo": (20, 16, 1)},
+        "size": {"ppo": (30, 96, 2), "grpo": (20, 16, 1)},
         "value_warmup": 2,
         "ppo": "--epochs 1 --batch-size 32 --learning-rate 3e-4 --value-learning-rate 1e-3 "
         "--value-clip-range 10 --lam 1 --kl-coef 0.1 --temperature 1.0 --max-new-tokens 96",
