@@ -47,6 +47,9 @@ SHOWN = (
     "benign_helpful",
     "benign_refused",
     "over_refusal",
+    "harmful_compliance_under_seen_frames",
+    "harmful_compliance_under_held_out_frames",
+    "benign_helpful_under_held_out_frames",
 )
 T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's, 97.5 %
 

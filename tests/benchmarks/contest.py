@@ -14,7 +14,8 @@ Leaves out worlds without an oracle, and rates of what the responses do: evaluat
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import click
@@ -26,6 +27,7 @@ from soft_labels import step
 
 from cai.data import outputs, readers
 from cai.data.dialogue import as_messages
+from cai.data.kinds import KINDS
 from cai.data.preferences import is_tie
 from cai.evaluate import framed
 from cai.models import loading
@@ -103,22 +105,28 @@ def compare_rewards(pairs: Sequence[dict], scores: Mapping[str, tuple[float, flo
     return {**intervals.clustered_mean(differences, [pair["prompt_id"] for pair in scored]), "deviation": deviation}
 
 
-def measure(run: Path, judges: Sequence[str], constitution: str, folder: Path) -> list[dict]:
-    """The figures of a run, a row for its plain prompts and one for those in frames."""
+def measure(run: Path, judges: Sequence[str], constitution: str, folder: Path, by_kind: bool) -> list[dict]:
+    """The figures of a run: a row for its plain prompts and one for those in frames, then for each kind of both."""
     pairs = pair_responses(run)
     scores = score_pairs(pairs, str(run / "reward-model")) if (run / "reward-model").is_dir() else {}
     contests: dict[str, Margins] = {"oracle": ask_oracle(pairs)}
     for number, model in enumerate(judges, 1):
         contests[model] = ask_judge(pairs, model, constitution, folder / f"{run.name}-judge-{number}.jsonl")
-    groups: dict[str, Callable[[dict], bool]] = {"plain": lambda pair: not framed.is_framed(pair)}
-    groups["in frames"] = framed.is_framed
+    groups = {
+        name: [pair for pair in pairs if framed.is_framed(pair) is is_framed]
+        for name, is_framed in {"plain": False, "in frames": True}.items()
+    }
+    if by_kind:
+        groups |= {
+            f"{name}, {kind}": [pair for pair in group if pair["kind"] == kind]
+            for name, group in list(groups.items())
+            for kind in KINDS
+        }
     rows = []
-    for name, is_in in groups.items():
-        group = [pair for pair in pairs if is_in(pair)]
-        if group:
-            reward = compare_rewards(group, scores) if scores else None
-            wins = {judge: count_wins(group, margins) for judge, margins in contests.items()}
-            rows.append({"run": str(run), "prompts": name, "n": len(group), "reward": reward, "wins": wins})
+    for name, group in filter(itemgetter(1), groups.items()):
+        reward = compare_rewards(group, scores) if scores else None
+        wins = {judge: count_wins(group, margins) for judge, margins in contests.items()}
+        rows.append({"run": str(run), "prompts": name, "n": len(group), "reward": reward, "wins": wins})
     return rows
 
 
@@ -137,12 +145,13 @@ def table(rows: Sequence[dict]) -> str:
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False))
 @click.option("--judge", "judges", multiple=True, metavar="MODEL", help="A reward model or a chat model. Repeatable.")
 @click.option("--constitution", default="harmlessness", show_default=True, help="That a chat model judges by.")
+@click.option("--by-kind", is_flag=True, help="Also for harmful, benign and borderline prompts alone.")
 @click.option("--output", required=True, metavar="FOLDER", help="Folder for everything that is made.")
-def main(runs, judges, constitution, output):
+def main(runs, judges, constitution, by_kind, output):
     """Compare the policy after RL with the SFT model of finished RUNS; prints a table in Markdown."""
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for run in runs for row in measure(Path(run), judges, constitution, folder)]
+    rows = [row for run in runs for row in measure(Path(run), judges, constitution, folder, by_kind)]
     (folder / "contest.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     click.echo(table(rows))
 

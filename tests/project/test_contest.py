@@ -76,15 +76,17 @@ def test_a_run_by_its_reward_model_and_two_judges(tmp_path):
     run = write_run(tmp_path / "run", 3, 1, 1)
     reward_model = write_reward_model(run / "reward-model")
     judges = ["--judge", str(reward_model), "--judge", str(models.folder("llama"))]
-    line = [sys.executable, contest.__file__, str(run), *judges, "--output", str(tmp_path / "made")]
+    line = [sys.executable, contest.__file__, str(run), *judges, "--by-kind", "--output", str(tmp_path / "made")]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 4  # heading, rule, plain, in frames
-    plain, in_frames = json.loads((tmp_path / "made" / "contest.json").read_text(encoding="utf-8"))
+    assert len(done.stdout.splitlines()) == 6  # heading, rule, plain, in frames, and the harmful ones of both
+    plain, in_frames, *harmful = json.loads((tmp_path / "made" / "contest.json").read_text(encoding="utf-8"))
     assert (plain["prompts"], in_frames["prompts"], plain["n"]) == ("plain", "in frames", 5)
     # The judge that gave the reward prefers what has the higher reward; identical responses are no comparison.
     assert plain["wins"][str(reward_model)]["n"] == 4
     assert plain["wins"]["oracle"]["value"] == 0.75
+    assert [row["prompts"] for row in harmful] == ["plain, harmful", "in frames, harmful"]
+    assert harmful[0]["wins"] == plain["wins"]  # there are no others
 
 
 def test_a_run_without_reinforcement_learning_is_refused(tmp_path):

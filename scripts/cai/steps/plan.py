@@ -24,11 +24,11 @@ TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 # The settings of each step. A critique that found no fault leaves the response as it was: from such copies
 # of harmless rows SFT learns to stay helpful, hence `--keep copy`. Pairs are sampled hotter than answers are,
 # because two that are alike teach a reward model nothing. With `tiny` SFT is light, so that RL has something to do, and
-# PPO takes 48 rows per optimizer step: with 16 its noise costs helpfulness (references/results.md). `batch_size` is that of the steps that write or
-# judge text; `size`: updates, prompts in each, and minibatches; `value_warmup`: updates of PPO before the policy's
-# first; `frames`: of the evaluations of a run in frames; `rounds` of critique and revision; `stop`: no revision where
-# the critique finds no fault. Those of `smollm2` are meant to end within an hour on two cores, which was not measured.
-# An answer that is cut is not penalised there, because this model answers at length.
+# PPO takes 48 rows per optimizer step: with 16 its noise costs helpfulness (references/results.md). `batch_size` is
+# that of the steps that write or judge text; `size`: updates, prompts in each, and minibatches; `value_warmup`: updates
+# of PPO before the policy's first; `frames`: of the evaluations of a run in frames; `rounds` of critique and revision;
+# `stop`: no revision where the critique finds no fault. Those of `smollm2` are meant to end within an hour on two
+# cores, which was not measured. An answer that is cut is not penalised there, because this model answers at length.
 PRESETS = {
     "tiny": {
         "batch_size": 64,
