@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import models
 import pytest
+import torch
 from conftest import ROOT, load_command
 from event_files import read_events
+from safetensors.torch import load_file
 
 from cai.base.paths import TINY
 from cai.data.kinds import KINDS
@@ -379,12 +382,16 @@ def test_the_whole_loop_on_tiny_shrunk(invoke, tmp_path):
     # The bundled model complies with everything: what a helpful-only model is.
     assert said["stages"]["base"]["harmful_compliance"]["value"] > 0.8
     assert said["stages"]["base"]["over_refusal"]["value"] == 0
-    # A policy is trained at each stage, and it is the trained ones that are measured.
-    answers = {
-        stage: [row["response"] for _, row in read_jsonl(tmp_path / f"out/evaluation-{stage}.responses.jsonl")]
+    # A policy is trained at each stage, and it is the trained ones that are measured. One step of SFT on 30 rows
+    # changes the weights, and hardly a sampled response.
+    weights = [load_file(folder / "model.safetensors") for folder in (TINY, tmp_path / "out/sft", tmp_path / "out/ppo")]
+    for before, after in pairwise(weights):
+        assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
+    measured = {
+        read_manifest(tmp_path / f"out/evaluation-{stage}.responses.jsonl")["fingerprint"]["model"]
         for stage in ("base", "sft", "ppo")
     }
-    assert answers["base"] != answers["sft"] != answers["ppo"]
+    assert len(measured) == 3
     # Four responses a prompt and the base model's: of ten pairs five are judged, less the identical ones.
     assert 30 < said["judge"]["pairs"] + said["judge"]["identical"] <= 5 * 30
     assert said["output"] == str(tmp_path / "out") and said["seconds"] > 0
