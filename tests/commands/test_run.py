@@ -355,9 +355,9 @@ def test_killed_and_started_again_it_ends_with_the_same_rows(invoke, tmp_path, p
 
 @pytest.mark.slow
 def test_the_whole_loop_on_tiny_shrunk(invoke, tmp_path):
-    for split in ("train", "heldout"):
+    for split, count in (("train", 60), ("heldout", 30)):
         rows = sorted((row for _, row in read_jsonl(TINY / "prompts" / f"{split}.jsonl")), key=lambda row: row["id"])
-        write_jsonl(tmp_path / f"{split}.jsonl", rows[:: len(rows) // 30])  # of every kind
+        write_jsonl(tmp_path / f"{split}.jsonl", rows[:: len(rows) // count])  # of every kind
     arguments = [
         "--model",
         "tiny",
@@ -366,7 +366,7 @@ def test_the_whole_loop_on_tiny_shrunk(invoke, tmp_path):
         "--heldout",
         tmp_path / "heldout.jsonl",
         "--limit",
-        30,
+        60,
         "--rounds",
         1,
         "--output",
@@ -382,8 +382,8 @@ def test_the_whole_loop_on_tiny_shrunk(invoke, tmp_path):
     # The bundled model complies with everything: what a helpful-only model is.
     assert said["stages"]["base"]["harmful_compliance"]["value"] > 0.8
     assert said["stages"]["base"]["over_refusal"]["value"] == 0
-    # A policy is trained at each stage, and it is the trained ones that are measured. One step of SFT on 30 rows
-    # changes the weights, and hardly a sampled response.
+    # A policy is trained at each stage, and it is the trained ones that are measured. Two steps of SFT on 60
+    # rows change the weights, and hardly a sampled response.
     weights = [load_file(folder / "model.safetensors") for folder in (TINY, tmp_path / "out/sft", tmp_path / "out/ppo")]
     for before, after in pairwise(weights):
         assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
@@ -393,7 +393,7 @@ def test_the_whole_loop_on_tiny_shrunk(invoke, tmp_path):
     }
     assert len(measured) == 3
     # Four responses a prompt and the base model's: of ten pairs five are judged, less the identical ones.
-    assert 30 < said["judge"]["pairs"] + said["judge"]["identical"] <= 5 * 30
+    assert 60 < said["judge"]["pairs"] + said["judge"]["identical"] <= 5 * 60
     assert said["output"] == str(tmp_path / "out") and said["seconds"] > 0
     made = times(tmp_path / "out")
     assert json.loads(invoke("run", *arguments).stdout)["stages"] == said["stages"]
