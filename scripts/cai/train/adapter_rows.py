@@ -163,11 +163,15 @@ class Tasks:
             "revise", row["revision"], principle=self.principle(row), critique=row["critique"], **_texts(row)
         )
 
-    def read_critique(self, row: Row) -> TokenRow:
-        """Whether the critique finds a fault: option 0 is yes."""
-        order = self.rng.choice(letters.cyclic_orders(2, 2))
-        label = "AB"[order.index(int(row["fault"] == "none"))]
-        return self.choose("classify_critique", label, critique=row["critique"], order=order, **_texts(row))
+    def read_critique(self, row: Row) -> list[TokenRow]:
+        """Whether the critique finds a fault, in both orders: option 0 is yes."""
+        none = int(row["fault"] == "none")
+        return [
+            self.choose(
+                "classify_critique", "AB"[order.index(none)], critique=row["critique"], order=order, **_texts(row)
+            )
+            for order in letters.cyclic_orders(2, 2)
+        ]
 
     def prefer(self, row: Row, better: str, worse: str) -> list[TokenRow]:
         """Both orders of a comparison: what stands first tells nothing."""
@@ -199,6 +203,8 @@ def critic_rows(
 ) -> list[TokenRow]:
     """One epoch of critiques, their first words, revisions, and readings of critiques.
 
+    Most demonstrations have a fault, most of the model's own answers have none: together they are about as many.
+
     Args:
         own: of `own_demonstrations`. decided: of `own_decisions`.
     """
@@ -215,11 +221,12 @@ def critic_rows(
         for row in demonstrations
         if row["kind"] != "harmful" and row["fault"] != "none"
     ]
+    read = [row for part in (faulty, faultless) for row in tasks.share(part, len(rows) // 8)]
     return [
-        *map(tasks.criticise, [*rows, *helped, *tasks.share(declined, len(rows) // 15)]),
-        *map(tasks.decide, decided),
-        *map(tasks.revise, [*tasks.share(faulty, len(faulty) * 2 // 3), *tasks.share(faultless, len(rows) // 20)]),
-        *map(tasks.read_critique, [row for part in (faulty, faultless) for row in tasks.share(part, len(rows) // 10)]),
+        *map(tasks.criticise, [*demonstrations, *helped, *tasks.share(declined, len(rows) // 15)]),
+        *map(tasks.decide, [*own, *decided, *decided]),
+        *map(tasks.revise, [*tasks.share(faulty, len(faulty) * 2 // 5), *tasks.share(faultless, len(rows) // 25)]),
+        *(row for pair in map(tasks.read_critique, read) for row in pair),
     ]
 
 
