@@ -7,7 +7,6 @@ commands, `doctor.py --as critic` among them, take the adapters as any model.
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -19,16 +18,11 @@ from cai.models import loading
 from cai.models.engine import Request, Sampling
 from cai.train import adapter_rows, adapters
 
-# The stages of each role: what makes the rows of an epoch, and the share of the learning rate. The critic's second
-# stage is not to undo what the first one taught.
-ROLES = {
-    "critic": ((adapter_rows.critic_rows, 1.0), (adapter_rows.decision_rows, 0.3)),
-    "judge": ((adapter_rows.judge_rows, 1.0),),
-}
+ROLES = ("critic", "judge")
 
 OWN_ANSWERS = "own-answers.json"
 
-OWN_SAMPLING = Sampling(max_new_tokens=80, temperature=0.7)
+OWN_SAMPLING = Sampling(max_new_tokens=48, temperature=0.7)
 
 
 @click.group()
@@ -51,17 +45,29 @@ def main():
     help="Rows with prompt, kind, category, topic, response, fault, critique, revision.  [default: the bundled ones]",
 )
 @click.option(
-    "--role", "roles", multiple=True, type=click.Choice(list(ROLES)), help="Only this adapter.  [default: both]"
+    "--prompts",
+    default=str(SMOLLM2 / "prompts" / "train.jsonl"),
+    metavar="FILE",
+    help="Rows with prompt, kind, category, topic: the critic learns whether answers to them have a fault.  "
+    "[default: the bundled training prompts]",
 )
+@click.option("--role", "roles", multiple=True, type=click.Choice(ROLES), help="Only this adapter.  [default: both]")
 @click.option(
     "--epochs",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Passes per stage, with other draws each.",
+    help="Passes over the rows, with other draws each.",
 )
-@click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Rank of the adapters.")
-@click.option("--learning-rate", type=float, default=1.5e-3, show_default=True, help="Highest learning rate.")
+@click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Rank of the adapters.")
+@click.option(
+    "--first-layer",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    help="First of the model's blocks, from 0, that gets an adapter.",
+)
+@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Highest learning rate.")
 @click.option("--batch-tokens", type=click.IntRange(min=1), default=1536, show_default=True, help="Tokens per step.")
 @click.option(
     "--own-answers",
@@ -69,11 +75,13 @@ def main():
     type=click.IntRange(min=0),
     default=240,
     show_default=True,
-    help="Demonstrations whose prompt the model answers itself, as further responses to criticise and judge.",
+    help="Demonstrations whose prompt the model answers itself too, as further responses to criticise and judge.",
 )
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="CPU threads.")
 @cli.options("seed", "json", "dry_run")
-def build(output, model, demonstrations, roles, epochs, own_count, threads, seed, as_json, dry_run, **training):
+def build(
+    output, model, demonstrations, prompts, roles, epochs, own_count, threads, seed, as_json, dry_run, **training
+):
     """Train the adapters; resumes where it was stopped.
 
     \b
@@ -81,73 +89,82 @@ def build(output, model, demonstrations, roles, epochs, own_count, threads, seed
       python scripts/smollm2.py build --output smollm2-new --seed 0 --threads 2
     """
     source = sources.Source([demonstrations], require=adapter_rows.FIELDS, check=adapter_rows.check_demonstration)
-    rows = list(source)
+    asked = sources.Source([prompts], require=("prompt", "kind", "category", "topic"))
+    rows, prompt_rows = list(source), list(asked)
     loading.check_model(model, training=True)
     settings = adapters.Settings(seed=seed, **training)
     record = {
         "model": hashing.identity(model),
+        "dtype": loading.inference_dtype("cpu", "auto", model),
         "demonstrations": source.digest,
+        "prompts": asked.digest,
         "epochs": epochs,
         "own_answers": own_count,
         **vars(settings),
     }
     if dry_run:
-        return cli.finish({"would_build": output, "rows": len(rows), **record}, as_json=as_json)
+        return cli.finish(
+            {"would_build": output, "rows": len(rows), "rows_of_prompts": len(prompt_rows), **record}, as_json=as_json
+        )
     import torch
 
     torch.set_num_threads(threads)
-    own = adapter_rows.own_demonstrations(rows, own_answers(rows, model, own_count, seed, Path(output)))
+    chosen = rows[:: max(1, len(rows) // own_count)][:own_count] if own_count else []
+    answers = own_answers([*chosen, *prompt_rows], model, seed, Path(output))
+    own = adapter_rows.own_demonstrations(chosen, answers)
+    decided = adapter_rows.own_decisions(prompt_rows, answers)
     chat = loading.load_chat(model)
-    figures = {}
-    for role in roles or ROLES:
-        start = None
-        for number, (make, share) in enumerate(ROLES[role], 1):
-            folder = Path(output) / (role if number == len(ROLES[role]) else f"{role}-{number}")
-            epochs_of_rows = [make(rows, own, chat, seed + epoch) for epoch in range(epochs)]
-            stage = replace(settings, learning_rate=share * settings.learning_rate)
-            figures[role] = train(model, epochs_of_rows, folder, stage, record, start)
-            start = folder
+    makers = {
+        "critic": lambda epoch: adapter_rows.critic_rows(rows, own, decided, chat, seed + epoch),
+        "judge": lambda epoch: adapter_rows.judge_rows(rows, own, chat, seed + epoch),
+    }
+    figures = {
+        role: train(model, list(map(makers[role], range(epochs))), Path(output) / role, settings, record)
+        for role in roles or ROLES
+    }
     cli.finish(
-        {"output": output, "own_answers": len(own), **figures},
+        {"output": output, "own_answers": len(own) + len(decided), **figures},
         as_json=as_json,
         next_command=f"python scripts/run.py --model {model} --critic {output}/critic --judge {output}/judge "
         "--output runs/new",
     )
 
 
-def own_answers(rows: list[dict], model: str, count: int, seed: int, output: Path) -> dict[str, str]:
-    """{id: the model's own answer} of so many demonstrations, spread evenly over them; kept in the output folder."""
+def own_answers(rows: list[dict], model: str, seed: int, output: Path) -> dict[str, str]:
+    """{id: the model's own answer to the row's prompt}; kept in the output folder."""
     file = output / OWN_ANSWERS
-    wanted = {"model": hashing.identity(model), "count": count, "seed": seed, "rows": [row["prompt"] for row in rows]}
+    asked = [(row["id"], row["prompt"]) for row in rows]
+    wanted = {"model": hashing.identity(model), "sampling": vars(OWN_SAMPLING), "seed": seed, "asked": asked}
     key = hashing.sha256_text(json.dumps(wanted))
     if file.is_file() and (kept := json.loads(file.read_text(encoding="utf-8"))).get("key") == key:
         return kept["answers"]
-    chosen = rows[:: max(1, len(rows) // count)][:count] if count else []
     requests = [
-        Request(row["id"], [{"role": "user", "content": row["prompt"]}], hashing.hashed_seed("own", seed, row["id"]))
-        for row in chosen
+        Request(id_, [{"role": "user", "content": prompt}], hashing.hashed_seed("own", seed, id_))
+        for id_, prompt in asked
     ]
     engine = loading.load_engine(model)
-    answers = {request.key: generation.text for request, generation in engine.generate(requests, OWN_SAMPLING)}
+    answers = {}
+    with cli.progress(len(requests), "own answers", unit="answer") as bar:
+        for request, generation in engine.generate(requests, OWN_SAMPLING):
+            answers[request.key] = generation.text
+            bar.update()
     loading.release_engines()
     output.mkdir(parents=True, exist_ok=True)
     files.write_text(file, json.dumps({"key": key, "answers": answers}, ensure_ascii=False, indent=1) + "\n")
     return answers
 
 
-def train(
-    model: str, epochs: list, folder: Path, settings: adapters.Settings, record: dict, start: Path | None
-) -> dict:
-    """Train one adapter from an earlier stage's, unless the folder has the same one already; its figures."""
+def train(model: str, epochs: list, folder: Path, settings: adapters.Settings, record: dict) -> dict:
+    """Train one adapter, unless the folder has the same one already; its figures."""
     from transformers import AutoModelForCausalLM
 
     done = folder / "build.json"
     if done.is_file() and (built := json.loads(done.read_text(encoding="utf-8")))["settings"] == record:
         return built["figures"]
     loading.keep_freed_memory()
-    policy = loading.load_weights(AutoModelForCausalLM, model, "bfloat16")
+    policy = loading.load_weights(AutoModelForCausalLM, model, record["dtype"])
     cli.note(f"{folder}: {sum(len(row.ids) for rows in epochs for row in rows)} tokens")
-    figures = adapters.adapt(policy, epochs, folder, settings, base=model, start=start, report=cli.note)
+    figures = adapters.adapt(policy, epochs, folder, settings, base=model, report=cli.note)
     files.write_text(done, json.dumps({"settings": record, "figures": figures}, indent=1) + "\n")
     return figures
 

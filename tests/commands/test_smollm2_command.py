@@ -26,7 +26,8 @@ def demonstrations(tmp_path_factory):
 
 def arguments(output, demonstrations):
     base = ["smollm2", "build", "--model", models.folder("chatml"), "--demonstrations", demonstrations]
-    return [*base, "--output", output, "--own-answers", 6, "--rank", 2, "--threads", 1, "--json"]
+    base += ["--prompts", demonstrations, "--own-answers", 6, "--rank", 2, "--first-layer", 1]
+    return [*base, "--output", output, "--threads", 1, "--json"]
 
 
 def test_a_build_makes_two_adapters_that_commands_take(invoke, tmp_path, demonstrations):
@@ -61,11 +62,16 @@ def test_own_answers_are_kept_for_the_same_settings_alone(demonstrations, tmp_pa
     load_command("smollm2")
     own_answers = sys.modules["command_smollm2"].own_answers
     rows, model = [row for _, row in read_jsonl(demonstrations)], str(models.folder("chatml"))
-    first = own_answers(rows, model, 4, 0, tmp_path)
-    assert len(first) == 4 and own_answers(rows, model, 4, 0, tmp_path) == first
-    other = own_answers(rows, model, 4, 1, tmp_path)
+    first = own_answers(rows[:4], model, 0, tmp_path)
+    assert len(first) == 4 and own_answers(rows[:4], model, 0, tmp_path) == first
+    other = own_answers(rows[:4], model, 1, tmp_path)
     assert other.keys() == first.keys() and other != first
-    assert len(own_answers(rows, model, 6, 1, tmp_path)) == 6
+    assert len(own_answers(rows[:6], model, 1, tmp_path)) == 6
+
+
+def test_a_block_that_the_model_lacks_is_refused(invoke, tmp_path, demonstrations):
+    result = invoke(*arguments(tmp_path / "new", demonstrations), "--first-layer", 99)
+    assert result.exit_code == 2 and "--first-layer: 99 is not a block" in result.stderr
 
 
 def test_a_dry_run_writes_nothing(invoke, tmp_path, demonstrations):

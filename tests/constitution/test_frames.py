@@ -129,7 +129,7 @@ def test_a_split_without_frames_is_an_error(load):
         ("id: rex", "id: Rex!", 2, "the id 'Rex!'"),
         ("role_play", "roleplay", 3, "the kind 'roleplay'; expected one of: push, prefill"),
         ("split: seen", "split: test", 4, "the split 'test'; expected one of: seen, held_out"),
-        ("    split: seen\n", "", 2, "a frame without `split`"),
+        ("    kind: role_play\n", "", 2, "a frame without `kind`"),
         ("Rex, {{ prompt }}", "Rex", 6, "leaves the prompt out"),
         ("{{ prompt }}", "{{ question }}", 7, "the variable 'question'; expected `prompt`"),
         ("{{ prompt }}", "{{ prompt", 7, "can't be rendered"),

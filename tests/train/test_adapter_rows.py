@@ -62,8 +62,8 @@ def test_a_revision_follows_its_critique(chat, tasks, demonstrations):
 @pytest.mark.parametrize(("fault", "option"), [("harm", 0), ("none", 1)])
 def test_a_critique_is_read_in_either_order(chat, tasks, demonstrations, fault, option):
     row, orders = first(demonstrations, fault=fault), set()
-    for _ in range(12):
-        read, label = texts(chat, tasks.read_critique(row))
+    for asked in tasks.read_critique(row):
+        read, label = texts(chat, asked)
         order = next(
             order
             for order in letters.cyclic_orders(2, 2)
@@ -81,23 +81,12 @@ def test_a_critique_is_read_in_either_order(chat, tasks, demonstrations, fault, 
 
 
 def test_the_better_response_is_named_wherever_it_stands(chat, tasks, demonstrations):
-    row, labels = first(demonstrations, fault="harm"), Counter()
-    for _ in range(12):
-        read, label = texts(chat, tasks.prefer(row, row["revision"], row["response"]))
+    row = first(demonstrations, fault="harm")
+    for compared, label in zip(tasks.prefer(row, row["revision"], row["response"]), "AB", strict=True):
+        read, answer = texts(chat, compared)
         side = label.lower()
-        assert f"<response_{side}>{row['revision']}</response_{side}>" in read
+        assert answer == label and f"<response_{side}>{row['revision']}</response_{side}>" in read
         assert read.endswith("The better response is (")
-        labels[label] += 1
-    assert set(labels) == {"A", "B"}
-
-
-@pytest.mark.parametrize(("name", "words"), [("good", "It declines, says why"), ("off_topic", "something other")])
-def test_a_class_is_named_by_the_letter_that_it_stands_at(chat, tasks, demonstrations, name, words):
-    row = first(demonstrations, kind="harmful")
-    for _ in range(8):
-        read, label = texts(chat, tasks.classify(row, row["revision"], name))
-        line = next(line for line in read.splitlines() if line.startswith(f"({label})"))
-        assert words in line
 
 
 def test_a_fault_is_named_under_principles_that_speak_of_it(tasks, demonstrations):
@@ -123,10 +112,27 @@ def test_own_answers_become_demonstrations_only_where_their_fault_is_known(demon
     assert own[refusal["id"]]["revision"] == answers[refusal["id"]]
 
 
-@pytest.mark.parametrize("role", ["critic_rows", "judge_rows"])
+def test_of_own_answers_to_other_prompts_the_first_word_of_a_critique_is_learned(chat, tasks):
+    prompts = [row for _, row in read_jsonl(SMOLLM2 / "prompts" / "train.jsonl")]
+    harmful, benign, declined = (first(prompts, kind=kind) for kind in ("harmful", "benign", "borderline"))
+    answers = {row["id"]: "Yes. Begin with the first step." for row in (harmful, benign)}
+    answers[declined["id"]] = "I'm sorry, but I can't help with that."
+    for row, word in zip(adapter_rows.own_decisions(prompts, answers), ("The", "Nothing"), strict=True):
+        read, answer = texts(chat, tasks.decide(row))
+        assert f"<response>{answers[row['id']]}</response>" in read and read.endswith("<|im_start|>assistant\n")
+        assert answer and word.startswith(answer)
+
+
+@pytest.mark.parametrize("role", ["critic", "judge"])
 def test_rows_follow_from_the_seed(chat, demonstrations, role):
-    make, some = getattr(adapter_rows, role), demonstrations[::6]
+    some = demonstrations[::6]
     own = adapter_rows.own_demonstrations(some, {row["id"]: "Yes, here it is." for row in some[::2]})
+    decided = [{**row, "critique": "The"} for row in some[:5]]
+
+    def make(some, own, chat, seed):
+        rows = (some, own, decided) if role == "critic" else (some, own)
+        return getattr(adapter_rows, f"{role}_rows")(*rows, chat, seed)
+
     rows = make(some, own, chat, 1)
     assert rows == make(some, own, chat, 1) and rows != make(some, own, chat, 2)
     assert all(0 < row.targets < len(row.ids) for row in rows)

@@ -1,16 +1,18 @@
 """Adapters trained by the plain loop: the gradient of the plain loss, resumed with the same result, read by peft."""
 
 import json
+from dataclasses import replace
 
 import models
 import pytest
 import torch
 
+from cai.base.errors import InputError
 from cai.models import loading
 from cai.train import adapters
 from cai.train.adapters import Settings, TokenRow
 
-SETTINGS = Settings(rank=2, learning_rate=2e-2, batch_tokens=120, save_steps=2)
+SETTINGS = Settings(rank=2, first_layer=0, learning_rate=2e-2, batch_tokens=120, save_steps=2)
 
 
 def load():
@@ -68,6 +70,26 @@ def test_the_gradient_is_that_of_the_plain_loss():
     assert before - plain_loss(model, rows).item() == pytest.approx(step * gradients[0][0].norm().item(), rel=0.05)
 
 
+def test_the_first_of_the_targets_counts_for_more_where_a_row_says_so():
+    model, rows = load(), make_rows(4)
+    led = [replace(row, lead=1.5) for row in rows]
+    first = [TokenRow(row.ids[: len(row.ids) - row.targets + 1], 1) for row in rows]
+    expected = adapters.loss_of(model, rows) + 1.5 * adapters.loss_of(model, first)
+    assert adapters.loss_of(model, led).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_blocks_before_the_first_are_left_as_they_are(tmp_path):
+    settings = replace(SETTINGS, first_layer=1)
+    model, rows, base = load(), make_rows(4), str(models.folder("llama"))
+    adapters.adapt(model, [rows], tmp_path, settings, base=base, report=lambda note: None)
+    loaded = loading.load_policy(str(tmp_path))
+    for ours, plain in zip(loaded.model.layers, load().model.layers, strict=True):
+        changed = not torch.equal(ours.mlp.up_proj.weight.float(), plain.mlp.up_proj.weight.float())
+        assert changed == (ours is not loaded.model.layers[0])
+    with pytest.raises(InputError, match="99 is not a block of a model of 2"):
+        adapters.adapted_layers(load(), replace(SETTINGS, first_layer=99))
+
+
 def test_training_lowers_the_loss_and_the_adapter_says_the_same_after_loading(tmp_path):
     model, rows, notes = load(), make_rows(), []
     base = str(models.folder("llama"))
@@ -104,7 +126,7 @@ def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(tmp_path):
 
 def test_a_state_of_other_settings_is_not_continued(tmp_path):
     rows, base = make_rows(), str(models.folder("llama"))
-    other = Settings(rank=2, learning_rate=1e-3, batch_tokens=120, save_steps=2)
+    other = replace(SETTINGS, learning_rate=1e-3)
     steps = []
 
     def stop(note):

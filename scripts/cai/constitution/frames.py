@@ -32,7 +32,7 @@ from cai.data import dialogue
 FRAME_KEYS = {
     "id": "The frame's name in every row and figure.",
     "kind": "What the frame does: push, prefill, role_play, jailbreak, safety or greeting.",
-    "split": "seen: for training and measuring; held_out: for measuring only.",
+    "split": "seen: for training and measuring; held_out (the default): for measuring only.",
     "for": "Which prompts it is for: all (the default), or harmful ones alone.",
     "messages": "The conversation, in which `{{ prompt }}` stands for the prompt; it ends with the user.",
     "prefill": "The beginning of the answer, as plain text.",
@@ -216,7 +216,7 @@ def load_frames(name_or_path: str) -> Frames:
 
 def _frame(node: yaml.Node, path: Path) -> Frame:
     keys = read_mapping(node, path, FRAME_KEYS, "frame")
-    for name in ("id", "kind", "split", "messages"):
+    for name in ("id", "kind", "messages"):
         if name not in keys:
             raise InputError(
                 f"a frame without `{name}`", where=path, line=line_of(node), expected=f"keys out of: {', '.join(keys)}"
@@ -224,7 +224,7 @@ def _frame(node: yaml.Node, path: Path) -> Frame:
     frame = Frame(
         id=read_line(keys["id"], path, "id"),
         kind=_word(keys["kind"], path, "kind", KINDS),
-        split=_word(keys["split"], path, "split", SPLITS),
+        split=_word(keys["split"], path, "split", SPLITS) if "split" in keys else "held_out",
         audience=_word(keys["for"], path, "for", AUDIENCES) if "for" in keys else "all",
         prefill=read_text(keys["prefill"], path, "prefill").strip() if "prefill" in keys else "",
         line=line_of(node),

@@ -8,12 +8,14 @@
 Leaves out what a frame is (constitution/frames.py), and how prompts are answered (responding.py).
 """
 
+import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cai.base.hashing import hashed_seed
 from cai.constitution.frames import KINDS, SPLITS, Frame
-from cai.stats import tables
+from cai.stats import intervals, tables
 
 # The figures that are measured in frames, by who reads the responses: the oracle or a judge, a safety classifier, rules
 # for phrases. The first of harmful and the first of benign prompts are shown for each frame.
@@ -110,11 +112,38 @@ def add_worst(rates: dict[str, dict], rows: Iterable[Mapping[str, Any]]) -> None
             before = worst.setdefault(title, rate)
             if before["value"] != WORSE[name](before["value"], rate["value"]):
                 worst[title] = rate
+            elif before is not rate and before["value"] == rate["value"]:
+                worst[title] = {**before, "tied": [*before.get("tied", ()), frame]}
     rates |= {title: dict(rate) for title, rate in worst.items()}
 
 
+def add_changes(rates: dict[str, dict], outcomes: Mapping[str, Sequence[tuple[str, float, Any]]]) -> None:
+    """Add `minus_plain` to each figure in frames: {value, low, high, n}, paired by prompt (`intervals.paired`).
+
+    Left out where the prompts were not asked plainly too.
+
+    Args:
+        rates: {metric: figure}, changed in place. outcomes: {metric: (prompt, 1 or 0, seed) of each response}.
+    """
+    for metric, results in outcomes.items():
+        name, _, ending = metric.partition("_under_")
+        if not ending.startswith("frame_") and not ending.endswith("_frames"):
+            continue
+        plain = defaultdict(list)
+        for prompt, success, _ in outcomes.get(name, ()):
+            plain[prompt].append(success)
+        pairs = [(prompt, success - statistics.fmean(plain[prompt])) for prompt, success, _ in results if plain[prompt]]
+        if pairs:
+            prompts, differences = zip(*pairs, strict=True)
+            clusters = prompts if len(set(prompts)) < len(prompts) else None
+            low, high = intervals.paired(differences, clusters=clusters)
+            figure = {"value": statistics.fmean(differences), "low": low, "high": high, "n": len(set(prompts))}
+            rates[metric]["minus_plain"] = figure
+
+
 def table(rates: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """A line per frame, in groups: harmful compliance and benign helpfulness. None without frames.
+    """Plain prompts, and a line per frame, in groups: harmful compliance and benign helpfulness, and what the frame
+    changes. None without frames.
 
     Args:
         rates: {metric: figure} as in the file of an evaluation.
@@ -128,27 +157,45 @@ def table(rates: Mapping[str, Mapping[str, Any]]) -> str | None:
     frames = {rate["frame"]: (rate["frame_kind"], rate["frame_split"]) for rate in single.values()}
 
     def cells(ending: str) -> list[str]:
-        figures = [rates.get(f"{name}_under_{ending}") for name in names]
-        return [cell for rate in figures for cell in (tables.show(rate), f"{rate['n']}" if rate else "")]
+        figures = [rates.get(f"{name}{ending}") or {} for name in names]
+        return [
+            cell
+            for rate in figures
+            for cell in (tables.show(rate or None), f"{rate.get('n', '')}", _points(rate.get("minus_plain")))
+        ]
 
     def lines() -> Iterator[list[str]]:
+        if any((rates.get(name) or {}).get("n") for name in names):
+            yield ["plain", *cells("")]
         for split in SPLITS:
             for kind in KINDS:
                 of_kind = sorted(frame for frame, place in frames.items() if place == (kind, split))
-                if of_kind:
-                    yield [f"{_words(kind)}, {_words(split)}", *cells(f"{split}_{kind}_frames")]
-                yield from ([f"  {frame}", *cells(f"frame_{frame}")] for frame in of_kind)
+                title = f"{_words(kind)}, {_words(split)}"
+                if len(of_kind) == 1:
+                    yield [f"{of_kind[0]} ({title})", *cells(f"_under_frame_{of_kind[0]}")]
+                elif of_kind:
+                    yield [title, *cells(f"_under_{split}_{kind}_frames")]
+                    yield from ([f"  {frame}", *cells(f"_under_frame_{frame}")] for frame in of_kind)
 
-    return tables.table(("frame", *(cell for name in names for cell in (_words(name), "n"))), lines())
+    return tables.table(("frame", *(cell for name in names for cell in (_words(name), "n", "− plain"))), lines())
+
+
+def _points(change: Mapping[str, float] | None) -> str:
+    """A difference in points, with its interval."""
+    if change is None:
+        return ""
+    value, low, high = (f"{100 * change[name]:+.1f}".replace("-", "−") for name in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
 
 
 def worst_lines(rates: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """`worst seen frame: harmful compliance 40.0 % (20.0–60.0) in role-rex (role play)`, for each split."""
+    """`worst seen frame: harmful compliance 40.0 % (20.0–60.0) in role-rex (role play), as in ann`, for each split."""
     for metric, rate in rates.items():
         name, _, ending = metric.partition("_under_worst_")
         if ending:
             split = ending.removesuffix("_frame")
             place = f"{rate['frame']} ({_words(rate['frame_kind'])})"
+            place += f", as in {', '.join(rate['tied'])}" if rate.get("tied") else ""
             yield f"worst {_words(split)} frame: {_words(name)} {tables.show(rate)} in {place}"
 
 

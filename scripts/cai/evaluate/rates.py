@@ -131,6 +131,7 @@ def rates_of_rows(rows: Iterable[Mapping]) -> dict[str, dict]:
     by_class = () if any(name.endswith(others) for name in by_metric) else RATES
     names = [*by_class, *(name for name in by_metric if name not in RATES)]
     result = {name: _rate_of(by_metric.get(name, [])) for name in names}
+    framed.add_changes(result, by_metric)
     framed.add_worst(result, rows)
     judged = [
         {**row, "class": row["class_by_judge"], "class_by_judge": None} for row in rows if row.get("class_by_judge")

@@ -1,15 +1,14 @@
 """What a critic and a judge are taught: worked demonstrations in the words of the templates, as rows of token ids.
 
-    rows = critic_rows(demonstrations, chat, seed=0)
-    rows = judge_rows(demonstrations, chat, seed=0)
+    rows = critic_rows(demonstrations, own, chat, seed=0)
+    rows = judge_rows(demonstrations, own, chat, seed=0)
 
-Each demonstration is a prompt, a response with or without a fault, a critique, and a revision. The model reads exactly
-what critique.py, revise.py and judge.py show it; the loss is on the answer alone. Principles, orders and letters are
-drawn from the seed. Leaves out the training (adapters.py).
+Each demonstration is a prompt, a response with or without a fault, a critique, and a revision. To these come the
+model's own answers, which it is going to criticise and compare. The model reads exactly what the commands show it, and
+the loss is on the answer alone. Principles and orders are drawn from the seed. Leaves out the training (adapters.py).
 """
 
 import random
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -48,8 +47,8 @@ _SCOPES = {
 
 _ANY = 0.35  # how often a fault that is no harm is named under any principle of harmlessness.yaml
 
-# The letters of templates/classify.jinja.
-_LETTERS = {"harm": "A", "good": "B", "evasive": "C", "preachy": "D", "off_topic": "E", "helpful": "A"}
+# What critiques begin with: with a fault, and without one.
+_OPENING = {True: "The", False: "Nothing"}
 
 
 def check_demonstration(row: Row, where: str, line: int) -> None:
@@ -75,16 +74,40 @@ def own_demonstrations(demonstrations: Sequence[Row], answers: Mapping[str, str]
         answers: {id: answer}.
     """
     rows = []
-    for row in demonstrations:
-        answer = answers.get(row["id"], "").strip()
-        if not answer or refusals.read(row["prompt"], answer) != "complied":
-            continue
+    for row, answer in _helped(demonstrations, answers):
         if row["kind"] == "harmful" and row["fault"] == "harm":
             rows.append({**row, "response": answer})
         elif row["kind"] != "harmful":
             critique = row["critique"] if row["fault"] == "none" else _helps(row)
             rows.append({**row, "response": answer, "fault": "none", "critique": critique, "revision": answer})
     return rows
+
+
+def own_decisions(prompts: Sequence[Row], answers: Mapping[str, str]) -> list[Row]:
+    """The model's own answers to prompts without a demonstration: whether they have a fault follows from the kind.
+
+    Their critique is its first word alone, which says whether there is a fault. What declines is left out.
+
+    Args:
+        prompts: rows with id, prompt, kind, category, topic. answers: {id: answer}.
+    """
+    return [
+        {
+            **row,
+            "response": answer,
+            "fault": "harm" if row["kind"] == "harmful" else "none",
+            "critique": _OPENING[row["kind"] == "harmful"],
+        }
+        for row, answer in _helped(prompts, answers)
+    ]
+
+
+def _helped(rows: Sequence[Row], answers: Mapping[str, str]) -> Iterator[tuple[Row, str]]:
+    """The rows that were answered, with an answer that does not decline."""
+    for row in rows:
+        answer = answers.get(row["id"], "").strip()
+        if answer and refusals.read(row["prompt"], answer) == "complied":
+            yield row, answer
 
 
 class Tasks:
@@ -100,8 +123,7 @@ class Tasks:
         names = ("harmlessness", "non-evasive", "helpfulness")
         self.constitutions: dict[str, Constitution] = {name: load_constitution(name) for name in names}
         self.templates = {
-            name: load_template(name)
-            for name in ("critique", "revise", "classify_critique", "check_prompt", "preference", "classify")
+            name: load_template(name) for name in ("critique", "revise", "classify_critique", "preference")
         }
 
     def principle(self, row: Row) -> Principle:
@@ -117,10 +139,10 @@ class Tasks:
             principles = tuple(p for p in principles if p.id not in _SCOPES or row["category"] in _SCOPES[p.id])
         return self.rng.choice(principles)
 
-    def write(self, template: str, answer: str, **variables: Any) -> TokenRow:
+    def write(self, template: str, answer: str, *, lead: float = 0.0, **variables: Any) -> TokenRow:
         """A row whose answer is a text."""
         prompt, target = encode(self.chat, self.templates[template].render(**variables), answer)
-        return TokenRow([*prompt, *target], len(target))
+        return TokenRow([*prompt, *target], len(target), lead)
 
     def choose(self, template: str, label: str, **variables: Any) -> TokenRow:
         """A row whose answer is a letter after the template's prefill."""
@@ -128,49 +150,44 @@ class Tasks:
         return TokenRow(self.chat.encode(self.chat.render(messages) + label), 1)
 
     def criticise(self, row: Row) -> TokenRow:
-        return self.write("critique", row["critique"], principle=self.principle(row), **_texts(row))
+        """Its first word decides whether there is a fault: it counts as much as all words."""
+        return self.write("critique", row["critique"], lead=1.0, principle=self.principle(row), **_texts(row))
 
     def decide(self, row: Row) -> TokenRow:
         """A critique of which only the first word is trained: whether there is a fault at all."""
         whole = self.criticise(row)
         return TokenRow(whole.ids[: len(whole.ids) - whole.targets + 1], 1)
 
-    def check_prompt(self, row: Row) -> TokenRow:
-        """Whether giving what the prompt asks for would be at fault: option 0 is yes."""
-        order = self.rng.choice(letters.cyclic_orders(2, 2))
-        label = "AB"[order.index(int(row["kind"] != "harmful"))]
-        principle = self.principle({**row, "fault": "harm"})
-        return self.choose("check_prompt", label, principle=principle, prompt=row["prompt"], order=order)
-
     def revise(self, row: Row) -> TokenRow:
         return self.write(
             "revise", row["revision"], principle=self.principle(row), critique=row["critique"], **_texts(row)
         )
 
-    def read_critique(self, row: Row) -> TokenRow:
-        """Whether the critique finds a fault: option 0 is yes."""
-        order = self.rng.choice(letters.cyclic_orders(2, 2))
-        label = "AB"[order.index(int(row["fault"] == "none"))]
-        return self.choose("classify_critique", label, critique=row["critique"], order=order, **_texts(row))
+    def read_critique(self, row: Row) -> list[TokenRow]:
+        """Whether the critique finds a fault, in both orders: option 0 is yes."""
+        none = int(row["fault"] == "none")
+        return [
+            self.choose(
+                "classify_critique", "AB"[order.index(none)], critique=row["critique"], order=order, **_texts(row)
+            )
+            for order in letters.cyclic_orders(2, 2)
+        ]
 
-    def prefer(self, row: Row, better: str, worse: str) -> TokenRow:
-        label = self.rng.choice("AB")
-        first, second = (better, worse) if label == "A" else (worse, better)
-        return self.choose(
-            "preference",
-            label,
-            principle=self.principle(row),
-            prompt=row["prompt"],
-            response_a=first,
-            response_b=second,
-            reasoning="",
-        )
-
-    def classify(self, row: Row, response: str, name: str) -> TokenRow:
-        """name: a key of _LETTERS, whose letter is the option's in the plain order."""
-        order = self.rng.choice(letters.cyclic_orders(5, 5))
-        label = "ABCDE"[order.index("ABCDE".index(_LETTERS[name]))]
-        return self.choose("classify", label, prompt=row["prompt"], response=response, order=order)
+    def prefer(self, row: Row, better: str, worse: str) -> list[TokenRow]:
+        """Both orders of a comparison: what stands first tells nothing."""
+        principle = self.principle(row)
+        return [
+            self.choose(
+                "preference",
+                label,
+                principle=principle,
+                prompt=row["prompt"],
+                response_a=first,
+                response_b=second,
+                reasoning="",
+            )
+            for label, first, second in (("A", better, worse), ("B", worse, better))
+        ]
 
     def share(self, rows: Sequence[Row], most: int) -> list[Row]:
         """At most so many of the rows, drawn at random."""
@@ -181,55 +198,35 @@ def _texts(row: Row) -> dict[str, str]:
     return {"prompt": row["prompt"], "response": row["response"]}
 
 
-def critic_rows(demonstrations: Sequence[Row], own: Sequence[Row], chat: Chat, seed: int) -> list[TokenRow]:
-    """One epoch of critiques, revisions, and readings of critiques.
+def critic_rows(
+    demonstrations: Sequence[Row], own: Sequence[Row], decided: Sequence[Row], chat: Chat, seed: int
+) -> list[TokenRow]:
+    """One epoch of critiques, their first words, revisions, and readings of critiques.
+
+    Most demonstrations have a fault, most of the model's own answers have none: together they are about as many.
 
     Args:
-        own: of `own_demonstrations`.
+        own: of `own_demonstrations`. decided: of `own_decisions`.
     """
     tasks = Tasks(chat, random.Random(f"critic/{seed}"))
     rows = [*demonstrations, *own]
     faulty = [row for row in rows if row["fault"] != "none"]
     faultless = [row for row in rows if row["fault"] == "none"]
-    revised = [
-        {**row, "response": row["revision"], "fault": "none", "critique": _declines_well(row)}
-        for row in demonstrations
-        if row["fault"] == "harm"
+    harmful = [row for row in demonstrations if row["fault"] == "harm"]
+    declined = [
+        {**row, "response": row["revision"], "fault": "none", "critique": _declines_well(row)} for row in harmful
     ]
-    return [
-        *map(tasks.criticise, [*tasks.share(rows, len(rows) * 3 // 4), *tasks.share(revised, len(rows) // 15)]),
-        *map(tasks.revise, [*tasks.share(faulty, len(faulty) * 2 // 3), *tasks.share(faultless, len(rows) // 20)]),
-        *map(tasks.read_critique, tasks.share(rows, len(rows) // 7)),
-    ]
-
-
-def decision_rows(demonstrations: Sequence[Row], own: Sequence[Row], chat: Chat, seed: int) -> list[TokenRow]:
-    """What follows an epoch of `critic_rows`: above all, whether there is a fault. In a critique that is one word of
-    fifty, which the epoch before hardly teaches. Faulty and faultless rows are as many here.
-
-    Args:
-        own: of `own_demonstrations`.
-    """
-    tasks = Tasks(chat, random.Random(f"decision/{seed}"))
-    rows = [*demonstrations, *own]
-    harm = [row for row in rows if row["fault"] == "harm"]
     helped = [
         {**row, "response": row["revision"], "fault": "none", "critique": _helps(row)}
         for row in demonstrations
         if row["kind"] != "harmful" and row["fault"] != "none"
     ]
-    helped += [row for row in rows if row["fault"] == "none" and row["kind"] != "harmful"]
-    declined = [row for row in demonstrations if row["fault"] == "none" and row["kind"] == "harmful"]
-    other = [row for row in rows if row["fault"] not in ("harm", "none")]
-    half = len(demonstrations) // 3
-    faulty = [*tasks.share(harm, half), *tasks.share(other, half // 3)]
-    faultless = [*tasks.share(helped, half), *tasks.share(declined, half // 6)]
+    read = [row for part in (faulty, faultless) for row in tasks.share(part, len(rows) // 8)]
     return [
-        *map(tasks.decide, [*faulty, *faultless]),
-        *map(tasks.check_prompt, demonstrations),
-        *map(tasks.read_critique, [*tasks.share(faulty, half // 3), *tasks.share(faultless, half // 3)]),
-        *map(tasks.criticise, [*tasks.share(faulty, half // 4), *tasks.share(faultless, half // 4)]),
-        *map(tasks.revise, tasks.share(faulty, half // 4)),
+        *map(tasks.criticise, [*demonstrations, *helped, *tasks.share(declined, len(rows) // 15)]),
+        *map(tasks.decide, [*own, *decided, *decided]),
+        *map(tasks.revise, [*tasks.share(faulty, len(faulty) * 2 // 5), *tasks.share(faultless, len(rows) // 25)]),
+        *(row for pair in map(tasks.read_critique, read) for row in pair),
     ]
 
 
@@ -244,47 +241,36 @@ def _declines_well(row: Row) -> str:
 
 
 def judge_rows(demonstrations: Sequence[Row], own: Sequence[Row], chat: Chat, seed: int) -> list[TokenRow]:
-    """One epoch of comparisons and of classes of responses.
+    """One epoch of comparisons, each in both orders: the revision against the response, and a good answer against what
+    is worse in some other way. What a harmless prompt is compared with declines: for a frightening one, something of
+    the harm that it sounds like.
 
     Args:
         own: of `own_demonstrations`.
     """
     tasks = Tasks(chat, random.Random(f"judge/{seed}"))
-    return [*_comparisons(tasks, demonstrations, own), *_classes(tasks, demonstrations, own)]
-
-
-def _comparisons(tasks: Tasks, demonstrations: Sequence[Row], own: Sequence[Row]) -> Iterator[TokenRow]:
-    """The revision against the response; a good answer against what is worse in some other way."""
-    by_category = defaultdict(list)
-    for row in demonstrations:
-        by_category[row["category"]].append(row)
     answers = {row["id"]: row["response"] for row in own}
-    for row in tasks.share(demonstrations, len(demonstrations) // 2):
+    rows: list[TokenRow] = []
+    for row in tasks.share(demonstrations, len(demonstrations)):
         good, refuses = row["revision"], row["kind"] == "harmful"
         if row["fault"] != "none":
-            yield tasks.prefer(row, good, row["response"])
-        worse = [answers.get(row["id"])] if refuses else _refusals_like(row, by_category, tasks.rng)
-        other = tasks.rng.choice([other for other in demonstrations if other["topic"] != row["topic"]])
-        worse += [other["revision"]] if tasks.rng.random() < 0.3 else []
+            rows += tasks.prefer(row, good, row["response"])
+        others = [other for other in demonstrations if other["topic"] != row["topic"]]
+        alike = [other for other in others if other["category"] == row["category"] or row["kind"] == "benign"]
+        worse = [answers.get(row["id"])] if refuses else _refusals(alike, tasks.rng)
+        other = tasks.rng.choice(others)
+        worse += [other["revision"]] if tasks.rng.random() < 0.1 else []
         for text in filter(None, worse):
             better = answers.get(row["id"]) if not refuses and tasks.rng.random() < 0.5 else None
-            yield tasks.prefer({**row, "fault": "none" if not refuses else row["fault"]}, better or good, text)
+            rows += tasks.prefer({**row, "fault": "none" if not refuses else row["fault"]}, better or good, text)
+    return rows
 
 
-def _refusals_like(row: Row, by_category: Mapping[str, Sequence[Row]], rng: random.Random) -> list[str]:
-    """A refusal of another request of the category, for a harmless row in half of the cases."""
+def _refusals(rows: Sequence[Row], rng: random.Random) -> list[str]:
+    """Two of the texts that decline something."""
     texts = [
-        other["response"] if other["fault"] == "refusal" else other["revision"]
-        for other in by_category[row["category"]]
-        if other is not row and (other["fault"] == "refusal" or other["kind"] == "harmful")
+        row["response"] if row["fault"] == "refusal" else row["revision"]
+        for row in rows
+        if row["fault"] == "refusal" or row["kind"] == "harmful"
     ]
-    return [rng.choice(texts)] if texts and rng.random() < 0.5 else []
-
-
-def _classes(tasks: Tasks, demonstrations: Sequence[Row], own: Sequence[Row]) -> Iterator[TokenRow]:
-    """What responses do: faulty ones, good refusals, and helpful answers."""
-    faulty = [row for row in demonstrations if row["fault"] in _LETTERS]
-    for row in [*tasks.share(faulty, len(demonstrations) // 5), *tasks.share(own, len(demonstrations) // 14)]:
-        yield tasks.classify(row, row["response"], "helpful" if row["fault"] == "none" else row["fault"])
-    for row in tasks.share(demonstrations, len(demonstrations) // 5):
-        yield tasks.classify(row, row["revision"], "good" if row["kind"] == "harmful" else "helpful")
+    return rng.sample(texts, min(2, len(texts)))

@@ -2,10 +2,10 @@
 
     adapt(model, [rows], "runs/critic", Settings(), base="smollm2")
 
-The forward pass multiplies by the merged weights in bfloat16, which is what the adapter becomes when it is loaded; the
-two small matrices of each layer and the optimizer are in float32. That spares the narrow products of peft's layers,
-which a CPU does slowly, and what rows begin with in common is computed once. Leaves out several devices, and what the
-rows say (adapter_rows.py).
+The forward pass multiplies by the merged weights, which is what the adapter becomes when it is loaded; the two small
+matrices of each layer and the optimizer are in float32. That spares the narrow products of peft's layers, which a CPU
+does slowly, and what rows begin with in common is computed once. Leaves out several devices, and what the rows say
+(adapter_rows.py).
 """
 
 import json
@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cai.base.errors import InputError
 from cai.base.files import write_text
 from cai.models import decoding
 from cai.train.common import lora_config, training_order
 
-# The linear layers of a Llama block, all of which get an adapter.
+# The linear layers of a Llama block, which get an adapter.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 STATE = "state.pt"
@@ -35,9 +36,15 @@ WARM_UP = 0.05  # share of the steps
 
 @dataclass(frozen=True)
 class Settings:
-    """How an adapter is trained. `batch_tokens`: of one step, padding counted. `save_steps`: between saved states."""
+    """How an adapter is trained.
 
-    rank: int = 8
+    first_layer: the first block, from 0, that gets an adapter. What a small model knows of a text is in the states of
+        its middle blocks already; later ones learn to say it from fewer examples, and what is before has no gradient.
+    batch_tokens: of one step, padding counted. save_steps: between saved states.
+    """
+
+    rank: int = 16
+    first_layer: int = 16
     learning_rate: float = 1e-3
     batch_tokens: int = 2048
     seed: int = 0
@@ -46,14 +53,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """Token ids of a conversation, and how many at its end have a loss."""
+    """Token ids of a conversation, how many at its end have a loss, and what the first of these counts for.
+
+    lead: 0 for a share like that of any target; 1 if it counts as much as all of them.
+    """
 
     ids: Sequence[int]
     targets: int
+    lead: float = 0.0
 
 
 def adapted_layers(model: Any, settings: Settings) -> dict[str, Any]:
-    """{name: layer}: put an adapter on every linear layer named in TARGETS, in place; only the adapters are trained.
+    """{name: layer}: put an adapter on the linear layers named in TARGETS, in place; only the adapters are trained.
 
     The first matrix is drawn from the seed, the second is zero, so that training begins at the model itself.
     """
@@ -61,7 +72,13 @@ def adapted_layers(model: Any, settings: Settings) -> dict[str, Any]:
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    layers = {name: layer for name, layer in model.named_modules() if name.rpartition(".")[2] in TARGETS}
+    if not 0 <= settings.first_layer < (blocks := model.config.num_hidden_layers):
+        raise InputError(f"{settings.first_layer} is not a block of a model of {blocks}", where="--first-layer")
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if name.rpartition(".")[2] in TARGETS and int(name.split(".")[2]) >= settings.first_layer
+    }
     generator = torch.Generator().manual_seed(settings.seed)
     for layer in layers.values():
         outputs, inputs = layer.weight.shape
@@ -156,7 +173,10 @@ def hidden_states(model: Any, rows: Sequence[TokenRow]) -> tuple[Any, int]:
 
 
 def loss_of(model: Any, rows: Sequence[TokenRow]) -> Any:
-    """Mean over the rows of the mean loss of their targets, so that a label counts as much as a text."""
+    """Mean over the rows of the mean loss of their targets, and `lead` times that of the first of these.
+
+    So a label counts as much as a text.
+    """
     import torch
 
     hidden, shared = hidden_states(model, rows)
@@ -164,7 +184,8 @@ def loss_of(model: Any, rows: Sequence[TokenRow]) -> Any:
     lines, columns = (torch.tensor(numbers) for numbers in zip(*at, strict=True))
     logits = model.lm_head(hidden[lines, columns - 1 - shared]).float()
     targets = torch.tensor([rows[n].ids[column] for n, column in at])
-    weights = torch.tensor([1 / rows[n].targets for n, _ in at])
+    leads = [row.lead * (k == 0) for row in rows for k in range(row.targets)]
+    weights = torch.tensor([1 / rows[n].targets + lead for (n, _), lead in zip(at, leads, strict=True)])
     losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     return (losses * weights).sum() / len(rows)
 
@@ -176,7 +197,6 @@ def adapt(
     settings: Settings,
     *,
     base: str,
-    start: Path | None = None,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train adapters on the rows of each epoch, and save them to `folder` in peft's form; {steps, tokens, loss}.
@@ -186,14 +206,11 @@ def adapt(
     Args:
         model: a Llama-like language model, with its weights in the dtype of the forward pass.
         base: what the adapter names as its base.
-        start: an adapter of this rank to continue from, as `save_adapter` wrote it.
     """
     import torch
 
     folder = Path(folder)
     layers = adapted_layers(model, settings)
-    if start is not None:
-        _load_adapter(layers, start)
     parameters = [parameter for layer in layers.values() for parameter in (layer.lora_a, layer.lora_b)]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
     plan = [
@@ -260,15 +277,6 @@ def _save_state(folder, parameters, optimizer, step, losses, settings, steps) ->
     os.replace(folder / f"{STATE}.tmp", folder / STATE)
 
 
-def _load_adapter(layers: dict[str, Any], folder: Path) -> None:
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / "adapter_model.safetensors")
-    for name, layer in layers.items():
-        for kind, matrix in (("lora_A", layer.lora_a), ("lora_B", layer.lora_b)):
-            matrix.data.copy_(tensors[f"base_model.model.{name}.{kind}.weight"])
-
-
 def save_adapter(layers: dict[str, Any], folder: Path, settings: Settings, base: str) -> None:
     """Write the adapter as peft reads it: adapter_model.safetensors in bfloat16, and adapter_config.json."""
     import torch
@@ -291,6 +299,7 @@ def save_adapter(layers: dict[str, Any], folder: Path, settings: Settings, base:
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "layers_to_transform": sorted({int(name.split(".")[2]) for name in layers}),
         "inference_mode": True,
     }
     write_text(folder / "adapter_config.json", f"{json.dumps(config, indent=1)}\n")
