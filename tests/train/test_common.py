@@ -185,6 +185,29 @@ def test_arguments_suit_every_trainer_without_a_warning(tmp_path):
 # --- metrics, saving, scoring ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("count", [3, 9])
+def test_training_of_a_single_step_has_a_learning_rate(tmp_path, count):
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(1, 1)
+    model.accepts_loss_kwargs = False
+    before = model.weight.item()
+
+    class LineTrainer(Trainer):
+        def compute_loss(self, model, inputs, **_):
+            return (model(inputs["x"][:, None]) - 3).square().mean()
+
+    settings = common.trainer_arguments(tmp_path, learning_rate=0.1, batch_size=4, dtype="float32", device="cpu")
+    rows = Dataset.from_dict({"x": [1.0] * count})
+    trainer = LineTrainer(model, TrainingArguments(**settings, remove_unused_columns=False), train_dataset=rows)
+    common.run_trainer(trainer, tmp_path)
+    assert trainer.state.global_step == (1 if count == 3 else 3)
+    assert model.weight.item() != before
+    assert trainer.args.warmup_steps == (0 if count == 3 else 0.05)
+
+
 def test_metrics_are_one_row_a_log_and_a_resume_drops_later_rows(tmp_path):
     state = SimpleNamespace(global_step=0, max_steps=10, is_world_process_zero=True)
     log = common.MetricsLog(tmp_path)

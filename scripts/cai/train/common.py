@@ -420,6 +420,10 @@ def run_trainer(trainer, output: str | Path):
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+    arguments = trainer.args
+    step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    if arguments.warmup_steps and len(trainer.train_dataset) <= step:
+        arguments.warmup_steps = 0  # the first step of a warm-up has a learning rate of 0, and there is no other
     last = last_state(Path(output) / CHECKPOINTS)
     return trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
