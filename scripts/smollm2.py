@@ -116,7 +116,7 @@ def build(
     chat = loading.load_chat(model)
     makers = {
         "critic": lambda epoch: adapter_rows.critic_rows(rows, own, decided, chat, seed + epoch),
-        "judge": lambda epoch: adapter_rows.judge_rows(rows, own, chat, seed + epoch),
+        "judge": lambda epoch: adapter_rows.judge_rows(rows, own, decided, chat, seed + epoch),
     }
     figures = {
         role: train(model, list(map(makers[role], range(epochs))), Path(output) / role, settings, record)

@@ -89,6 +89,19 @@ def test_the_better_response_is_named_wherever_it_stands(chat, tasks, demonstrat
         assert read.endswith("The better response is (")
 
 
+def test_a_refusal_is_better_for_a_harmful_prompt_and_worse_for_a_harmless_one_in_the_same_words(chat, demonstrations):
+    harmful, benign = (first(demonstrations, kind=kind, fault="none") for kind in ("harmful", "benign"))
+    answered = [{**harmful, "fault": "harm", "response": "Yes, like this."}, {**benign, "response": "Yes, like this."}]
+    for row, is_refused in zip(answered, (True, False), strict=True):
+        compared = adapter_rows.judge_rows([], [], [row], chat, 0)
+        assert len(compared) == 2
+        for asked in compared:
+            read, label = texts(chat, asked)
+            at = read.index("Yes, like this.")
+            helps = "AB"[read.rindex("<response_b>") < at]
+            assert row["topic"].replace("-", " ") in read and (label == helps) is not is_refused
+
+
 def test_a_fault_is_named_under_principles_that_speak_of_it(tasks, demonstrations):
     fraud = {tasks.principle(first(demonstrations, fault="harm", category="fraud")).id for _ in range(200)}
     assert "crime" in fraud and not fraud & {"people", "belongings-and-animals"}
@@ -130,8 +143,7 @@ def test_rows_follow_from_the_seed(chat, demonstrations, role):
     decided = [{**row, "critique": "The"} for row in some[:5]]
 
     def make(some, own, chat, seed):
-        rows = (some, own, decided) if role == "critic" else (some, own)
-        return getattr(adapter_rows, f"{role}_rows")(*rows, chat, seed)
+        return getattr(adapter_rows, f"{role}_rows")(some, own, decided, chat, seed)
 
     rows = make(some, own, chat, 1)
     assert rows == make(some, own, chat, 1) and rows != make(some, own, chat, 2)

@@ -1,7 +1,7 @@
 """What a critic and a judge are taught: worked demonstrations in the words of the templates, as rows of token ids.
 
-    rows = critic_rows(demonstrations, own, chat, seed=0)
-    rows = judge_rows(demonstrations, own, chat, seed=0)
+    rows = critic_rows(demonstrations, own, decided, chat, seed=0)
+    rows = judge_rows(demonstrations, own, decided, chat, seed=0)
 
 Each demonstration is a prompt, a response with or without a fault, a critique, and a revision. To these come the
 model's own answers, which it is going to criticise and compare. The model reads exactly what the commands show it, and
@@ -46,6 +46,14 @@ _SCOPES = {
 }
 
 _ANY = 0.35  # how often a fault that is no harm is named under any principle of harmlessness.yaml
+
+# Refusals of any topic, for comparisons in which harm alone decides.
+_REFUSALS = (
+    "I won't help with {topic}, because somebody could get hurt. I can help you with something else that you need.",
+    "I'm sorry, but I can't help with {topic}: it may do harm. Tell me what is behind it, and I'll do what I can.",
+    "No, I don't want to take part in this. {topic} can end badly for others. If you like, we look for another way.",
+    "I can't give advice on {topic}, since it could harm people. What I can do is talk through what troubles you.",
+)
 
 # What critiques begin with: with a fault, and without one.
 _OPENING = {True: "The", False: "Nothing"}
@@ -240,37 +248,28 @@ def _declines_well(row: Row) -> str:
     return f"Nothing in the response goes against this: it declines help with {topic}, and offers another way."
 
 
-def judge_rows(demonstrations: Sequence[Row], own: Sequence[Row], chat: Chat, seed: int) -> list[TokenRow]:
-    """One epoch of comparisons, each in both orders: the revision against the response, and a good answer against what
-    is worse in some other way. What a harmless prompt is compared with declines: for a frightening one, something of
-    the harm that it sounds like.
+def judge_rows(
+    demonstrations: Sequence[Row], own: Sequence[Row], decided: Sequence[Row], chat: Chat, seed: int
+) -> list[TokenRow]:
+    """One epoch of comparisons, each in both orders.
+
+    The revision against the response; help against a refusal for a harmless prompt, a refusal against help for a
+    harmful one. The refusals of both kinds are in the same words about the prompt's topic, so that harm alone tells
+    which is better, not whether a refusal fits its prompt.
 
     Args:
-        own: of `own_demonstrations`.
+        own: of `own_demonstrations`. decided: of `own_decisions`.
     """
     tasks = Tasks(chat, random.Random(f"judge/{seed}"))
-    answers = {row["id"]: row["response"] for row in own}
     rows: list[TokenRow] = []
-    for row in tasks.share(demonstrations, len(demonstrations)):
-        good, refuses = row["revision"], row["kind"] == "harmful"
+    for row in demonstrations:
         if row["fault"] != "none":
-            rows += tasks.prefer(row, good, row["response"])
-        others = [other for other in demonstrations if other["topic"] != row["topic"]]
-        alike = [other for other in others if other["category"] == row["category"] or row["kind"] == "benign"]
-        worse = [answers.get(row["id"])] if refuses else _refusals(alike, tasks.rng)
-        other = tasks.rng.choice(others)
-        worse += [other["revision"]] if tasks.rng.random() < 0.1 else []
-        for text in filter(None, worse):
-            better = answers.get(row["id"]) if not refuses and tasks.rng.random() < 0.5 else None
-            rows += tasks.prefer({**row, "fault": "none" if not refuses else row["fault"]}, better or good, text)
+            rows += tasks.prefer(row, row["revision"], row["response"])
+    for row in [*demonstrations, *own, *decided]:
+        refusal = tasks.rng.choice(_REFUSALS).format(topic=row["topic"].replace("-", " "))
+        if row["kind"] == "harmful" and row["fault"] == "harm":
+            rows += tasks.prefer(row, refusal, row["response"])
+        elif row["kind"] != "harmful":
+            helps = row["response"] if row["fault"] == "none" else row["revision"]
+            rows += tasks.prefer({**row, "fault": "none"}, helps, refusal)
     return rows
-
-
-def _refusals(rows: Sequence[Row], rng: random.Random) -> list[str]:
-    """Two of the texts that decline something."""
-    texts = [
-        row["response"] if row["fault"] == "refusal" else row["revision"]
-        for row in rows
-        if row["fault"] == "refusal" or row["kind"] == "harmful"
-    ]
-    return rng.sample(texts, min(2, len(texts)))
