@@ -221,7 +221,7 @@ def test_a_command_line_serves_as_engine(stub, prompts, invoke, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_command_that_is_ended_leaves_no_engine(stub, prompts, tmp_path, number):
-    options = stub(seconds=0.2, starts_child=True, ignores_sigterm=number == signal.SIGKILL)
+    options = stub(seconds=1, starts_child=True, ignores_sigterm=number == signal.SIGKILL)
     process = begin(tmp_path, prompts, [*options, "--batch-size", "1"])
     assert wait_for(lambda: (tmp_path / "rows.jsonl.partial").exists() and len(started(stub.starts)) == 2)
     assert all(map(lives, started(stub.starts)))

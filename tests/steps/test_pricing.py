@@ -210,7 +210,7 @@ def test_tokens_are_those_of_the_run_within_a_tenth(invoke, price, tmp_path):
     """The price by a smaller run with another seed, against what the steps counted: their manifests and metrics, and
     for those that count no tokens, their own --dry-run over the rows that they got. All tokens within a tenth; those of
     one step, which differ more between policies trained on 24 and on 40 rows, within 15 %."""
-    base = ["--model", "tiny", "--device", "cpu", "--heldout-limit", 20]
+    base = ["--model", "tiny", "--device", "cpu", "--heldout-limit", 3]
     assert invoke("run", *base, "--limit", 24, "--seed", 1, "--output", tmp_path / "small").exit_code == 0
     steps = price(*base, "--limit", 40, "--like", tmp_path / "small")["steps"]
     assert invoke("run", *base, "--limit", 40, "--output", tmp_path / "out").exit_code == 0
