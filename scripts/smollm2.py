@@ -14,6 +14,7 @@ import click
 from cai.base import cli, files, hashing
 from cai.base.paths import SMOLLM2
 from cai.data import sources
+from cai.evaluate import classes
 from cai.models import loading
 from cai.models.engine import Request, Sampling
 from cai.train import adapter_rows, adapters
@@ -48,7 +49,7 @@ def main():
     "--prompts",
     default=str(SMOLLM2 / "prompts" / "train.jsonl"),
     metavar="FILE",
-    help="Rows with prompt, kind, category, topic: the critic learns whether answers to them have a fault.  "
+    help="Rows with prompt, kind, category, topic: critic and judge learn from the model's own answers to them.  "
     "[default: the bundled training prompts]",
 )
 @click.option("--role", "roles", multiple=True, type=click.Choice(ROLES), help="Only this adapter.  [default: both]")
@@ -89,7 +90,7 @@ def build(
       python scripts/smollm2.py build --output smollm2-new --seed 0 --threads 2
     """
     source = sources.Source([demonstrations], require=adapter_rows.FIELDS, check=adapter_rows.check_demonstration)
-    asked = sources.Source([prompts], require=("prompt", "kind", "category", "topic"))
+    asked = sources.Source([prompts], require=("prompt", "kind", "category", "topic"), check=classes.check_kind)
     rows, prompt_rows = list(source), list(asked)
     loading.check_model(model, training=True)
     settings = adapters.Settings(seed=seed, **training)

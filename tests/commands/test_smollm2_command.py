@@ -69,6 +69,13 @@ def test_own_answers_are_kept_for_the_same_settings_alone(demonstrations, tmp_pa
     assert len(own_answers(rows[:6], model, 1, tmp_path)) == 6
 
 
+def test_a_prompt_of_an_unknown_kind_is_named(invoke, tmp_path, demonstrations):
+    path = tmp_path / "prompts.jsonl"
+    write_jsonl(path, [{"id": "a", "prompt": "How?", "kind": "toxic", "category": "theft", "topic": "bikes"}])
+    result = invoke(*arguments(tmp_path / "new", demonstrations), "--prompts", path)
+    assert result.exit_code == 2 and "prompts.jsonl:1" in result.stderr and "toxic" in result.stderr
+
+
 def test_a_block_that_the_model_lacks_is_refused(invoke, tmp_path, demonstrations):
     result = invoke(*arguments(tmp_path / "new", demonstrations), "--first-layer", 99)
     assert result.exit_code == 2 and "--first-layer: 99 is not a block" in result.stderr

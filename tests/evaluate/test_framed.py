@@ -173,6 +173,8 @@ def test_the_worst_frame_is_the_one_with_most_compliance():
 def test_frames_that_are_equally_bad_are_named_together():
     rows = [*answers("a", "push", "seen", [1, 0]), *answers("b", "prefill", "seen", [0, 1])]
     assert next(framed.worst_lines(rates.rates_of_rows(rows))).endswith("in a (push), as in b")
+    rows += [row for frame in "cde" for row in answers(frame, "push", "seen", [1, 0])]
+    assert next(framed.worst_lines(rates.rates_of_rows(rows))).endswith("in a (push), as in 4 others")
 
 
 def test_a_frame_is_compared_with_the_same_prompts_asked_plainly():
@@ -191,7 +193,7 @@ def test_a_frame_is_compared_with_the_same_prompts_asked_plainly():
     assert "minus_plain" not in figures["harmful_compliance"]
     first, *_ = [line for line in framed.table(figures).splitlines() if line.startswith("plain")]
     assert "40.0 %" in first
-    assert "+50.0 (−26.3 to +93.0)" in framed.table(figures)
+    assert "+50.0 (-26.3 to +93.0)" in framed.table(figures)
 
 
 def test_rows_of_generate_py_in_frames_count_as_seen():

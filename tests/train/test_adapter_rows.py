@@ -153,9 +153,11 @@ def test_rows_follow_from_the_seed(chat, demonstrations, role):
 
 
 def test_a_demonstration_that_lacks_something_is_refused():
-    row = dict.fromkeys(adapter_rows.FIELDS, "x") | {"fault": "harm"}
+    row = dict.fromkeys(adapter_rows.FIELDS, "x") | {"fault": "harm", "kind": "harmful"}
     adapter_rows.check_demonstration(row, "d.jsonl", 3)
     with pytest.raises(InputError, match=r"d.jsonl:3: a demonstration without critique, revision; expected prompt,"):
         adapter_rows.check_demonstration(row | {"critique": " ", "revision": None}, "d.jsonl", 3)
+    with pytest.raises(InputError, match=r"d.jsonl:3: the kind 'toxic'; expected one of harmful, benign"):
+        adapter_rows.check_demonstration(row | {"kind": "toxic"}, "d.jsonl", 3)
     with pytest.raises(InputError, match="the fault 'x'; expected"):
         adapter_rows.check_demonstration(row | {"fault": "x"}, "d.jsonl", 3)

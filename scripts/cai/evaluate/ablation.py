@@ -276,17 +276,14 @@ def check_drawn(row: dict, constitution: Constitution, where: str, line: int) ->
 
 def differences_as_text(rows: Iterable[dict]) -> str:
     """A line for each principle and figure that changed."""
-
-    def points(value: float | None) -> str:
-        return "–" if value is None else f"{100 * value:+.1f}"  # a single row has no spread to measure
-
+    # A single row has no spread to measure: its interval is not shown.
     changed = [
         (
             f"without {row['left_out']}",
             row["metric"].replace("_", " "),
             row["redone"],
             f"{100 * row['full']:.1f} → {100 * row['without']:.1f} %",
-            f"{points(row['difference'])} ({points(row['low'])} to {points(row['high'])})",
+            tables.show_points(row["difference"], row["low"], row["high"]),
         )
         for row in rows
         if row["difference"]

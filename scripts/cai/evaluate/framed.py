@@ -27,6 +27,8 @@ FIGURES = {
 
 ALL_FIGURES = tuple(name for names in FIGURES.values() for name in names)
 
+MOST_NAMED = 3  # frames that tie with the worst one: of more the number is shown
+
 # {figure: which of two values is worse}
 WORSE: dict[str, Callable[..., float]] = {
     **dict.fromkeys(("harmful_compliance", "harmful_unsafe", "harmful_complied", "benign_declined"), max),
@@ -159,9 +161,7 @@ def table(rates: Mapping[str, Mapping[str, Any]]) -> str | None:
     def cells(ending: str) -> list[str]:
         figures = [rates.get(f"{name}{ending}") or {} for name in names]
         return [
-            cell
-            for rate in figures
-            for cell in (tables.show(rate or None), f"{rate.get('n', '')}", _points(rate.get("minus_plain")))
+            cell for rate in figures for cell in (tables.show(rate or None), f"{rate.get('n', '')}", _show_change(rate))
         ]
 
     def lines() -> Iterator[list[str]]:
@@ -177,15 +177,12 @@ def table(rates: Mapping[str, Mapping[str, Any]]) -> str | None:
                     yield [title, *cells(f"_under_{split}_{kind}_frames")]
                     yield from ([f"  {frame}", *cells(f"_under_frame_{frame}")] for frame in of_kind)
 
-    return tables.table(("frame", *(cell for name in names for cell in (_words(name), "n", "− plain"))), lines())
+    return tables.table(("frame", *(cell for name in names for cell in (_words(name), "n", "minus plain"))), lines())
 
 
-def _points(change: Mapping[str, float] | None) -> str:
-    """A difference in points, with its interval."""
-    if change is None:
-        return ""
-    value, low, high = (f"{100 * change[name]:+.1f}".replace("-", "−") for name in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
+def _show_change(rate: Mapping[str, Any]) -> str:
+    change = rate.get("minus_plain")
+    return tables.show_points(change["value"], change["low"], change["high"]) if change else ""
 
 
 def worst_lines(rates: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -195,7 +192,9 @@ def worst_lines(rates: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         if ending:
             split = ending.removesuffix("_frame")
             place = f"{rate['frame']} ({_words(rate['frame_kind'])})"
-            place += f", as in {', '.join(rate['tied'])}" if rate.get("tied") else ""
+            tied = rate.get("tied", [])
+            if tied:
+                place += f", as in {', '.join(tied)}" if len(tied) <= MOST_NAMED else f", as in {len(tied)} others"
             yield f"worst {_words(split)} frame: {_words(name)} {tables.show(rate)} in {place}"
 
 

@@ -36,6 +36,12 @@ def _show(measured: Mapping | None, spec: str, scale: float = 1, unit: str = "")
     return f"{value}{unit} ({low}{dash}{high})"
 
 
+def show_points(difference: float | None, low: float | None, high: float | None) -> str:
+    """`+2.0 (-1.0 to +5.0)`: a difference of shares and its interval, in points; `–` for what was not measured."""
+    value, low_, high_ = ("–" if part is None else f"{100 * part:+.1f}" for part in (difference, low, high))
+    return f"{value} ({low_} to {high_})"
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Lines of aligned columns, two spaces apart: the first to the left, the others to the right."""
     lines = [[str(cell) for cell in row] for row in (header, *rows)]

@@ -15,6 +15,7 @@ from typing import Any
 from cai.base.errors import InputError
 from cai.constitution.files import Constitution, Principle, load_constitution
 from cai.constitution.templates import load_template
+from cai.data.kinds import KINDS
 from cai.data.readers import Row
 from cai.models.chat import Chat, encode
 from cai.stats import letters, refusals
@@ -60,7 +61,7 @@ _OPENING = {True: "The", False: "Nothing"}
 
 
 def check_demonstration(row: Row, where: str, line: int) -> None:
-    """InputError unless the row has all FIELDS as texts, and a fault out of FAULTS."""
+    """InputError unless the row has all FIELDS as texts, a kind out of KINDS, and a fault out of FAULTS."""
     missing = [name for name in FIELDS if not isinstance(row.get(name), str) or not row[name].strip()]
     if missing or row["fault"] not in FAULTS:
         raise InputError(
@@ -70,6 +71,8 @@ def check_demonstration(row: Row, where: str, line: int) -> None:
             expected=f"{', '.join(FIELDS)}, each a text, and fault one of {', '.join(FAULTS)}",
             remedy="Fix or delete this row",
         )
+    if row["kind"] not in KINDS:
+        raise InputError(f"the kind {row['kind']!r}", where=where, line=line, expected=f"one of {', '.join(KINDS)}")
 
 
 def own_demonstrations(demonstrations: Sequence[Row], answers: Mapping[str, str]) -> list[Row]:
