@@ -382,8 +382,7 @@ def test_the_whole_loop_on_tiny_shrunk(invoke, tmp_path):
     # The bundled model complies with everything: what a helpful-only model is.
     assert said["stages"]["base"]["harmful_compliance"]["value"] > 0.8
     assert said["stages"]["base"]["over_refusal"]["value"] == 0
-    # A policy is trained at each stage, and it is the trained ones that are measured. Two steps of SFT on 60
-    # rows change the weights, and hardly a sampled response.
+    # A policy is trained at each stage, and it is the trained ones that are measured.
     weights = [load_file(folder / "model.safetensors") for folder in (TINY, tmp_path / "out/sft", tmp_path / "out/ppo")]
     for before, after in pairwise(weights):
         assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
@@ -392,6 +391,11 @@ def test_the_whole_loop_on_tiny_shrunk(invoke, tmp_path):
         for stage in ("base", "sft", "ppo")
     }
     assert len(measured) == 3
+    answers = {
+        stage: [row["response"] for _, row in read_jsonl(tmp_path / f"out/evaluation-{stage}.responses.jsonl")]
+        for stage in ("base", "sft", "ppo")
+    }
+    assert answers["base"] != answers["sft"] != answers["ppo"]
     # Four responses a prompt and the base model's: of ten pairs five are judged, less the identical ones.
     assert 60 < said["judge"]["pairs"] + said["judge"]["identical"] <= 5 * 60
     assert said["output"] == str(tmp_path / "out") and said["seconds"] > 0
