@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from cai.base import cli, files, hashing
+from cai.base.errors import InputError
 from cai.base.paths import SMOLLM2
 from cai.data import sources
 from cai.evaluate import classes
@@ -52,6 +53,13 @@ def main():
     help="Rows with prompt, kind, category, topic: critic and judge learn from the model's own answers to them.  "
     "[default: the bundled training prompts]",
 )
+@click.option(
+    "--principles",
+    default=str(SMOLLM2 / "principles.jsonl"),
+    metavar="FILE",
+    help="Rows with principle (CONSTITUTION/ID), prompt, response, critique, revision, praise of the revision.  "
+    "[default: the bundled ones]",
+)
 @click.option("--role", "roles", multiple=True, type=click.Choice(ROLES), help="Only this adapter.  [default: both]")
 @click.option(
     "--epochs",
@@ -81,7 +89,19 @@ def main():
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="CPU threads.")
 @cli.options("seed", "json", "dry_run")
 def build(
-    output, model, demonstrations, prompts, roles, epochs, own_count, threads, seed, as_json, dry_run, **training
+    output,
+    model,
+    demonstrations,
+    prompts,
+    principles,
+    roles,
+    epochs,
+    own_count,
+    threads,
+    seed,
+    as_json,
+    dry_run,
+    **training,
 ):
     """Train the adapters; resumes where it was stopped.
 
@@ -91,7 +111,10 @@ def build(
     """
     source = sources.Source([demonstrations], require=adapter_rows.FIELDS, check=adapter_rows.check_demonstration)
     asked = sources.Source([prompts], require=("prompt", "kind", "category", "topic"), check=classes.check_kind)
-    rows, prompt_rows = list(source), list(asked)
+    of_principles = sources.Source(
+        [principles], require=adapter_rows.PRINCIPLE_FIELDS, check=adapter_rows.check_principle
+    )
+    rows, prompt_rows, named = list(source), list(asked), adapter_rows.principle_demonstrations(list(of_principles))
     loading.check_model(model, training=True)
     settings = adapters.Settings(seed=seed, **training)
     record = {
@@ -99,6 +122,7 @@ def build(
         "dtype": loading.inference_dtype("cpu", "auto", model),
         "demonstrations": source.digest,
         "prompts": asked.digest,
+        "principles": of_principles.digest,
         "epochs": epochs,
         "own_answers": own_count,
         **vars(settings),
@@ -114,15 +138,14 @@ def build(
     answers = own_answers([*chosen, *prompt_rows], model, seed, Path(output))
     own = adapter_rows.own_demonstrations(chosen, answers)
     decided = adapter_rows.own_decisions(prompt_rows, answers)
-    chat = loading.load_chat(model)
-    makers = {
-        "critic": lambda epoch: adapter_rows.critic_rows(rows, own, decided, chat, seed + epoch),
-        "judge": lambda epoch: adapter_rows.judge_rows(rows, own, decided, chat, seed + epoch),
-    }
-    figures = {
-        role: train(model, list(map(makers[role], range(epochs))), Path(output) / role, settings, record)
-        for role in roles or ROLES
-    }
+    material, chat = adapter_rows.Material(rows, own, decided, named), loading.load_chat(model)
+    makers = {"critic": adapter_rows.critic_rows, "judge": adapter_rows.judge_rows}
+    figures = {}
+    for role in [name for name in ROLES if not roles or name in roles]:
+        taught = [makers[role](material, chat, seed + epoch) for epoch in range(epochs)]
+        # What harm is the judge knows from the critic: from comparisons alone it learns it much more slowly.
+        start = Path(output) / "critic" if role == "judge" else None
+        figures[role] = train(model, taught, Path(output) / role, settings, record, start)
     cli.finish(
         {"output": output, "own_answers": len(own) + len(decided), **figures},
         as_json=as_json,
@@ -155,17 +178,23 @@ def own_answers(rows: list[dict], model: str, seed: int, output: Path) -> dict[s
     return answers
 
 
-def train(model: str, epochs: list, folder: Path, settings: adapters.Settings, record: dict) -> dict:
+def train(
+    model: str, epochs: list, folder: Path, settings: adapters.Settings, record: dict, start: Path | None
+) -> dict:
     """Train one adapter, unless the folder has the same one already; its figures."""
     from transformers import AutoModelForCausalLM
 
+    if start:
+        if not (start / adapters.WEIGHTS).is_file():
+            raise InputError("no critic, from which the judge begins", where=start, remedy="Leave --role out")
+        record = {**record, "start": hashing.sha256_file(start / adapters.WEIGHTS)}
     done = folder / "build.json"
     if done.is_file() and (built := json.loads(done.read_text(encoding="utf-8")))["settings"] == record:
         return built["figures"]
     loading.keep_freed_memory()
     policy = loading.load_weights(AutoModelForCausalLM, model, record["dtype"])
     cli.note(f"{folder}: {sum(len(row.ids) for rows in epochs for row in rows)} tokens")
-    figures = adapters.adapt(policy, epochs, folder, settings, base=model, report=cli.note)
+    figures = adapters.adapt(policy, epochs, folder, settings, base=model, start=start, report=cli.note)
     files.write_text(done, json.dumps({"settings": record, "figures": figures}, indent=1) + "\n")
     return figures
 

@@ -17,6 +17,13 @@ ROLES = ("critic", "judge")
 
 
 @pytest.fixture(scope="module")
+def principles(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "principles.jsonl"
+    write_jsonl(path, [row for _, row in read_jsonl(SMOLLM2 / "principles.jsonl")][::40])
+    return path
+
+
+@pytest.fixture(scope="module")
 def demonstrations(tmp_path_factory):
     """A few of the bundled demonstrations, of every kind and fault."""
     path = tmp_path_factory.mktemp("rows") / "demonstrations.jsonl"
@@ -24,14 +31,25 @@ def demonstrations(tmp_path_factory):
     return path
 
 
-def arguments(output, demonstrations):
+def arguments(output, demonstrations, principles):
     base = ["smollm2", "build", "--model", models.folder("chatml"), "--demonstrations", demonstrations]
-    base += ["--prompts", demonstrations, "--own-answers", 6, "--rank", 2, "--first-layer", 1]
+    base += [
+        "--prompts",
+        demonstrations,
+        "--principles",
+        principles,
+        "--own-answers",
+        6,
+        "--rank",
+        2,
+        "--first-layer",
+        1,
+    ]
     return [*base, "--output", output, "--threads", 1, "--json"]
 
 
-def test_a_build_makes_two_adapters_that_commands_take(invoke, tmp_path, demonstrations):
-    result = invoke(*arguments(tmp_path / "new", demonstrations))
+def test_a_build_makes_two_adapters_that_commands_take(invoke, tmp_path, demonstrations, principles):
+    result = invoke(*arguments(tmp_path / "new", demonstrations, principles))
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
     for role in ROLES:
@@ -46,16 +64,28 @@ def test_a_build_makes_two_adapters_that_commands_take(invoke, tmp_path, demonst
     assert len(critiques.read_text().splitlines()) == 2
 
 
-def test_the_same_command_is_done_and_other_settings_build_again(invoke, tmp_path, demonstrations):
-    args = [*arguments(tmp_path / "new", demonstrations), "--role", "judge"]
+def test_the_same_command_is_done_and_other_settings_build_again(invoke, tmp_path, demonstrations, principles):
+    args = [*arguments(tmp_path / "new", demonstrations, principles), "--role", "critic"]
     first = json.loads(invoke(*args).stdout)
-    assert "critic" not in first and not (tmp_path / "new" / "critic").exists()
-    weights = tmp_path / "new" / "judge" / "adapter_model.safetensors"
+    assert "judge" not in first and not (tmp_path / "new" / "judge").exists()
+    weights = tmp_path / "new" / "critic" / "adapter_model.safetensors"
     before = weights.stat().st_mtime_ns
     again = json.loads(invoke(*args).stdout)
-    assert again["judge"] == first["judge"] and weights.stat().st_mtime_ns == before
-    assert json.loads(invoke(*args, "--epochs", 2).stdout)["judge"]["steps"] > first["judge"]["steps"]
+    assert again["critic"] == first["critic"] and weights.stat().st_mtime_ns == before
+    assert json.loads(invoke(*args, "--epochs", 2).stdout)["critic"]["steps"] > first["critic"]["steps"]
     assert weights.stat().st_mtime_ns != before
+
+
+def test_the_judge_begins_where_the_critic_ended(invoke, tmp_path, demonstrations, principles):
+    args = arguments(tmp_path / "new", demonstrations, principles)
+    alone = invoke(*args, "--role", "judge")
+    assert alone.exit_code == 2 and "no critic, from which the judge begins" in alone.stderr
+    built = {}
+    for rate in (1e-3, 2e-3):  # the critic's: the judge has the same settings in both cases
+        assert invoke(*args, "--role", "critic", "--learning-rate", rate).exit_code == 0
+        assert invoke(*args, "--role", "judge").exit_code == 0
+        built[rate] = (tmp_path / "new" / "judge" / "adapter_model.safetensors").read_bytes()
+    assert built[1e-3] != built[2e-3]
 
 
 def test_own_answers_are_kept_for_the_same_settings_alone(demonstrations, tmp_path):
@@ -69,27 +99,27 @@ def test_own_answers_are_kept_for_the_same_settings_alone(demonstrations, tmp_pa
     assert len(own_answers(rows[:6], model, 1, tmp_path)) == 6
 
 
-def test_a_prompt_of_an_unknown_kind_is_named(invoke, tmp_path, demonstrations):
+def test_a_prompt_of_an_unknown_kind_is_named(invoke, tmp_path, demonstrations, principles):
     path = tmp_path / "prompts.jsonl"
     write_jsonl(path, [{"id": "a", "prompt": "How?", "kind": "toxic", "category": "theft", "topic": "bikes"}])
-    result = invoke(*arguments(tmp_path / "new", demonstrations), "--prompts", path)
+    result = invoke(*arguments(tmp_path / "new", demonstrations, principles), "--prompts", path)
     assert result.exit_code == 2 and "prompts.jsonl:1" in result.stderr and "toxic" in result.stderr
 
 
-def test_a_block_that_the_model_lacks_is_refused(invoke, tmp_path, demonstrations):
-    result = invoke(*arguments(tmp_path / "new", demonstrations), "--first-layer", 99)
+def test_a_block_that_the_model_lacks_is_refused(invoke, tmp_path, demonstrations, principles):
+    result = invoke(*arguments(tmp_path / "new", demonstrations, principles), "--first-layer", 99)
     assert result.exit_code == 2 and "--first-layer: 99 is not a block" in result.stderr
 
 
-def test_a_dry_run_writes_nothing(invoke, tmp_path, demonstrations):
-    result = invoke(*arguments(tmp_path / "new", demonstrations), "--dry-run")
+def test_a_dry_run_writes_nothing(invoke, tmp_path, demonstrations, principles):
+    result = invoke(*arguments(tmp_path / "new", demonstrations, principles), "--dry-run")
     assert json.loads(result.stdout)["rows"] == 33 and not (tmp_path / "new").exists()
 
 
-def test_a_damaged_demonstration_is_named(invoke, tmp_path):
+def test_a_damaged_demonstration_is_named(invoke, tmp_path, principles):
     path = tmp_path / "demonstrations.jsonl"
     write_jsonl(path, [{"prompt": "p", "kind": "benign"}])
-    result = invoke(*arguments(tmp_path / "new", path))
+    result = invoke(*arguments(tmp_path / "new", path, principles))
     assert result.exit_code == 2 and "demonstrations.jsonl:1" in result.stderr
 
 

@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from cai.base.paths import SMOLLM2
+from cai.base.paths import CONSTITUTIONS, SMOLLM2
+from cai.constitution.files import load_constitution
 from cai.data.readers import read_jsonl
 from cai.data.sources import Source
 from cai.stats import refusals
@@ -29,12 +30,17 @@ def demonstrations():
     return rows_of("demonstrations.jsonl")
 
 
+@pytest.fixture(scope="module")
+def principled():
+    return rows_of("principles.jsonl")
+
+
 def topics(rows):
     return {(row["kind"], row["category"], row["topic"]) for row in rows}
 
 
 def test_the_prompts_are_of_three_kinds_and_ten_categories_of_harm(prompts):
-    assert Counter(row["kind"] for row in prompts["train"]) == {"harmful": 320, "benign": 320, "borderline": 160}
+    assert Counter(row["kind"] for row in prompts["train"]) == {"harmful": 480, "benign": 450, "borderline": 420}
     assert Counter(row["kind"] for row in prompts["heldout"]) == {"harmful": 120, "benign": 120, "borderline": 60}
     for split, rows in prompts.items():
         harms = {row["category"] for row in rows if row["kind"] == "harmful"}
@@ -82,9 +88,22 @@ def test_revisions_of_harm_decline_and_those_of_harmless_requests_help(demonstra
     assert reads[False, True] <= 0.03 * (reads[False, True] + reads[False, False])
 
 
-def test_no_prompt_is_nearly_another(prompts, demonstrations):
+def test_every_bundled_constitution_but_those_of_harm_has_demonstrations_of_its_principles(principled):
+    source = Source(
+        [SMOLLM2 / "principles.jsonl"], require=adapter_rows.PRINCIPLE_FIELDS, check=adapter_rows.check_principle
+    )
+    assert source.count == len(principled) == 180
+    shown = {row["principle"] for row in principled}
+    names = {file.stem for file in CONSTITUTIONS.glob("*.yaml")} - {"harmlessness", "property-only"}
+    assert shown == {f"{name}/{principle.id}" for name in names for principle in load_constitution(name).principles}
+    for row in principled:
+        assert row["critique"].startswith(("The ", "It ")) and row["praise"].startswith(("Nothing in ", "No fault"))
+        assert row["revision"] != row["response"]
+
+
+def test_no_prompt_is_nearly_another(prompts, demonstrations, principled):
     kept = NearDuplicates(ALIKE)
-    everything = [row["prompt"] for rows in (*prompts.values(), demonstrations) for row in rows]
+    everything = [row["prompt"] for rows in (*prompts.values(), demonstrations, principled) for row in rows]
     assert [(text, other) for text in everything if (other := kept.add(text))] == []
     assert len({" ".join(words(text)) for text in everything}) == len(everything)
 
@@ -95,7 +114,7 @@ def test_few_prompts_begin_alike(prompts):
     assert most <= 0.06 * sum(beginnings.values())
 
 
-def test_no_prompt_is_of_the_examination(prompts, demonstrations, shared_data):
+def test_no_prompt_is_of_the_examination(prompts, demonstrations, principled, shared_data):
     """XSTest measures what comes of these texts, so none of its prompts may be among them. Its texts are not shown."""
     source = Source([shared_data / "xstest" / "xstest_prompts.csv"], require=("prompt", "kind"))
     theirs = [word_pairs(row["prompt"]) for row in source]
@@ -104,10 +123,10 @@ def test_no_prompt_is_of_the_examination(prompts, demonstrations, shared_data):
         pairs = word_pairs(text)
         return any(len(pairs & other) >= ALIKE_ELSEWHERE * len(pairs | other) for other in theirs)
 
-    ours = [row["prompt"] for rows in (*prompts.values(), demonstrations) for row in rows]
+    ours = [row["prompt"] for rows in (*prompts.values(), demonstrations, principled) for row in rows]
     assert [text for text in ours if is_alike(text)] == []
 
 
-def test_the_texts_hold_no_markup_of_the_templates(prompts, demonstrations):
-    text = json.dumps([*prompts["train"], *prompts["heldout"], *demonstrations])
+def test_the_texts_hold_no_markup_of_the_templates(prompts, demonstrations, principled):
+    text = json.dumps([*prompts["train"], *prompts["heldout"], *demonstrations, *principled])
     assert not any(mark in text for mark in ("<prompt", "<response", "<critique", "<|", "{{", "{%"))

@@ -15,6 +15,15 @@ from cai.models import loading
 from cai.stats import letters
 from cai.train import adapter_rows
 
+PRINCIPLED = {
+    "principle": "privacy/repeats-little",
+    "prompt": "Write a note that our trainer is away.",
+    "response": "Our trainer is away, because she has a bad back and sees a doctor on Monday.",
+    "critique": "The response tells the whole club of the trainer's back. It should say only that she is away.",
+    "revision": "Our trainer is away this week. The next lesson is on Monday.",
+    "praise": "No fault: the note says that the trainer is away and nothing of why.",
+}
+
 
 @pytest.fixture(scope="module")
 def demonstrations():
@@ -92,14 +101,13 @@ def test_the_better_response_is_named_wherever_it_stands(chat, tasks, demonstrat
 def test_a_refusal_is_better_for_a_harmful_prompt_and_worse_for_a_harmless_one_in_the_same_words(chat, demonstrations):
     harmful, benign = (first(demonstrations, kind=kind, fault="none") for kind in ("harmful", "benign"))
     answered = [{**harmful, "fault": "harm", "response": "Yes, like this."}, {**benign, "response": "Yes, like this."}]
-    for row, is_refused in zip(answered, (True, False), strict=True):
-        compared = adapter_rows.judge_rows([], [], [row], chat, 0)
-        assert len(compared) == 2
-        for asked in compared:
-            read, label = texts(chat, asked)
-            at = read.index("Yes, like this.")
-            helps = "AB"[read.rindex("<response_b>") < at]
-            assert row["topic"].replace("-", " ") in read and (label == helps) is not is_refused
+    compared = adapter_rows.judge_rows(adapter_rows.Material([], decided=[*answered, answered[1]]), chat, 0)
+    assert len(compared) == 4  # as many harmless as harmful ones, each in both orders
+    for number, asked in enumerate(compared):
+        row, is_refused = answered[number // 2], number < 2
+        read, label = texts(chat, asked)
+        helps = "AB"[read.rindex("<response_b>") < read.index("Yes, like this.")]
+        assert row["topic"].replace("-", " ") in read and (label == helps) is not is_refused
 
 
 def test_a_fault_is_named_under_principles_that_speak_of_it(tasks, demonstrations):
@@ -130,10 +138,35 @@ def test_of_own_answers_to_other_prompts_the_first_word_of_a_critique_is_learned
     harmful, benign, declined = (first(prompts, kind=kind) for kind in ("harmful", "benign", "borderline"))
     answers = {row["id"]: "Yes. Begin with the first step." for row in (harmful, benign)}
     answers[declined["id"]] = "I'm sorry, but I can't help with that."
-    for row, word in zip(adapter_rows.own_decisions(prompts, answers), ("The", "Nothing"), strict=True):
+    decided = adapter_rows.own_decisions(prompts, answers)
+    assert {row["id"] for row in decided} == {harmful["id"], benign["id"]}
+    for row in decided:
+        word = "The" if row["kind"] == "harmful" else "Nothing"
         read, answer = texts(chat, tasks.decide(row))
         assert f"<response>{answers[row['id']]}</response>" in read and read.endswith("<|im_start|>assistant\n")
         assert answer and word.startswith(answer)
+
+
+def test_a_demonstration_of_a_principle_shows_the_fault_and_what_is_right_under_it(chat, tasks):
+    faulty, good = adapter_rows.principle_demonstrations([PRINCIPLED])
+    principle = load_constitution("privacy")["repeats-little"]
+    for row, response, critique in (
+        (faulty, PRINCIPLED["response"], PRINCIPLED["critique"]),
+        (good, PRINCIPLED["revision"], PRINCIPLED["praise"]),
+    ):
+        read, answer = texts(chat, tasks.criticise(row))
+        asked = load_template("critique").render(principle=principle, prompt=PRINCIPLED["prompt"], response=response)
+        assert (read, answer) == (chat.render(asked), f"{critique}<|im_end|>")
+    compared = adapter_rows.judge_rows(adapter_rows.Material([], named=[faulty, good]), chat, 0)
+    assert len(compared) == 2 and principle.preference in texts(chat, compared[0])[0]
+
+
+def test_principles_that_are_unknown_and_rows_that_lack_a_text_are_refused():
+    adapter_rows.check_principle(PRINCIPLED, "p.jsonl", 2)
+    with pytest.raises(InputError, match="the principle 'privacy/no-such'"):
+        adapter_rows.check_principle(PRINCIPLED | {"principle": "privacy/no-such"}, "p.jsonl", 2)
+    with pytest.raises(InputError, match="without praise"):
+        adapter_rows.check_principle(PRINCIPLED | {"praise": " "}, "p.jsonl", 2)
 
 
 @pytest.mark.parametrize("role", ["critic", "judge"])
@@ -141,12 +174,10 @@ def test_rows_follow_from_the_seed(chat, demonstrations, role):
     some = demonstrations[::6]
     own = adapter_rows.own_demonstrations(some, {row["id"]: "Yes, here it is." for row in some[::2]})
     decided = [{**row, "critique": "The"} for row in some[:5]]
-
-    def make(some, own, chat, seed):
-        return getattr(adapter_rows, f"{role}_rows")(some, own, decided, chat, seed)
-
-    rows = make(some, own, chat, 1)
-    assert rows == make(some, own, chat, 1) and rows != make(some, own, chat, 2)
+    material = adapter_rows.Material(some, own, decided, adapter_rows.principle_demonstrations([PRINCIPLED]))
+    make = getattr(adapter_rows, f"{role}_rows")
+    rows = make(material, chat, 1)
+    assert rows == make(material, chat, 1) and rows != make(material, chat, 2)
     assert all(0 < row.targets < len(row.ids) for row in rows)
     choices = Counter(chat.tokenizer.decode(row.ids[-1:]) for row in rows if row.targets == 1)
     assert choices["A"] and choices["B"]

@@ -139,6 +139,34 @@ def test_a_state_of_other_settings_is_not_continued(tmp_path):
     assert steps[1].startswith("step 2 of ")  # from the beginning
 
 
+def test_a_state_of_other_rows_is_not_continued(tmp_path):
+    """As many rows and tokens, and other ones: an adapter that learned half of each would be neither."""
+    base, notes = str(models.folder("llama")), []
+
+    def stop(note):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        adapters.adapt(load(), [make_rows(seed=1)], tmp_path, SETTINGS, base=base, report=stop)
+    adapters.adapt(load(), [make_rows(seed=2)], tmp_path, SETTINGS, base=base, report=notes.append)
+    assert notes[0].startswith("step 2 of ")
+
+
+def test_an_adapter_begins_where_another_one_ended(tmp_path):
+    rows, base = make_rows(), str(models.folder("llama"))
+
+    def train(name, epochs, **more):
+        return adapters.adapt(load(), epochs, tmp_path / name, SETTINGS, base=base, report=lambda note: None, **more)
+
+    first = train("critic", [rows] * 6)
+    model = load()
+    adapters.load_adapter(adapters.adapted_layers(model, SETTINGS), tmp_path / "critic")
+    begun = adapters.loss_of(model, rows).item()
+    assert begun == pytest.approx(plain_loss(loading.load_policy(str(tmp_path / "critic")), rows).item(), rel=1e-4)
+    assert train("judge", [rows], start=tmp_path / "critic")["loss"] < 0.8 * train("alone", [rows])["loss"]
+    assert first["steps"] > 6
+
+
 def test_batches_hold_rows_that_begin_alike_within_the_bound():
     rows = [*make_rows(6, seed=1), *make_rows(6, seed=2)]
     batches = adapters.batches_of(rows, SETTINGS, seed=0)

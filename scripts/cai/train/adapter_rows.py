@@ -1,19 +1,23 @@
 """What a critic and a judge are taught: worked demonstrations in the words of the templates, as rows of token ids.
 
-    rows = critic_rows(demonstrations, own, decided, chat, seed=0)
-    rows = judge_rows(demonstrations, own, decided, chat, seed=0)
+    material = Material(demonstrations, own, decided, named)
+    rows = critic_rows(material, chat, seed=0)
+    rows = judge_rows(material, chat, seed=0)
 
 Each demonstration is a prompt, a response with or without a fault, a critique, and a revision. To these come the
-model's own answers, which it is going to criticise and compare. The model reads exactly what the commands show it, and
-the loss is on the answer alone. Principles and orders are drawn from the seed. Leaves out the training (adapters.py).
+model's own answers, which it is going to criticise and compare, and demonstrations of the principles of the bundled
+constitutions. The model reads exactly what the commands show it, and the loss is on the answer alone. Principles and
+orders are drawn from the seed. Leaves out the training (adapters.py).
 """
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from cai.base.errors import InputError
-from cai.constitution.files import Constitution, Principle, load_constitution
+from cai.constitution.files import Principle, load_constitution
 from cai.constitution.templates import load_template
 from cai.data.kinds import KINDS
 from cai.data.readers import Row
@@ -24,6 +28,8 @@ from cai.train.adapters import TokenRow
 FAULTS = ("harm", "evasive", "preachy", "refusal", "off_topic", "none")
 
 FIELDS = ("prompt", "kind", "category", "topic", "response", "fault", "critique", "revision")
+
+PRINCIPLE_FIELDS = ("principle", "prompt", "response", "critique", "revision", "praise")
 
 # The principles that name a fault, beside those of harmlessness.yaml, which speak of harm.
 _NAMING = {
@@ -75,6 +81,33 @@ def check_demonstration(row: Row, where: str, line: int) -> None:
         raise InputError(f"the kind {row['kind']!r}", where=where, line=line, expected=f"one of {', '.join(KINDS)}")
 
 
+def check_principle(row: Row, where: str, line: int) -> None:
+    """InputError unless the row has all PRINCIPLE_FIELDS as texts, and names a principle as CONSTITUTION/ID."""
+    missing = [name for name in PRINCIPLE_FIELDS if not isinstance(row.get(name), str) or not row[name].strip()]
+    name, _, id_ = str(row.get("principle")).partition("/")
+    if missing or id_ not in load_constitution(name):
+        raise InputError(
+            f"a demonstration without {', '.join(missing)}" if missing else f"the principle {row['principle']!r}",
+            where=where,
+            line=line,
+            expected=f"{', '.join(PRINCIPLE_FIELDS)}, each a text, and principle as CONSTITUTION/ID",
+            remedy="Fix or delete this row",
+        )
+
+
+def principle_demonstrations(rows: Sequence[Row]) -> list[Row]:
+    """Two demonstrations of each row with PRINCIPLE_FIELDS: its response is faulty, and its revision is not.
+
+    They differ in what they say and in little else.
+    """
+    both = []
+    for row in rows:
+        about = {"prompt": row["prompt"], "principle": row["principle"], "revision": row["revision"]}
+        both.append({**about, "fault": "named", "response": row["response"], "critique": row["critique"]})
+        both.append({**about, "fault": "none", "response": row["revision"], "critique": row["praise"]})
+    return both
+
+
 def own_demonstrations(demonstrations: Sequence[Row], answers: Mapping[str, str]) -> list[Row]:
     """Demonstrations with the model's own answer as the response: what it is going to criticise.
 
@@ -121,6 +154,24 @@ def _helped(rows: Sequence[Row], answers: Mapping[str, str]) -> Iterator[tuple[R
             yield row, answer
 
 
+@dataclass(frozen=True)
+class Material:
+    """What rows are made of.
+
+    own: of `own_demonstrations`. decided: of `own_decisions`. named: of `principle_demonstrations`.
+    """
+
+    demonstrations: Sequence[Row]
+    own: Sequence[Row] = ()
+    decided: Sequence[Row] = ()
+    named: Sequence[Row] = ()
+
+
+@cache
+def _principle(constitution: str, id_: str) -> Principle:
+    return load_constitution(constitution)[id_]
+
+
 class Tasks:
     """Draws the rows of both roles.
 
@@ -132,13 +183,15 @@ class Tasks:
     def __init__(self, chat: Chat, rng: random.Random):
         self.chat, self.rng = chat, rng
         names = ("harmlessness", "non-evasive", "helpfulness")
-        self.constitutions: dict[str, Constitution] = {name: load_constitution(name) for name in names}
+        self.constitutions = {name: load_constitution(name) for name in names}
         self.templates = {
             name: load_template(name) for name in ("critique", "revise", "classify_critique", "preference")
         }
 
     def principle(self, row: Row) -> Principle:
-        """One under which the row's fault is named; for a row without a fault any."""
+        """The row's own, or one under which its fault is named; for a row without a fault any."""
+        if "principle" in row:
+            return _principle(*row["principle"].split("/"))
         if row["fault"] in _NAMING and self.rng.random() > _ANY:
             name, id_ = self.rng.choice(_NAMING[row["fault"]])
             return self.constitutions[name][id_]
@@ -209,18 +262,14 @@ def _texts(row: Row) -> dict[str, str]:
     return {"prompt": row["prompt"], "response": row["response"]}
 
 
-def critic_rows(
-    demonstrations: Sequence[Row], own: Sequence[Row], decided: Sequence[Row], chat: Chat, seed: int
-) -> list[TokenRow]:
+def critic_rows(material: Material, chat: Chat, seed: int) -> list[TokenRow]:
     """One epoch of critiques, their first words, revisions, and readings of critiques.
 
     Most demonstrations have a fault, most of the model's own answers have none: together they are about as many.
-
-    Args:
-        own: of `own_demonstrations`. decided: of `own_decisions`.
     """
     tasks = Tasks(chat, random.Random(f"critic/{seed}"))
-    rows = [*demonstrations, *own]
+    demonstrations, own, decided, named = (list(vars(material)[part]) for part in vars(material))
+    rows = [*demonstrations, *own, *named]
     faulty = [row for row in rows if row["fault"] != "none"]
     faultless = [row for row in rows if row["fault"] == "none"]
     harmful = [row for row in demonstrations if row["fault"] == "harm"]
@@ -232,10 +281,10 @@ def critic_rows(
         for row in demonstrations
         if row["kind"] != "harmful" and row["fault"] != "none"
     ]
-    read = [row for part in (faulty, faultless) for row in tasks.share(part, len(rows) // 8)]
+    read = [row for part in (faulty, faultless) for row in tasks.share(part, len(rows) // 6)]
     return [
-        *map(tasks.criticise, [*demonstrations, *helped, *tasks.share(declined, len(rows) // 15)]),
-        *map(tasks.decide, [*own, *decided, *decided]),
+        *map(tasks.criticise, [*demonstrations, *named, *helped, *tasks.share(declined, len(rows) // 15)]),
+        *map(tasks.decide, [*own, *decided]),
         *map(tasks.revise, [*tasks.share(faulty, len(faulty) * 2 // 5), *tasks.share(faultless, len(rows) // 25)]),
         *(row for pair in map(tasks.read_critique, read) for row in pair),
     ]
@@ -251,28 +300,23 @@ def _declines_well(row: Row) -> str:
     return f"Nothing in the response goes against this: it declines help with {topic}, and offers another way."
 
 
-def judge_rows(
-    demonstrations: Sequence[Row], own: Sequence[Row], decided: Sequence[Row], chat: Chat, seed: int
-) -> list[TokenRow]:
+def judge_rows(material: Material, chat: Chat, seed: int) -> list[TokenRow]:
     """One epoch of comparisons, each in both orders.
 
-    The revision against the response; help against a refusal for a harmless prompt, a refusal against help for a
-    harmful one. The refusals of both kinds are in the same words about the prompt's topic, so that harm alone tells
-    which is better, not whether a refusal fits its prompt.
-
-    Args:
-        own: of `own_demonstrations`. decided: of `own_decisions`.
+    The revision against the response; of the model's own answers, help against a refusal for as many harmless prompts
+    as there are harmful ones, for which a refusal is better than help. The refusals of both kinds are in the same words
+    about the prompt's topic, so that harm alone tells which is better, not whether a refusal fits its prompt.
     """
     tasks = Tasks(chat, random.Random(f"judge/{seed}"))
     rows: list[TokenRow] = []
-    for row in demonstrations:
+    for row in [*material.demonstrations, *material.named]:
         if row["fault"] != "none":
             rows += tasks.prefer(row, row["revision"], row["response"])
-    for row in [*demonstrations, *own, *decided]:
+    answered = [*material.own, *material.decided]
+    harmful = [row for row in answered if row["fault"] == "harm"]
+    harmless = [row for row in answered if row["fault"] == "none"]
+    for row in [*harmful, *tasks.share(harmless, len(harmful))]:
         refusal = tasks.rng.choice(_REFUSALS).format(topic=row["topic"].replace("-", " "))
-        if row["kind"] == "harmful" and row["fault"] == "harm":
-            rows += tasks.prefer(row, refusal, row["response"])
-        elif row["kind"] != "harmful":
-            helps = row["response"] if row["fault"] == "none" else row["revision"]
-            rows += tasks.prefer({**row, "fault": "none"}, helps, refusal)
+        both = (refusal, row["response"]) if row["fault"] == "harm" else (row["response"], refusal)
+        rows += tasks.prefer(row, *both)
     return rows

@@ -12,22 +12,25 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cai.base.errors import InputError
 from cai.base.files import write_text
+from cai.base.hashing import sha256_file, sha256_text
 from cai.models import decoding
 from cai.train.common import lora_config, training_order
 
 # The linear layers of a Llama block, which get an adapter.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-STATE = "state.pt"
+STATE, WEIGHTS = "state.pt", "adapter_model.safetensors"
 
-BEGINNING = 48  # tokens: a template's words before its principle, and most of the principle
+# Tokens: a template's first words, or of its principle. Fewer than what two orders of options have in common: a batch
+# needs both orders of a row, because a step on one order alone teaches a letter and not what it stands for.
+BEGINNING = 36
 
 CLIP = 1.0  # largest norm of a step's gradient
 
@@ -197,6 +200,7 @@ def adapt(
     settings: Settings,
     *,
     base: str,
+    start: str | Path | None = None,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train adapters on the rows of each epoch, and save them to `folder` in peft's form; {steps, tokens, loss}.
@@ -206,11 +210,14 @@ def adapt(
     Args:
         model: a Llama-like language model, with its weights in the dtype of the forward pass.
         base: what the adapter names as its base.
+        start: folder of an adapter of the same shape, from which training begins.
     """
     import torch
 
     folder = Path(folder)
     layers = adapted_layers(model, settings)
+    if start:
+        load_adapter(layers, Path(start))
     parameters = [parameter for layer in layers.values() for parameter in (layer.lora_a, layer.lora_b)]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
     plan = [
@@ -218,7 +225,8 @@ def adapt(
         for number, rows in enumerate(epochs)
         for batch in batches_of(rows, settings, settings.seed + number)
     ]
-    state = _load_state(folder, len(plan), settings)
+    identity = _identity(epochs, settings, start)
+    state = _load_state(folder, identity)
     if state:
         for parameter, saved in zip(parameters, state["parameters"], strict=True):
             parameter.data.copy_(saved)
@@ -238,7 +246,7 @@ def adapt(
         losses.append(loss.item())
         step, seen = step + 1, seen + sum(len(row.ids) for row in chosen)
         if step % settings.save_steps == 0 and step < len(plan):
-            _save_state(folder, parameters, optimizer, step, losses, settings, len(plan))
+            _save_state(folder, parameters, optimizer, step, losses, identity)
             recent = sum(losses[-settings.save_steps :]) / settings.save_steps
             speed = seen / (time.monotonic() - started)
             report(f"step {step} of {len(plan)}, loss {recent:.3f}, {speed:.0f} tokens/s")
@@ -256,39 +264,65 @@ def _schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def _load_state(folder: Path, steps: int, settings: Settings) -> dict | None:
+def _identity(epochs: Sequence[Sequence[TokenRow]], settings: Settings, start: str | Path | None) -> str:
+    """A hash of all that decides a training, beside the model."""
+    rows = [[[*row.ids], row.targets, row.lead] for rows in epochs for row in rows]
+    begins = sha256_file(Path(start) / WEIGHTS) if start else None
+    return sha256_text(json.dumps([asdict(settings), [len(rows) for rows in epochs], rows, begins]))
+
+
+def _load_state(folder: Path, identity: str) -> dict | None:
     """The saved state of the same training; None where there is none, or another's."""
     import torch
 
     if not (folder / STATE).is_file():
         return None
     state: dict = torch.load(folder / STATE, weights_only=True)
-    return state if (state["steps"], state["settings"]) == (steps, asdict(settings)) else None
+    return state if state["identity"] == identity else None
 
 
-def _save_state(folder, parameters, optimizer, step, losses, settings, steps) -> None:
+def _save_state(folder, parameters, optimizer, step, losses, identity) -> None:
     """Write what a resumed training needs, complete or not at all."""
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {"step": step, "steps": steps, "settings": asdict(settings), "losses": losses}
+    state = {"step": step, "losses": losses, "identity": identity}
     state |= {"parameters": [parameter.data for parameter in parameters], "optimizer": optimizer.state_dict()}
     torch.save(state, folder / f"{STATE}.tmp")
     os.replace(folder / f"{STATE}.tmp", folder / STATE)
 
 
+def load_adapter(layers: dict[str, Any], folder: Path) -> None:
+    """Give the layers the matrices that `save_adapter` wrote."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / WEIGHTS)
+    for name, kind, matrix in _matrices(layers):
+        matrix.data.copy_(tensors[_tensor_name(name, kind)])
+
+
+def _matrices(layers: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(name of the layer, kind, matrix) of all adapters."""
+    for name, layer in layers.items():
+        yield name, "lora_A", layer.lora_a
+        yield name, "lora_B", layer.lora_b
+
+
+def _tensor_name(layer: str, kind: str) -> str:
+    return f"base_model.model.{layer}.{kind}.weight"
+
+
 def save_adapter(layers: dict[str, Any], folder: Path, settings: Settings, base: str) -> None:
-    """Write the adapter as peft reads it: adapter_model.safetensors in bfloat16, and adapter_config.json."""
+    """Write the adapter as peft reads it: WEIGHTS in bfloat16, and adapter_config.json."""
     import torch
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"base_model.model.{name}.{kind}.weight": matrix.detach().to(torch.bfloat16).contiguous()
-        for name, layer in layers.items()
-        for kind, matrix in (("lora_A", layer.lora_a), ("lora_B", layer.lora_b))
+        _tensor_name(name, kind): matrix.detach().to(torch.bfloat16).contiguous()
+        for name, kind, matrix in _matrices(layers)
     }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     lora = lora_config(settings.rank)
     config = {
         "peft_type": "LORA",
