@@ -61,12 +61,13 @@ def main():
     "[default: the bundled ones]",
 )
 @click.option("--role", "roles", multiple=True, type=click.Choice(ROLES), help="Only this adapter.  [default: both]")
+@click.option("--start", metavar="DIR", help="An earlier build, with whose critic training begins.")
 @click.option(
     "--epochs",
     type=click.IntRange(min=1),
-    default=1,
+    default=2,
     show_default=True,
-    help="Passes over the rows, with other draws each.",
+    help="Passes over half of the texts each, with other draws.",
 )
 @click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Rank of the adapters.")
 @click.option(
@@ -94,6 +95,7 @@ def build(
     demonstrations,
     prompts,
     principles,
+    start,
     roles,
     epochs,
     own_count,
@@ -144,8 +146,9 @@ def build(
     for role in [name for name in ROLES if not roles or name in roles]:
         taught = [makers[role](material, chat, seed + epoch) for epoch in range(epochs)]
         # What harm is the judge knows from the critic: from comparisons alone it learns it much more slowly.
-        start = Path(output) / "critic" if role == "judge" else None
-        figures[role] = train(model, taught, Path(output) / role, settings, record, start)
+        before = output if role == "judge" else start
+        begin = Path(before) / "critic" if before else None
+        figures[role] = train(model, taught, Path(output) / role, settings, record, begin)
     cli.finish(
         {"output": output, "own_answers": len(own) + len(decided), **figures},
         as_json=as_json,
@@ -186,7 +189,7 @@ def train(
 
     if start:
         if not (start / adapters.WEIGHTS).is_file():
-            raise InputError("no critic, from which the judge begins", where=start, remedy="Leave --role out")
+            raise InputError("no critic, with which training begins", where=start, remedy="Build one, or check --start")
         record = {**record, "start": hashing.sha256_file(start / adapters.WEIGHTS)}
     done = folder / "build.json"
     if done.is_file() and (built := json.loads(done.read_text(encoding="utf-8")))["settings"] == record:

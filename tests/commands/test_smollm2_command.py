@@ -45,7 +45,7 @@ def arguments(output, demonstrations, principles):
         "--first-layer",
         1,
     ]
-    return [*base, "--output", output, "--threads", 1, "--json"]
+    return [*base, "--output", output, "--threads", 1, "--epochs", 1, "--json"]
 
 
 def test_a_build_makes_two_adapters_that_commands_take(invoke, tmp_path, demonstrations, principles):
@@ -79,13 +79,27 @@ def test_the_same_command_is_done_and_other_settings_build_again(invoke, tmp_pat
 def test_the_judge_begins_where_the_critic_ended(invoke, tmp_path, demonstrations, principles):
     args = arguments(tmp_path / "new", demonstrations, principles)
     alone = invoke(*args, "--role", "judge")
-    assert alone.exit_code == 2 and "no critic, from which the judge begins" in alone.stderr
+    assert alone.exit_code == 2 and "no critic, with which training begins" in alone.stderr
     built = {}
     for rate in (1e-3, 2e-3):  # the critic's: the judge has the same settings in both cases
         assert invoke(*args, "--role", "critic", "--learning-rate", rate).exit_code == 0
         assert invoke(*args, "--role", "judge").exit_code == 0
         built[rate] = (tmp_path / "new" / "judge" / "adapter_model.safetensors").read_bytes()
     assert built[1e-3] != built[2e-3]
+
+
+def test_a_build_goes_on_from_an_earlier_one(invoke, tmp_path, demonstrations, principles):
+    for name, more in (("first", ()), ("second", ("--start", tmp_path / "first")), ("other", ())):
+        args = arguments(tmp_path / name, demonstrations, principles)
+        assert invoke(*args, "--role", "critic", *more).exit_code == 0
+    weights = [
+        (tmp_path / n / "critic" / "adapter_model.safetensors").read_bytes() for n in ("first", "second", "other")
+    ]
+    assert weights[0] == weights[2] != weights[1]
+    settings = [
+        json.loads((tmp_path / n / "critic" / "build.json").read_text())["settings"] for n in ("first", "second")
+    ]
+    assert "start" not in settings[0] and len(settings[1]["start"]) == 64
 
 
 def test_own_answers_are_kept_for_the_same_settings_alone(demonstrations, tmp_path):

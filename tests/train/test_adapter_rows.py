@@ -71,7 +71,7 @@ def test_a_revision_follows_its_critique(chat, tasks, demonstrations):
 @pytest.mark.parametrize(("fault", "option"), [("harm", 0), ("none", 1)])
 def test_a_critique_is_read_in_either_order(chat, tasks, demonstrations, fault, option):
     row, orders = first(demonstrations, fault=fault), set()
-    for asked in tasks.read_critique(row):
+    for asked in tasks.read_critique(row, row):
         read, label = texts(chat, asked)
         order = next(
             order
@@ -89,6 +89,23 @@ def test_a_critique_is_read_in_either_order(chat, tasks, demonstrations, fault, 
     assert len(orders) == 2
 
 
+def test_half_of_the_readings_are_of_the_critique_of_another_row(chat, demonstrations):
+    """Each verdict comes with faulty responses and with faultless ones, so that it can't be guessed from these."""
+    rows = adapter_rows.critic_rows(adapter_rows.Material(demonstrations), chat, 0)
+    verdicts = {(row["prompt"], row["response"]): row["fault"] != "none" for row in demonstrations}
+    found = Counter()
+    for row in rows:
+        read, label = texts(chat, row)
+        if "Does the critique say" in read:
+            prompt, response = (
+                read.rpartition(f"<{tag}>")[2].partition(f"</{tag}>")[0] for tag in ("prompt", "response")
+            )
+            says_fault = (label == "A") == ("(A) Yes" in read)
+            found[verdicts[prompt, response], says_fault] += 1
+    assert set(found) == {(True, True), (True, False), (False, True), (False, False)}
+    assert max(found.values()) - min(found.values()) <= 2
+
+
 def test_the_better_response_is_named_wherever_it_stands(chat, tasks, demonstrations):
     row = first(demonstrations, fault="harm")
     for compared, label in zip(tasks.prefer(row, row["revision"], row["response"]), "AB", strict=True):
@@ -101,8 +118,8 @@ def test_the_better_response_is_named_wherever_it_stands(chat, tasks, demonstrat
 def test_a_refusal_is_better_for_a_harmful_prompt_and_worse_for_a_harmless_one_in_the_same_words(chat, demonstrations):
     harmful, benign = (first(demonstrations, kind=kind, fault="none") for kind in ("harmful", "benign"))
     answered = [{**harmful, "fault": "harm", "response": "Yes, like this."}, {**benign, "response": "Yes, like this."}]
-    compared = adapter_rows.judge_rows(adapter_rows.Material([], decided=[*answered, answered[1]]), chat, 0)
-    assert len(compared) == 4  # as many harmless as harmful ones, each in both orders
+    compared = adapter_rows.judge_rows(adapter_rows.Material([], decided=[*answered, *answered, answered[1]]), chat, 0)
+    assert len(compared) == 4  # half of the harmful ones and as many harmless ones, each in both orders
     for number, asked in enumerate(compared):
         row, is_refused = answered[number // 2], number < 2
         read, label = texts(chat, asked)
@@ -157,7 +174,7 @@ def test_a_demonstration_of_a_principle_shows_the_fault_and_what_is_right_under_
         read, answer = texts(chat, tasks.criticise(row))
         asked = load_template("critique").render(principle=principle, prompt=PRINCIPLED["prompt"], response=response)
         assert (read, answer) == (chat.render(asked), f"{critique}<|im_end|>")
-    compared = adapter_rows.judge_rows(adapter_rows.Material([], named=[faulty, good]), chat, 0)
+    compared = adapter_rows.judge_rows(adapter_rows.Material([], named=[faulty, good] * 2), chat, 0)
     assert len(compared) == 2 and principle.preference in texts(chat, compared[0])[0]
 
 

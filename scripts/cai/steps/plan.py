@@ -57,7 +57,7 @@ PRESETS = {
         "critique": "--temperature 0 --max-new-tokens 72 --examples 0",
         "revise": "--temperature 0 --max-new-tokens 112 --examples 0",
         "sft": "--keep copy --epochs 2 --learning-rate 5e-5 --batch-size 16 --max-length 384",
-        "samples": "--samples 2 --temperature 1.0 --max-new-tokens 80",
+        "samples": "--samples 1 --temperature 1.0 --max-new-tokens 80",
         "judge": "--pairs-per-prompt 1 --examples 0",
         "reward_model": "--epochs 1 --learning-rate 3e-5 --batch-size 16 --max-length 384",
         "size": {"ppo": (12, 48, 2), "grpo": (12, 8, 1)},

@@ -227,12 +227,13 @@ class Tasks:
             "revise", row["revision"], principle=self.principle(row), critique=row["critique"], **_texts(row)
         )
 
-    def read_critique(self, row: Row) -> list[TokenRow]:
-        """Whether the critique finds a fault, in both orders: option 0 is yes."""
-        none = int(row["fault"] == "none")
+    def read_critique(self, row: Row, critic: Row) -> list[TokenRow]:
+        """Whether the critique of `critic`, the row itself or another one, finds a fault, in both orders: option 0 is
+        yes."""
+        none = int(critic["fault"] == "none")
         return [
             self.choose(
-                "classify_critique", "AB"[order.index(none)], critique=row["critique"], order=order, **_texts(row)
+                "classify_critique", "AB"[order.index(none)], critique=critic["critique"], order=order, **_texts(row)
             )
             for order in letters.cyclic_orders(2, 2)
         ]
@@ -265,7 +266,9 @@ def _texts(row: Row) -> dict[str, str]:
 def critic_rows(material: Material, chat: Chat, seed: int) -> list[TokenRow]:
     """One epoch of critiques, their first words, revisions, and readings of critiques.
 
-    Most demonstrations have a fault, most of the model's own answers have none: together they are about as many.
+    Most demonstrations have a fault, most of the model's own answers have none: together they are about as many. An
+    epoch has half of the texts, and the first word of each. Half of the readings are of a critique of another row, with
+    the other verdict: a reader is to go by the critique, not by what it thinks of the response itself.
     """
     tasks = Tasks(chat, random.Random(f"critic/{seed}"))
     demonstrations, own, decided, named = (list(vars(material)[part]) for part in vars(material))
@@ -281,12 +284,19 @@ def critic_rows(material: Material, chat: Chat, seed: int) -> list[TokenRow]:
         for row in demonstrations
         if row["kind"] != "harmful" and row["fault"] != "none"
     ]
-    read = [row for part in (faulty, faultless) for row in tasks.share(part, len(rows) // 6)]
+    criticised = [*demonstrations, *named, *helped, *tasks.share(declined, len(rows) // 15)]
+    tasks.rng.shuffle(criticised)
+    half = len(criticised) // 2
+    read = [
+        (row, row if number % 2 else tasks.rng.choice(others))
+        for part, others in ((faulty, faultless), (faultless, faulty))
+        for number, row in enumerate(tasks.share(part, len(rows) // 6))
+    ]
     return [
-        *map(tasks.criticise, [*demonstrations, *named, *helped, *tasks.share(declined, len(rows) // 15)]),
-        *map(tasks.decide, [*own, *decided]),
-        *map(tasks.revise, [*tasks.share(faulty, len(faulty) * 2 // 5), *tasks.share(faultless, len(rows) // 25)]),
-        *(row for pair in map(tasks.read_critique, read) for row in pair),
+        *map(tasks.criticise, criticised[:half]),
+        *map(tasks.decide, [*criticised[half:], *own, *decided]),
+        *map(tasks.revise, [*tasks.share(faulty, len(faulty) // 5), *tasks.share(faultless, len(rows) // 50)]),
+        *(row for pair in read for row in tasks.read_critique(*pair)),
     ]
 
 
@@ -303,19 +313,20 @@ def _declines_well(row: Row) -> str:
 def judge_rows(material: Material, chat: Chat, seed: int) -> list[TokenRow]:
     """One epoch of comparisons, each in both orders.
 
-    The revision against the response; of the model's own answers, help against a refusal for as many harmless prompts
-    as there are harmful ones, for which a refusal is better than help. The refusals of both kinds are in the same words
-    about the prompt's topic, so that harm alone tells which is better, not whether a refusal fits its prompt.
+    Half of the revisions against their responses; and half of the model's own answers to harmful prompts, which are
+    worse than a refusal, with as many answers to harmless ones, which are better than one. The refusals of both are in
+    the same words about the prompt's topic, so that harm alone tells which is better, not whether a refusal fits its
+    prompt.
     """
     tasks = Tasks(chat, random.Random(f"judge/{seed}"))
     rows: list[TokenRow] = []
-    for row in [*material.demonstrations, *material.named]:
-        if row["fault"] != "none":
-            rows += tasks.prefer(row, row["revision"], row["response"])
+    faulty = [row for row in [*material.demonstrations, *material.named] if row["fault"] != "none"]
+    for row in tasks.share(faulty, len(faulty) // 2):
+        rows += tasks.prefer(row, row["revision"], row["response"])
     answered = [*material.own, *material.decided]
     harmful = [row for row in answered if row["fault"] == "harm"]
     harmless = [row for row in answered if row["fault"] == "none"]
-    for row in [*harmful, *tasks.share(harmless, len(harmful))]:
+    for row in [*tasks.share(harmful, len(harmful) // 2), *tasks.share(harmless, len(harmful) // 2)]:
         refusal = tasks.rng.choice(_REFUSALS).format(topic=row["topic"].replace("-", " "))
         both = (refusal, row["response"]) if row["fault"] == "harm" else (row["response"], refusal)
         rows += tasks.prefer(row, *both)
