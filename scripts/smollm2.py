@@ -26,6 +26,8 @@ OWN_ANSWERS = "own-answers.json"
 
 OWN_SAMPLING = Sampling(max_new_tokens=48, temperature=0.7)
 
+OWN_SEED = 0  # the same answers for builds with any seed: they take minutes
+
 
 @click.group()
 def main():
@@ -61,7 +63,7 @@ def main():
     "[default: the bundled ones]",
 )
 @click.option("--role", "roles", multiple=True, type=click.Choice(ROLES), help="Only this adapter.  [default: both]")
-@click.option("--start", metavar="DIR", help="An earlier build, with whose critic training begins.")
+@click.option("--start", metavar="DIR", help="An earlier build, with whose adapters training begins.")
 @click.option(
     "--epochs",
     type=click.IntRange(min=1),
@@ -137,7 +139,7 @@ def build(
 
     torch.set_num_threads(threads)
     chosen = rows[:: max(1, len(rows) // own_count)][:own_count] if own_count else []
-    answers = own_answers([*chosen, *prompt_rows], model, seed, Path(output))
+    answers = own_answers([*chosen, *prompt_rows], model, Path(output))
     own = adapter_rows.own_demonstrations(chosen, answers)
     decided = adapter_rows.own_decisions(prompt_rows, answers)
     material, chat = adapter_rows.Material(rows, own, decided, named), loading.load_chat(model)
@@ -146,8 +148,8 @@ def build(
     for role in [name for name in ROLES if not roles or name in roles]:
         taught = [makers[role](material, chat, seed + epoch) for epoch in range(epochs)]
         # What harm is the judge knows from the critic: from comparisons alone it learns it much more slowly.
-        before = output if role == "judge" else start
-        begin = Path(before) / "critic" if before else None
+        first = Path(output) / "critic" if role == "judge" else None
+        begin = Path(start) / role if start else first
         figures[role] = train(model, taught, Path(output) / role, settings, record, begin)
     cli.finish(
         {"output": output, "own_answers": len(own) + len(decided), **figures},
@@ -157,16 +159,16 @@ def build(
     )
 
 
-def own_answers(rows: list[dict], model: str, seed: int, output: Path) -> dict[str, str]:
+def own_answers(rows: list[dict], model: str, output: Path) -> dict[str, str]:
     """{id: the model's own answer to the row's prompt}; kept in the output folder."""
     file = output / OWN_ANSWERS
     asked = [(row["id"], row["prompt"]) for row in rows]
-    wanted = {"model": hashing.identity(model), "sampling": vars(OWN_SAMPLING), "seed": seed, "asked": asked}
+    wanted = {"model": hashing.identity(model), "sampling": vars(OWN_SAMPLING), "seed": OWN_SEED, "asked": asked}
     key = hashing.sha256_text(json.dumps(wanted))
     if file.is_file() and (kept := json.loads(file.read_text(encoding="utf-8"))).get("key") == key:
         return kept["answers"]
     requests = [
-        Request(id_, [{"role": "user", "content": prompt}], hashing.hashed_seed("own", seed, id_))
+        Request(id_, [{"role": "user", "content": prompt}], hashing.hashed_seed("own", OWN_SEED, id_))
         for id_, prompt in asked
     ]
     engine = loading.load_engine(model)
@@ -189,7 +191,7 @@ def train(
 
     if start:
         if not (start / adapters.WEIGHTS).is_file():
-            raise InputError("no critic, with which training begins", where=start, remedy="Build one, or check --start")
+            raise InputError(f"no {start.name}, with which training begins", where=start, remedy="Build one first")
         record = {**record, "start": hashing.sha256_file(start / adapters.WEIGHTS)}
     done = folder / "build.json"
     if done.is_file() and (built := json.loads(done.read_text(encoding="utf-8")))["settings"] == record:

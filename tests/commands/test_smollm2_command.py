@@ -102,15 +102,15 @@ def test_a_build_goes_on_from_an_earlier_one(invoke, tmp_path, demonstrations, p
     assert "start" not in settings[0] and len(settings[1]["start"]) == 64
 
 
-def test_own_answers_are_kept_for_the_same_settings_alone(demonstrations, tmp_path):
+def test_own_answers_are_kept_for_the_same_prompts_alone(demonstrations, tmp_path):
     load_command("smollm2")
     own_answers = sys.modules["command_smollm2"].own_answers
     rows, model = [row for _, row in read_jsonl(demonstrations)], str(models.folder("chatml"))
-    first = own_answers(rows[:4], model, 0, tmp_path)
-    assert len(first) == 4 and own_answers(rows[:4], model, 0, tmp_path) == first
-    other = own_answers(rows[:4], model, 1, tmp_path)
-    assert other.keys() == first.keys() and other != first
-    assert len(own_answers(rows[:6], model, 1, tmp_path)) == 6
+    first = own_answers(rows[:4], model, tmp_path)
+    kept = (tmp_path / "own-answers.json").stat().st_mtime_ns
+    assert len(first) == 4 and own_answers(rows[:4], model, tmp_path) == first
+    assert (tmp_path / "own-answers.json").stat().st_mtime_ns == kept
+    assert len(own_answers(rows[:6], model, tmp_path)) == 6
 
 
 def test_a_prompt_of_an_unknown_kind_is_named(invoke, tmp_path, demonstrations, principles):
