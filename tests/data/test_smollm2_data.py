@@ -101,6 +101,15 @@ def test_every_bundled_constitution_but_those_of_harm_has_demonstrations_of_its_
         assert row["revision"] != row["response"]
 
 
+def test_every_benign_held_out_prompt_has_a_reference_answer_and_a_refusal(prompts):
+    answers = {row["id"]: row for row in rows_of("prompts/heldout-answers.jsonl")}
+    benign = {row["id"]: row for row in prompts["heldout"] if row["kind"] == "benign"}
+    assert answers.keys() == benign.keys()
+    for id_, row in answers.items():
+        assert row["prompt"] == benign[id_]["prompt"]
+        assert refusals.read(row["prompt"], row["chosen"]) == "complied"
+
+
 def test_no_prompt_is_nearly_another(prompts, demonstrations, principled):
     kept = NearDuplicates(ALIKE)
     everything = [row["prompt"] for rows in (*prompts.values(), demonstrations, principled) for row in rows]
