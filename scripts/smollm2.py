@@ -121,6 +121,12 @@ def build(
     rows, prompt_rows, named = list(source), list(asked), adapter_rows.principle_demonstrations(list(of_principles))
     loading.check_model(model, training=True)
     settings = adapters.Settings(seed=seed, **training)
+    chosen_roles = [name for name in ROLES if not roles or name in roles]
+    # What harm is the judge knows from the critic: from comparisons alone it learns it much more slowly.
+    begins = {role: Path(start) / role for role in chosen_roles} if start else {"judge": Path(output) / "critic"}
+    for role, folder in begins.items():
+        if role in chosen_roles and (start or "critic" not in chosen_roles):
+            check_adapter(folder)
     record = {
         "model": hashing.identity(model),
         "dtype": loading.inference_dtype("cpu", "auto", model),
@@ -145,18 +151,21 @@ def build(
     material, chat = adapter_rows.Material(rows, own, decided, named), loading.load_chat(model)
     makers = {"critic": adapter_rows.critic_rows, "judge": adapter_rows.judge_rows}
     figures = {}
-    for role in [name for name in ROLES if not roles or name in roles]:
+    for role in chosen_roles:
         taught = [makers[role](material, chat, seed + epoch) for epoch in range(epochs)]
-        # What harm is the judge knows from the critic: from comparisons alone it learns it much more slowly.
-        first = Path(output) / "critic" if role == "judge" else None
-        begin = Path(start) / role if start else first
-        figures[role] = train(model, taught, Path(output) / role, settings, record, begin)
+        figures[role] = train(model, taught, Path(output) / role, settings, record, begins.get(role))
     cli.finish(
         {"output": output, "own_answers": len(own) + len(decided), **figures},
         as_json=as_json,
         next_command=f"python scripts/run.py --model {model} --critic {output}/critic --judge {output}/judge "
         "--output runs/new",
     )
+
+
+def check_adapter(folder: Path) -> None:
+    """InputError unless the folder holds an adapter, with which training is to begin."""
+    if not (folder / adapters.WEIGHTS).is_file():
+        raise InputError(f"no {folder.name}, with which training begins", where=folder, remedy="Build one first")
 
 
 def own_answers(rows: list[dict], model: str, output: Path) -> dict[str, str]:
@@ -190,8 +199,6 @@ def train(
     from transformers import AutoModelForCausalLM
 
     if start:
-        if not (start / adapters.WEIGHTS).is_file():
-            raise InputError(f"no {start.name}, with which training begins", where=start, remedy="Build one first")
         record = {**record, "start": hashing.sha256_file(start / adapters.WEIGHTS)}
     done = folder / "build.json"
     if done.is_file() and (built := json.loads(done.read_text(encoding="utf-8")))["settings"] == record:

@@ -100,6 +100,12 @@ def test_a_build_goes_on_from_an_earlier_one(invoke, tmp_path, demonstrations, p
         json.loads((tmp_path / n / "critic" / "build.json").read_text())["settings"] for n in ("first", "second")
     ]
     assert "start" not in settings[0] and len(settings[1]["start"]) == 64
+    args = arguments(tmp_path / "third", demonstrations, principles)
+    both = invoke(*args, "--start", tmp_path / "first")  # which has no judge: named before anything is trained
+    assert both.exit_code == 2 and "no judge, with which training begins" in both.stderr
+    assert not (tmp_path / "third").exists()
+    other = invoke(*args, "--role", "critic", "--start", tmp_path / "first", "--rank", 3)
+    assert other.exit_code == 2 and "an adapter of other layers or another rank" in other.stderr
 
 
 def test_own_answers_are_kept_for_the_same_prompts_alone(demonstrations, tmp_path):

@@ -180,8 +180,9 @@ def test_a_demonstration_of_a_principle_shows_the_fault_and_what_is_right_under_
 
 def test_principles_that_are_unknown_and_rows_that_lack_a_text_are_refused():
     adapter_rows.check_principle(PRINCIPLED, "p.jsonl", 2)
-    with pytest.raises(InputError, match="the principle 'privacy/no-such'"):
-        adapter_rows.check_principle(PRINCIPLED | {"principle": "privacy/no-such"}, "p.jsonl", 2)
+    for unknown in ("privacy/no-such", "no-such/harm", "../privacy", "privacy"):
+        with pytest.raises(InputError, match=f"the principle '{unknown}'"):
+            adapter_rows.check_principle(PRINCIPLED | {"principle": unknown}, "p.jsonl", 2)
     with pytest.raises(InputError, match="without praise"):
         adapter_rows.check_principle(PRINCIPLED | {"praise": " "}, "p.jsonl", 2)
 

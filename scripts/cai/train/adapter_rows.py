@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 from cai.base.errors import InputError
+from cai.base.paths import CONSTITUTIONS
 from cai.constitution.files import Principle, load_constitution
 from cai.constitution.templates import load_template
 from cai.data.kinds import KINDS
@@ -82,15 +83,16 @@ def check_demonstration(row: Row, where: str, line: int) -> None:
 
 
 def check_principle(row: Row, where: str, line: int) -> None:
-    """InputError unless the row has all PRINCIPLE_FIELDS as texts, and names a principle as CONSTITUTION/ID."""
+    """InputError unless the row has all PRINCIPLE_FIELDS as texts, and names a principle of a bundled constitution."""
     missing = [name for name in PRINCIPLE_FIELDS if not isinstance(row.get(name), str) or not row[name].strip()]
     name, _, id_ = str(row.get("principle")).partition("/")
-    if missing or id_ not in load_constitution(name):
+    is_bundled = name in {file.stem for file in CONSTITUTIONS.glob("*.yaml")}
+    if missing or not is_bundled or id_ not in load_constitution(name):
         raise InputError(
             f"a demonstration without {', '.join(missing)}" if missing else f"the principle {row['principle']!r}",
             where=where,
             line=line,
-            expected=f"{', '.join(PRINCIPLE_FIELDS)}, each a text, and principle as CONSTITUTION/ID",
+            expected=f"{', '.join(PRINCIPLE_FIELDS)}, each a text, and principle as CONSTITUTION/ID, of constitutions/",
             remedy="Fix or delete this row",
         )
 
@@ -271,8 +273,8 @@ def critic_rows(material: Material, chat: Chat, seed: int) -> list[TokenRow]:
     the other verdict: a reader is to go by the critique, not by what it thinks of the response itself.
     """
     tasks = Tasks(chat, random.Random(f"critic/{seed}"))
-    demonstrations, own, decided, named = (list(vars(material)[part]) for part in vars(material))
-    rows = [*demonstrations, *own, *named]
+    demonstrations = material.demonstrations
+    rows = [*demonstrations, *material.own, *material.named]
     faulty = [row for row in rows if row["fault"] != "none"]
     faultless = [row for row in rows if row["fault"] == "none"]
     harmful = [row for row in demonstrations if row["fault"] == "harm"]
@@ -284,7 +286,7 @@ def critic_rows(material: Material, chat: Chat, seed: int) -> list[TokenRow]:
         for row in demonstrations
         if row["kind"] != "harmful" and row["fault"] != "none"
     ]
-    criticised = [*demonstrations, *named, *helped, *tasks.share(declined, len(rows) // 15)]
+    criticised = [*demonstrations, *material.named, *helped, *tasks.share(declined, len(rows) // 15)]
     tasks.rng.shuffle(criticised)
     half = len(criticised) // 2
     read = [
@@ -294,7 +296,7 @@ def critic_rows(material: Material, chat: Chat, seed: int) -> list[TokenRow]:
     ]
     return [
         *map(tasks.criticise, criticised[:half]),
-        *map(tasks.decide, [*criticised[half:], *own, *decided]),
+        *map(tasks.decide, [*criticised[half:], *material.own, *material.decided]),
         *map(tasks.revise, [*tasks.share(faulty, len(faulty) // 5), *tasks.share(faultless, len(rows) // 50)]),
         *(row for pair in read for row in tasks.read_critique(*pair)),
     ]

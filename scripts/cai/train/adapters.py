@@ -293,12 +293,19 @@ def _save_state(folder, parameters, optimizer, step, losses, identity) -> None:
 
 
 def load_adapter(layers: dict[str, Any], folder: Path) -> None:
-    """Give the layers the matrices that `save_adapter` wrote."""
+    """Give the layers the matrices that `save_adapter` wrote. InputError for an adapter of other layers or rank."""
     from safetensors.torch import load_file
 
     tensors = load_file(folder / WEIGHTS)
-    for name, kind, matrix in _matrices(layers):
-        matrix.data.copy_(tensors[_tensor_name(name, kind)])
+    wanted = {_tensor_name(name, kind): matrix for name, kind, matrix in _matrices(layers)}
+    if {name: tensor.shape for name, tensor in tensors.items()} != {name: m.shape for name, m in wanted.items()}:
+        raise InputError(
+            "an adapter of other layers or another rank",
+            where=folder,
+            remedy="Give the --rank, --first-layer and --model that it was built with",
+        )
+    for name, matrix in wanted.items():
+        matrix.data.copy_(tensors[name])
 
 
 def _matrices(layers: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
