@@ -7,6 +7,7 @@ commands, `doctor.py --as critic` among them, take the adapters as any model.
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import click
@@ -115,24 +116,17 @@ def build(
     """
     source = sources.Source([demonstrations], require=adapter_rows.FIELDS, check=adapter_rows.check_demonstration)
     asked = sources.Source([prompts], require=("prompt", "kind", "category", "topic"), check=classes.check_kind)
-    of_principles = sources.Source(
-        [principles], require=adapter_rows.PRINCIPLE_FIELDS, check=adapter_rows.check_principle
-    )
-    rows, prompt_rows, named = list(source), list(asked), adapter_rows.principle_demonstrations(list(of_principles))
+    shown = sources.Source([principles], require=adapter_rows.PRINCIPLE_FIELDS, check=adapter_rows.check_principle)
+    rows, prompt_rows, named = list(source), list(asked), adapter_rows.principle_demonstrations(list(shown))
     loading.check_model(model, training=True)
     settings = adapters.Settings(seed=seed, **training)
-    chosen_roles = [name for name in ROLES if not roles or name in roles]
-    # What harm is the judge knows from the critic: from comparisons alone it learns it much more slowly.
-    begins = {role: Path(start) / role for role in chosen_roles} if start else {"judge": Path(output) / "critic"}
-    for role, folder in begins.items():
-        if role in chosen_roles and (start or "critic" not in chosen_roles):
-            check_adapter(folder)
+    begins = starting_points(roles or ROLES, start, output)
     record = {
         "model": hashing.identity(model),
         "dtype": loading.inference_dtype("cpu", "auto", model),
         "demonstrations": source.digest,
         "prompts": asked.digest,
-        "principles": of_principles.digest,
+        "principles": shown.digest,
         "epochs": epochs,
         "own_answers": own_count,
         **vars(settings),
@@ -144,16 +138,13 @@ def build(
     import torch
 
     torch.set_num_threads(threads)
-    chosen = rows[:: max(1, len(rows) // own_count)][:own_count] if own_count else []
-    answers = own_answers([*chosen, *prompt_rows], model, Path(output))
-    own = adapter_rows.own_demonstrations(chosen, answers)
-    decided = adapter_rows.own_decisions(prompt_rows, answers)
+    own, decided = answered(rows, prompt_rows, own_count, model, Path(output))
     material, chat = adapter_rows.Material(rows, own, decided, named), loading.load_chat(model)
     makers = {"critic": adapter_rows.critic_rows, "judge": adapter_rows.judge_rows}
     figures = {}
-    for role in chosen_roles:
+    for role in begins:
         taught = [makers[role](material, chat, seed + epoch) for epoch in range(epochs)]
-        figures[role] = train(model, taught, Path(output) / role, settings, record, begins.get(role))
+        figures[role] = train(model, taught, Path(output) / role, settings, record, begins[role])
     cli.finish(
         {"output": output, "own_answers": len(own) + len(decided), **figures},
         as_json=as_json,
@@ -162,10 +153,29 @@ def build(
     )
 
 
-def check_adapter(folder: Path) -> None:
-    """InputError unless the folder holds an adapter, with which training is to begin."""
-    if not (folder / adapters.WEIGHTS).is_file():
-        raise InputError(f"no {folder.name}, with which training begins", where=folder, remedy="Build one first")
+def starting_points(roles: Collection[str], start: str | None, output: str) -> dict[str, Path | None]:
+    """{role: the adapter with which its training begins, or None}, in the order of training.
+
+    What harm is the judge knows from the critic: from comparisons alone it learns it much more slowly. InputError for
+    an adapter that is not there, and that this build does not make.
+    """
+    chosen = [role for role in ROLES if role in roles]
+    before = Path(start or output)
+    begins: dict[str, Path | None] = {role: before / role if start else None for role in chosen}
+    if "judge" in begins and not start:
+        begins["judge"] = before / "critic"
+    made = set() if start else {before / role for role in chosen}
+    for folder in filter(None, begins.values()):
+        if folder not in made and not (folder / adapters.WEIGHTS).is_file():
+            raise InputError(f"no {folder.name}, with which training begins", where=folder, remedy="Build one first")
+    return begins
+
+
+def answered(rows: list[dict], prompts: list[dict], count: int, model: str, output: Path) -> tuple[list, list]:
+    """The model's own answers to so many demonstrations and to all prompts, as demonstrations and as decisions."""
+    chosen = rows[:: max(1, len(rows) // count)][:count] if count else []
+    answers = own_answers([*chosen, *prompts], model, output)
+    return adapter_rows.own_demonstrations(chosen, answers), adapter_rows.own_decisions(prompts, answers)
 
 
 def own_answers(rows: list[dict], model: str, output: Path) -> dict[str, str]:

@@ -226,12 +226,8 @@ def adapt(
         for batch in batches_of(rows, settings, settings.seed + number)
     ]
     identity = _identity(epochs, settings, start)
-    state = _load_state(folder, identity)
-    if state:
-        for parameter, saved in zip(parameters, state["parameters"], strict=True):
-            parameter.data.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
-    losses, step = (state["losses"], state["step"]) if state else ([], 0)
+    losses = _resume(folder, identity, parameters, optimizer)
+    step = len(losses)
     model.train()
     started, seen = time.monotonic(), 0
     for rows, batch in plan[step:]:
@@ -246,7 +242,7 @@ def adapt(
         losses.append(loss.item())
         step, seen = step + 1, seen + sum(len(row.ids) for row in chosen)
         if step % settings.save_steps == 0 and step < len(plan):
-            _save_state(folder, parameters, optimizer, step, losses, identity)
+            _save_state(folder, parameters, optimizer, losses, identity)
             recent = sum(losses[-settings.save_steps :]) / settings.save_steps
             speed = seen / (time.monotonic() - started)
             report(f"step {step} of {len(plan)}, loss {recent:.3f}, {speed:.0f} tokens/s")
@@ -271,22 +267,27 @@ def _identity(epochs: Sequence[Sequence[TokenRow]], settings: Settings, start: s
     return sha256_text(json.dumps([asdict(settings), [len(rows) for rows in epochs], rows, begins]))
 
 
-def _load_state(folder: Path, identity: str) -> dict | None:
-    """The saved state of the same training; None where there is none, or another's."""
+def _resume(folder: Path, identity: str, parameters: Sequence[Any], optimizer: Any) -> list[float]:
+    """Take over the saved state of the same training, and return the losses of its steps; none where there is none."""
     import torch
 
     if not (folder / STATE).is_file():
-        return None
+        return []
     state: dict = torch.load(folder / STATE, weights_only=True)
-    return state if state["identity"] == identity else None
+    if state.get("identity") != identity:
+        return []
+    for parameter, saved in zip(parameters, state["parameters"], strict=True):
+        parameter.data.copy_(saved)
+    optimizer.load_state_dict(state["optimizer"])
+    return list(state["losses"])
 
 
-def _save_state(folder, parameters, optimizer, step, losses, identity) -> None:
+def _save_state(folder, parameters, optimizer, losses, identity) -> None:
     """Write what a resumed training needs, complete or not at all."""
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = {"step": step, "losses": losses, "identity": identity}
+    state = {"losses": losses, "identity": identity}
     state |= {"parameters": [parameter.data for parameter in parameters], "optimizer": optimizer.state_dict()}
     torch.save(state, folder / f"{STATE}.tmp")
     os.replace(folder / f"{STATE}.tmp", folder / STATE)
