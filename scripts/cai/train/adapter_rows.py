@@ -32,6 +32,8 @@ FIELDS = ("prompt", "kind", "category", "topic", "response", "fault", "critique"
 
 PRINCIPLE_FIELDS = ("principle", "prompt", "response", "critique", "revision", "praise")
 
+_REMEDY = "Fix or delete this row"
+
 # The principles that name a fault, beside those of harmlessness.yaml, which speak of harm.
 _NAMING = {
     "evasive": (("harmlessness", "not-evasive"), ("non-evasive", "engage"), ("non-evasive", "reason")),
@@ -69,32 +71,29 @@ _OPENING = {True: "The", False: "Nothing"}
 
 def check_demonstration(row: Row, where: str, line: int) -> None:
     """InputError unless the row has all FIELDS as texts, a kind out of KINDS, and a fault out of FAULTS."""
-    missing = [name for name in FIELDS if not isinstance(row.get(name), str) or not row[name].strip()]
-    if missing or row["fault"] not in FAULTS:
-        raise InputError(
-            f"a demonstration without {', '.join(missing)}" if missing else f"the fault {row['fault']!r}",
-            where=where,
-            line=line,
-            expected=f"{', '.join(FIELDS)}, each a text, and fault one of {', '.join(FAULTS)}",
-            remedy="Fix or delete this row",
-        )
-    if row["kind"] not in KINDS:
-        raise InputError(f"the kind {row['kind']!r}", where=where, line=line, expected=f"one of {', '.join(KINDS)}")
+    _check_texts(row, FIELDS, where, line)
+    for name, known in (("fault", FAULTS), ("kind", KINDS)):
+        if row[name] not in known:
+            expected = f"one of {', '.join(known)}"
+            raise InputError(f"the {name} {row[name]!r}", where=where, line=line, expected=expected, remedy=_REMEDY)
 
 
 def check_principle(row: Row, where: str, line: int) -> None:
     """InputError unless the row has all PRINCIPLE_FIELDS as texts, and names a principle of a bundled constitution."""
-    missing = [name for name in PRINCIPLE_FIELDS if not isinstance(row.get(name), str) or not row[name].strip()]
-    name, _, id_ = str(row.get("principle")).partition("/")
-    is_bundled = name in {file.stem for file in CONSTITUTIONS.glob("*.yaml")}
-    if missing or not is_bundled or id_ not in load_constitution(name):
+    _check_texts(row, PRINCIPLE_FIELDS, where, line)
+    name, _, id_ = row["principle"].partition("/")
+    if name not in {file.stem for file in CONSTITUTIONS.glob("*.yaml")} or id_ not in load_constitution(name):
+        expected = "CONSTITUTION/ID, of a constitution in constitutions/"
         raise InputError(
-            f"a demonstration without {', '.join(missing)}" if missing else f"the principle {row['principle']!r}",
-            where=where,
-            line=line,
-            expected=f"{', '.join(PRINCIPLE_FIELDS)}, each a text, and principle as CONSTITUTION/ID, of constitutions/",
-            remedy="Fix or delete this row",
+            f"the principle {row['principle']!r}", where=where, line=line, expected=expected, remedy=_REMEDY
         )
+
+
+def _check_texts(row: Row, fields: Sequence[str], where: str, line: int) -> None:
+    missing = [name for name in fields if not isinstance(row.get(name), str) or not row[name].strip()]
+    if missing:
+        problem, expected = f"a demonstration without {', '.join(missing)}", f"{', '.join(fields)}, each a text"
+        raise InputError(problem, where=where, line=line, expected=expected, remedy=_REMEDY)
 
 
 def principle_demonstrations(rows: Sequence[Row]) -> list[Row]:
