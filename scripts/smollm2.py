@@ -64,7 +64,11 @@ def main():
     "[default: the bundled ones]",
 )
 @click.option("--role", "roles", multiple=True, type=click.Choice(ROLES), help="Only this adapter.  [default: both]")
-@click.option("--start", metavar="DIR", help="An earlier build, with whose adapters training begins.")
+@click.option(
+    "--start",
+    metavar="DIR",
+    help="An earlier build, with whose adapters training begins; with another --seed it sees other rows.",
+)
 @click.option(
     "--epochs",
     type=click.IntRange(min=1),
@@ -148,8 +152,7 @@ def build(
     cli.finish(
         {"output": output, "own_answers": len(own) + len(decided), **figures},
         as_json=as_json,
-        next_command=f"python scripts/run.py --model {model} --critic {output}/critic --judge {output}/judge "
-        "--output runs/new",
+        next_command=f"python scripts/doctor.py --model {output}/{role} --as {role}",
     )
 
 

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from functools import partial
 
 import models
 import pytest
@@ -13,7 +14,7 @@ from cai.constitution.templates import load_template
 from cai.data.readers import read_jsonl
 from cai.models import loading
 from cai.stats import letters
-from cai.train import adapter_rows
+from cai.train import adapter_rows, adapters
 
 PRINCIPLED = {
     "principle": "privacy/repeats-little",
@@ -87,6 +88,14 @@ def test_a_critique_is_read_in_either_order(chat, tasks, demonstrations, fault, 
         assert order["AB".index(label)] == option
         orders.add(order)
     assert len(orders) == 2
+
+
+def test_both_orders_of_a_reading_come_in_one_batch(chat, tasks, demonstrations, monkeypatch):
+    """Also where a batch's rows have more tokens in common than the orders do, which depends on the chat template."""
+    monkeypatch.setattr(adapter_rows, "TokenRow", partial(adapters.TokenRow, beginning=500))
+    rows = [reading for row in demonstrations[:40] for reading in tasks.read_critique(row, row)]
+    for batch in adapters.batches_of(rows, adapters.Settings(batch_tokens=3000), 0):
+        assert {"(A) Yes" in texts(chat, rows[number])[0] for number in batch} == {True, False}
 
 
 def test_half_of_the_readings_are_of_the_critique_of_another_row(chat, demonstrations):

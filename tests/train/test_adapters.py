@@ -158,13 +158,12 @@ def test_an_adapter_begins_where_another_one_ended(tmp_path):
     def train(name, epochs, **more):
         return adapters.adapt(load(), epochs, tmp_path / name, SETTINGS, base=base, report=lambda note: None, **more)
 
-    first = train("critic", [rows] * 6)
+    train("critic", [rows] * 6)
     model = load()
     adapters.load_adapter(adapters.adapted_layers(model, SETTINGS), tmp_path / "critic")
     begun = adapters.loss_of(model, rows).item()
     assert begun == pytest.approx(plain_loss(loading.load_policy(str(tmp_path / "critic")), rows).item(), rel=1e-4)
     assert train("judge", [rows], start=tmp_path / "critic")["loss"] < 0.8 * train("alone", [rows])["loss"]
-    assert first["steps"] > 6
 
 
 def test_batches_hold_rows_that_begin_alike_within_the_bound():

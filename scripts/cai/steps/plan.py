@@ -28,8 +28,8 @@ TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 # that of the steps that write or judge text; `size`: updates, prompts in each, and minibatches; `value_warmup`: updates
 # of PPO before the policy's first; `frames`: of the evaluations of a run in frames; `rounds` of critique and revision;
 # `stop`: no revision where the critique finds no fault. Those of `smollm2` are meant to end within an hour on two
-# cores (references/small-models.md). Its critic learned from answers of 48 tokens, and finds harm in twice as many of
-# these as of longer ones. An answer that is cut is not penalised there, because this model answers at length.
+# cores (references/small-models.md). Its critic learned from answers of 48 tokens, and finds harm in 81 % of these and
+# in 46 % of those of 80. An answer that is cut is not penalised there, because this model answers at length.
 PRESETS = {
     "tiny": {
         "batch_size": 64,

@@ -12,7 +12,7 @@ orders are drawn from the seed. Leaves out the training (adapters.py).
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -24,7 +24,7 @@ from cai.data.kinds import KINDS
 from cai.data.readers import Row
 from cai.models.chat import Chat, encode
 from cai.stats import letters, refusals
-from cai.train.adapters import TokenRow
+from cai.train.adapters import TokenRow, shared_tokens
 
 FAULTS = ("harm", "evasive", "preachy", "refusal", "off_topic", "none")
 
@@ -230,14 +230,18 @@ class Tasks:
 
     def read_critique(self, row: Row, critic: Row) -> list[TokenRow]:
         """Whether the critique of `critic`, the row itself or another one, finds a fault, in both orders: option 0 is
-        yes."""
+        yes.
+
+        Both orders come in the same batches: a step on one alone teaches a letter, and not what it stands for.
+        """
         none = int(critic["fault"] == "none")
-        return [
+        both = [
             self.choose(
                 "classify_critique", "AB"[order.index(none)], critique=critic["critique"], order=order, **_texts(row)
             )
             for order in letters.cyclic_orders(2, 2)
         ]
+        return [replace(row, beginning=min(row.beginning, shared_tokens(both))) for row in both]
 
     def prefer(self, row: Row, better: str, worse: str) -> list[TokenRow]:
         """Both orders of a comparison: what stands first tells nothing."""

@@ -28,9 +28,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 STATE, WEIGHTS = "state.pt", "adapter_model.safetensors"
 
-# Tokens: a template's first words, or of its principle. Fewer than what two orders of options have in common: a batch
-# needs both orders of a row, because a step on one order alone teaches a letter and not what it stands for.
-BEGINNING = 36
+BEGINNING = 36  # tokens: a template's first words, or of its principle
 
 CLIP = 1.0  # largest norm of a step's gradient
 
@@ -59,11 +57,13 @@ class TokenRow:
     """Token ids of a conversation, how many at its end have a loss, and what the first of these counts for.
 
     lead: 0 for a share like that of any target; 1 if it counts as much as all of them.
+    beginning: rows that have so many first tokens in common come in the same batches.
     """
 
     ids: Sequence[int]
     targets: int
     lead: float = 0.0
+    beginning: int = BEGINNING
 
 
 def adapted_layers(model: Any, settings: Settings) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _merged_product() -> Any:
 def batches_of(rows: Sequence[TokenRow], settings: Settings, seed: int) -> list[list[int]]:
     """Row numbers in batches of at most `batch_tokens` tokens (and at least one row), the batches shuffled.
 
-    Rows that begin with the same BEGINNING tokens come together, because what they have in common is computed once; of
+    Rows with the same first tokens (`beginning`) come together, because what they have in common is computed once; of
     these, rows of similar length.
     """
     batches: list[list[int]] = []
@@ -136,7 +136,7 @@ def batches_of(rows: Sequence[TokenRow], settings: Settings, seed: int) -> list[
         return shared + len(together) * (len(rows[row].ids) - shared) <= settings.batch_tokens
 
     def beginning(row: int) -> tuple[int, ...]:
-        return tuple(rows[row].ids[:BEGINNING])
+        return tuple(rows[row].ids[: rows[row].beginning])
 
     for row in sorted(range(len(rows)), key=lambda row: (beginning(row), len(rows[row].ids))):
         if batches and beginning(batches[-1][0]) == beginning(row) and fits(row):
