@@ -220,6 +220,18 @@ def test_no_end_is_trained_after_a_response_that_was_cut(tmp_path):
     assert tokens[2][-1] == chat.stop_id
 
 
+def test_no_end_is_trained_after_a_helpful_response_that_was_cut(tmp_path):
+    row = {"prompt": "How do I lift it?", "response": "Lift the bar.", "finish": "length"}
+    ended = {**row, "response": "Lift the bar.<|im_end|>\n<|im_start|>user"}  # at its limit, after it had ended
+    outputs.write_jsonl(tmp_path / "helpful.jsonl", [{**row, "finish": "stop"}, row, ended])
+    rows, _, _ = sft.read_rows([], [str(tmp_path / "helpful.jsonl")], "last", frozenset(), None)
+    assert [(str(text), type(text).__name__) for _, text in rows] == [
+        ("Lift the bar.", "str"),
+        ("Lift the bar.", "CutText"),
+        ("Lift the bar.", "str"),
+    ]
+
+
 def test_the_prompt_is_masked_and_the_end_is_trained(tmp_path, revised):
     rows, _, _ = sft.read_rows([str(revised)], [], "last", frozenset(), None)
     made, chat = trainer(tmp_path, rows)
@@ -256,6 +268,22 @@ def test_the_loss_is_that_of_the_response_alone(tmp_path, revised):
         trls = SFTTrainer.compute_loss(made, made.model, dict(batch)).item()
     assert ours == pytest.approx(sum(terms) / len(terms), rel=1e-5)
     assert ours == pytest.approx(trls, rel=1e-5)
+
+
+def test_the_gradient_is_the_models_own_and_logits_are_made_of_trained_tokens_alone(tmp_path, revised):
+    import torch
+
+    made, _ = trainer(tmp_path, sft.read_rows([str(revised)], [], "all", frozenset(), None)[0])
+    batch, shapes, gradients = next(iter(made.get_train_dataloader())), [], []
+    head = made.model.get_output_embeddings()
+    head.register_forward_hook(lambda _module, _args, logits: shapes.append(tuple(logits.shape[:2])))
+    for loss in (made.compute_loss(made.model, dict(batch)), made.model(**batch).loss):
+        loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in made.model.parameters()])
+        made.model.zero_grad()
+    assert shapes == [(1, batch["labels"].ne(-100).sum()), tuple(batch["labels"].shape)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
 
 
 def test_a_long_row_is_left_out_and_counted(revised):
