@@ -113,6 +113,19 @@ def test_frames_are_measured_beside_the_plain_prompts(measure, frames, tmp_path)
     assert manifest["fingerprint"]["frames"] == sha256_file(frames)
     plan = json.loads(measure("--frames", frames, "--dry-run", "--json", "--overwrite").stdout)
     assert plan["model_calls"] == len(answered)
+    first = rows_of(tmp_path / "prompts.jsonl")[0]["prompt"]
+    assert plan["in frame rex"] == [{"role": "system", "content": "You play Rex."}, {"role": "user", "content": first}]
+    assert plan["in frame sure"] == [{"role": "user", "content": first}, {"role": "assistant", "content": "Sure."}]
+
+
+def test_figures_without_prompts_are_named_in_one_line(invoke, tmp_path):
+    rows = language.prompt_rows("harmful", "heldout", 0, 2)
+    write_jsonl(tmp_path / "harmful.jsonl", rows)
+    line = ("--input", tmp_path / "harmful.jsonl", "--model", models.folder("llama"), "--by", "oracle")
+    result = invoke("evaluate", *line, "--max-new-tokens", 4, "--output", tmp_path / "e.jsonl")
+    [named] = [text for text in result.stdout.splitlines() if text.startswith("no prompts or responses for: ")]
+    assert "benign helpful" in named and "harmful compliance" not in named
+    assert "benign helpful " not in result.stdout.replace(named, "")
 
 
 def test_a_split_and_a_number_of_prompts_can_be_chosen(measure, frames, tmp_path):

@@ -155,13 +155,16 @@ def print_rates(
         "change": {} if changes is None else {name: changes.get(name, "–") for name in rows},
     }
     columns = {title: cells for title, cells in columns.items() if cells}
+    shown = {name: row for name, row in rows.items() if not framed.is_single(name) and not framed.is_of_kind(name)}
     lines = [
         (name.replace("_", " "), show_figure(name, row), row["n"], *(cells.get(name, "") for cells in columns.values()))
-        for name, row in rows.items()
-        if not framed.is_single(name) and not framed.is_of_kind(name)
+        for name, row in shown.items()
+        if row["n"]
     ]
     value = "unqualified value" if output.counts.get("qualified") is False else "value"
     click.echo(tables.table(("", f"{value} (95 % interval)", "n", *columns), lines))
+    if unmeasured := [name.replace("_", " ") for name, row in shown.items() if not row["n"]]:
+        click.echo(f"no prompts or responses for: {', '.join(unmeasured)}")
     if frames := framed.table(rows):
         click.echo("\n".join(["", frames, *framed.worst_lines(rows), ""]))
     for note in output.counts.get("notes", ()):

@@ -98,6 +98,15 @@ def plan(
                 yield Answer({**row, "prompt_id": row["id"], **about}, answer_seed, None, plain, frame)
 
 
+def conversations_in_frames(answers: Iterable[Answer]) -> dict[str, list[dict]]:
+    """{`in frame ID`: the conversation in which the first prompt is asked there}."""
+    shown: dict[str, list[dict]] = {}
+    for answer in answers:
+        if answer.frame is not None and f"in frame {answer.frame.id}" not in shown:
+            shown[f"in frame {answer.frame.id}"] = answer.conversation()
+    return shown
+
+
 def respond(answers: Iterable[Answer], output: outputs.Output, model: str, options: SimpleNamespace) -> sources.Source:
     """Write {...row, response, model, finish} of every Answer (resumable), except those too long for the model.
 
