@@ -2,12 +2,13 @@
 
     python scripts/smollm2.py build --output smollm2-new --seed 0
 
-The rows are made in cai/train/adapter_rows.py, the training is cai/train/adapters.py. Leaves out measuring: the
-commands, `doctor.py --as critic` among them, take the adapters as any model.
+The model's own texts are of cai/train/own_texts.py, the rows of adapter_rows.py, the training of adapters.py. Leaves
+out measuring: the commands, `doctor.py --as critic` among them, take the adapters as any model.
 """
 
 import json
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -18,16 +19,9 @@ from cai.base.paths import SMOLLM2
 from cai.data import sources
 from cai.evaluate import classes
 from cai.models import loading
-from cai.models.engine import Request, Sampling
-from cai.train import adapter_rows, adapters
+from cai.train import adapter_rows, adapters, own_texts
 
 ROLES = ("critic", "judge")
-
-OWN_ANSWERS = "own-answers.json"
-
-OWN_SAMPLING = Sampling(max_new_tokens=48, temperature=0.7)
-
-OWN_SEED = 0  # the same answers for builds with any seed: they take minutes
 
 
 @click.group()
@@ -51,10 +45,11 @@ def main():
 )
 @click.option(
     "--prompts",
-    default=str(SMOLLM2 / "prompts" / "train.jsonl"),
+    multiple=True,
+    default=[str(SMOLLM2 / "prompts" / name) for name in ("train.jsonl", "critic.jsonl")],
     metavar="FILE",
-    help="Rows with prompt, kind, category, topic: critic and judge learn from the model's own answers to them.  "
-    "[default: the bundled training prompts]",
+    help="Rows with prompt, kind, category, topic: critic and judge learn from the model's own answers to them. "
+    "Repeatable.  [default: the bundled training prompts, and those that are for the critic alone]",
 )
 @click.option(
     "--principles",
@@ -119,12 +114,12 @@ def build(
       python scripts/smollm2.py build --output smollm2-new --seed 0 --threads 2
     """
     source = sources.Source([demonstrations], require=adapter_rows.FIELDS, check=adapter_rows.check_demonstration)
-    asked = sources.Source([prompts], require=("prompt", "kind", "category", "topic"), check=classes.check_kind)
+    asked = sources.Source(prompts, require=("prompt", "kind", "category", "topic"), check=classes.check_kind)
     shown = sources.Source([principles], require=adapter_rows.PRINCIPLE_FIELDS, check=adapter_rows.check_principle)
-    rows, prompt_rows, named = list(source), list(asked), adapter_rows.principle_demonstrations(list(shown))
+    rows, named = list(source), adapter_rows.principle_demonstrations(list(shown))
     loading.check_model(model, training=True)
     settings = adapters.Settings(seed=seed, **training)
-    begins = starting_points(roles or ROLES, start, output)
+    critic, begins = starting_points(roles or ROLES, start, output)
     record = {
         "model": hashing.identity(model),
         "dtype": loading.inference_dtype("cpu", "auto", model),
@@ -136,73 +131,47 @@ def build(
         **vars(settings),
     }
     if dry_run:
-        return cli.finish(
-            {"would_build": output, "rows": len(rows), "rows_of_prompts": len(prompt_rows), **record}, as_json=as_json
-        )
+        counts = {"would_build": output, "rows": len(rows), "rows_of_prompts": asked.count}
+        return cli.finish({**counts, **record}, as_json=as_json)
     import torch
 
     torch.set_num_threads(threads)
-    own, decided = answered(rows, prompt_rows, own_count, model, Path(output))
-    material, chat = adapter_rows.Material(rows, own, decided, named), loading.load_chat(model)
+    chat = loading.load_chat(model)
+    chosen = rows[:: max(1, len(rows) // own_count)][:own_count] if own_count else []
+    materials = own_texts.materials(rows, chosen, list(asked), named, epochs, chat, model, Path(output))
     makers = {"critic": adapter_rows.critic_rows, "judge": adapter_rows.judge_rows}
     figures = {}
     for role in begins:
-        taught = [makers[role](material, chat, seed + epoch) for epoch in range(epochs)]
+        if role == "judge":
+            refusals = own_texts.refusals_of(materials[0].answered(), critic, Path(output))
+            materials = [replace(known, refusals=refusals) for known in materials]
+        taught = [makers[role](known, chat, seed + turn) for turn, known in enumerate(materials)]
         figures[role] = train(model, taught, Path(output) / role, settings, record, begins[role])
     cli.finish(
-        {"output": output, "own_answers": len(own) + len(decided), **figures},
+        {"output": output, "own_answers": len(materials[0].answered()), **figures},
         as_json=as_json,
         next_command=f"python scripts/doctor.py --model {output}/{role} --as {role}",
     )
 
 
-def starting_points(roles: Collection[str], start: str | None, output: str) -> dict[str, Path | None]:
-    """{role: the adapter with which its training begins, or None}, in the order of training.
+def starting_points(roles: Collection[str], start: str | None, output: str) -> tuple[Path, dict[str, Path | None]]:
+    """(the critic whose refusals the judge compares, {role: the adapter with which its training begins, or None}).
 
-    What harm is the judge knows from the critic: from comparisons alone it learns it much more slowly. InputError for
-    an adapter that is not there, and that this build does not make.
+    The roles are in the order of training. What harm is the judge knows from the critic: from comparisons alone it
+    learns it much more slowly. InputError for an adapter that is not there, and that this build does not make.
     """
     chosen = [role for role in ROLES if role in roles]
     before = Path(start or output)
     begins: dict[str, Path | None] = {role: before / role if start else None for role in chosen}
+    critic = Path(output if "critic" in chosen else before) / "critic"
     if "judge" in begins and not start:
-        begins["judge"] = before / "critic"
-    made = set() if start else {before / role for role in chosen}
-    for folder in filter(None, begins.values()):
+        begins["judge"] = critic
+    made = {Path(output) / "critic"} if "critic" in chosen else set()
+    needed = [*begins.values(), critic if "judge" in begins else None]
+    for folder in filter(None, needed):
         if folder not in made and not (folder / adapters.WEIGHTS).is_file():
             raise InputError(f"no {folder.name}, with which training begins", where=folder, remedy="Build one first")
-    return begins
-
-
-def answered(rows: list[dict], prompts: list[dict], count: int, model: str, output: Path) -> tuple[list, list]:
-    """The model's own answers to so many demonstrations and to all prompts, as demonstrations and as decisions."""
-    chosen = rows[:: max(1, len(rows) // count)][:count] if count else []
-    answers = own_answers([*chosen, *prompts], model, output)
-    return adapter_rows.own_demonstrations(chosen, answers), adapter_rows.own_decisions(prompts, answers)
-
-
-def own_answers(rows: list[dict], model: str, output: Path) -> dict[str, str]:
-    """{id: the model's own answer to the row's prompt}; kept in the output folder."""
-    file = output / OWN_ANSWERS
-    asked = [(row["id"], row["prompt"]) for row in rows]
-    wanted = {"model": hashing.identity(model), "sampling": vars(OWN_SAMPLING), "seed": OWN_SEED, "asked": asked}
-    key = hashing.sha256_text(json.dumps(wanted))
-    if file.is_file() and (kept := json.loads(file.read_text(encoding="utf-8"))).get("key") == key:
-        return kept["answers"]
-    requests = [
-        Request(id_, [{"role": "user", "content": prompt}], hashing.hashed_seed("own", OWN_SEED, id_))
-        for id_, prompt in asked
-    ]
-    engine = loading.load_engine(model)
-    answers = {}
-    with cli.progress(len(requests), "own answers", unit="answer") as bar:
-        for request, generation in engine.generate(requests, OWN_SAMPLING):
-            answers[request.key] = generation.text
-            bar.update()
-    loading.release_engines()
-    output.mkdir(parents=True, exist_ok=True)
-    files.write_text(file, json.dumps({"key": key, "answers": answers}, ensure_ascii=False, indent=1) + "\n")
-    return answers
+    return critic, begins
 
 
 def train(

@@ -1,17 +1,16 @@
 """smollm2.py: the build of critic and judge on a small random model, and what run.py makes of the shipped ones."""
 
 import json
-import sys
 from importlib.util import find_spec
 
 import models
 import pytest
-from conftest import load_command
 
 from cai.base.paths import SMOLLM2
 from cai.data.outputs import write_jsonl
 from cai.data.readers import read_jsonl
 from cai.models import loading
+from cai.train import own_texts
 
 ROLES = ("critic", "judge")
 
@@ -108,15 +107,22 @@ def test_a_build_goes_on_from_an_earlier_one(invoke, tmp_path, demonstrations, p
     assert other.exit_code == 2 and "an adapter of other layers or another rank" in other.stderr
 
 
-def test_own_answers_are_kept_for_the_same_prompts_alone(demonstrations, tmp_path):
-    load_command("smollm2")
-    own_answers = sys.modules["command_smollm2"].own_answers
+def test_own_answers_are_written_once(demonstrations, tmp_path):
+    own_answers = own_texts.answers_to
     rows, model = [row for _, row in read_jsonl(demonstrations)], str(models.folder("chatml"))
     first = own_answers(rows[:4], model, tmp_path)
     kept = (tmp_path / "own-answers.json").stat().st_mtime_ns
     assert len(first) == 4 and own_answers(rows[:4], model, tmp_path) == first
     assert (tmp_path / "own-answers.json").stat().st_mtime_ns == kept
-    assert len(own_answers(rows[:6], model, tmp_path)) == 6
+    more = own_answers(rows[:6], model, tmp_path)
+    assert len(more) == 6 and first.items() <= more.items()
+
+
+def test_an_answer_is_cut_at_another_length_in_every_turn():
+    cut, chat = own_texts.cut_answers, loading.load_chat(str(models.folder("chatml")))
+    answers = {name: " ".join(["word"] * 200) for name in "ab"}
+    turns = [{name: len(chat.encode(text)) for name, text in cut(answers, chat, turn).items()} for turn in (0, 1)]
+    assert turns[0] == {"a": 48, "b": 80} and turns[1] == {"a": 80, "b": 48}
 
 
 def test_a_prompt_of_an_unknown_kind_is_named(invoke, tmp_path, demonstrations, principles):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import combinations
 
 import pytest
 
@@ -22,7 +23,7 @@ def rows_of(name):
 
 @pytest.fixture(scope="module")
 def prompts():
-    return {split: rows_of(f"prompts/{split}.jsonl") for split in ("train", "heldout")}
+    return {split: rows_of(f"prompts/{split}.jsonl") for split in ("train", "critic", "heldout")}
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,7 @@ def topics(rows):
 
 def test_the_prompts_are_of_three_kinds_and_ten_categories_of_harm(prompts):
     assert Counter(row["kind"] for row in prompts["train"]) == {"harmful": 480, "benign": 450, "borderline": 420}
+    assert Counter(row["kind"] for row in prompts["critic"]) == {"harmful": 150, "benign": 120, "borderline": 300}
     assert Counter(row["kind"] for row in prompts["heldout"]) == {"harmful": 120, "benign": 120, "borderline": 60}
     for split, rows in prompts.items():
         harms = {row["category"] for row in rows if row["kind"] == "harmful"}
@@ -52,8 +54,9 @@ def test_the_prompts_are_of_three_kinds_and_ten_categories_of_harm(prompts):
     assert len(set(ids)) == len(ids)
 
 
-def test_no_topic_is_in_both_splits_and_demonstrations_have_train_topics_only(prompts, demonstrations):
-    assert not topics(prompts["train"]) & topics(prompts["heldout"])
+def test_no_topic_is_in_two_files_of_prompts_and_demonstrations_have_train_topics_only(prompts, demonstrations):
+    for one, other in combinations(prompts, 2):
+        assert not topics(prompts[one]) & topics(prompts[other])
     assert topics(demonstrations) <= topics(prompts["train"])
 
 
@@ -92,7 +95,7 @@ def test_every_bundled_constitution_but_those_of_harm_has_demonstrations_of_its_
     source = Source(
         [SMOLLM2 / "principles.jsonl"], require=adapter_rows.PRINCIPLE_FIELDS, check=adapter_rows.check_principle
     )
-    assert source.count == len(principled) == 180
+    assert source.count == len(principled) == 300
     shown = {row["principle"] for row in principled}
     names = {file.stem for file in CONSTITUTIONS.glob("*.yaml")} - {"harmlessness", "property-only"}
     assert shown == {f"{name}/{principle.id}" for name in names for principle in load_constitution(name).principles}
@@ -137,5 +140,5 @@ def test_no_prompt_is_of_the_examination(prompts, demonstrations, principled, sh
 
 
 def test_the_texts_hold_no_markup_of_the_templates(prompts, demonstrations, principled):
-    text = json.dumps([*prompts["train"], *prompts["heldout"], *demonstrations, *principled])
+    text = json.dumps([*prompts.values(), *demonstrations, *principled])
     assert not any(mark in text for mark in ("<prompt", "<response", "<critique", "<|", "{{", "{%"))

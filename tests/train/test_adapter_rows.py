@@ -127,13 +127,35 @@ def test_the_better_response_is_named_wherever_it_stands(chat, tasks, demonstrat
 def test_a_refusal_is_better_for_a_harmful_prompt_and_worse_for_a_harmless_one_in_the_same_words(chat, demonstrations):
     harmful, benign = (first(demonstrations, kind=kind, fault="none") for kind in ("harmful", "benign"))
     answered = [{**harmful, "fault": "harm", "response": "Yes, like this."}, {**benign, "response": "Yes, like this."}]
-    compared = adapter_rows.judge_rows(adapter_rows.Material([], decided=[*answered, *answered, answered[1]]), chat, 0)
-    assert len(compared) == 4  # half of the harmful ones and as many harmless ones, each in both orders
+    compared = adapter_rows.judge_rows(adapter_rows.Material([], decided=[*answered, answered[1]]), chat, 0)
+    assert len(compared) == 4  # the harmful one and as many harmless ones, each in both orders
     for number, asked in enumerate(compared):
         row, is_refused = answered[number // 2], number < 2
         read, label = texts(chat, asked)
         helps = "AB"[read.rindex("<response_b>") < read.index("Yes, like this.")]
         assert row["topic"].replace("-", " ") in read and (label == helps) is not is_refused
+
+
+def test_the_judge_compares_with_refusals_of_both_kinds_in_the_critics_words(chat, demonstrations):
+    """Prompts without such a refusal are left out: where most harmless ones lack it, its words would tell the kind."""
+    kinds = ("harmful", "benign", "borderline")
+    rows = [
+        {**row, "id": f"{kind}-{n}", "response": "Yes, like this.", "fault": "harm" if kind == "harmful" else "none"}
+        for kind in kinds
+        for n, row in enumerate([row for row in demonstrations if row["kind"] == kind][:12])
+    ]
+    requests = adapter_rows.refusal_requests(rows, 0)
+    assert Counter(request.key.split("-")[0] for request in requests) == dict.fromkeys(kinds, 4)
+    asked = {request.key: request.conversation[-1]["content"] for request in requests}
+    assert all("could be harmed. It should decline" in text and "Yes, like this." in text for text in asked.values())
+    texts_ = {key: "Here you are." if key.startswith("benign") else f"I can't help with {key}." for key in asked}
+    declined = adapter_rows.read_refusals(rows, texts_)
+    assert declined == {key: text for key, text in texts_.items() if not key.startswith("benign")}
+    compared = adapter_rows.judge_rows(adapter_rows.Material([], decided=rows, refusals=declined), chat, 0)
+    read = [texts(chat, row)[0] for row in compared]
+    assert len(compared) == 16  # four of each kind, in both orders
+    assert sum("I can't help with harmful" in text for text in read) >= 2
+    assert sum("I can't help with borderline" in text for text in read) >= 2
 
 
 def test_a_fault_is_named_under_principles_that_speak_of_it(tasks, demonstrations):

@@ -28,8 +28,9 @@ TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 # that of the steps that write or judge text; `size`: updates, prompts in each, and minibatches; `value_warmup`: updates
 # of PPO before the policy's first; `frames`: of the evaluations of a run in frames; `rounds` of critique and revision;
 # `stop`: no revision where the critique finds no fault. Those of `smollm2` are meant to end within an hour on two
-# cores (references/small-models.md). Its critic learned from answers of 48 tokens, and finds harm in 81 % of these and
-# in 46 % of those of 80. An answer that is cut is not penalised there, because this model answers at length.
+# cores (references/small-models.md): so responses are short, and the reward model learns from 800 pairs. Responses
+# are sampled at temperature 1, because SFT on copies that are sampled colder makes the model's answers colder too. An
+# answer that is cut is not penalised there, because this model answers at length.
 PRESETS = {
     "tiny": {
         "batch_size": 64,
@@ -54,13 +55,13 @@ PRESETS = {
         "batch_size": 64,
         "rounds": 1,
         "stop": True,
-        "generate": "--temperature 0.7 --max-new-tokens 48",
+        "generate": "--temperature 1.0 --max-new-tokens 48",
         "critique": "--temperature 0 --max-new-tokens 72 --examples 0",
         "revise": "--temperature 0 --max-new-tokens 112 --examples 0",
         "sft": "--keep copy --epochs 2 --learning-rate 5e-5 --batch-size 16 --max-length 384",
         "samples": "--samples 1 --temperature 1.0 --max-new-tokens 80",
         "judge": "--pairs-per-prompt 1 --examples 0",
-        "reward_model": "--epochs 1 --learning-rate 3e-5 --batch-size 16 --max-length 384",
+        "reward_model": "--epochs 1 --learning-rate 3e-5 --batch-size 16 --max-length 384 --limit 800",
         "size": {"ppo": (12, 48, 2), "grpo": (12, 8, 1)},
         "ppo": "--epochs 1 --batch-size 24 --learning-rate 1e-5 --temperature 1.0 --max-new-tokens 80 "
         "--missing-eos-penalty 0 --kl-coef 0.05",

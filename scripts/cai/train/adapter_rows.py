@@ -12,17 +12,19 @@ orders are drawn from the seed. Leaves out the training (adapters.py).
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 from cai.base.errors import InputError
+from cai.base.hashing import hashed_seed
 from cai.base.paths import CONSTITUTIONS
 from cai.constitution.files import Principle, load_constitution
 from cai.constitution.templates import load_template
 from cai.data.kinds import KINDS
 from cai.data.readers import Row
 from cai.models.chat import Chat, encode
+from cai.models.engine import Request
 from cai.stats import letters, refusals
 from cai.train.adapters import TokenRow, shared_tokens
 
@@ -57,13 +59,16 @@ _SCOPES = {
 
 _ANY = 0.35  # how often a fault that is no harm is named under any principle of harmlessness.yaml
 
-# Refusals of any topic, for comparisons in which harm alone decides.
+# Refusals of any topic, for comparisons in which harm alone decides. With these alone a judge knows them by their
+# words, and takes any other refusal for the better answer.
 _REFUSALS = (
     "I won't help with {topic}, because somebody could get hurt. I can help you with something else that you need.",
     "I'm sorry, but I can't help with {topic}: it may do harm. Tell me what is behind it, and I'll do what I can.",
     "No, I don't want to take part in this. {topic} can end badly for others. If you like, we look for another way.",
     "I can't give advice on {topic}, since it could harm people. What I can do is talk through what troubles you.",
 )
+
+_BY_TEMPLATE = 0.25  # of the judge's refusals, where the critic has written any
 
 # What critiques begin with: with a fault, and without one.
 _OPENING = {True: "The", False: "Nothing"}
@@ -160,12 +165,18 @@ class Material:
     """What rows are made of.
 
     own: of `own_demonstrations`. decided: of `own_decisions`. named: of `principle_demonstrations`.
+    refusals: {id of a row of own or decided: a refusal of its prompt}, of `refusal_requests`.
     """
 
     demonstrations: Sequence[Row]
     own: Sequence[Row] = ()
     decided: Sequence[Row] = ()
     named: Sequence[Row] = ()
+    refusals: Mapping[str, str] = field(default_factory=dict)
+
+    def answered(self) -> list[Row]:
+        """All of the model's own answers."""
+        return [*self.own, *self.decided]
 
 
 @cache
@@ -177,11 +188,11 @@ class Tasks:
     """Draws the rows of both roles.
 
     Args:
-        chat: of the model that is trained.
+        chat: of the model that is trained; None to draw alone.
         rng: decides principles, orders, and which rows are taken.
     """
 
-    def __init__(self, chat: Chat, rng: random.Random):
+    def __init__(self, chat: Chat | None, rng: random.Random):
         self.chat, self.rng = chat, rng
         names = ("harmlessness", "non-evasive", "helpfulness")
         self.constitutions = {name: load_constitution(name) for name in names}
@@ -299,40 +310,70 @@ def critic_rows(material: Material, chat: Chat, seed: int) -> list[TokenRow]:
     ]
     return [
         *map(tasks.criticise, criticised[:half]),
-        *map(tasks.decide, [*criticised[half:], *material.own, *material.decided]),
+        *map(tasks.decide, [*criticised[half:], *material.answered()]),
         *map(tasks.revise, [*tasks.share(faulty, len(faulty) // 5), *tasks.share(faultless, len(rows) // 50)]),
         *(row for pair in read for row in tasks.read_critique(*pair)),
     ]
 
 
 def _helps(row: Row) -> str:
-    topic = row["topic"].replace("-", " ")
-    return f"Nothing in the response goes against this: the request, about {topic}, is harmless."
+    return f"Nothing in the response goes against this: the request, about {_about(row)}, is harmless."
 
 
 def _declines_well(row: Row) -> str:
-    topic = row["topic"].replace("-", " ")
-    return f"Nothing in the response goes against this: it declines help with {topic}, and offers another way."
+    return f"Nothing in the response goes against this: it declines help with {_about(row)}, and offers another way."
+
+
+def refusal_requests(rows: Sequence[Row], seed: int) -> list[Request]:
+    """Requests to the critic for a refusal of each row's prompt, harmful or not: the revision of its response, after a
+    critique that finds it harmful.
+
+    These are the words of the policy's own refusals, needless ones included. Of each kind as many rows are taken as a
+    third of the harmful ones, at most; the requests' keys are the rows' ids.
+    """
+    tasks = Tasks(None, random.Random(f"refusals/{seed}"))
+    most = sum(row["kind"] == "harmful" for row in rows)
+    chosen = [row for kind in KINDS for row in tasks.share([row for row in rows if row["kind"] == kind], most // 3)]
+    requests = []
+    for row in chosen:
+        critique = f"The response helps with {_about(row)}, and others could be harmed. It should decline, and say why."
+        principle = tasks.rng.choice(tasks.constitutions["harmlessness"].principles)
+        messages = tasks.templates["revise"].render(principle=principle, critique=critique, **_texts(row))
+        requests.append(Request(row["id"], messages, hashed_seed("refusal", seed, row["id"])))
+    return requests
+
+
+def read_refusals(rows: Sequence[Row], texts: Mapping[str, str]) -> dict[str, str]:
+    """{id: refusal}: the texts that decline."""
+    prompts = {row["id"]: row["prompt"] for row in rows}
+    return {id_: text for id_, text in texts.items() if refusals.read(prompts[id_], text) == "declined"}
 
 
 def judge_rows(material: Material, chat: Chat, seed: int) -> list[TokenRow]:
     """One epoch of comparisons, each in both orders.
 
-    Half of the revisions against their responses; and half of the model's own answers to harmful prompts, which are
-    worse than a refusal, with as many answers to harmless ones, which are better than one. The refusals of both are in
-    the same words about the prompt's topic, so that harm alone tells which is better, not whether a refusal fits its
-    prompt.
+    A third of the revisions against their responses; and the model's own answers to harmful prompts, which are worse
+    than a refusal, with as many answers to harmless ones, which are better than one. The refusals of both are
+    written in the same way, by the critic, and one in four by template: so harm alone tells which is better, not how a
+    refusal is worded or whether it fits its prompt.
     """
     tasks = Tasks(chat, random.Random(f"judge/{seed}"))
     rows: list[TokenRow] = []
     faulty = [row for row in [*material.demonstrations, *material.named] if row["fault"] != "none"]
-    for row in tasks.share(faulty, len(faulty) // 2):
+    for row in tasks.share(faulty, len(faulty) // 3):
         rows += tasks.prefer(row, row["revision"], row["response"])
-    answered = [*material.own, *material.decided]
+    answered = [row for row in material.answered() if not material.refusals or row["id"] in material.refusals]
     harmful = [row for row in answered if row["fault"] == "harm"]
     harmless = [row for row in answered if row["fault"] == "none"]
-    for row in [*tasks.share(harmful, len(harmful) // 2), *tasks.share(harmless, len(harmful) // 2)]:
-        refusal = tasks.rng.choice(_REFUSALS).format(topic=row["topic"].replace("-", " "))
+    most = min(len(harmful), len(harmless))
+    for row in [*tasks.share(harmful, most), *tasks.share(harmless, most)]:
+        refusal = tasks.rng.choice(_REFUSALS).format(topic=_about(row))
+        if tasks.rng.random() > _BY_TEMPLATE:
+            refusal = material.refusals.get(row["id"], refusal)
         both = (refusal, row["response"]) if row["fault"] == "harm" else (row["response"], refusal)
         rows += tasks.prefer(row, *both)
     return rows
+
+
+def _about(row: Row) -> str:
+    return row["topic"].replace("-", " ")

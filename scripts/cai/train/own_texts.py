@@ -1,0 +1,93 @@
+"""What a small model writes itself while its adapters are made: answers to the prompts, and the critic's refusals.
+
+    epochs = materials(demonstrations, chosen, prompts, named, 2, chat, "smollm2", folder)
+    refusals = refusals_of(epochs[0].answered(), folder / "critic", folder)
+
+Texts are kept in files of the folder, so that none is written twice. Leaves out what is taught with them
+(adapter_rows.py).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from cai.base import cli, files, hashing
+from cai.data.readers import Row
+from cai.models import loading
+from cai.models.chat import Chat
+from cai.models.engine import Request, Sampling
+from cai.train import adapter_rows
+
+ANSWERS, REFUSALS = "own-answers.json", "own-refusals.json"
+
+SAMPLING = Sampling(max_new_tokens=80, temperature=1.0)
+
+LENGTHS = (48, 80)  # tokens: a critic that has seen answers of one length alone misses harm in those of another
+
+SEED = 0  # the same texts for builds with any seed: they take minutes
+
+
+def materials(
+    demonstrations: Sequence[Row],
+    chosen: Sequence[Row],
+    prompts: Sequence[Row],
+    named: Sequence[Row],
+    epochs: int,
+    chat: Chat,
+    model: str,
+    folder: Path,
+) -> list[adapter_rows.Material]:
+    """What each epoch is made of: the model answers the prompts, and those of the chosen demonstrations, itself."""
+    answers = answers_to([*chosen, *prompts], model, folder)
+    return [
+        adapter_rows.Material(
+            demonstrations,
+            adapter_rows.own_demonstrations(chosen, cut),
+            adapter_rows.own_decisions(prompts, cut),
+            named,
+        )
+        for cut in (cut_answers(answers, chat, turn) for turn in range(epochs))
+    ]
+
+
+def answers_to(rows: Sequence[Row], model: str, folder: Path) -> dict[str, str]:
+    """{id: the model's own answer to the row's prompt}."""
+    requests = [
+        Request(row["id"], [{"role": "user", "content": row["prompt"]}], hashing.hashed_seed("own", SEED, row["id"]))
+        for row in rows
+    ]
+    return written(requests, model, folder / ANSWERS)
+
+
+def refusals_of(rows: Sequence[Row], critic: Path, folder: Path) -> dict[str, str]:
+    """{id: the critic's refusal of the row's prompt}, of harmful prompts and of harmless ones."""
+    requests = adapter_rows.refusal_requests(rows, SEED)
+    return adapter_rows.read_refusals(rows, written(requests, str(critic), folder / REFUSALS))
+
+
+def cut_answers(answers: dict[str, str], chat: Chat, turn: int) -> dict[str, str]:
+    """The answers, each with as many tokens as the next of LENGTHS says; every turn has other lengths."""
+    return {
+        id_: chat.answer(chat.encode(answer)[: LENGTHS[(number + turn) % len(LENGTHS)]], continued=False)[0]
+        for number, (id_, answer) in enumerate(answers.items())
+    }
+
+
+def written(requests: Sequence[Request], model: str, file: Path) -> dict[str, str]:
+    """{key: the text that the model writes}; what the file has is not written again."""
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    identity = [hashing.identity(model), vars(SAMPLING)]
+    names = {r.key: hashing.sha256_text(json.dumps([*identity, r.seed, r.conversation])) for r in requests}
+    missing = [request for request in requests if names[request.key] not in kept]
+    if missing:
+        engine = loading.load_engine(model)
+        try:
+            with cli.progress(len(missing), file.stem, unit="text") as bar:
+                for request, generation in engine.generate(missing, SAMPLING):
+                    kept[names[request.key]] = generation.text
+                    bar.update()
+        finally:  # also of a build that is stopped here
+            file.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(file, json.dumps(kept, ensure_ascii=False, indent=1) + "\n")
+        loading.release_engines()
+    return {str(key): kept[name] for key, name in names.items()}
