@@ -21,7 +21,7 @@ from cai.evaluate import classes
 from cai.models import loading
 from cai.train import adapter_rows, adapters, own_texts
 
-ROLES = ("critic", "judge")
+ROLES = {"critic": adapter_rows.critic_rows, "judge": adapter_rows.judge_rows}
 
 
 @click.group()
@@ -58,7 +58,9 @@ def main():
     help="Rows with principle (CONSTITUTION/ID), prompt, response, critique, revision, praise of the revision.  "
     "[default: the bundled ones]",
 )
-@click.option("--role", "roles", multiple=True, type=click.Choice(ROLES), help="Only this adapter.  [default: both]")
+@click.option(
+    "--role", "roles", multiple=True, type=click.Choice(list(ROLES)), help="Only this adapter.  [default: both]"
+)
 @click.option(
     "--start",
     metavar="DIR",
@@ -139,13 +141,12 @@ def build(
     chat = loading.load_chat(model)
     chosen = rows[:: max(1, len(rows) // own_count)][:own_count] if own_count else []
     materials = own_texts.materials(rows, chosen, list(asked), named, epochs, chat, model, Path(output))
-    makers = {"critic": adapter_rows.critic_rows, "judge": adapter_rows.judge_rows}
     figures = {}
     for role in begins:
         if role == "judge":
             refusals = own_texts.refusals_of(materials[0].answered(), critic, Path(output))
             materials = [replace(known, refusals=refusals) for known in materials]
-        taught = [makers[role](known, chat, seed + turn) for turn, known in enumerate(materials)]
+        taught = [ROLES[role](known, chat, seed + turn) for turn, known in enumerate(materials)]
         figures[role] = train(model, taught, Path(output) / role, settings, record, begins[role])
     cli.finish(
         {"output": output, "own_answers": len(materials[0].answered()), **figures},

@@ -205,7 +205,7 @@ def test_a_demonstration_of_a_principle_shows_the_fault_and_what_is_right_under_
         read, answer = texts(chat, tasks.criticise(row))
         asked = load_template("critique").render(principle=principle, prompt=PRINCIPLED["prompt"], response=response)
         assert (read, answer) == (chat.render(asked), f"{critique}<|im_end|>")
-    compared = adapter_rows.judge_rows(adapter_rows.Material([], named=[faulty, good] * 2), chat, 0)
+    compared = adapter_rows.judge_rows(adapter_rows.Material([], named=[faulty, good] * 3), chat, 0)
     assert len(compared) == 2 and principle.preference in texts(chat, compared[0])[0]
 
 
