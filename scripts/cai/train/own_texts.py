@@ -22,6 +22,8 @@ ANSWERS, REFUSALS = "own-answers.json", "own-refusals.json"
 
 SAMPLING = Sampling(max_new_tokens=80, temperature=1.0)
 
+REFUSING = Sampling(max_new_tokens=80, temperature=0.0)  # sampled at 1, only 28 % of such revisions decline
+
 LENGTHS = (48, 80)  # tokens: a critic that has seen answers of one length alone misses harm in those of another
 
 SEED = 0  # the same texts for builds with any seed: they take minutes
@@ -56,13 +58,13 @@ def answers_to(rows: Sequence[Row], model: str, folder: Path) -> dict[str, str]:
         Request(row["id"], [{"role": "user", "content": row["prompt"]}], hashing.hashed_seed("own", SEED, row["id"]))
         for row in rows
     ]
-    return written(requests, model, folder / ANSWERS)
+    return written(requests, model, SAMPLING, folder / ANSWERS)
 
 
 def refusals_of(rows: Sequence[Row], critic: Path, folder: Path) -> dict[str, str]:
     """{id: the critic's refusal of the row's prompt}, of harmful prompts and of harmless ones."""
     requests = adapter_rows.refusal_requests(rows, SEED)
-    return adapter_rows.read_refusals(rows, written(requests, str(critic), folder / REFUSALS))
+    return adapter_rows.read_refusals(rows, written(requests, str(critic), REFUSING, folder / REFUSALS))
 
 
 def cut_answers(answers: dict[str, str], chat: Chat, turn: int) -> dict[str, str]:
@@ -73,17 +75,17 @@ def cut_answers(answers: dict[str, str], chat: Chat, turn: int) -> dict[str, str
     }
 
 
-def written(requests: Sequence[Request], model: str, file: Path) -> dict[str, str]:
+def written(requests: Sequence[Request], model: str, sampling: Sampling, file: Path) -> dict[str, str]:
     """{key: the text that the model writes}; what the file has is not written again."""
     kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    identity = [hashing.identity(model), vars(SAMPLING)]
+    identity = [hashing.identity(model), vars(sampling)]
     names = {r.key: hashing.sha256_text(json.dumps([*identity, r.seed, r.conversation])) for r in requests}
     missing = [request for request in requests if names[request.key] not in kept]
     if missing:
         engine = loading.load_engine(model)
         try:
             with cli.progress(len(missing), file.stem, unit="text") as bar:
-                for request, generation in engine.generate(missing, SAMPLING):
+                for request, generation in engine.generate(missing, sampling):
                     kept[names[request.key]] = generation.text
                     bar.update()
         finally:  # also of a build that is stopped here
