@@ -122,7 +122,7 @@ def measure_responses(options: SimpleNamespace) -> measurement.Measurement:
             "model_calls": calls if model else 0,
             "new_tokens_at_most": calls * options.max_new_tokens if model else 0,
             "judge_calls": calls * reader.orders if reader.judge else 0,
-            **responding.conversations_in_frames(responding.plan(source, options.seed, frames=frames)),
+            **(responding.conversations_in_frames(responding.plan(source, 0, frames=frames)) if frames else {}),
         },
         settings,
         measure,
