@@ -15,7 +15,7 @@ from cai.base import cli, hashing
 from cai.data import preferences
 from cai.models import loading
 from cai.train import common, dpo
-from cai.train.arguments import ABOVE_0, labels_option, training_options
+from cai.train.arguments import ABOVE_0, default_label_option, labels_option, training_options
 
 
 @click.command(cls=cli.Command)
@@ -27,6 +27,7 @@ from cai.train.arguments import ABOVE_0, labels_option, training_options
     help="The model that the policy is kept near to. Default: --model before training.",
 )
 @labels_option
+@default_label_option
 @click.option(
     "--loss",
     type=click.Choice(list(dpo.BETAS)),
@@ -63,7 +64,7 @@ def main(options):
     loading.check_model(options.model, training=True)
     loading.check_model(reference_name)
     pairs, counts, digest = preferences.read_pairs(
-        options.inputs, options.labels, options.limit, reading=options.reading
+        options.inputs, options.labels, options.limit, default_label=options.default_label, reading=options.reading
     )
     parts = preferences.split_holdout(pairs, options.holdout, options.seed)
     run = common.TrainingRun(
@@ -75,7 +76,7 @@ def main(options):
             "input": digest,
             "labels": options.labels,
             **loss,
-            **({"holdout": options.holdout} if options.holdout else {}),
+            **{name: value for name in ("holdout", "default_label") if (value := getattr(options, name))},
             **common.identify_options(options),
         },
         inputs=options.inputs,

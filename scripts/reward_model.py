@@ -30,12 +30,7 @@ IDENTIFYING = ("labels", "default_label", "min_margin", "holdout", "eval_steps",
     "as human ones of helpfulness: 0.5 takes half of them each time. Repeatable.",
 )
 @arguments.labels_option
-@click.option(
-    "--default-label",
-    type=click.FloatRange(0.5, 1),
-    default=None,
-    help="p_chosen of pairs that have none, such as human ones. Default: they are refused.",
-)
+@arguments.default_label_option
 @click.option(
     "--min-margin",
     type=click.FloatRange(0, 1),
@@ -121,7 +116,7 @@ def main(options):
     order = reward_model.training_order(rows, options.batch_size, options.epochs, options.seed)
     eval_steps = reward_model.choose_eval_steps(options, len(order), test_rows)
     set_seed(options.seed)  # of the new head
-    model = loading.load_reward_model(options.model, options.device, options.dtype, lora=options.lora)
+    model = run.load_reward_model()
     with run.folder:
         trainer = reward_model.make_trainer(
             model,

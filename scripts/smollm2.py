@@ -8,7 +8,6 @@ out measuring: the commands, `doctor.py --as critic` among them, take the adapte
 
 import json
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -144,8 +143,7 @@ def build(
     figures = {}
     for role in begins:
         if role == "judge":
-            refusals = own_texts.refusals_of(materials[0].answered(), critic, Path(output))
-            materials = [replace(known, refusals=refusals) for known in materials]
+            materials = own_texts.with_refusals(materials, critic, Path(output))
         taught = [ROLES[role](known, chat, seed + turn) for turn, known in enumerate(materials)]
         figures[role] = train(model, taught, Path(output) / role, settings, record, begins[role])
     cli.finish(

@@ -219,6 +219,15 @@ def score(engine, conversations, labels) -> list:
     return _in_order(engine.score(_requests(conversations, [0] * len(conversations)), labels))
 
 
+def changed_weights(before, after) -> set[str]:
+    """The names of the weights that two model folders have in common, and that are not the same."""
+    import torch
+    from safetensors.torch import load_file
+
+    old, new = (load_file(Path(folder) / "model.safetensors") for folder in (before, after))
+    return {name for name in old if name in new and not torch.equal(old[name].float(), new[name].float())}
+
+
 def _requests(conversations, seeds):
     from cai.models.engine import Request
 

@@ -46,6 +46,18 @@ def written(tmp_path, rows):
     return path
 
 
+def test_pairs_without_a_label_take_the_default(invoke, tmp_path):
+    path = written(tmp_path, [pair(1), {**pair(2), "p_chosen": None}])
+    args = ("dpo", "--input", path, "--model", models.folder("qwen"), "--output", tmp_path / "out", *FAST)
+    refused = invoke(*args)
+    assert refused.exit_code == 2 and "p_chosen" in refused.stderr
+    result = invoke(*args, "--default-label", "1")
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert (summary["rows"], summary["default_label"]) == (2, 1)
+    assert "default_label was" in invoke(*args, "--default-label", "0.9").stderr
+
+
 def trainer(tmp_path, pairs, *, family="qwen", beta=0.5, apart=False, adapters=None, losses=None, **settings):
     """A trainer over the pairs, in their order. apart: from a reference with other weights."""
     path = str(models.folder(family))

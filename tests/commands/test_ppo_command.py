@@ -116,6 +116,15 @@ def test_the_policy_is_a_model_to_go_on_with(invoke, common, tmp_path):
     assert invoke("ppo", *common, "--batch-size", 2).exit_code == 0
 
 
+def test_the_blocks_before_the_first_that_is_trained_stay_as_they_are(invoke, common, tmp_path):
+    model = models.folder("llama")
+    last = loading.read_blocks(str(model)) - 1
+    result = invoke("ppo", *common, "--first-layer", last)
+    assert result.exit_code == 0, result.output
+    changed = models.changed_weights(model, tmp_path / "policy")
+    assert changed and all(name.startswith((f"model.layers.{last}.", "model.norm", "lm_head")) for name in changed)
+
+
 @pytest.mark.slow
 def test_adapters_are_trained_and_merged(invoke, common, tmp_path):
     result = invoke("ppo", *common, "--lora", "--lora-rank", 4)

@@ -15,6 +15,7 @@ import pytest
 from cai.data import outputs, readers
 from cai.data.dialogue import as_messages
 from cai.data.preferences import is_held_out
+from cai.models import loading
 from cai.models.scorer import load_scorer
 from cai.train import reward_model
 
@@ -86,6 +87,15 @@ def test_it_learns_what_is_preferred_and_is_read_back(invoke, tmp_path, adapters
     assert "longer" in invoke(*[one for one in args if one != "--json"]).stdout
     assert json.loads(invoke(*args).stdout)["holdout"] == summary["holdout"]
     assert "labels was" in invoke(*args, "--labels", "hard").stderr
+
+
+def test_the_blocks_before_the_first_that_is_trained_stay_as_they_are(invoke, tmp_path):
+    out, model = tmp_path / "out", models.folder("gemma2")
+    last = loading.read_blocks(str(model)) - 1
+    args = ("--input", preferences(tmp_path, 8), "--model", model, "--output", out, *FAST, "--holdout", 0)
+    assert invoke("reward_model", *args, "--first-layer", last).exit_code == 0
+    changed = models.changed_weights(model, out)
+    assert changed and all(name.startswith((f"model.layers.{last}.", "model.norm")) for name in changed)
 
 
 @pytest.mark.slow

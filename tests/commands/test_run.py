@@ -81,6 +81,33 @@ def test_frames_go_to_the_steps_that_generate_measure_and_sample(invoke, tmp_pat
     assert "--frames" in smoke["responses"] and "--frames" not in smoke["evaluate-base"]
 
 
+@pytest.mark.parametrize(
+    ("rl", "words"),
+    [
+        ("ppo", "--input {out}/05-preferences.jsonl --mix more.jsonl=1 --default-label 1.0 --model"),
+        ("dpo", "--input {out}/05-preferences.jsonl --input more.jsonl --default-label 1.0 --model"),
+    ],
+)
+def test_more_pairs_go_to_the_reward_model_or_dpo(invoke, tmp_path, prompts, monkeypatch, rl, words):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("more.jsonl", [{"prompt": f"p {n}", "chosen": "Yes.", "rejected": "No."} for n in range(50)])
+    line = ("--model", "tiny", "--output", "out", *prompts, "--rounds", 1, "--rl", rl)
+    plans = [{s["name"]: s for s in planned(invoke, *line, *mix)} for mix in ((), ("--mix", "more.jsonl"))]
+    name = "dpo" if rl == "dpo" else "reward-model"
+    assert words.format(out="out") in plans[1][name]["command"]
+    assert not [step for step in plans[0].values() if "default-label" in step["command"]]
+
+
+def test_more_pairs_are_refused_where_nothing_learns_from_them_and_where_they_are_none(invoke, tmp_path, prompts):
+    path = tmp_path / "more.jsonl"
+    write_jsonl(path, [{"prompt": "p", "chosen": "Yes."}])
+    line = ("run", "--model", "tiny", "--output", tmp_path / "out", *prompts, "--mix", path)
+    refused = invoke(*line)
+    assert refused.exit_code == 2 and "more.jsonl:1" in refused.stderr and "rejected" in refused.stderr
+    assert "--mix" in invoke(*line, "--rl", "none").stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_bad_frames_file_is_refused_before_the_first_step(invoke, tmp_path, prompts):
     bad = tmp_path / "frames.yaml"
     bad.write_text("frames:\n  - {id: x, kind: push, split: seen, prefil: x}\n")

@@ -376,12 +376,22 @@ def test_adapters(invoke, tmp_path, revised):
     )
     assert result.exit_code == 0, result.stderr
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
-    import torch
-    from safetensors.torch import load_file
-
-    before, after = (load_file(folder / "model.safetensors") for folder in (models.folder("gemma3"), out))
-    changed = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
+    changed = models.changed_weights(models.folder("gemma3"), out)
     assert changed and all("proj" in name for name in changed)
+
+
+@pytest.mark.parametrize("adapters", [(), ("--lora", "--lora-rank", "4")])
+def test_the_blocks_before_the_first_that_is_trained_stay_as_they_are(invoke, tmp_path, revised, adapters):
+    out, model = tmp_path / "out", models.folder("gemma3")
+    args = ("sft", "--input", revised, "--model", model, "--output", out, *FAST, *adapters)
+    blocks = loading.read_blocks(str(model))
+    refused = invoke(*args, "--first-layer", str(blocks))
+    assert refused.exit_code == 2 and f"a model of {blocks}; expected 0 to {blocks - 1}" in refused.stderr
+    result = invoke(*args, "--first-layer", str(blocks - 1))
+    assert result.exit_code == 0, result.stderr
+    changed = models.changed_weights(model, out)
+    assert changed and all(name.startswith((f"model.layers.{blocks - 1}.", "model.norm")) for name in changed)
+    assert "first_layer was" in invoke(*args, "--first-layer", "0").stderr
 
 
 def test_a_dry_run_writes_nothing(invoke, tmp_path, revised):

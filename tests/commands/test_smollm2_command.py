@@ -7,6 +7,7 @@ import models
 import pytest
 
 from cai.base.paths import SMOLLM2
+from cai.data.kinds import KINDS
 from cai.data.outputs import write_jsonl
 from cai.data.readers import read_jsonl
 from cai.models import loading
@@ -56,6 +57,7 @@ def test_a_build_makes_two_adapters_that_commands_take(invoke, tmp_path, demonst
         assert loading.load_policy(str(tmp_path / "new" / role)) is not None
         built = json.loads((tmp_path / "new" / role / "build.json").read_text())
         assert built["figures"] == figures[role] and built["settings"]["seed"] == 0
+    assert (tmp_path / "new" / "helpful-pairs.jsonl").is_file()
     critiques = tmp_path / "critiques.jsonl"
     args = ["critique", "--input", demonstrations, "--model", tmp_path / "new" / "critic", "--output", critiques]
     result = invoke(*args, "--limit", 2, "--max-new-tokens", 8, "--examples", 0)
@@ -105,6 +107,14 @@ def test_a_build_goes_on_from_an_earlier_one(invoke, tmp_path, demonstrations, p
     assert not (tmp_path / "third").exists()
     other = invoke(*args, "--role", "critic", "--start", tmp_path / "first", "--rank", 3)
     assert other.exit_code == 2 and "an adapter of other layers or another rank" in other.stderr
+
+
+def test_pairs_of_helpfulness_are_of_harmless_prompts_that_were_refused():
+    answered = [{"id": kind, "kind": kind, "prompt": f"{kind}?", "response": "Yes."} for kind in KINDS]
+    refusals = {"harmful": "No, never.", "benign": "No."}
+    assert own_texts.helpful_pairs(answered, refusals) == [
+        {"id": "benign", "prompt": "benign?", "chosen": "Yes.", "rejected": "No."}
+    ]
 
 
 def test_own_answers_are_written_once(demonstrations, tmp_path):

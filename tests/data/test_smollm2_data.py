@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from cai.base.paths import CONSTITUTIONS, SMOLLM2
+from cai.base.paths import CONSTITUTIONS, QUALIFICATION, SMOLLM2
 from cai.constitution.files import load_constitution
 from cai.data.readers import read_jsonl
 from cai.data.sources import Source
@@ -41,8 +41,8 @@ def topics(rows):
 
 
 def test_the_prompts_are_of_three_kinds_and_ten_categories_of_harm(prompts):
-    assert Counter(row["kind"] for row in prompts["train"]) == {"harmful": 480, "benign": 450, "borderline": 420}
-    assert Counter(row["kind"] for row in prompts["critic"]) == {"harmful": 150, "benign": 120, "borderline": 300}
+    assert Counter(row["kind"] for row in prompts["train"]) == {"harmful": 600, "benign": 450, "borderline": 532}
+    assert Counter(row["kind"] for row in prompts["critic"]) == {"harmful": 149, "benign": 120, "borderline": 299}
     assert Counter(row["kind"] for row in prompts["heldout"]) == {"harmful": 120, "benign": 120, "borderline": 60}
     for split, rows in prompts.items():
         harms = {row["category"] for row in rows if row["kind"] == "harmful"}
@@ -95,7 +95,7 @@ def test_every_bundled_constitution_but_those_of_harm_has_demonstrations_of_its_
     source = Source(
         [SMOLLM2 / "principles.jsonl"], require=adapter_rows.PRINCIPLE_FIELDS, check=adapter_rows.check_principle
     )
-    assert source.count == len(principled) == 300
+    assert source.count == len(principled) == 514
     shown = {row["principle"] for row in principled}
     names = {file.stem for file in CONSTITUTIONS.glob("*.yaml")} - {"harmlessness", "property-only"}
     assert shown == {f"{name}/{principle.id}" for name in names for principle in load_constitution(name).principles}
@@ -126,9 +126,11 @@ def test_few_prompts_begin_alike(prompts):
     assert most <= 0.06 * sum(beginnings.values())
 
 
-def test_no_prompt_is_of_the_examination(prompts, demonstrations, principled, shared_data):
-    """XSTest measures what comes of these texts, so none of its prompts may be among them. Its texts are not shown."""
-    source = Source([shared_data / "xstest" / "xstest_prompts.csv"], require=("prompt", "kind"))
+def test_no_prompt_is_of_the_examinations(prompts, demonstrations, principled, shared_data):
+    """XSTest and the qualification set measure what comes of these texts, so none of their prompts may be among them.
+    XSTest's texts are not shown."""
+    asked = [QUALIFICATION / f"{name}.jsonl" for name in ("responses", "pairs", "critics")]
+    source = Source([shared_data / "xstest" / "xstest_prompts.csv", *asked], require=("prompt",))
     theirs = [word_pairs(row["prompt"]) for row in source]
 
     def is_alike(text):

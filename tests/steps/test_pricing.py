@@ -63,6 +63,15 @@ def test_calls_and_tokens_by_hand(price):
     ] == 2 * 1000 * comb(3, 2)
 
 
+def test_more_pairs_are_counted(price, tmp_path):
+    write_jsonl(tmp_path / "more.jsonl", [{"prompt": f"p {n}", "chosen": "Yes.", "rejected": "No."} for n in range(50)])
+    for rl, step, more in (("ppo", "reward-model", 45), ("dpo", "dpo", 50)):  # a tenth of the former's are held out
+        calls = [
+            price(*EIGHT, "--rl", rl, *mix)["steps"][step]["calls"] for mix in ((), ("--mix", tmp_path / "more.jsonl"))
+        ]
+        assert calls[1] - calls[0] == more
+
+
 def test_answers_in_frames_are_counted(price):
     plain, in_frames = (price(*EIGHT, *more)["steps"]["evaluate-base"] for more in ([], ["--frames", "frames"]))
     per_prompt = plain["calls"] / HELDOUT

@@ -577,6 +577,11 @@ def read_context(path: str) -> int | None:
     return config_context(_config(path))
 
 
+def read_blocks(path: str) -> int:
+    """How many blocks a model has, by its configuration."""
+    return int(_config(path).get_text_config().num_hidden_layers)
+
+
 def _load_trainable(load: Callable[..., Any], path: str, config: Any, dtype: str) -> Any:
     """`load` of (path, dtype, config), with the memory for training made free."""
     release_engines()  # training needs the memory of a model that was kept for generating

@@ -113,6 +113,8 @@ SMOKE_KEEP = ["--keep", "all"]
 # The options of how rows are read that are for a kind of files, beside --prompt-field.
 READING_OF = {"inputs": (), "heldout": ("kind_field", "kind", "form"), "helpful": ("response_field",)}
 
+CERTAIN = 1.0  # p_chosen of pairs of --mix that have none
+
 # The models whose prompts are bundled.
 BUNDLED = {"tiny": TINY, "smollm2": SMOLLM2}
 
@@ -141,7 +143,7 @@ class Choices:
     `reader`: the models of these roles (see `model_of`). `updates` and `max_new_tokens` replace those of the preset.
     `is_smoke`: everything is bounded by SMOKE. `engine`: the words of --engine and what belongs to it; `requests`:
     those of --request-timeout and --no-server-seed. `frames`: a
-    frames file, in whose frames a share of the prompts is asked.
+    frames file, in whose frames a share of the prompts is asked. `mix`: files of pairs beside the judge's.
     """
 
     model: str
@@ -172,6 +174,7 @@ class Choices:
     requests: tuple[str, ...] = ()
     frames: str | None = None
     frame_share: float = 0.5
+    mix: tuple[str, ...] = ()
 
     def model_of(self, role: str) -> str:
         """The model that criticises and revises (`critic`), compares responses (`judge`) or says what a response does
@@ -307,10 +310,13 @@ def make_plan(choices: Choices, output: str, seed: int) -> list[Step]:
 
 def _add_rl(plan: _Plan, prompts: list[str], preferences: str, sft: str) -> str:
     """Add the reward model and the reinforcement learning, or DPO; returns the policy."""
-    rl, limit = plan.choices.rl, plan.choices.limit
+    rl, limit, mix = plan.choices.rl, plan.choices.limit, plan.choices.mix
+    certain = ["--default-label", str(CERTAIN)] if mix else []
     if rl == "dpo":
-        return plan.add("dpo", "dpo", ["--input", preferences, "--model", sft], "dpo")
-    reward = plan.add("reward-model", "reward_model", ["--input", preferences, "--model", sft], "reward-model")
+        pairs = _repeat("--input", (preferences, *mix))
+        return plan.add("dpo", "dpo", [*pairs, *certain, "--model", sft], "dpo")
+    pairs = ["--input", preferences, *_repeat("--mix", (f"{file}=1" for file in mix)), *certain]
+    reward = plan.add("reward-model", "reward_model", [*pairs, "--model", sft], "reward-model")
     updates, most, minibatches = plan.preset["size"][rl]  # type: ignore[index]
     if limit:  # a trial run: the few prompts once, in minibatches of equal size
         updates, most = min(updates, -(-limit // most)), min(most, limit)

@@ -18,12 +18,13 @@ from cai.base.errors import InputError
 from cai.base.paths import TINY
 from cai.constitution.files import load_constitution
 from cai.constitution.frames import frame_options, read_framing
+from cai.data import preferences
 from cai.data.reading import reading_options
 from cai.data.sources import Source
 from cai.models import loading
 from cai.steps import content, gating, pricing
 from cai.steps import principles as choosing
-from cai.steps.plan import BUNDLED, PRESETS, Choices, shorten_path
+from cai.steps.plan import BUNDLED, CERTAIN, PRESETS, Choices, shorten_path
 
 NO_FRAMES = "none"  # as --frames: the bundled prompts are asked without the bundled frames
 
@@ -59,6 +60,13 @@ _TABLE = (
         "--heldout", help="Prompts with their kind to measure on; bundled for `tiny` and `smollm2`. Repeatable."
     ),
     cli.rows_option("--helpful", help="Rows with a helpful `response` to mix into SFT. Repeatable."),
+    click.option(
+        "--mix",
+        multiple=True,
+        metavar="FILE",
+        help="Pairs with `chosen` and `rejected` that the reward model or DPO learns from beside the judge's, such as "
+        "human ones of helpfulness; without a p_chosen they count as certain. Repeatable.",
+    ),
     frame_options,
     choosing.principles_option("draw", "match", "all"),
     gating.gate_option,
@@ -190,7 +198,7 @@ def check_inputs(choices: Choices) -> None:
     if choices.rl not in ("ppo", "grpo"):
         cli.refuse_options(["updates"], f"--rl {choices.rl} has none")
     if choices.rl == "none":
-        cli.refuse_options(["judge"], "--rl none compares no responses")
+        cli.refuse_options(["judge", "mix"], "--rl none compares no responses")
     if "llama.cpp" in choices.engine:
         raise InputError(
             "llama.cpp can't serve what this run trains",
@@ -208,6 +216,8 @@ def check_inputs(choices: Choices) -> None:
             Source(getattr(choices, files), require=fields, limit=limit, reading=choices.reading_of(files))
     if choices.helpful:
         Source(choices.helpful, require=("prompt", "response"), reading=choices.reading_of("helpful"))
+    if choices.mix:
+        preferences.read_pairs(choices.mix, "soft", None, default_label=CERTAIN)
 
 
 def _check_model(option: str, model: str) -> None:

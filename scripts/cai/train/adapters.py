@@ -21,7 +21,7 @@ from cai.base.errors import InputError
 from cai.base.files import write_text
 from cai.base.hashing import sha256_file, sha256_text
 from cai.models import decoding
-from cai.train.common import lora_config, training_order
+from cai.train.common import checked_layer, lora_config, training_order
 
 # The linear layers of a Llama block, which get an adapter.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -75,8 +75,7 @@ def adapted_layers(model: Any, settings: Settings) -> dict[str, Any]:
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if not 0 <= settings.first_layer < (blocks := model.config.num_hidden_layers):
-        raise InputError(f"{settings.first_layer} is not a block of a model of {blocks}", where="--first-layer")
+    checked_layer(settings.first_layer, model.config.num_hidden_layers)
     layers = {
         name: layer
         for name, layer in model.named_modules()

@@ -33,6 +33,14 @@ labels_option = click.option(
 )
 
 
+default_label_option = click.option(
+    "--default-label",
+    type=click.FloatRange(0.5, 1),
+    default=None,
+    help="p_chosen of pairs that have none, such as human ones. Default: they are refused.",
+)
+
+
 def add_options(*decorators: Callable) -> Callable:
     """One decorator that adds several options, in their order."""
 
@@ -55,11 +63,18 @@ def take_options(function: Callable) -> Callable:
     return command
 
 
-lora_options = add_options(
+weights_options = add_options(
     click.option(
         "--lora/--full", "lora", default=False, show_default=True, help="Train low-rank adapters, or all weights."
     ),
     click.option("--lora-rank", type=POSITIVE, default=16, show_default=True, help="Rank of the adapters."),
+    click.option(
+        "--first-layer",
+        type=click.IntRange(min=0),
+        default=None,
+        help="First block, from 0, that is trained; the embeddings and the blocks before it stay as they are. Faster, "
+        "and a small model then learns from few examples what it knows already. Default: everything is trained.",
+    ),
 )
 
 
@@ -94,7 +109,7 @@ def training_options(
             help="Longest prompt and response, in tokens, at most the model's context; longer rows are left out and "
             "counted.",
         ),
-        lora_options,
+        weights_options,
         click.option(
             "--save-steps",
             type=click.IntRange(min=0),
@@ -169,7 +184,7 @@ def rl_options(
             help="Subtracted from the score of a response that did not end.",
         ),
         frame_options,
-        lora_options,
+        weights_options,
         click.option(
             "--save-every",
             type=click.IntRange(min=0),

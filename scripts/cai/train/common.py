@@ -62,10 +62,11 @@ class TrainingRun:
     ):
         self.options, self.next_command, self.show = options, next_command, show
         self.lora_rank = options.lora_rank if options.lora else None
+        parts = {} if options.first_layer is None else {"first_layer": options.first_layer}
         self.folder = outputs.claim_folder(
             options.output,
             command=command,
-            fingerprint={**fingerprint, "lora_rank": self.lora_rank, "dtype": options.dtype},
+            fingerprint={**fingerprint, "lora_rank": self.lora_rank, "dtype": options.dtype, **parts},
             overwrite=options.overwrite,
             inputs=inputs,
         )
@@ -112,9 +113,16 @@ class TrainingRun:
         """The model of --model to train; or, with a `name`, a frozen one."""
         options = self.options
         # Frozen weights need no float32 where the device has bfloat16, which is what `lora` says of a base.
-        return loading.load_policy(
+        model = loading.load_policy(
             name or options.model, options.device, options.dtype, lora=options.lora or name is not None, **more
         )
+        return model if name else freeze_before(model, options.first_layer)
+
+    def load_reward_model(self):
+        """The model of --model with one score as its output, to train."""
+        options = self.options
+        model = loading.load_reward_model(options.model, options.device, options.dtype, lora=options.lora)
+        return freeze_before(model, options.first_layer)
 
     def arguments(self, **overrides) -> dict:
         """`trainer_arguments` from the options; `overrides` replace or add arguments."""
@@ -126,8 +134,11 @@ class TrainingRun:
         )
 
     def adapters(self, task: str = "CAUSAL_LM"):
-        """`lora_config` of --lora-rank; None under --full."""
-        return lora_config(self.lora_rank, task) if self.lora_rank else None
+        """`lora_config` of --lora-rank and --first-layer; None under --full."""
+        if not self.lora_rank:
+            return None
+        first = self.options.first_layer
+        return lora_config(self.lora_rank, task, checked_layer(first, loading.read_blocks(self.options.model)))
 
     def train(self, trainer) -> dict:
         """Train to the end; returns the counts steps and loss."""
@@ -170,11 +181,41 @@ def count_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def lora_config(rank: int, task: str = "CAUSAL_LM"):
+def freeze_before(model, first_layer: int | None):
+    """The model, whose embeddings and blocks before `first_layer` are no longer trained; None changes nothing.
+
+    A head that is tied to the embeddings stays with them. InputError for a block that the model does not have.
+    """
+    from torch.nn import ModuleList
+
+    if first_layer is None:
+        return model
+    count = model.config.get_text_config().num_hidden_layers
+    blocks = next(part for part in model.modules() if isinstance(part, ModuleList) and len(part) == count)
+    for part in (model.get_input_embeddings(), *blocks[: checked_layer(first_layer, count)]):
+        part.requires_grad_(False)
+    return model
+
+
+def checked_layer(first_layer: int | None, blocks: int) -> int:
+    """`first_layer`, None as 0. InputError unless a model of so many blocks has it."""
+    first_layer = first_layer or 0
+    if first_layer >= blocks:
+        raise InputError(
+            f"{first_layer} is not a block of a model of {blocks}",
+            where="--first-layer",
+            expected=f"0 to {blocks - 1}",
+            remedy="Begin with about half of the blocks",
+        )
+    return first_layer
+
+
+def lora_config(rank: int, task: str = "CAUSAL_LM", first_layer: int = 0):
     """Adapters of `rank` on every linear layer except the head, scaled by 2.
 
     Args:
         task: "CAUSAL_LM" or "SEQ_CLS" (peft's names); a classifier's new head is trained in full.
+        first_layer: first block, from 0, that gets adapters.
     """
     from peft import LoraConfig
 
@@ -183,9 +224,19 @@ def lora_config(rank: int, task: str = "CAUSAL_LM"):
         lora_alpha=2 * rank,
         lora_dropout=0.0,
         target_modules="all-linear",
+        exclude_modules=_blocks_before(first_layer),
         task_type=task,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
+
+
+def _blocks_before(first_layer: int) -> str | None:
+    """A pattern of the names of layers in the blocks before the first that is trained; None if there are none.
+
+    peft (0.21) has an option for blocks, which it refuses beside "all-linear".
+    """
+    numbers = "|".join(map(str, range(first_layer)))
+    return rf"(.*\.)?(layers|layer|h|blocks)\.({numbers})\..*" if numbers else None
 
 
 def training_order(

@@ -1,7 +1,7 @@
 """What a small model writes itself while its adapters are made: answers to the prompts, and the critic's refusals.
 
     epochs = materials(demonstrations, chosen, prompts, named, 2, chat, "smollm2", folder)
-    refusals = refusals_of(epochs[0].answered(), folder / "critic", folder)
+    epochs = with_refusals(epochs, folder / "critic", folder)
 
 Texts are kept in files of the folder, so that none is written twice. Leaves out what is taught with them
 (adapter_rows.py).
@@ -9,9 +9,11 @@ Texts are kept in files of the folder, so that none is written twice. Leaves out
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cai.base import cli, files, hashing
+from cai.data import outputs
 from cai.data.readers import Row
 from cai.models import loading
 from cai.models.chat import Chat
@@ -19,6 +21,8 @@ from cai.models.engine import Request, Sampling
 from cai.train import adapter_rows
 
 ANSWERS, REFUSALS = "own-answers.json", "own-refusals.json"
+
+PAIRS = "helpful-pairs.jsonl"  # for run.py --mix
 
 SAMPLING = Sampling(max_new_tokens=80, temperature=1.0)
 
@@ -61,10 +65,31 @@ def answers_to(rows: Sequence[Row], model: str, folder: Path) -> dict[str, str]:
     return written(requests, model, SAMPLING, folder / ANSWERS)
 
 
-def refusals_of(rows: Sequence[Row], critic: Path, folder: Path) -> dict[str, str]:
-    """{id: the critic's refusal of the row's prompt}, of harmful prompts and of harmless ones."""
+def with_refusals(
+    materials: Sequence[adapter_rows.Material], critic: Path, folder: Path
+) -> list[adapter_rows.Material]:
+    """The materials with the critic's refusals of harmful prompts and of harmless ones; PAIRS are written with them."""
+    rows = materials[0].answered()
     requests = adapter_rows.refusal_requests(rows, SEED)
-    return adapter_rows.read_refusals(rows, written(requests, str(critic), REFUSING, folder / REFUSALS))
+    refusals = adapter_rows.read_refusals(rows, written(requests, str(critic), REFUSING, folder / REFUSALS))
+    outputs.write_jsonl(folder / PAIRS, helpful_pairs(rows, refusals))
+    return [replace(known, refusals=refusals) for known in materials]
+
+
+def helpful_pairs(answered: Sequence[Row], refusals: dict[str, str]) -> list[Row]:
+    """Pairs of harmless prompts: the model's own answer is better than the critic's refusal.
+
+    What human preferences of helpfulness are in the paper (section 4.1): a judge that asks about harm alone does not
+    tell that a needless refusal is worse.
+
+    Args:
+        answered: rows of `adapter_rows.Material.answered`. refusals: {id: refusal}.
+    """
+    return [
+        {"id": row["id"], "prompt": row["prompt"], "chosen": row["response"], "rejected": refusals[row["id"]]}
+        for row in answered
+        if row["kind"] != "harmful" and row["id"] in refusals
+    ]
 
 
 def cut_answers(answers: dict[str, str], chat: Chat, turn: int) -> dict[str, str]:

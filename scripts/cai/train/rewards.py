@@ -23,6 +23,7 @@ from cai.constitution.templates import load_template
 from cai.models import choice, loading, scorer
 from cai.models.chat import Chat
 from cai.models.engine import Engine, Request
+from cai.train import common
 from cai.train.prompts import Prompt
 
 Reward = Callable[[Sequence[list[dict]], Sequence[str]], Sequence[float | None]]
@@ -235,7 +236,7 @@ def load_value_model(weights: Mapping[str, float], options):
     """The first reward model among the rewards, to train as the value model.
 
     Args:
-        options: have device, dtype and lora.
+        options: have device, dtype, lora and first_layer.
     Raises:
         InputError: its head is not a linear layer named `score`.
     """
@@ -248,7 +249,7 @@ def load_value_model(weights: Mapping[str, float], options):
             expected="a decoder with a classification head",
             remedy="Train one with reward_model.py",
         )
-    return value_model
+    return common.freeze_before(value_model, options.first_layer)
 
 
 def load_judge(spec: str, prompts: Sequence[Prompt], **loading_options) -> Reward:
