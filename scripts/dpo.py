@@ -100,7 +100,7 @@ def main(options):
         reference = run.load_policy(name, dropout=False)
         dpo.check_vocabulary(reference, policy, name)
     with run.folder:
-        arguments, adapters = run.arguments(beta=loss["beta"]), run.adapters()
+        arguments, adapters = run.arguments(beta=loss["beta"]), run.adapters(policy)
         trainer = dpo.make_trainer(policy, reference, chat.tokenizer, rows, arguments, options.output, adapters, losses)
         counts |= run.train(trainer)
         logps = dpo.score_pairs(trainer, [row for _, row in tests])

@@ -116,7 +116,7 @@ def main(options):
     scorer = load_scorer(options, chat, question, references)
     with run.folder:
         trainer = grpo.make_trainer(
-            trainer_class, config, policy, chat, encoded, scorer, options.output, settings, watch, run.adapters()
+            trainer_class, config, policy, chat, encoded, scorer, options.output, settings, watch, run.adapters(policy)
         )
         try:
             common.run_trainer(trainer, options.output)

@@ -228,9 +228,9 @@ def load(run: common.TrainingRun, settings, weights: dict[str, float], rows: lis
     for model in filter(None, (value_model, reference)):
         prompts.check_context([*encoded, *candidates], model, settings.max_new_tokens)
     if options.lora:
-        policy = get_peft_model(policy, run.adapters())
+        policy = get_peft_model(policy, run.adapters(policy))
         if value_model is not None:
-            value_model = get_peft_model(value_model, run.adapters("SEQ_CLS"))
+            value_model = get_peft_model(value_model, run.adapters(value_model, "SEQ_CLS"))
     judge = rewards.load_judge(options.judge, [*encoded, *candidates], **scoring) if options.judge else None
     return {
         "model": PolicyAndValue(policy, value_model, temperature=settings.temperature, kl_coef=settings.kl_coef),

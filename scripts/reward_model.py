@@ -124,7 +124,7 @@ def main(options):
             [rows[i] for i in order],
             run.arguments(center_rewards_coefficient=options.center or None),
             options.output,
-            run.adapters("SEQ_CLS"),
+            run.adapters(model, "SEQ_CLS"),
             test_rows=test_rows,
             eval_steps=eval_steps,
             patience=options.patience,

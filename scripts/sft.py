@@ -86,7 +86,9 @@ def main(options):
     )
     policy = run.load_policy()
     with run.folder:
-        trainer = make_trainer(policy, chat.tokenizer, token_rows, run.arguments(), options.output, run.adapters())
+        trainer = make_trainer(
+            policy, chat.tokenizer, token_rows, run.arguments(), options.output, run.adapters(policy)
+        )
         counts |= run.train(trainer)
         common.save_trained(trainer, chat.tokenizer, options.output)
         run.finish(counts)

@@ -34,7 +34,12 @@ def main():
 
 
 @main.command(cls=cli.Command)
-@click.option("--output", required=True, metavar="DIR", help="Folder for the adapters: DIR/critic and DIR/judge.")
+@click.option(
+    "--output",
+    required=True,
+    metavar="DIR",
+    help="Folder for the adapters DIR/critic and DIR/judge, and for texts that they are made with.",
+)
 @click.option("--model", default="smollm2", show_default=True, metavar="MODEL", help="The base of the adapters.")
 @click.option(
     "--demonstrations",

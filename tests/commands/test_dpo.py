@@ -56,6 +56,8 @@ def test_pairs_without_a_label_take_the_default(invoke, tmp_path):
     summary = json.loads(result.stdout)
     assert (summary["rows"], summary["default_label"]) == (2, 1)
     assert "default_label was" in invoke(*args, "--default-label", "0.9").stderr
+    unread = invoke(*args, "--default-label", "0.9", "--labels", "hard")
+    assert unread.exit_code == 2 and "every pair is certain" in unread.stderr
 
 
 def trainer(tmp_path, pairs, *, family="qwen", beta=0.5, apart=False, adapters=None, losses=None, **settings):

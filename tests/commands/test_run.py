@@ -95,6 +95,8 @@ def test_more_pairs_go_to_the_reward_model_or_dpo(invoke, tmp_path, prompts, mon
     plans = [{s["name"]: s for s in planned(invoke, *line, *mix)} for mix in ((), ("--mix", "more.jsonl"))]
     name = "dpo" if rl == "dpo" else "reward-model"
     assert words.format(out="out") in plans[1][name]["command"]
+    [smoke] = [s for s in planned(invoke, *line, "--mix", "more.jsonl", "--smoke") if s["name"] == name]
+    assert "--default-label 1.0 --limit" in smoke["command"], "or a smoke run trains on all of them"
     assert not [step for step in plans[0].values() if "default-label" in step["command"]]
 
 

@@ -386,7 +386,8 @@ def test_the_blocks_before_the_first_that_is_trained_stay_as_they_are(invoke, tm
     args = ("sft", "--input", revised, "--model", model, "--output", out, *FAST, *adapters)
     blocks = loading.read_blocks(str(model))
     refused = invoke(*args, "--first-layer", str(blocks))
-    assert refused.exit_code == 2 and f"a model of {blocks}; expected 0 to {blocks - 1}" in refused.stderr
+    assert refused.exit_code == 2 and f"which has {blocks}; expected 0 to {blocks - 1}" in refused.stderr
+    assert not out.exists()
     result = invoke(*args, "--first-layer", str(blocks - 1))
     assert result.exit_code == 0, result.stderr
     changed = models.changed_weights(model, out)

@@ -1,6 +1,7 @@
 """smollm2.py: the build of critic and judge on a small random model, and what run.py makes of the shipped ones."""
 
 import json
+import warnings
 from importlib.util import find_spec
 
 import models
@@ -54,10 +55,11 @@ def test_a_build_makes_two_adapters_that_commands_take(invoke, tmp_path, demonst
     figures = json.loads(result.stdout)
     for role in ROLES:
         assert figures[role]["steps"] > 3 and figures[role]["loss"] > 0
-        assert loading.load_policy(str(tmp_path / "new" / role)) is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # of names that only peft can change
+            assert loading.load_engine(str(tmp_path / "new" / role)) is not None
         built = json.loads((tmp_path / "new" / role / "build.json").read_text())
         assert built["figures"] == figures[role] and built["settings"]["seed"] == 0
-    assert (tmp_path / "new" / "helpful-pairs.jsonl").is_file()
     critiques = tmp_path / "critiques.jsonl"
     args = ["critique", "--input", demonstrations, "--model", tmp_path / "new" / "critic", "--output", critiques]
     result = invoke(*args, "--limit", 2, "--max-new-tokens", 8, "--examples", 0)
@@ -110,11 +112,20 @@ def test_a_build_goes_on_from_an_earlier_one(invoke, tmp_path, demonstrations, p
 
 
 def test_pairs_of_helpfulness_are_of_harmless_prompts_that_were_refused():
-    answered = [{"id": kind, "kind": kind, "prompt": f"{kind}?", "response": "Yes."} for kind in KINDS]
-    refusals = {"harmful": "No, never.", "benign": "No."}
+    answered = [{"id": kind, "kind": kind, "prompt": f"{kind}?", "response": "Yes. Take 2.5 of"} for kind in KINDS]
+    refusals = {"harmful": "No, never.", "benign": "No. I won't"}
     assert own_texts.helpful_pairs(answered, refusals) == [
         {"id": "benign", "prompt": "benign?", "chosen": "Yes.", "rejected": "No."}
     ]
+    assert own_texts.helpful_pairs(answered, {"benign": "I won't"}) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [("Go on. Then", "Go on."), ('He said "no!" and', 'He said "no!"'), ("3.5 of", ""), ("Done.", "Done."), ("", "")],
+)
+def test_a_text_ends_with_its_last_whole_sentence(text, whole):
+    assert own_texts.whole_sentences(text) == whole
 
 
 def test_own_answers_are_written_once(demonstrations, tmp_path):

@@ -255,6 +255,21 @@ def test_a_checkpoint_is_read_back_by_the_engine(tmp_path):
     assert engine.chat.render(PROMPT) == chat.render(PROMPT)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "llama", *models.OLDER])
+def test_nothing_before_the_first_block_is_trained(family, tmp_path):
+    older = family in models.OLDER
+    source = str(models.build_older(family, tmp_path / family) if older else models.folder(family))
+    policy = common.freeze_before(loading.load_policy(source), 1)
+    name, blocks = common.find_blocks(policy)
+    assert len(blocks) == loading.read_blocks(source)
+    trained = {key for key, weight in policy.named_parameters() if weight.requires_grad}
+    later = {key for key, _ in policy.named_parameters() if key.startswith(f"{name}.1.")}
+    embeddings = ("embed_", "word_embeddings", "wte", "wpe")
+    assert later <= trained
+    assert not any(part in key and "embed_out" not in key for key in trained for part in embeddings)
+    assert not any(key.startswith(f"{name}.0.") for key in trained)
+
+
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
 def test_adapters_are_saved_alone_and_merged(tmp_path, task):
     import torch

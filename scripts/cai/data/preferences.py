@@ -61,7 +61,7 @@ def check_label(row: Row, where: object, line: int) -> None:
             where=where,
             line=line,
             expected="a probability from 0 to 1",
-            remedy="Make the rows with judge.py, or train on --labels hard (reward_model.py: or give --default-label)",
+            remedy="Make the rows with judge.py, or train on --labels hard, or give --default-label",
         )
 
 

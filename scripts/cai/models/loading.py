@@ -236,6 +236,11 @@ def quiet_report() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
+def _silence_old_name() -> None:
+    """Silence the deprecation warning of `is_gradient_checkpointing`, a name that peft and TRL still use."""
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
 def _merge_adapter(model: Any, path: str) -> Any:
     """The base with an adapter merged into its weights. It is named after the adapter: an adapter trained on top of it
     belongs to both.
@@ -255,6 +260,7 @@ def _merge_adapter(model: Any, path: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            _silence_old_name()
             merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
     except (UserWarning, KeyError, AttributeError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(
@@ -587,8 +593,7 @@ def _load_trainable(load: Callable[..., Any], path: str, config: Any, dtype: str
     release_engines()  # training needs the memory of a model that was kept for generating
     if on_cpu(None):
         keep_freed_memory()
-    # peft and TRL ask their models for it by its old name in transformers, and nobody here can change that.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    _silence_old_name()
     # Of an adapter on a GGUF file, whose vocabulary is indeed not modified.
     warnings.filterwarnings("ignore", message="Could not find a config file in (smollm2|.*gguf) ", category=UserWarning)
     return load(path, dtype, config=config)

@@ -113,7 +113,7 @@ SMOKE_KEEP = ["--keep", "all"]
 # The options of how rows are read that are for a kind of files, beside --prompt-field.
 READING_OF = {"inputs": (), "heldout": ("kind_field", "kind", "form"), "helpful": ("response_field",)}
 
-CERTAIN = 1.0  # p_chosen of pairs of --mix that have none
+HUMAN_LABEL = 1.0  # p_chosen of pairs of --mix that have none
 
 # The models whose prompts are bundled.
 BUNDLED = {"tiny": TINY, "smollm2": SMOLLM2}
@@ -311,11 +311,12 @@ def make_plan(choices: Choices, output: str, seed: int) -> list[Step]:
 def _add_rl(plan: _Plan, prompts: list[str], preferences: str, sft: str) -> str:
     """Add the reward model and the reinforcement learning, or DPO; returns the policy."""
     rl, limit, mix = plan.choices.rl, plan.choices.limit, plan.choices.mix
-    certain = ["--default-label", str(CERTAIN)] if mix else []
+    more = ["--default-label", str(HUMAN_LABEL), *plan.choices.reading.only().arguments] if mix else []
+    more += plan.limit if mix and plan.choices.is_smoke else []
     if rl == "dpo":
         pairs = _repeat("--input", (preferences, *mix))
-        return plan.add("dpo", "dpo", [*pairs, *certain, "--model", sft], "dpo")
-    pairs = ["--input", preferences, *_repeat("--mix", (f"{file}=1" for file in mix)), *certain]
+        return plan.add("dpo", "dpo", [*pairs, *more, "--model", sft], "dpo")
+    pairs = ["--input", preferences, *_repeat("--mix", (f"{file}=1" for file in mix)), *more]
     reward = plan.add("reward-model", "reward_model", [*pairs, "--model", sft], "reward-model")
     updates, most, minibatches = plan.preset["size"][rl]  # type: ignore[index]
     if limit:  # a trial run: the few prompts once, in minibatches of equal size

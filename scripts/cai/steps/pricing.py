@@ -312,7 +312,9 @@ class Estimator:
 
     def _preferences(self, name: str, settings: dict[str, Any]) -> Work:
         """Reward model and DPO: both sides of each pair."""
-        pairs = round((self.pairs + self.counted.mixed) * (1 - settings.get("holdout", 0)))
+        files, most = (self.pairs, *self.counted.mixed), settings["limit"] or math.inf
+        pairs = sum(min(pairs, most) for pairs in files) if name != "dpo" else min(sum(files), most)
+        pairs = round(pairs * (1 - settings.get("holdout", 0)))
         tokens = pairs * 2 * (self.lengths.prompt + self._answer_of_pairs)
         return self._training(pairs, tokens, settings, frozen=name == "dpo" and not settings["lora"])
 
@@ -415,7 +417,7 @@ class Counted:
     prompts: int
     heldout: int
     helpful: int
-    mixed: int
+    mixed: tuple[int, ...]
     samples: int
     prompt_tokens: float | None
     heldout_tokens: float | None
@@ -433,7 +435,7 @@ def count_inputs(steps: Sequence[Step], choices: Choices, terms: Terms) -> Count
         heldout, heldout_tokens = _count_prompts(choices, "heldout")
     helpful = Source(choices.helpful, reading=choices.reading_of("helpful")).count if choices.helpful else 0
     samples = [cli.read_settings(step.command, step.arguments)["samples"] for step in steps if step.name == "samples"]
-    mixed = Source(choices.mix).count if choices.mix else 0
+    mixed = tuple(Source([file], reading=choices.reading.only()).count for file in choices.mix)
     return Counted(prompts, heldout, helpful, mixed, max(samples, default=0), prompt_tokens, heldout_tokens)
 
 

@@ -24,7 +24,7 @@ from cai.data.sources import Source
 from cai.models import loading
 from cai.steps import content, gating, pricing
 from cai.steps import principles as choosing
-from cai.steps.plan import BUNDLED, CERTAIN, PRESETS, Choices, shorten_path
+from cai.steps.plan import BUNDLED, HUMAN_LABEL, PRESETS, Choices, shorten_path
 
 NO_FRAMES = "none"  # as --frames: the bundled prompts are asked without the bundled frames
 
@@ -60,10 +60,8 @@ _TABLE = (
         "--heldout", help="Prompts with their kind to measure on; bundled for `tiny` and `smollm2`. Repeatable."
     ),
     cli.rows_option("--helpful", help="Rows with a helpful `response` to mix into SFT. Repeatable."),
-    click.option(
+    cli.rows_option(
         "--mix",
-        multiple=True,
-        metavar="FILE",
         help="Pairs with `chosen` and `rejected` that the reward model or DPO learns from beside the judge's, such as "
         "human ones of helpfulness; without a p_chosen they count as certain. Repeatable.",
     ),
@@ -216,8 +214,8 @@ def check_inputs(choices: Choices) -> None:
             Source(getattr(choices, files), require=fields, limit=limit, reading=choices.reading_of(files))
     if choices.helpful:
         Source(choices.helpful, require=("prompt", "response"), reading=choices.reading_of("helpful"))
-    if choices.mix:
-        preferences.read_pairs(choices.mix, "soft", None, default_label=CERTAIN)
+    for file in choices.mix:
+        preferences.read_pairs([file], "soft", None, default_label=HUMAN_LABEL, reading=choices.reading.only())
 
 
 def _check_model(option: str, model: str) -> None:

@@ -58,6 +58,8 @@ def take_options(function: Callable) -> Callable:
     @wraps(function)
     def command(**options):
         estimate.refuse_without_dry_run(options["dry_run"], "gpu")
+        if options.get("labels") == "hard" and not options.get("min_margin"):
+            cli.refuse_options(["default_label"], "with --labels hard every pair is certain")
         return function(SimpleNamespace(**options))
 
     return command
@@ -72,8 +74,8 @@ weights_options = add_options(
         "--first-layer",
         type=click.IntRange(min=0),
         default=None,
-        help="First block, from 0, that is trained; the embeddings and the blocks before it stay as they are. Faster, "
-        "and a small model then learns from few examples what it knows already. Default: everything is trained.",
+        help="First block, from 0, that is trained; the blocks before it, the embeddings, and a head that is tied to "
+        "them stay as they are. Faster; estimates of memory count everything as trained. Default: all is trained.",
     ),
 )
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -42,12 +43,12 @@ class TrainingRun:
     Args:
         command: its name.
         options: of the command, as attributes.
-        fingerprint: everything that decides the result, beside lora_rank and dtype.
+        fingerprint: everything that decides the result, beside lora_rank, first_layer and dtype.
         inputs: paths that the output must not be.
         next_command: the line that the summary names.
         show: changes the summary for people; --json prints it as it is.
     Raises:
-        InputError: the folder belongs to another run, or another process is writing it.
+        InputError: the folder belongs to another run, or another process is writing it; --first-layer is no block.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class TrainingRun:
     ):
         self.options, self.next_command, self.show = options, next_command, show
         self.lora_rank = options.lora_rank if options.lora else None
-        parts = {} if options.first_layer is None else {"first_layer": options.first_layer}
+        if options.first_layer is not None:
+            fingerprint = {**fingerprint, "first_layer": options.first_layer}
+            check_first_layer(options.first_layer, loading.read_blocks(options.model), options.model)
         self.folder = outputs.claim_folder(
             options.output,
             command=command,
-            fingerprint={**fingerprint, "lora_rank": self.lora_rank, "dtype": options.dtype, **parts},
+            fingerprint={**fingerprint, "lora_rank": self.lora_rank, "dtype": options.dtype},
             overwrite=options.overwrite,
             inputs=inputs,
         )
@@ -121,8 +124,10 @@ class TrainingRun:
     def load_reward_model(self):
         """The model of --model with one score as its output, to train."""
         options = self.options
-        model = loading.load_reward_model(options.model, options.device, options.dtype, lora=options.lora)
-        return freeze_before(model, options.first_layer)
+        return freeze_before(
+            loading.load_reward_model(options.model, options.device, options.dtype, lora=options.lora),
+            options.first_layer,
+        )
 
     def arguments(self, **overrides) -> dict:
         """`trainer_arguments` from the options; `overrides` replace or add arguments."""
@@ -133,12 +138,11 @@ class TrainingRun:
             | {"parameters": parameters, **overrides}
         )
 
-    def adapters(self, task: str = "CAUSAL_LM"):
-        """`lora_config` of --lora-rank and --first-layer; None under --full."""
+    def adapters(self, model, task: str = "CAUSAL_LM"):
+        """`lora_config` of --lora-rank and --first-layer for the model; None under --full."""
         if not self.lora_rank:
             return None
-        first = self.options.first_layer
-        return lora_config(self.lora_rank, task, checked_layer(first, loading.read_blocks(self.options.model)))
+        return lora_config(self.lora_rank, task, _earlier_blocks(model, self.options.first_layer))
 
     def train(self, trainer) -> dict:
         """Train to the end; returns the counts steps and loss."""
@@ -182,40 +186,60 @@ def count_processes() -> int:
 
 
 def freeze_before(model, first_layer: int | None):
-    """The model, whose embeddings and blocks before `first_layer` are no longer trained; None changes nothing.
+    """The model, of which nothing is trained that comes before the block `first_layer`; None changes nothing.
 
-    A head that is tied to the embeddings stays with them. InputError for a block that the model does not have.
+    That is the blocks before it and the embeddings, and a head that is tied to these. InputError for a block that the
+    model does not have.
+    """
+    if first_layer is None:
+        return model
+    _, blocks = find_blocks(model)
+    check_first_layer(first_layer, len(blocks), model.name_or_path)
+    first = next(blocks[first_layer].parameters())
+    for parameter in model.parameters():
+        if parameter is first:
+            return model
+        parameter.requires_grad_(False)
+    raise AssertionError("a block's weights are not among the model's")
+
+
+def find_blocks(model):
+    """(name, blocks) of the list of a model's blocks. InputError if it has none.
+
+    Of a model that also sees pictures it is the language model's, which comes last.
     """
     from torch.nn import ModuleList
 
-    if first_layer is None:
-        return model
     count = model.config.get_text_config().num_hidden_layers
-    blocks = next(part for part in model.modules() if isinstance(part, ModuleList) and len(part) == count)
-    for part in (model.get_input_embeddings(), *blocks[: checked_layer(first_layer, count)]):
-        part.requires_grad_(False)
-    return model
+    lists = [
+        (name, part) for name, part in model.named_modules() if isinstance(part, ModuleList) and len(part) == count
+    ]
+    if not lists:
+        raise InputError(
+            f"{type(model).__name__} has no list of its {count} blocks",
+            where="--first-layer",
+            remedy="Leave the option out, or take another model",
+        )
+    return lists[-1]
 
 
-def checked_layer(first_layer: int | None, blocks: int) -> int:
-    """`first_layer`, None as 0. InputError unless a model of so many blocks has it."""
-    first_layer = first_layer or 0
+def check_first_layer(first_layer: int, blocks: int, model: str) -> None:
+    """InputError unless a model of so many blocks has this one."""
     if first_layer >= blocks:
         raise InputError(
-            f"{first_layer} is not a block of a model of {blocks}",
+            f"{first_layer} is not a block of {model}, which has {blocks}",
             where="--first-layer",
             expected=f"0 to {blocks - 1}",
             remedy="Begin with about half of the blocks",
         )
-    return first_layer
 
 
-def lora_config(rank: int, task: str = "CAUSAL_LM", first_layer: int = 0):
+def lora_config(rank: int, task: str = "CAUSAL_LM", exclude: str | None = None):
     """Adapters of `rank` on every linear layer except the head, scaled by 2.
 
     Args:
         task: "CAUSAL_LM" or "SEQ_CLS" (peft's names); a classifier's new head is trained in full.
-        first_layer: first block, from 0, that gets adapters.
+        exclude: pattern of the names of layers that get no adapter.
     """
     from peft import LoraConfig
 
@@ -224,19 +248,21 @@ def lora_config(rank: int, task: str = "CAUSAL_LM", first_layer: int = 0):
         lora_alpha=2 * rank,
         lora_dropout=0.0,
         target_modules="all-linear",
-        exclude_modules=_blocks_before(first_layer),
+        exclude_modules=exclude,
         task_type=task,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
 
 
-def _blocks_before(first_layer: int) -> str | None:
+def _earlier_blocks(model, first_layer: int | None) -> str | None:
     """A pattern of the names of layers in the blocks before the first that is trained; None if there are none.
 
     peft (0.21) has an option for blocks, which it refuses beside "all-linear".
     """
-    numbers = "|".join(map(str, range(first_layer)))
-    return rf"(.*\.)?(layers|layer|h|blocks)\.({numbers})\..*" if numbers else None
+    if not first_layer:
+        return None
+    name, _ = find_blocks(model)
+    return rf"{re.escape(name)}\.({'|'.join(map(str, range(first_layer)))})\..*"
 
 
 def training_order(

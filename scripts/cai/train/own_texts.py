@@ -8,6 +8,7 @@ Texts are kept in files of the folder, so that none is written twice. Leaves out
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,11 +69,12 @@ def answers_to(rows: Sequence[Row], model: str, folder: Path) -> dict[str, str]:
 def with_refusals(
     materials: Sequence[adapter_rows.Material], critic: Path, folder: Path
 ) -> list[adapter_rows.Material]:
-    """The materials with the critic's refusals of harmful prompts and of harmless ones; PAIRS are written with them."""
+    """The materials with the critic's refusals of harmful prompts and of harmless ones; writes PAIRS."""
     rows = materials[0].answered()
     requests = adapter_rows.refusal_requests(rows, SEED)
     refusals = adapter_rows.read_refusals(rows, written(requests, str(critic), REFUSING, folder / REFUSALS))
-    outputs.write_jsonl(folder / PAIRS, helpful_pairs(rows, refusals))
+    if pairs := helpful_pairs(rows, refusals):
+        outputs.write_jsonl(folder / PAIRS, pairs)
     return [replace(known, refusals=refusals) for known in materials]
 
 
@@ -80,16 +82,29 @@ def helpful_pairs(answered: Sequence[Row], refusals: dict[str, str]) -> list[Row
     """Pairs of harmless prompts: the model's own answer is better than the critic's refusal.
 
     What human preferences of helpfulness are in the paper (section 4.1): a judge that asks about harm alone does not
-    tell that a needless refusal is worse.
+    tell that a needless refusal is worse. Both sides end with a whole sentence: answers are cut more often than
+    refusals, and a text that breaks off must not be known as the better one by that.
 
     Args:
         answered: rows of `adapter_rows.Material.answered`. refusals: {id: refusal}.
     """
-    return [
-        {"id": row["id"], "prompt": row["prompt"], "chosen": row["response"], "rejected": refusals[row["id"]]}
+    pairs = [
+        {
+            "id": row["id"],
+            "prompt": row["prompt"],
+            "chosen": whole_sentences(row["response"]),
+            "rejected": whole_sentences(refusals[row["id"]]),
+        }
         for row in answered
         if row["kind"] != "harmful" and row["id"] in refusals
     ]
+    return [pair for pair in pairs if pair["chosen"] and pair["rejected"]]
+
+
+def whole_sentences(text: str) -> str:
+    """The text up to the end of its last whole sentence; "" if it has none."""
+    ends = [match.end() for match in re.finditer(r"[.!?][\"”’')]*(?=\s|$)", text)]
+    return text[: ends[-1]] if ends else ""
 
 
 def cut_answers(answers: dict[str, str], chat: Chat, turn: int) -> dict[str, str]:
