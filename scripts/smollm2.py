@@ -148,7 +148,7 @@ def build(
     figures = {}
     for role in begins:
         if role == "judge":
-            materials = own_texts.with_refusals(materials, critic, Path(output))
+            materials = own_texts.with_refusals(materials, model, critic, Path(output))
         taught = [ROLES[role](known, chat, seed + turn) for turn, known in enumerate(materials)]
         figures[role] = train(model, taught, Path(output) / role, settings, record, begins[role])
     cli.finish(

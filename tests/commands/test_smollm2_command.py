@@ -8,7 +8,6 @@ import models
 import pytest
 
 from cai.base.paths import SMOLLM2
-from cai.data.kinds import KINDS
 from cai.data.outputs import write_jsonl
 from cai.data.readers import read_jsonl
 from cai.models import loading
@@ -111,13 +110,13 @@ def test_a_build_goes_on_from_an_earlier_one(invoke, tmp_path, demonstrations, p
     assert other.exit_code == 2 and "an adapter of other layers or another rank" in other.stderr
 
 
-def test_pairs_of_helpfulness_are_of_harmless_prompts_that_were_refused():
-    answered = [{"id": kind, "kind": kind, "prompt": f"{kind}?", "response": "Yes. Take 2.5 of"} for kind in KINDS]
-    refusals = {"harmful": "No, never.", "benign": "No. I won't"}
-    assert own_texts.helpful_pairs(answered, refusals) == [
-        {"id": "benign", "prompt": "benign?", "chosen": "Yes.", "rejected": "No."}
+def test_pairs_of_helpfulness_have_whole_sentences():
+    rows, answers = [{"id": "a", "prompt": "How?"}], {"a": "So. Take 2.5 of"}
+    assert own_texts.helpful_pairs(rows, answers, {"a": "No. I won't"}) == [
+        {"id": "a", "prompt": "How?", "chosen": "So.", "rejected": "No."}
     ]
-    assert own_texts.helpful_pairs(answered, {"benign": "I won't"}) == []
+    assert own_texts.helpful_pairs(rows, answers, {"a": "I won't"}) == []
+    assert own_texts.helpful_pairs(rows, {"a": "I can't help with that."}, {"a": "No."}) == []
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What a small model writes itself while its adapters are made: answers to the prompts, and the critic's refusals.
 
     epochs = materials(demonstrations, chosen, prompts, named, 2, chat, "smollm2", folder)
-    epochs = with_refusals(epochs, folder / "critic", folder)
+    epochs = with_refusals(epochs, "smollm2", folder / "critic", folder)
 
 Texts are kept in files of the folder, so that none is written twice. Leaves out what is taught with them
 (adapter_rows.py).
@@ -19,6 +19,7 @@ from cai.data.readers import Row
 from cai.models import loading
 from cai.models.chat import Chat
 from cai.models.engine import Request, Sampling
+from cai.stats import refusals
 from cai.train import adapter_rows
 
 ANSWERS, REFUSALS = "own-answers.json", "own-refusals.json"
@@ -28,6 +29,8 @@ PAIRS = "helpful-pairs.jsonl"  # for run.py --mix
 SAMPLING = Sampling(max_new_tokens=80, temperature=1.0)
 
 REFUSING = Sampling(max_new_tokens=80, temperature=0.0)  # sampled at 1, only 28 % of such revisions decline
+
+HELPING = Sampling(max_new_tokens=80, temperature=0.7)  # better answers: these are shown as good ones
 
 LENGTHS = (48, 80)  # tokens: a critic that has seen answers of one length alone misses harm in those of another
 
@@ -57,28 +60,29 @@ def materials(
     ]
 
 
-def answers_to(rows: Sequence[Row], model: str, folder: Path) -> dict[str, str]:
+def answers_to(rows: Sequence[Row], model: str, folder: Path, sampling: Sampling = SAMPLING) -> dict[str, str]:
     """{id: the model's own answer to the row's prompt}."""
     requests = [
         Request(row["id"], [{"role": "user", "content": row["prompt"]}], hashing.hashed_seed("own", SEED, row["id"]))
         for row in rows
     ]
-    return written(requests, model, SAMPLING, folder / ANSWERS)
+    return written(requests, model, sampling, folder / ANSWERS)
 
 
 def with_refusals(
-    materials: Sequence[adapter_rows.Material], critic: Path, folder: Path
+    materials: Sequence[adapter_rows.Material], model: str, critic: Path, folder: Path
 ) -> list[adapter_rows.Material]:
     """The materials with the critic's refusals of harmful prompts and of harmless ones; writes PAIRS."""
     rows = materials[0].answered()
     requests = adapter_rows.refusal_requests(rows, SEED)
-    refusals = adapter_rows.read_refusals(rows, written(requests, str(critic), REFUSING, folder / REFUSALS))
-    if pairs := helpful_pairs(rows, refusals):
+    refused = adapter_rows.read_refusals(rows, written(requests, str(critic), REFUSING, folder / REFUSALS))
+    harmless = [row for row in rows if row["kind"] != "harmful" and row["id"] in refused]
+    if pairs := helpful_pairs(harmless, answers_to(harmless, model, folder, HELPING), refused):
         outputs.write_jsonl(folder / PAIRS, pairs)
-    return [replace(known, refusals=refusals) for known in materials]
+    return [replace(material, refusals=refused) for material in materials]
 
 
-def helpful_pairs(answered: Sequence[Row], refusals: dict[str, str]) -> list[Row]:
+def helpful_pairs(rows: Sequence[Row], answers: dict[str, str], refused: dict[str, str]) -> list[Row]:
     """Pairs of harmless prompts: the model's own answer is better than the critic's refusal.
 
     What human preferences of helpfulness are in the paper (section 4.1): a judge that asks about harm alone does not
@@ -86,19 +90,18 @@ def helpful_pairs(answered: Sequence[Row], refusals: dict[str, str]) -> list[Row
     refusals, and a text that breaks off must not be known as the better one by that.
 
     Args:
-        answered: rows of `adapter_rows.Material.answered`. refusals: {id: refusal}.
+        answers, refused: {id: text}. A pair whose answer declines, or has no whole sentence, is left out.
     """
     pairs = [
         {
             "id": row["id"],
             "prompt": row["prompt"],
-            "chosen": whole_sentences(row["response"]),
-            "rejected": whole_sentences(refusals[row["id"]]),
+            "chosen": whole_sentences(answers[row["id"]]),
+            "rejected": whole_sentences(refused[row["id"]]),
         }
-        for row in answered
-        if row["kind"] != "harmful" and row["id"] in refusals
+        for row in rows
     ]
-    return [pair for pair in pairs if pair["chosen"] and pair["rejected"]]
+    return [pair for pair in pairs if pair["rejected"] and refusals.read(pair["prompt"], pair["chosen"]) == "complied"]
 
 
 def whole_sentences(text: str) -> str:
