@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CAI_QUALIFICATION", "off")
 # two workers share two cores: more threads would stall each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# a shell script starts what it puts in the background with Ctrl-C ignored, and commands that the tests start inherit it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"

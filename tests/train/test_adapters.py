@@ -86,7 +86,7 @@ def test_blocks_before_the_first_are_left_as_they_are(tmp_path):
     for ours, plain in zip(loaded.model.layers, load().model.layers, strict=True):
         changed = not torch.equal(ours.mlp.up_proj.weight.float(), plain.mlp.up_proj.weight.float())
         assert changed == (ours is not loaded.model.layers[0])
-    with pytest.raises(InputError, match="99 is not a block of a model of 2"):
+    with pytest.raises(InputError, match=r"99 is not a block of .*, which has 2"):
         adapters.adapted_layers(load(), replace(SETTINGS, first_layer=99))
 
 
