@@ -5,6 +5,7 @@ import math
 import random
 import re
 
+import models
 import pytest
 
 from cai.constitution.templates import load_template, neutralise
@@ -257,6 +258,12 @@ def test_a_result_is_kept_and_a_damaged_one_measured_again(cache, monkeypatch, c
     monkeypatch.setattr(qualification, "_results", {})
     qualification.qualify("openai:m", task, load, endpoints=("http://one",))
     assert len(loads) == 3
+
+
+def test_a_kept_result_has_the_name_that_the_model_has_now(cache, tmp_path):
+    task, copied = qualification.Task("judge"), str(models.copy("llama", tmp_path / "copied"))
+    first = qualification.qualify(str(models.folder("llama")), task, lambda: Stub("judge", knows))
+    assert qualification.qualify(copied, task, pytest.fail) == {**first, "model": copied}
 
 
 def test_a_server_that_does_not_answer_is_not_remembered_as_unfit(cache, monkeypatch):

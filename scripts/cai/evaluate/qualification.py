@@ -454,7 +454,7 @@ def qualify(
         if kept["lost"] <= (1 - LEAST_ANSWERED) * len(rows):
             _keep(digest, kept)
     _results[digest] = kept
-    return kept
+    return {**kept, "model": model}  # which may have had another name when it was measured
 
 
 def cache_folder() -> Path:
