@@ -270,6 +270,23 @@ def test_nothing_before_the_first_block_is_trained(family, tmp_path):
     assert not any(key.startswith(f"{name}.0.") for key in trained)
 
 
+def test_the_blocks_are_the_language_models_and_no_blocks_experts():
+    from torch.nn import Linear, Module, ModuleDict, ModuleList
+    from transformers import PretrainedConfig
+
+    def blocks():
+        return ModuleList(ModuleDict({"experts": ModuleList([Linear(1, 1), Linear(1, 1)])}) for _ in range(2))
+
+    model = Module()
+    model.config = PretrainedConfig(num_hidden_layers=2)
+    model.vision = ModuleDict({"layers": blocks()})
+    model.language = ModuleDict({"layers": blocks()})
+    assert common.find_blocks(model)[0] == "language.layers"
+    model.config.num_hidden_layers = 3
+    with pytest.raises(InputError, match="no list of its 3 blocks"):
+        common.find_blocks(model)
+
+
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
 def test_adapters_are_saved_alone_and_merged(tmp_path, task):
     import torch

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 
 from cai.base import cli, files
@@ -196,17 +196,16 @@ def freeze_before(model, first_layer: int | None):
     _, blocks = find_blocks(model)
     check_first_layer(first_layer, len(blocks), model.name_or_path)
     first = next(blocks[first_layer].parameters())
-    for parameter in model.parameters():
-        if parameter is first:
-            return model
+    for parameter in takewhile(lambda parameter: parameter is not first, model.parameters()):
         parameter.requires_grad_(False)
-    raise AssertionError("a block's weights are not among the model's")
+    return model
 
 
 def find_blocks(model):
     """(name, blocks) of the list of a model's blocks. InputError if it has none.
 
-    Of a model that also sees pictures it is the language model's, which comes last.
+    Of a model that also sees pictures it is the language model's, which comes last; a list inside a block, such as its
+    experts, is none of blocks.
     """
     from torch.nn import ModuleList
 
@@ -220,7 +219,7 @@ def find_blocks(model):
             where="--first-layer",
             remedy="Leave the option out, or take another model",
         )
-    return lists[-1]
+    return [found for found in lists if not any(found[0].startswith(f"{name}.") for name, _ in lists)][-1]
 
 
 def check_first_layer(first_layer: int, blocks: int, model: str) -> None:
