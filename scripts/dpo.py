@@ -15,7 +15,7 @@ from cai.base import cli, hashing
 from cai.data import preferences
 from cai.models import loading
 from cai.train import common, dpo
-from cai.train.arguments import ABOVE_0, default_label_option, labels_option, training_options
+from cai.train.arguments import ABOVE_0, pairs_options, training_options
 
 
 @click.command(cls=cli.Command)
@@ -26,8 +26,7 @@ from cai.train.arguments import ABOVE_0, default_label_option, labels_option, tr
     default=None,
     help="The model that the policy is kept near to. Default: --model before training.",
 )
-@labels_option
-@default_label_option
+@pairs_options
 @click.option(
     "--loss",
     type=click.Choice(list(dpo.BETAS)),
@@ -54,6 +53,8 @@ from cai.train.arguments import ABOVE_0, default_label_option, labels_option, tr
 def main(options):
     """Train a policy on preferences directly, with soft labels and no reward model.
 
+    With several files, --limit reads the first rows of each.
+
     \b
     Example:
       python scripts/dpo.py --input preferences.jsonl --model runs/sft \\
@@ -63,9 +64,8 @@ def main(options):
     reference_name = options.ref_model or options.model
     loading.check_model(options.model, training=True)
     loading.check_model(reference_name)
-    pairs, counts, digest = preferences.read_pairs(
-        options.inputs, options.labels, options.limit, default_label=options.default_label, reading=options.reading
-    )
+    weights = preferences.read_weights(options.inputs, options.mix)
+    pairs, counts, digests = preferences.read_sources(weights, options)
     parts = preferences.split_holdout(pairs, options.holdout, options.seed)
     run = common.TrainingRun(
         "dpo",
@@ -73,13 +73,13 @@ def main(options):
         {
             "model": hashing.identity(options.model),
             "ref_model": hashing.identity(reference_name),
-            "input": digest,
+            "input": digests,
             "labels": options.labels,
             **loss,
-            **{name: value for name in ("holdout", "default_label") if (value := getattr(options, name))},
+            **{name: value for name in ("holdout", "default_label", "min_margin") if (value := getattr(options, name))},
             **common.identify_options(options),
         },
-        inputs=options.inputs,
+        inputs=list(weights),
         next_command=dpo.next_command(options.output, reference_name, parts["held_out"]),
         show=dpo.show_holdout,
     )

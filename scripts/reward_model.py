@@ -22,22 +22,7 @@ IDENTIFYING = ("labels", "default_label", "min_margin", "holdout", "eval_steps",
 
 @click.command(cls=cli.Command)
 @cli.options("input", "output", "model")
-@click.option(
-    "--mix",
-    multiple=True,
-    metavar="FILE=WEIGHT",
-    help="More preferences, and how often each of their pairs comes in a pass over those of --input, such "
-    "as human ones of helpfulness: 0.5 takes half of them each time. Repeatable.",
-)
-@arguments.labels_option
-@arguments.default_label_option
-@click.option(
-    "--min-margin",
-    type=click.FloatRange(0, 1),
-    default=0.0,
-    show_default=True,
-    help="Leave out pairs whose |2 p_chosen - 1| is less: labels near a toss-up.",
-)
+@arguments.pairs_options
 @click.option(
     "--holdout",
     type=click.FloatRange(0, 1, max_open=True),
@@ -89,8 +74,8 @@ def main(options):
     from transformers import set_seed
 
     loading.check_can_score(options.model)
-    weights = reward_model.read_weights(options.inputs, options.mix)
-    pairs, counts, digests = reward_model.read_sources(weights, options)
+    weights = preferences.read_weights(options.inputs, options.mix)
+    pairs, counts, digests = preferences.read_sources(weights, options)
     parts = preferences.split_holdout(pairs, options.holdout, options.seed)
     run = common.TrainingRun(
         "reward_model",

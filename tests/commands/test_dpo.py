@@ -60,6 +60,25 @@ def test_pairs_without_a_label_take_the_default(invoke, tmp_path):
     assert unread.exit_code == 2 and "every pair is certain" in unread.stderr
 
 
+def test_human_pairs_count_by_their_weight_and_labels_near_a_toss_up_are_left_out(invoke, tmp_path):
+    judged = written(tmp_path, [pair(n, p=0.95 if n % 2 else 0.6) for n in range(40)])
+    human = tmp_path / "helpful.jsonl"
+    outputs.write_jsonl(human, [{**pair(n), "p_chosen": None} for n in range(100, 116)])
+    args = ["dpo", "--input", judged, "--mix", f"{human}=0.25", "--default-label", "1", "--min-margin", "0.5"]
+    args += ["--model", models.folder("qwen"), "--output", tmp_path / "out", "--holdout", "0.2", *FAST]
+    result = invoke(*args)
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert (said["rows"], said["below_margin"], said["default_label"]) == (56, 20, 16)
+    held_out = [row["prompt"] for _, row in readers.read_jsonl(tmp_path / "out" / "holdout.jsonl")]
+    of_humans = sum(len(prompt.rstrip("?").split()[-1]) == 3 for prompt in held_out)
+    judged_left = 20 - (len(held_out) - of_humans)
+    assert said["steps"] == -(-round(judged_left + 0.25 * (16 - of_humans)) // 4)
+    assert "min_margin was" in invoke(*args[:7], *args[9:]).stderr
+    refused = invoke(*args[:4], human, *args[5:])
+    assert refused.exit_code == 2 and "FILE=WEIGHT" in refused.stderr
+
+
 def trainer(tmp_path, pairs, *, family="qwen", beta=0.5, apart=False, adapters=None, losses=None, **settings):
     """A trainer over the pairs, in their order. apart: from a reference with other weights."""
     path = str(models.folder(family))

@@ -85,7 +85,7 @@ def test_frames_go_to_the_steps_that_generate_measure_and_sample(invoke, tmp_pat
     ("rl", "words"),
     [
         ("ppo", "--input {out}/05-preferences.jsonl --mix more.jsonl=1 --default-label 1.0 --model"),
-        ("dpo", "--input {out}/05-preferences.jsonl --input more.jsonl --default-label 1.0 --model"),
+        ("dpo", "--input {out}/05-preferences.jsonl --mix more.jsonl=1 --default-label 1.0 --model"),
     ],
 )
 def test_more_pairs_go_to_the_reward_model_or_dpo(invoke, tmp_path, prompts, monkeypatch, rl, words):
@@ -98,6 +98,8 @@ def test_more_pairs_go_to_the_reward_model_or_dpo(invoke, tmp_path, prompts, mon
     [smoke] = [s for s in planned(invoke, *line, "--mix", "more.jsonl", "--smoke") if s["name"] == name]
     assert "--default-label 1.0 --limit" in smoke["command"], "or a smoke run trains on all of them"
     assert not [step for step in plans[0].values() if "default-label" in step["command"]]
+    [weighed] = [s for s in planned(invoke, *line, "--mix", "more.jsonl=0.25") if s["name"] == name]
+    assert "--mix more.jsonl=0.25 " in weighed["command"]
 
 
 def test_more_pairs_are_refused_where_nothing_learns_from_them_and_where_they_are_none(invoke, tmp_path, prompts):
@@ -107,6 +109,8 @@ def test_more_pairs_are_refused_where_nothing_learns_from_them_and_where_they_ar
     refused = invoke(*line)
     assert refused.exit_code == 2 and "more.jsonl:1" in refused.stderr and "rejected" in refused.stderr
     assert "--mix" in invoke(*line, "--rl", "none").stderr
+    assert "a weight above 0" in invoke(*line[:-1], f"{path}=0").stderr
+    assert "the same input twice" in invoke(*line, "--mix", f"{path}=0.5").stderr
     assert not (tmp_path / "out").exists()
 
 

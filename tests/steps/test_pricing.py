@@ -67,9 +67,10 @@ def test_more_pairs_are_counted(price, tmp_path):
     write_jsonl(tmp_path / "more.jsonl", [{"prompt": f"p {n}", "chosen": "Yes.", "rejected": "No."} for n in range(50)])
     for rl, step, more in (("ppo", "reward-model", 45), ("dpo", "dpo", 50)):  # a tenth of the former's are held out
         calls = [
-            price(*EIGHT, "--rl", rl, *mix)["steps"][step]["calls"] for mix in ((), ("--mix", tmp_path / "more.jsonl"))
+            price(*EIGHT, "--rl", rl, *mix)["steps"][step]["calls"]
+            for mix in ((), ("--mix", tmp_path / "more.jsonl"), ("--mix", f"{tmp_path / 'more.jsonl'}=3"))
         ]
-        assert calls[1] - calls[0] == more
+        assert (calls[1] - calls[0], calls[2] - calls[0]) == (more, 3 * more)
 
 
 def test_answers_in_frames_are_counted(price):

@@ -8,6 +8,8 @@ responses, labels nearer to a toss-up than `min_margin`. How a trainer uses a pa
 """
 
 import json
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -122,6 +124,60 @@ def read_pairs(
             expected="rows with `chosen` and `rejected`",
         )
     return pairs, counts, source.digest
+
+
+def read_weights(inputs: Sequence[str], mix: Sequence[str]) -> dict[str, float]:
+    """{file: weight} of --input (1) and --mix FILE=WEIGHT. Raises InputError for another text or a file named twice."""
+    weights: dict[str, float] = {}
+    for file, value in [*((file, 1.0) for file in inputs), *map(split_weight, mix)]:
+        if os.path.realpath(file) in map(os.path.realpath, weights):
+            raise InputError("the same input twice", where=file, remedy="Name it once")
+        weights[file] = value
+    return weights
+
+
+def split_weight(text: str, default: float | None = None) -> tuple[str, float]:
+    """(file, weight) of FILE=WEIGHT. InputError where the weight is 0 or not a number, and for a FILE alone unless
+    there is a `default`."""
+    file, _, weight = text.rpartition("=")
+    try:
+        value = float(weight)
+    except ValueError:
+        if default is not None:
+            return text, default
+        value = math.nan
+    if not file or not 0 < value < math.inf:
+        raise InputError(
+            f"--mix {text}", expected="FILE=WEIGHT, with a weight above 0", remedy="For example --mix helpful.jsonl=0.5"
+        )
+    return file, value
+
+
+def read_sources(weights: Mapping[str, float], options: Any) -> tuple[list[Row], dict[str, int], list[list[Any]]]:
+    """Pairs of several files.
+
+    Args:
+        weights: of `read_weights`.
+        options: have labels, limit (of each file), min_margin, default_label and reading.
+    Returns:
+        (pairs with their source and weight, counts over all files, [digest, weight] of each).
+    """
+    pairs: list[Row] = []
+    counts: dict[str, int] = {}
+    digests: list[list[Any]] = []
+    for file, weight in weights.items():
+        from_file, counted, digest = read_pairs(
+            [file],
+            options.labels,
+            options.limit,
+            min_margin=options.min_margin,
+            default_label=options.default_label,
+            reading=options.reading,
+        )
+        pairs += [{**pair, "source": file, "weight": weight} for pair in from_file]
+        counts = {name: counts.get(name, 0) + counted.get(name, 0) for name in {**counts, **counted}}
+        digests.append([digest, weight])
+    return pairs, counts, digests
 
 
 def is_held_out(prompt: str | Sequence[Row], share: float, seed: int) -> bool:

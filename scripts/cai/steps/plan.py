@@ -143,7 +143,7 @@ class Choices:
     `reader`: the models of these roles (see `model_of`). `updates` and `max_new_tokens` replace those of the preset.
     `is_smoke`: everything is bounded by SMOKE. `engine`: the words of --engine and what belongs to it; `requests`:
     those of --request-timeout and --no-server-seed. `frames`: a
-    frames file, in whose frames a share of the prompts is asked. `mix`: files of pairs beside the judge's.
+    frames file, in whose frames a share of the prompts is asked. `mix`: FILE=WEIGHT of pairs beside the judge's.
     """
 
     model: str
@@ -313,10 +313,9 @@ def _add_rl(plan: _Plan, prompts: list[str], preferences: str, sft: str) -> str:
     rl, limit, mix = plan.choices.rl, plan.choices.limit, plan.choices.mix
     more = ["--default-label", str(HUMAN_LABEL), *plan.choices.reading.only().arguments] if mix else []
     more += plan.limit if mix and plan.choices.is_smoke else []
+    pairs = ["--input", preferences, *_repeat("--mix", mix), *more]
     if rl == "dpo":
-        pairs = _repeat("--input", (preferences, *mix))
-        return plan.add("dpo", "dpo", [*pairs, *more, "--model", sft], "dpo")
-    pairs = ["--input", preferences, *_repeat("--mix", (f"{file}=1" for file in mix)), *more]
+        return plan.add("dpo", "dpo", [*pairs, "--model", sft], "dpo")
     reward = plan.add("reward-model", "reward_model", [*pairs, "--model", sft], "reward-model")
     updates, most, minibatches = plan.preset["size"][rl]  # type: ignore[index]
     if limit:  # a trial run: the few prompts once, in minibatches of equal size

@@ -24,6 +24,7 @@ from cai.base import cli
 from cai.base.errors import InputError
 from cai.constitution.files import load_constitution
 from cai.constitution.frames import load_frames
+from cai.data import preferences
 from cai.data.dialogue import as_messages
 from cai.data.kinds import KINDS
 from cai.data.sources import Source
@@ -312,8 +313,8 @@ class Estimator:
 
     def _preferences(self, name: str, settings: dict[str, Any]) -> Work:
         """Reward model and DPO: both sides of each pair."""
-        files, most = (self.pairs, *self.counted.mixed), settings["limit"] or math.inf
-        pairs = sum(min(pairs, most) for pairs in files) if name != "dpo" else min(sum(files), most)
+        files, most = ((self.pairs, 1), *self.counted.mixed), settings["limit"] or math.inf
+        pairs = sum(weight * min(pairs, most) for pairs, weight in files)
         pairs = round(pairs * (1 - settings.get("holdout", 0)))
         tokens = pairs * 2 * (self.lengths.prompt + self._answer_of_pairs)
         return self._training(pairs, tokens, settings, frozen=name == "dpo" and not settings["lora"])
@@ -412,12 +413,15 @@ def _together(first: Work, second: Work, *, is_same: bool = True) -> Work:
 
 @dataclass(frozen=True)
 class Counted:
-    """What the files at hand tell: numbers of rows, and tokens of a prompt (None where no file is given)."""
+    """What the files at hand tell: numbers of rows, and tokens of a prompt (None where no file is given).
+
+    mixed: rows and weight of each file of --mix.
+    """
 
     prompts: int
     heldout: int
     helpful: int
-    mixed: tuple[int, ...]
+    mixed: tuple[tuple[int, float], ...]
     samples: int
     prompt_tokens: float | None
     heldout_tokens: float | None
@@ -435,7 +439,8 @@ def count_inputs(steps: Sequence[Step], choices: Choices, terms: Terms) -> Count
         heldout, heldout_tokens = _count_prompts(choices, "heldout")
     helpful = Source(choices.helpful, reading=choices.reading_of("helpful")).count if choices.helpful else 0
     samples = [cli.read_settings(step.command, step.arguments)["samples"] for step in steps if step.name == "samples"]
-    mixed = tuple(Source([file], reading=choices.reading.only()).count for file in choices.mix)
+    weights = preferences.read_weights((), choices.mix)
+    mixed = tuple((Source([file], reading=choices.reading.only()).count, weight) for file, weight in weights.items())
     return Counted(prompts, heldout, helpful, mixed, max(samples, default=0), prompt_tokens, heldout_tokens)
 
 

@@ -60,10 +60,13 @@ _TABLE = (
         "--heldout", help="Prompts with their kind to measure on; bundled for `tiny` and `smollm2`. Repeatable."
     ),
     cli.rows_option("--helpful", help="Rows with a helpful `response` to mix into SFT. Repeatable."),
-    cli.rows_option(
+    click.option(
         "--mix",
+        multiple=True,
+        metavar="FILE[=WEIGHT]",
         help="Pairs with `chosen` and `rejected` that the reward model or DPO learns from beside the judge's, such as "
-        "human ones of helpfulness; without a p_chosen they count as certain. Repeatable.",
+        "human ones of helpfulness, and how often each comes in a pass over those: 0.5 takes half of them each time, "
+        "1 is the default. Without a p_chosen they count as certain. Repeatable.",
     ),
     frame_options,
     choosing.principles_option("draw", "match", "all"),
@@ -177,6 +180,7 @@ def choose(
         options["frames"] = shorten_path(TINY / "frames.yaml")
     elif options["frames"] == NO_FRAMES:
         options["frames"] = None
+    options["mix"] = tuple("{}={:g}".format(*preferences.split_weight(text, 1.0)) for text in options["mix"])
     words = {"engine": engine_options.command_options(), "requests": requests.command_options()}
     servers = {name: tuple(options) for name, options in words.items()}
     return Choices(
@@ -214,7 +218,7 @@ def check_inputs(choices: Choices) -> None:
             Source(getattr(choices, files), require=fields, limit=limit, reading=choices.reading_of(files))
     if choices.helpful:
         Source(choices.helpful, require=("prompt", "response"), reading=choices.reading_of("helpful"))
-    for file in choices.mix:
+    for file in preferences.read_weights((), choices.mix):
         preferences.read_pairs([file], "soft", None, default_label=HUMAN_LABEL, reading=choices.reading.only())
 
 

@@ -24,22 +24,6 @@ FROM_0 = click.FloatRange(min=0)
 ABOVE_0 = click.FloatRange(min=0, min_open=True)
 SHARE = click.FloatRange(0, 1)
 
-labels_option = click.option(
-    "--labels",
-    type=click.Choice(["soft", "hard"]),
-    default="soft",
-    show_default=True,
-    help="Train to the judge's probability p_chosen, or as if the chosen response were certainly the better one.",
-)
-
-
-default_label_option = click.option(
-    "--default-label",
-    type=click.FloatRange(0.5, 1),
-    default=None,
-    help="p_chosen of pairs that have none, such as human ones. Default: they are refused.",
-)
-
 
 def add_options(*decorators: Callable) -> Callable:
     """One decorator that adds several options, in their order."""
@@ -50,6 +34,37 @@ def add_options(*decorators: Callable) -> Callable:
         return function
 
     return decorate
+
+
+pairs_options = add_options(
+    click.option(
+        "--mix",
+        multiple=True,
+        metavar="FILE=WEIGHT",
+        help="More preferences, and how often each of their pairs comes in a pass over those of --input, such "
+        "as human ones of helpfulness: 0.5 takes half of them each time. Repeatable.",
+    ),
+    click.option(
+        "--labels",
+        type=click.Choice(["soft", "hard"]),
+        default="soft",
+        show_default=True,
+        help="Train to the judge's probability p_chosen, or as if the chosen response were certainly the better one.",
+    ),
+    click.option(
+        "--default-label",
+        type=click.FloatRange(0.5, 1),
+        default=None,
+        help="p_chosen of pairs that have none, such as human ones. Default: they are refused.",
+    ),
+    click.option(
+        "--min-margin",
+        type=SHARE,
+        default=0.0,
+        show_default=True,
+        help="Leave out pairs whose |2 p_chosen - 1| is less: labels near a toss-up.",
+    ),
+)
 
 
 def take_options(function: Callable) -> Callable:

@@ -277,6 +277,8 @@ def training_order(
         epochs: passes; a fraction takes the first part of one more shuffle.
         weights: how often a row comes in one pass; a fraction takes it in some of the passes. None: once each.
     """
+    if weights is not None and set(weights) == {1.0}:
+        weights = None
     draw = random.Random(seed)
     order: list[int] = []
     total = max(1, round(epochs * (len(lengths) if weights is None else math.fsum(weights))))
@@ -320,6 +322,7 @@ def drop_overlong(
     """The rows that are not too long, in the order to train on, and how many are longer.
 
     Args:
+        rows: each comes as often as its `weight` says, once where it has none.
         length: of a row, in tokens.
         options: have max_length, batch_size, epochs and seed.
         longest: of `TrainingRun.longest_row`; None: --max-length.
@@ -331,7 +334,8 @@ def drop_overlong(
     if not kept:
         raise all_overlong(f"all {len(rows)} rows", longest, options.max_length)
     warn_of_context([length(row) for row in rows], longest, options.max_length)
-    order = training_order(list(map(length, kept)), options.batch_size, options.epochs, options.seed)
+    weights = [row.get("weight", 1.0) for row in kept]
+    order = training_order(list(map(length, kept)), options.batch_size, options.epochs, options.seed, weights)
     return [kept[i] for i in order], len(rows) - len(kept)
 
 

@@ -42,16 +42,22 @@ def check_vocabulary(reference, policy, name: str) -> None:
 
 
 def tokenize(pairs: list[dict], chat) -> list[dict]:
-    """Token ids of the pairs: rows of {prompt_ids, chosen_ids, rejected_ids, p_chosen}.
+    """Token ids of the pairs: rows of {prompt_ids, chosen_ids, rejected_ids, p_chosen, weight}.
 
     Args:
-        pairs: of `preferences.read_pairs`.
+        pairs: of `preferences.read_sources`.
     """
     rows = []
     for pair, (messages, texts) in zip(pairs, preferences.prompt_and_continuations(pairs), strict=True):
         (prompt, chosen), (_, rejected) = (encode(chat, messages, text) for text in texts)
         rows.append(
-            {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "p_chosen": pair["p_chosen"]}
+            {
+                "prompt_ids": prompt,
+                "chosen_ids": chosen,
+                "rejected_ids": rejected,
+                "p_chosen": pair["p_chosen"],
+                "weight": pair.get("weight", 1.0),
+            }
         )
     return rows
 
@@ -240,7 +246,10 @@ def write_holdout(pairs: Sequence[dict], scored: Sequence[preference.PairLogprob
     """
     measures = {"pairs": len(scored), **preference.figures(scored)} if scored else {}
     if loading.is_main_process():
-        outputs.write_jsonl(pairs_file(output), pairs)
+        outputs.write_jsonl(
+            pairs_file(output),
+            [{name: value for name, value in pair.items() if name not in ("source", "weight")} for pair in pairs],
+        )
         if measures:
             files.write_text(Path(output) / "holdout.json", json.dumps(measures, indent=1) + "\n")
         else:

@@ -10,8 +10,6 @@ config.json as `score_temperature`. Leaves out ensembles of reward models, and m
 """
 
 import json
-import math
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -19,7 +17,7 @@ from pathlib import Path
 
 from cai.base import cli, files, hashing
 from cai.base.errors import InputError
-from cai.data import dialogue, preferences
+from cai.data import dialogue
 from cai.models import loading, scorer
 from cai.models.chat import encode
 from cai.stats import calibration, drawing, intervals, tables
@@ -44,52 +42,6 @@ SUMMARY = (
 MARGINS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 LENGTH_DIFFERENCES = (-1.0, -0.5, -0.1, 0.1, 0.5, 1.0)
-
-
-def read_weights(inputs: Sequence[str], mix: Sequence[str]) -> dict[str, float]:
-    """{file: weight} of --input (1) and --mix FILE=WEIGHT. Raises InputError for another text or a file named twice."""
-    weights: dict[str, float] = {}
-    for text in [*(f"{file}=1" for file in inputs), *mix]:
-        file, _, weight = text.rpartition("=")
-        try:
-            value = float(weight)
-        except ValueError:
-            value = math.nan
-        if not file or not 0 < value < math.inf:
-            raise InputError(
-                f"--mix {text}",
-                expected="FILE=WEIGHT, with a weight above 0",
-                remedy="For example --mix helpful.jsonl=0.5",
-            )
-        if os.path.realpath(file) in map(os.path.realpath, weights):
-            raise InputError("the same input twice", where=file, remedy="Name it once")
-        weights[file] = value
-    return weights
-
-
-def read_sources(weights: dict[str, float], options) -> tuple[list[dict], dict, list]:
-    """Pairs of several files.
-
-    Args:
-        weights: of `read_weights`.
-        options: have labels, limit, min_margin and default_label.
-    Returns:
-        (pairs with their source and weight, counts over all files, [digest, weight] of each).
-    """
-    pairs, counts, digests = [], {}, []
-    for file, weight in weights.items():
-        from_file, counted, digest = preferences.read_pairs(
-            [file],
-            options.labels,
-            options.limit,
-            min_margin=options.min_margin,
-            default_label=options.default_label,
-            reading=options.reading,
-        )
-        pairs += [{**pair, "source": file, "weight": weight} for pair in from_file]
-        counts = {name: counts.get(name, 0) + counted.get(name, 0) for name in {**counts, **counted}}
-        digests.append([digest, weight])
-    return pairs, counts, digests
 
 
 def tokenize(pairs: list[dict], chat, max_length: int) -> tuple[list[dict], int]:
@@ -145,8 +97,7 @@ def tokenize_parts(
 def training_order(rows: list[dict], batch: int, epochs: float, seed: int) -> list[int]:
     """`common.training_order` of rows of `tokenize`, each as often as its weight says."""
     lengths = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
-    weights = [row["weight"] for row in rows]
-    return common.training_order(lengths, batch, epochs, seed, None if set(weights) == {1.0} else weights)
+    return common.training_order(lengths, batch, epochs, seed, [row["weight"] for row in rows])
 
 
 def choose_eval_steps(options, count: int, test_rows: list[dict]) -> int:
