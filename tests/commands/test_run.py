@@ -102,6 +102,13 @@ def test_more_pairs_go_to_the_reward_model_or_dpo(invoke, tmp_path, prompts, mon
     assert "--mix more.jsonl=0.25 " in weighed["command"]
 
 
+def test_a_preset_for_a_deeper_model_is_refused_before_the_first_step(invoke, tmp_path, prompts):
+    line = ("run", "--model", "tiny", "--preset", "smollm2", "--output", tmp_path / "out", *prompts)
+    refused = invoke(*line, "--rl", "dpo")
+    assert refused.exit_code == 2 and "16 is not a block of tiny" in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_more_pairs_are_refused_where_nothing_learns_from_them_and_where_they_are_none(invoke, tmp_path, prompts):
     path = tmp_path / "more.jsonl"
     write_jsonl(path, [{"prompt": "p", "chosen": "Yes."}])

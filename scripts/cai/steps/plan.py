@@ -65,7 +65,7 @@ PRESETS = {
         "size": {"ppo": (12, 48, 2), "grpo": (12, 8, 1)},
         "ppo": "--epochs 1 --batch-size 24 --learning-rate 2e-5 --temperature 1.0 --max-new-tokens 80 "
         "--missing-eos-penalty 0 --kl-coef 0.05",
-        "dpo": "--epochs 1 --learning-rate 1e-5 --batch-size 16 --max-length 384",
+        "dpo": "--epochs 2 --learning-rate 3e-5 --batch-size 16 --max-length 384 --first-layer 16 --min-margin 0.4",
         "grpo": "--samples 4 --batch-size 16 --learning-rate 1e-5 --max-new-tokens 80 --missing-eos-penalty 0",
         "evaluate": "--by phrases --temperature 0.7 --max-new-tokens 80",
         "frames": "--frame-prompts 20",

@@ -210,6 +210,7 @@ def check_inputs(choices: Choices) -> None:
         )
     for role, model in choices.models.items():
         _check_model(f"--{role}", model)
+    _check_blocks(choices)
     load_constitution(choices.constitution)
     read_framing(choices.frames, choices.frame_share, seed=0)
     of_files = {"inputs": (("prompt",), choices.limit), "heldout": (("prompt", "kind"), choices.heldout_limit)}
@@ -220,6 +221,15 @@ def check_inputs(choices: Choices) -> None:
         Source(choices.helpful, require=("prompt", "response"), reading=choices.reading_of("helpful"))
     for file in preferences.read_weights((), choices.mix):
         preferences.read_pairs([file], "soft", None, default_label=HUMAN_LABEL, reading=choices.reading.only())
+
+
+def _check_blocks(choices: Choices) -> None:
+    """InputError where a step of the preset trains from a block on that the model does not have."""
+    for entry in ("sft", "reward_model", choices.rl):
+        words = str(PRESETS[choices.preset].get(entry, "")).split()
+        if "--first-layer" in words and not pricing.is_size(choices.model):
+            first_layer = int(words[words.index("--first-layer") + 1])
+            loading.check_first_layer(first_layer, loading.read_blocks(choices.model), choices.model)
 
 
 def _check_model(option: str, model: str) -> None:
