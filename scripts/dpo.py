@@ -73,7 +73,7 @@ def main(options):
         {
             "model": hashing.identity(options.model),
             "ref_model": hashing.identity(reference_name),
-            "input": digests,
+            "input": digests if options.mix else digests[0][0] if len(digests) == 1 else digests,
             "labels": options.labels,
             **loss,
             **{name: value for name in ("holdout", "default_label", "min_margin") if (value := getattr(options, name))},
@@ -86,7 +86,8 @@ def main(options):
     counts |= {name: len(part) for name, part in parts.items()} if options.holdout else {}
     # Under LoRA the policy without its adapters is the reference, unless another is named.
     references = [reference_name] if options.ref_model is not None or not options.lora else []
-    if run.report_if_done(lambda: {**counts, **run.estimate(preferences.prompt_and_sides(parts["train"]), references)}):
+    in_a_pass = common.in_a_pass(parts["train"])
+    if run.report_if_done(lambda: {**counts, **run.estimate(preferences.prompt_and_sides(in_a_pass), references)}):
         return
 
     chat = loading.load_chat(options.model)

@@ -93,7 +93,8 @@ def main(options):
         show=reward_model.show_holdout,
     )
     counts |= {name: len(part) for name, part in parts.items()}
-    if run.report_if_done(lambda: {**counts, **run.estimate(preferences.prompt_and_sides(parts["train"]))}):
+    in_a_pass = common.in_a_pass(parts["train"])
+    if run.report_if_done(lambda: {**counts, **run.estimate(preferences.prompt_and_sides(in_a_pass))}):
         return
 
     chat = loading.load_chat(options.model).set_ending(options.ending)

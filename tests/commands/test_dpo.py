@@ -74,9 +74,16 @@ def test_human_pairs_count_by_their_weight_and_labels_near_a_toss_up_are_left_ou
     of_humans = sum(len(prompt.rstrip("?").split()[-1]) == 3 for prompt in held_out)
     judged_left = 20 - (len(held_out) - of_humans)
     assert said["steps"] == -(-round(judged_left + 0.25 * (16 - of_humans)) // 4)
+    planned = json.loads(invoke(*args[:-1], "--dry-run", "--json", "--overwrite").stdout)
+    assert planned["steps"] == said["steps"]
     assert "min_margin was" in invoke(*args[:7], *args[9:]).stderr
     refused = invoke(*args[:4], human, *args[5:])
     assert refused.exit_code == 2 and "FILE=WEIGHT" in refused.stderr
+    written(tmp_path, [pair(n, p=0.6) for n in range(8)])
+    unsure = invoke(*args, "--overwrite")
+    assert unsure.exit_code == 0, "the pairs of people are enough"
+    none_left = invoke(*args[:3], *args[5:], "--overwrite")
+    assert none_left.exit_code == 2 and "Lower --min-margin" in none_left.stderr
 
 
 def trainer(tmp_path, pairs, *, family="qwen", beta=0.5, apart=False, adapters=None, losses=None, **settings):

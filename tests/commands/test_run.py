@@ -98,6 +98,12 @@ def test_more_pairs_go_to_the_reward_model_or_dpo(invoke, tmp_path, prompts, mon
     [smoke] = [s for s in planned(invoke, *line, "--mix", "more.jsonl", "--smoke") if s["name"] == name]
     assert "--default-label 1.0 --limit" in smoke["command"], "or a smoke run trains on all of them"
     assert not [step for step in plans[0].values() if "default-label" in step["command"]]
+    [smoke] = [
+        s
+        for s in planned(invoke, *line, "--preset", "smollm2", "--rl", "ppo", "--smoke")
+        if s["name"] == "reward-model"
+    ]
+    assert "--limit 8 " in smoke["command"] and "--limit 800" not in smoke["command"]
     [weighed] = [s for s in planned(invoke, *line, "--mix", "more.jsonl=0.25") if s["name"] == name]
     assert "--mix more.jsonl=0.25 " in weighed["command"]
 
@@ -105,7 +111,7 @@ def test_more_pairs_go_to_the_reward_model_or_dpo(invoke, tmp_path, prompts, mon
 def test_a_preset_for_a_deeper_model_is_refused_before_the_first_step(invoke, tmp_path, prompts):
     line = ("run", "--model", "tiny", "--preset", "smollm2", "--output", tmp_path / "out", *prompts)
     refused = invoke(*line, "--rl", "dpo")
-    assert refused.exit_code == 2 and "16 is not a block of tiny" in refused.stderr
+    assert refused.exit_code == 2 and "trains from block 16 on, and tiny has" in refused.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -82,3 +82,14 @@ def test_all_of_hh_rlhf_is_read_with_all_turns(shared_data):
     pairs, counts, _ = preferences.read_pairs([str(file)], "hard", None)
     assert len(pairs) == counts["rows"] == 1500 and counts == {"rows": 1500, "undecided": 0}
     assert sum(isinstance(one["prompt"], list) for one in pairs) == 1058
+
+
+def test_a_weight_is_what_follows_the_last_equals_sign_unless_the_name_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "split=1").mkdir()
+    assert preferences.split_weight("split=1", 1.0) == ("split=1", 1.0)
+    assert preferences.split_weight("split=1=0.5", 1.0) == ("split=1", 0.5)
+    assert preferences.split_weight("owner/name:train=0.5", 1.0) == ("owner/name:train", 0.5)
+    assert preferences.split_weight("more.jsonl", 1.0) == ("more.jsonl", 1.0)
+    with pytest.raises(InputError, match="above 0"):
+        preferences.split_weight("more.jsonl=-1", 1.0)

@@ -10,7 +10,7 @@ responses, labels nearer to a toss-up than `min_margin`. How a trainer uses a pa
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cai.base.errors import InputError, shorten
@@ -94,6 +94,21 @@ def read_pairs(
     Counts, beside rows and undecided, those that are not 0: identical, below_margin, and default_label (kept).
     Raises InputError for a row without what it needs, or if no pair remains.
     """
+    pairs, counts, digest = _read_file(inputs, labels, limit, min_margin, default_label, reading)
+    if not pairs:
+        raise _no_pair(inputs, counts)
+    return pairs, counts, digest
+
+
+def _read_file(
+    inputs: Sequence[str],
+    labels: str,
+    limit: int | None,
+    min_margin: float,
+    default_label: float | None,
+    reading: Reading,
+) -> tuple[list[Row], dict[str, int], str]:
+    """`read_pairs`, where no pair need remain."""
     needs_p = labels == "soft" or min_margin > 0
 
     def check(row: Row, where: str, line: int) -> None:
@@ -117,13 +132,17 @@ def read_pairs(
             texts |= {"prefill": row["prefill"]} if prefill_of(row) else {}
             pairs.append({**texts, "p_chosen": p if labels == "soft" else 1.0})
     counts = {"rows": source.count, "undecided": counts.pop("undecided"), **{k: n for k, n in counts.items() if n}}
-    if not pairs:
-        raise InputError(
-            f"no decided pair that differs ({counts})",
-            where=", ".join(map(str, inputs)),
-            expected="rows with `chosen` and `rejected`",
-        )
     return pairs, counts, source.digest
+
+
+def _no_pair(inputs: Iterable[str], counts: Mapping[str, int]) -> InputError:
+    is_margin = bool(counts.get("below_margin"))
+    return InputError(
+        f"no decided pair that differs ({dict(counts)})",
+        where=", ".join(map(str, inputs)),
+        expected="rows with `chosen` and `rejected`" + (", of which the judge was sure" if is_margin else ""),
+        remedy="Lower --min-margin" if is_margin else "",
+    )
 
 
 def read_weights(inputs: Sequence[str], mix: Sequence[str]) -> dict[str, float]:
@@ -139,6 +158,8 @@ def read_weights(inputs: Sequence[str], mix: Sequence[str]) -> dict[str, float]:
 def split_weight(text: str, default: float | None = None) -> tuple[str, float]:
     """(file, weight) of FILE=WEIGHT. InputError where the weight is 0 or not a number, and for a FILE alone unless
     there is a `default`."""
+    if default is not None and os.path.exists(text):
+        return text, default  # a name may end in =0.5
     file, _, weight = text.rpartition("=")
     try:
         value = float(weight)
@@ -160,23 +181,21 @@ def read_sources(weights: Mapping[str, float], options: Any) -> tuple[list[Row],
         weights: of `read_weights`.
         options: have labels, limit (of each file), min_margin, default_label and reading.
     Returns:
-        (pairs with their source and weight, counts over all files, [digest, weight] of each).
+        (pairs with their source and weight, counts over all files, [digest, weight] of each). InputError if no file
+        has a pair that remains.
     """
     pairs: list[Row] = []
     counts: dict[str, int] = {}
     digests: list[list[Any]] = []
     for file, weight in weights.items():
-        from_file, counted, digest = read_pairs(
-            [file],
-            options.labels,
-            options.limit,
-            min_margin=options.min_margin,
-            default_label=options.default_label,
-            reading=options.reading,
+        from_file, counted, digest = _read_file(
+            [file], options.labels, options.limit, options.min_margin, options.default_label, options.reading
         )
         pairs += [{**pair, "source": file, "weight": weight} for pair in from_file]
         counts = {name: counts.get(name, 0) + counted.get(name, 0) for name in {**counts, **counted}}
         digests.append([digest, weight])
+    if not pairs:
+        raise _no_pair(weights, counts)
     return pairs, counts, digests
 
 

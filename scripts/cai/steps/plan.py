@@ -27,8 +27,9 @@ TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 # PPO takes 48 rows per optimizer step: with 16 its noise costs helpfulness (references/results.md). `batch_size` is
 # that of the steps that write or judge text; `size`: updates, prompts in each, and minibatches; `value_warmup`: updates
 # of PPO before the policy's first; `frames`: of the evaluations of a run in frames; `rounds` of critique and revision;
-# `stop`: no revision where the critique finds no fault. Those of `smollm2` are meant to end within an hour on two
-# cores (references/small-models.md): so responses are short, and the reward model learns from 800 pairs. Responses
+# `stop`: no revision where the critique finds no fault. Those of `smollm2` are for two cores
+# (references/small-models.md): so responses are short, the reward model learns from 800 pairs, and DPO trains the later
+# blocks, on pairs that the judge is sure of. Responses
 # are sampled at temperature 1, because SFT on copies that are sampled colder makes the model's answers colder too. An
 # answer that is cut is not penalised there, because this model answers at length.
 PRESETS = {
@@ -359,6 +360,8 @@ def _bound(words: list[str], entry: str, choices: Choices) -> list[str]:
         bounds["--max-new-tokens"] = SMOKE_TOKENS
     if not choices.reads_by_judge:
         bounds.pop("--orders", None)
+    if "--limit" in words and choices.limit:
+        bounds["--limit"] = choices.limit
     for option, most in bounds.items():
         value = float(words[words.index(option) + 1]) if option in words else most
         words = _set(words, option, int(min(value, most)))

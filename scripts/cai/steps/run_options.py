@@ -224,12 +224,17 @@ def check_inputs(choices: Choices) -> None:
 
 
 def _check_blocks(choices: Choices) -> None:
-    """InputError where a step of the preset trains from a block on that the model does not have."""
-    for entry in ("sft", "reward_model", choices.rl):
-        words = str(PRESETS[choices.preset].get(entry, "")).split()
-        if "--first-layer" in words and not pricing.is_size(choices.model):
-            first_layer = int(words[words.index("--first-layer") + 1])
-            loading.check_first_layer(first_layer, loading.read_blocks(choices.model), choices.model)
+    """InputError where the preset's reinforcement learning trains from a block on that the model does not have."""
+    words = str(PRESETS[choices.preset].get(choices.rl, "")).split()
+    if "--first-layer" not in words or pricing.is_size(choices.model):
+        return
+    first, blocks = int(words[words.index("--first-layer") + 1]), loading.read_blocks(choices.model)
+    if first >= blocks:
+        raise InputError(
+            f"the preset {choices.preset} trains from block {first} on, and {choices.model} has {blocks}",
+            where=f"--rl {choices.rl}",
+            remedy="Take another --preset or --rl, or run the script of --dry-run with another --first-layer",
+        )
 
 
 def _check_model(option: str, model: str) -> None:

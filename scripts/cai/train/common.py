@@ -292,6 +292,12 @@ def training_order(
     return order[:total]
 
 
+def in_a_pass(rows: Sequence[dict]) -> list[dict]:
+    """The rows as often as their `weight` says: as many as one pass has, to estimate what it takes."""
+    weights = [row["weight"] for row in rows]
+    return [rows[number] for number in _repeat_by_weight(range(len(rows)), weights, random.Random(0))]
+
+
 def _repeat_by_weight(rows: Sequence[int], weights: Sequence[float], draw: random.Random) -> list[int]:
     """The rows as often as their weights say, shuffled.
 
