@@ -86,8 +86,7 @@ def main(options):
     counts |= {name: len(part) for name, part in parts.items()} if options.holdout else {}
     # Under LoRA the policy without its adapters is the reference, unless another is named.
     references = [reference_name] if options.ref_model is not None or not options.lora else []
-    in_a_pass = common.in_a_pass(parts["train"])
-    if run.report_if_done(lambda: {**counts, **run.estimate(preferences.prompt_and_sides(in_a_pass), references)}):
+    if run.report_if_done(lambda: {**counts, **run.estimate(common.sides_in_a_pass(parts["train"]), references)}):
         return
 
     chat = loading.load_chat(options.model)

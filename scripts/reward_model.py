@@ -93,8 +93,7 @@ def main(options):
         show=reward_model.show_holdout,
     )
     counts |= {name: len(part) for name, part in parts.items()}
-    in_a_pass = common.in_a_pass(parts["train"])
-    if run.report_if_done(lambda: {**counts, **run.estimate(preferences.prompt_and_sides(in_a_pass))}):
+    if run.report_if_done(lambda: {**counts, **run.estimate(common.sides_in_a_pass(parts["train"]))}):
         return
 
     chat = loading.load_chat(options.model).set_ending(options.ending)

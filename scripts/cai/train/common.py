@@ -22,7 +22,7 @@ from pathlib import Path
 
 from cai.base import cli, files
 from cai.base.errors import CaiError, InputError
-from cai.data import outputs
+from cai.data import outputs, preferences
 from cai.models import estimate, folders, loading
 
 ADAPTER, CHECKPOINTS, METRICS = "adapter", "checkpoints", "metrics.jsonl"
@@ -292,10 +292,11 @@ def training_order(
     return order[:total]
 
 
-def in_a_pass(rows: Sequence[dict]) -> list[dict]:
-    """The rows as often as their `weight` says: as many as one pass has, to estimate what it takes."""
-    weights = [row["weight"] for row in rows]
-    return [rows[number] for number in _repeat_by_weight(range(len(rows)), weights, random.Random(0))]
+def sides_in_a_pass(pairs: Sequence[dict]) -> list[tuple[list[dict], list[str]]]:
+    """`preferences.prompt_and_sides` of as many pairs as one pass has by their `weight`, for `TrainingRun.estimate`."""
+    weights = [pair["weight"] for pair in pairs]
+    chosen = _repeat_by_weight(range(len(pairs)), weights, random.Random(0))
+    return preferences.prompt_and_sides([pairs[number] for number in chosen])
 
 
 def _repeat_by_weight(rows: Sequence[int], weights: Sequence[float], draw: random.Random) -> list[int]:
