@@ -73,7 +73,7 @@ def main(options):
         {
             "model": hashing.identity(options.model),
             "ref_model": hashing.identity(reference_name),
-            "input": digests if options.mix else digests[0][0] if len(digests) == 1 else digests,
+            "input": digests[0][0] if len(digests) == 1 else digests,
             "labels": options.labels,
             **loss,
             **{name: value for name in ("holdout", "default_label", "min_margin") if (value := getattr(options, name))},

@@ -588,17 +588,6 @@ def read_blocks(path: str) -> int:
     return int(_config(path).get_text_config().num_hidden_layers)
 
 
-def check_first_layer(first_layer: int, blocks: int, model: str) -> None:
-    """InputError unless a model of so many blocks has this one."""
-    if first_layer >= blocks:
-        raise InputError(
-            f"{first_layer} is not a block of {model}, which has {blocks}",
-            where="--first-layer",
-            expected=f"0 to {blocks - 1}",
-            remedy="Begin with about half of the blocks",
-        )
-
-
 def _load_trainable(load: Callable[..., Any], path: str, config: Any, dtype: str) -> Any:
     """`load` of (path, dtype, config), with the memory for training made free."""
     release_engines()  # training needs the memory of a model that was kept for generating

@@ -29,9 +29,9 @@ TRAINS = ("sft", "reward_model", "ppo", "dpo", "grpo")
 # of PPO before the policy's first; `frames`: of the evaluations of a run in frames; `rounds` of critique and revision;
 # `stop`: no revision where the critique finds no fault. Those of `smollm2` are for two cores
 # (references/small-models.md): so responses are short, the reward model learns from 800 pairs, and DPO trains the later
-# blocks, on pairs that the judge is sure of. Responses
-# are sampled at temperature 1, because SFT on copies that are sampled colder makes the model's answers colder too. An
-# answer that is cut is not penalised there, because this model answers at length.
+# blocks, on pairs that the judge is sure of. Responses are sampled at temperature 1, because SFT on copies that are
+# sampled colder makes the model's answers colder too. An answer that is cut is not penalised there, because this model
+# answers at length.
 PRESETS = {
     "tiny": {
         "batch_size": 64,

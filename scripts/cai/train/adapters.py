@@ -20,8 +20,8 @@ from typing import Any
 from cai.base.errors import InputError
 from cai.base.files import write_text
 from cai.base.hashing import sha256_file, sha256_text
-from cai.models import decoding, loading
-from cai.train.common import lora_config, training_order
+from cai.models import decoding
+from cai.train.common import check_first_layer, lora_config, training_order
 
 # The linear layers of a Llama block, which get an adapter.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -75,7 +75,7 @@ def adapted_layers(model: Any, settings: Settings) -> dict[str, Any]:
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    loading.check_first_layer(settings.first_layer, model.config.num_hidden_layers, model.name_or_path)
+    check_first_layer(settings.first_layer, model.config.num_hidden_layers, model.name_or_path)
     layers = {
         name: layer
         for name, layer in model.named_modules()

@@ -65,7 +65,7 @@ class TrainingRun:
         self.lora_rank = options.lora_rank if options.lora else None
         if options.first_layer is not None:
             fingerprint = {**fingerprint, "first_layer": options.first_layer}
-            loading.check_first_layer(options.first_layer, loading.read_blocks(options.model), options.model)
+            check_first_layer(options.first_layer, loading.read_blocks(options.model), options.model)
         self.folder = outputs.claim_folder(
             options.output,
             command=command,
@@ -194,7 +194,7 @@ def freeze_before(model, first_layer: int | None):
     if first_layer is None:
         return model
     _, blocks = find_blocks(model)
-    loading.check_first_layer(first_layer, len(blocks), model.name_or_path)
+    check_first_layer(first_layer, len(blocks), model.name_or_path)
     first = next(blocks[first_layer].parameters())
     for parameter in takewhile(lambda parameter: parameter is not first, model.parameters()):
         parameter.requires_grad_(False)
@@ -220,6 +220,17 @@ def find_blocks(model):
             remedy="Leave the option out, or take another model",
         )
     return [found for found in lists if not any(found[0].startswith(f"{name}.") for name, _ in lists)][-1]
+
+
+def check_first_layer(first_layer: int, blocks: int, model: str) -> None:
+    """InputError unless a model of so many blocks has this one."""
+    if first_layer >= blocks:
+        raise InputError(
+            f"{first_layer} is not a block of {model}, which has {blocks}",
+            where="--first-layer",
+            expected=f"0 to {blocks - 1}",
+            remedy="Begin with about half of the blocks",
+        )
 
 
 def lora_config(rank: int, task: str = "CAUSAL_LM", exclude: str | None = None):
