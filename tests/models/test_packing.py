@@ -9,8 +9,12 @@ from cai.models import packing
 from cai.models.engine import Request, Sampling
 from cai.models.loading import load_engine, release_engines
 
-needs_operators = pytest.mark.skipif(
-    not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"), reason="this torch has no operators for packed weights"
+has_operators = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+packs_bfloat16 = has_operators and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+needs_operators = pytest.mark.skipif(not has_operators, reason="this torch has no operators for packed weights")
+needs_bfloat16 = pytest.mark.skipif(
+    not packs_bfloat16, reason="this processor has no AVX512, so oneDNN doesn't pack weights in bfloat16"
 )
 
 
@@ -29,6 +33,7 @@ def answer(engine):
 
 
 @needs_operators
+@needs_bfloat16
 def test_packed_layers_give_the_same_values(monkeypatch):
     monkeypatch.setattr(packing, "suits", lambda model: False)
     release_engines()
@@ -49,13 +54,22 @@ def test_packed_layers_give_the_same_values(monkeypatch):
 
 
 @needs_operators
-def test_a_bias_is_added():
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), pytest.param("bfloat16", 0.02, marks=needs_bfloat16)])
+def test_a_bias_is_added(dtype, tolerance):
     torch.manual_seed(0)
-    layer = torch.nn.Linear(48, 32).bfloat16()
-    states = torch.randn(5, 7, 48).bfloat16()
+    layer = torch.nn.Linear(48, 32).to(getattr(torch, dtype))
+    states = torch.randn(5, 7, 48).to(layer.weight.dtype)
     with torch.inference_mode():
         difference = packing._make_packed(layer)(states) - layer(states)
-    assert difference.abs().max() < 0.02
+    assert difference.abs().max() < tolerance
+
+
+@needs_operators
+@pytest.mark.skipif(packs_bfloat16, reason="this processor packs weights in bfloat16")
+def test_a_processor_that_packs_no_bfloat16_keeps_the_layers():
+    model = small_model()
+    assert packing.suits(model) and not packing.pack(model)
+    assert all(type(module).__name__ != "PackedLinear" for module in model.modules())
 
 
 @needs_operators
