@@ -47,8 +47,8 @@ PRESETS = {
         "value_warmup": 2,
         "ppo": "--epochs 1 --batch-size 32 --learning-rate 3e-4 --value-learning-rate 1e-3 "
         "--value-clip-range 10 --lam 1 --kl-coef 0.1 --temperature 1.0 --max-new-tokens 96",
-        "dpo": "--epochs 1 --learning-rate 1e-4 --batch-size 32 --max-length 512",
-        "grpo": "--samples 4 --batch-size 64 --learning-rate 1e-4 --max-new-tokens 96",
+        "dpo": "--epochs 1 --learning-rate 1e-5 --batch-size 32 --max-length 512",
+        "grpo": "--samples 4 --batch-size 64 --learning-rate 3e-4 --max-new-tokens 96",
         "evaluate": "--by oracle --temperature 1.0 --max-new-tokens 96",
         "frames": "--frame-prompts 10",
     },
