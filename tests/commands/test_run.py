@@ -13,7 +13,6 @@ from pathlib import Path
 import models
 import pytest
 import torch
-import yaml
 from conftest import ROOT, load_command
 from event_files import read_events
 from safetensors.torch import load_file
@@ -405,10 +404,6 @@ def test_the_whole_loop_on_tiny_shrunk(invoke, tmp_path):
     for split, count in (("train", 60), ("heldout", 30)):
         rows = sorted((row for _, row in read_jsonl(TINY / "prompts" / f"{split}.jsonl")), key=lambda row: row["id"])
         write_jsonl(tmp_path / f"{split}.jsonl", rows[:: len(rows) // count])  # of every kind
-    # Two seen and two held-out frames of the 42: the measurements in frames would take most of the time.
-    bundled = yaml.safe_load((TINY / "frames.yaml").read_text())["frames"]
-    few = [[frame for frame in bundled if frame["split"] == split][:2] for split in ("seen", "held_out")]
-    (tmp_path / "frames.yaml").write_text(yaml.safe_dump({"frames": [*few[0], *few[1]]}))
     arguments = [
         "--model",
         "tiny",
@@ -416,8 +411,6 @@ def test_the_whole_loop_on_tiny_shrunk(invoke, tmp_path):
         tmp_path / "train.jsonl",
         "--heldout",
         tmp_path / "heldout.jsonl",
-        "--frames",
-        tmp_path / "frames.yaml",
         "--limit",
         60,
         "--rounds",
