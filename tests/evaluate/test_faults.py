@@ -110,7 +110,7 @@ def test_the_judge_chooses_whether_a_fault_was_found():
         ]
         straight, swapped = models.score(engine, orders, "AB")
         p = (choice.probabilities(straight)[0] + choice.probabilities(swapped)[1]) / 2
-        # The rows are scored in one batch there and one by one here: float32 rounds in another order, to about 1e-6.
+        # The rows are scored in one batch there and row by row here: float32 rounds in another order, to about 1e-6.
         assert row["p_fault"] == pytest.approx(p, abs=1e-5) and row["fault"] == (p > 0.5)
         of_a = (choice.probabilities(straight)[0] + choice.probabilities(swapped)[0]) / 2
         assert row["letter_excess"] == pytest.approx([of_a - 0.5, 0.5 - of_a], abs=1e-5)

@@ -18,8 +18,8 @@ needs_bfloat16 = pytest.mark.skipif(
 )
 
 
-def small_model():
-    return AutoModelForCausalLM.from_pretrained(models.folder("qwen"), dtype=torch.bfloat16)
+def small_model(dtype=torch.bfloat16):
+    return AutoModelForCausalLM.from_pretrained(models.folder("qwen"), dtype=dtype)
 
 
 def answer(engine):
@@ -82,7 +82,7 @@ def test_a_model_that_reads_the_weights_of_its_layers_keeps_them():
         def forward(self, *args, **kwargs):
             return self.layer(*args, **kwargs) * self.layer.weight.new_ones(1)
 
-    model = small_model()
+    model = small_model(torch.float32)  # which every processor packs
     attention = model.model.layers[0].self_attn
     attention.o_proj = ReadsWeights(attention.o_proj)
     assert not packing.pack(model)
