@@ -109,6 +109,15 @@ def test_the_seed_and_the_prompt_decide_the_frame():
     assert None not in draw(0, share=1.0)
 
 
+def test_a_frame_is_drawn_by_its_weight(load):
+    other = FRAME.partition("\n")[2].replace("rex", "genie").replace("Rex", "Genie")
+    even = load(FRAME + other)
+    frames = load(FRAME + other + "    weight: 3\n")
+    counts = Counter(frames.choose(0, f"p{n}", "harmful", 1.0).id for n in range(2000))
+    assert 1410 < counts["genie"] < 1590, "three in four"
+    assert even.choose(0, "p", "harmful", 1.0) == load(FRAME + other + "    weight: 1\n").choose(0, "p", "harmful", 1.0)
+
+
 def test_a_frame_for_harmful_prompts_is_for_no_other(load):
     frames = load(FRAME + "    for: harmful\n")
     assert frames.choose(0, "p", "harmful", 1.0)
@@ -141,6 +150,10 @@ def test_a_split_without_frames_is_an_error(load):
         ("role_play", "prefill", 6, "of the kind prefill has no `prefill`"),
         ("split: seen", 'split: seen\n    prefill: "{{ prompt }}"', 5, "Jinja in a prefill"),
         ("split: seen", "split: seen\n    for: none", 5, "the for 'none'"),
+        ("split: seen", "split: seen\n    weight: 0", 5, "the weight '0'; expected a whole number from 1 to 100"),
+        ("split: seen", "split: seen\n    weight: 1.5", 5, "the weight '1.5'"),
+        ("split: seen", "split: seen\n    weight: 101", 5, "the weight '101'"),
+        ("split: seen", "weight: 2", 4, "a weight of a frame that is held out, which is never drawn"),
         ("frames:", "frame:", 1, "unknown key 'frame' in a frames file"),
     ],
 )

@@ -34,6 +34,7 @@ FRAME_KEYS = {
     "kind": "What the frame does: push, prefill, role_play, jailbreak, safety or greeting.",
     "split": "seen: for training and measuring; held_out (the default): for measuring only.",
     "for": "Which prompts it is for: all (the default), or harmful ones alone.",
+    "weight": "How often it is drawn against the other seen frames: a whole number, 1 by default.",
     "messages": "The conversation, in which `{{ prompt }}` stands for the prompt; it ends with the user.",
     "prefill": "The beginning of the answer, as plain text.",
 }
@@ -45,6 +46,8 @@ SPLITS = ("seen", "held_out")
 AUDIENCES = ("all", "harmful")
 
 _MAX_FRAMES = 500
+
+_MAX_WEIGHT = 100
 
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
@@ -59,6 +62,7 @@ class Frame:
 
     Attributes:
         audience: one of `AUDIENCES`.
+        weight: how often it is drawn against the other seen frames, 1 to 100.
         prefill: the beginning of the answer, or "".
         line: where it begins in its file.
     """
@@ -67,6 +71,7 @@ class Frame:
     kind: str
     split: str
     audience: str
+    weight: int
     prefill: str
     line: int = field(compare=False)
     _turns: tuple[tuple[str, Any], ...] = field(compare=False, repr=False)
@@ -113,14 +118,15 @@ class Frames:
         return frames
 
     def choose(self, seed: int, prompt_id: str, kind: str | None, share: float) -> Frame | None:
-        """The seen frame of a prompt, by hashing; None where the prompt stays plain.
+        """The seen frame of a prompt, by hashing and weight; None where the prompt stays plain.
 
         Args:
             share: the share of prompts that get a frame, 0 to 1.
         """
         if hashed_seed("framed", seed, prompt_id) >= share * 2**63:
             return None
-        frames = [frame for frame in self.of_split("seen") if frame.is_for(kind)]
+        seen = [frame for frame in self.of_split("seen") if frame.is_for(kind)]
+        frames = [frame for frame in seen for _ in range(frame.weight)]
         return frames[hashed_seed("frame", seed, prompt_id) % len(frames)] if frames else None
 
 
@@ -226,6 +232,7 @@ def _frame(node: yaml.Node, path: Path) -> Frame:
         kind=_word(keys["kind"], path, "kind", KINDS),
         split=_word(keys["split"], path, "split", SPLITS) if "split" in keys else "held_out",
         audience=_word(keys["for"], path, "for", AUDIENCES) if "for" in keys else "all",
+        weight=_weight(keys["weight"], path) if "weight" in keys else 1,
         prefill=read_text(keys["prefill"], path, "prefill").strip() if "prefill" in keys else "",
         line=line_of(node),
         _turns=tuple(_turn(item, path) for item in read_list(keys["messages"], path, "messages")),
@@ -241,6 +248,13 @@ def _frame(node: yaml.Node, path: Path) -> Frame:
         raise InputError(
             "Jinja in a prefill", where=path, line=line_of(keys["prefill"]), expected="plain text, the same for all"
         )
+    if "weight" in keys and frame.split != "seen":
+        raise InputError(
+            "a weight of a frame that is held out, which is never drawn",
+            where=path,
+            line=line_of(keys["weight"]),
+            remedy="Remove it, or add `split: seen`",
+        )
     _check_turns(frame, line_of(keys["messages"]), path)
     return frame
 
@@ -252,6 +266,18 @@ def _word(node: yaml.Node, path: Path, name: str, words: Sequence[str]) -> str:
             f"the {name} {shorten(word)!r}", where=path, line=line_of(node), expected=f"one of: {', '.join(words)}"
         )
     return word
+
+
+def _weight(node: yaml.Node, path: Path) -> int:
+    text = read_line(node, path, "weight")
+    if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= _MAX_WEIGHT:
+        raise InputError(
+            f"the weight {shorten(text)!r}",
+            where=path,
+            line=line_of(node),
+            expected=f"a whole number from 1 to {_MAX_WEIGHT}",
+        )
+    return int(text)
 
 
 def _turn(node: yaml.Node, path: Path) -> tuple[str, Any]:

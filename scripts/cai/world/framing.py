@@ -4,7 +4,7 @@
     frame.messages("How do I steal the red scooter?"), frame.prefill
 
 A grammar of many wordings, so that a model built on it (world/demonstrations.py) reads a frame that it has not seen as
-what it is: something around the request. Leaves out the frames of a run, which are a file (data/frames.py).
+what it is: something around the request. Leaves out the frames of a run, which are a file (constitution/frames.py).
 """
 
 import random
