@@ -185,26 +185,33 @@ def test_arguments_suit_every_trainer_without_a_warning(tmp_path):
 # --- metrics, saving, scoring ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [3, 9])
-def test_training_of_a_single_step_has_a_learning_rate(tmp_path, count):
+def line_trainer(folder, count: int, **settings):
+    """A Trainer of one weight on `count` rows, four in a step, with the states and the metrics of our commands."""
+    import torch
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
-
-    torch = pytest.importorskip("torch")
-    model = torch.nn.Linear(1, 1)
-    model.accepts_loss_kwargs = False
-    before = model.weight.item()
 
     class LineTrainer(Trainer):
         def compute_loss(self, model, inputs, **_):
             return (model(inputs["x"][:, None]) - 3).square().mean()
 
-    settings = common.trainer_arguments(tmp_path, learning_rate=0.1, batch_size=4, dtype="float32", device="cpu")
+    model = torch.nn.Linear(1, 1)
+    model.accepts_loss_kwargs = False
+    arguments = common.trainer_arguments(
+        folder, learning_rate=0.1, batch_size=4, dtype="float32", device="cpu", **settings
+    )
     rows = Dataset.from_dict({"x": [1.0] * count})
-    trainer = LineTrainer(model, TrainingArguments(**settings, remove_unused_columns=False), train_dataset=rows)
+    arguments = TrainingArguments(**arguments, remove_unused_columns=False)
+    return LineTrainer(model, arguments, train_dataset=rows, callbacks=[common.MetricsLog(folder)])
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_training_of_a_single_step_has_a_learning_rate(tmp_path, count):
+    trainer = line_trainer(tmp_path, count)
+    before = trainer.model.weight.item()
     common.run_trainer(trainer, tmp_path)
     assert trainer.state.global_step == (1 if count == 3 else 3)
-    assert model.weight.item() != before
+    assert trainer.model.weight.item() != before
     assert trainer.args.warmup_steps == (0 if count == 3 else 0.05)
 
 
@@ -229,6 +236,17 @@ def test_metrics_are_one_row_a_log_and_a_resume_drops_later_rows(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 0.5), (2, 1.0), (4, 9.0)]
     assert all(row["seconds"] >= 0 and "epoch" not in row for row in rows)
+
+
+def test_a_run_killed_after_its_last_step_and_resumed_has_one_row_of_the_whole_run(tmp_path):
+    rows = []
+    for _ in range(2):  # what is left of the first is what a kill before the last weights leaves
+        trainer = line_trainer(tmp_path, 9, save_steps=1)
+        common.run_trainer(trainer, tmp_path)
+        rows.append([json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()])
+    assert trainer.state.global_step == 3 and common.last_state(tmp_path / "checkpoints").name == "checkpoint-3"
+    whole, resumed = ([(row["step"], "train_runtime" in row) for row in one] for one in rows)
+    assert whole == resumed == [(1, False), (3, True)]
 
 
 def test_a_torn_state_is_passed_over(tmp_path):

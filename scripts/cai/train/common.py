@@ -438,9 +438,9 @@ def trainer_arguments(
 class MetricsLog:
     """A trainer callback that appends what is logged to `<output>/metrics.jsonl`, with a progress bar on stderr.
 
-    One row per log: {"step", "seconds", ...the trainer's figures}. A resumed run drops the rows after the step
-    it resumes from. The class has TrainerCallback's methods without being a subclass: importing that takes seconds,
-    and this module is imported for `--help` too.
+    One row per log: {"step", "seconds", ...the trainer's figures}. A resumed run drops the rows after the step it
+    resumes from, and the row of the whole run, which Trainer logs again. The class has TrainerCallback's methods
+    without being a subclass: importing that takes seconds, and this module is imported for `--help` too.
 
     Args:
         output: the folder of metrics.jsonl.
@@ -464,7 +464,8 @@ class MetricsLog:
 
     def is_current(self, row: dict, step: int) -> bool:
         """Whether a row stands for what was done up to a step."""
-        return row["step"] <= step
+        # `train_runtime` is in the row of the whole run: it is there if a run was killed after its last step.
+        return row["step"] <= step and "train_runtime" not in row
 
     def on_step_end(self, args, state, control, **_):
         if self.bar is not None:
