@@ -234,7 +234,7 @@ def test_a_limit_cuts_the_prompts_and_not_the_heldout_ones(invoke, tmp_path, pro
 def test_some_update_of_ppo_trains_the_policy(invoke, tmp_path):
     """The value model's warm-up is cut where a run has few updates."""
     line = ("--model", "tiny", "--output", tmp_path / "out")
-    for more, updates, warmup in (((), "30", ["2"]), (("--updates", 2), "2", ["1"]), (("--limit", 30), "1", None)):
+    for more, updates, warmup in (((), "36", ["2"]), (("--updates", 2), "2", ["1"]), (("--limit", 30), "1", None)):
         steps = {step["name"]: values(step["command"]) for step in planned(invoke, *line, *more)[:-1]}
         assert (steps["ppo"]["--updates"], steps["ppo"].get("--value-warmup")) == ([updates], warmup)
 

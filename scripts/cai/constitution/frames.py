@@ -170,7 +170,7 @@ def frame_options(function: Callable) -> Callable:
     share = click.option(
         "--frame-share",
         type=click.FloatRange(0, 1),
-        default=0.5,
+        default=0.6,
         show_default=True,
         help="With --frames: the share of prompts that get a frame; the others stay plain.",
     )

@@ -43,7 +43,7 @@ PRESETS = {
         "samples": "--samples 4 --temperature 1.3 --max-new-tokens 96",
         "judge": "--pairs-per-prompt 4",
         "reward_model": "--epochs 1 --learning-rate 5e-4 --batch-size 32 --max-length 512",
-        "size": {"ppo": (30, 96, 2), "grpo": (20, 16, 1)},
+        "size": {"ppo": (36, 96, 2), "grpo": (20, 16, 1)},
         "value_warmup": 2,
         "ppo": "--epochs 1 --batch-size 32 --learning-rate 3e-4 --value-learning-rate 1e-3 "
         "--value-clip-range 10 --lam 1 --kl-coef 0.1 --temperature 1.0 --max-new-tokens 96",
@@ -174,7 +174,7 @@ class Choices:
     engine: tuple[str, ...] = ()
     requests: tuple[str, ...] = ()
     frames: str | None = None
-    frame_share: float = 0.5
+    frame_share: float = 0.6
     mix: tuple[str, ...] = ()
 
     def model_of(self, role: str) -> str:
