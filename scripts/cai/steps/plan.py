@@ -93,14 +93,15 @@ PRESETS = {
 
 # The most of everything in a smoke run: a 135M model on two CPU cores then ends within two minutes. What a preset has
 # less of stays as it is, and so do tokens and updates that the user chose: a model that reasons before it answers needs
-# more tokens. Rows are bounded by `evaluate.smoke`.
+# more tokens. Rows are bounded by `evaluate.smoke`. With one pair per prompt the responses can all be alike, and a good
+# judge then chooses the same letter throughout.
 SMOKE_TOKENS = 32
 SMOKE = {
     "critique": {"--examples": 0},
     "revise": {"--examples": 0},
     "sft": {"--epochs": 1},
     "samples": {"--samples": 2},
-    "judge": {"--pairs-per-prompt": 1, "--examples": 0},
+    "judge": {"--pairs-per-prompt": 3, "--examples": 0},
     "reward_model": {"--epochs": 1},
     "ppo": {"--epochs": 1, "--updates": 1},
     "dpo": {"--epochs": 1},
