@@ -102,7 +102,7 @@ def test_a_smoke_run_is_bounded_in_rows_and_tokens(plan, preset, rl):
     } == {32}
     assert {steps[name]["limit"] for name in ("responses", "samples", "sft", "evaluate-base")} == {8}
     assert steps["sft"]["keep"] == ("all",) and steps["sft"]["epochs"] == 1
-    assert steps["samples"]["samples"] == 2 and steps["preferences"]["pairs_per_prompt"] == 1
+    assert steps["samples"]["samples"] == 2 and steps["preferences"]["pairs_per_prompt"] == 3
     assert {steps[name]["most_examples"] for name in ("critique-1", "revision-1", "preferences")} == {0}
     if rl != "dpo":
         assert (steps[rl]["updates"], steps[rl]["epochs"], steps[rl]["prompts_per_update"]) == (1, 1, 8)
