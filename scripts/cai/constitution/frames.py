@@ -45,6 +45,8 @@ SPLITS = ("seen", "held_out")
 
 AUDIENCES = ("all", "harmful")
 
+FRAME_SHARE = 0.6  # of the prompts that get a frame
+
 _MAX_FRAMES = 500
 
 _MAX_WEIGHT = 100
@@ -170,7 +172,7 @@ def frame_options(function: Callable) -> Callable:
     share = click.option(
         "--frame-share",
         type=click.FloatRange(0, 1),
-        default=0.6,
+        default=FRAME_SHARE,
         show_default=True,
         help="With --frames: the share of prompts that get a frame; the others stay plain.",
     )

@@ -15,6 +15,7 @@ from itertools import count, pairwise
 from pathlib import Path
 
 from cai.base.paths import SCRIPTS, SMOLLM2, TINY
+from cai.constitution.frames import FRAME_SHARE
 from cai.data.reading import AS_THEY_ARE, Reading
 from cai.models.loading import split_endpoint
 from cai.models.servers import IN_FLIGHT
@@ -175,7 +176,7 @@ class Choices:
     engine: tuple[str, ...] = ()
     requests: tuple[str, ...] = ()
     frames: str | None = None
-    frame_share: float = 0.6
+    frame_share: float = FRAME_SHARE
     mix: tuple[str, ...] = ()
 
     def model_of(self, role: str) -> str:
