@@ -85,7 +85,9 @@ def main(options):
     check_usage(options)
     source = sources.Source(options.inputs, limit=options.limit, reading=options.reading)
     settings = updates.read_settings(grpo.Settings, options)
-    watch = alarms.Watch(alarms.limits(options.alarm), options.stop_on)
+    absent = {"judge": "only ppo.py has a judge beside the reward"}
+    absent |= {} if options.kl_coef else {"kl": "with --kl-coef 0 there is no reference"}
+    watch = alarms.watch(options, absent)
     framing = frames.read_framing(options.frames, options.frame_share, options.seed)
     rows = list(map(framing.apply, source))
     question, references, reward_identity = read_reward(options, rows)
@@ -145,6 +147,8 @@ def check_usage(options) -> None:
     """Raise InputError unless exactly one reward is given, and the models exist."""
     if bool(options.reward_model) == bool(options.judge):
         raise InputError("give exactly one of --reward-model and --judge")
+    if not options.judge:
+        cli.refuse_options(["constitution", "template"], "without --judge nobody is asked about principles")
     if bool(options.judge) != bool(options.against):
         raise InputError(
             "--judge goes with --against FILE, the responses that it compares with",

@@ -98,7 +98,7 @@ def main(options):
     framing = frames.read_framing(options.frames, options.frame_share, options.seed)
     rows = list(map(framing.apply, source))
     settings = updates.read_settings(Settings, options)
-    watch = alarms.Watch(alarms.limits(options.alarm), options.stop_on)
+    watch = alarms.watch(options, {} if options.judge else {"judge": "without --judge there is no other score"})
     trackers = common.check_trackers(options.report_to)
     weights = rewards.read_rewards(options.reward_model, options.weights, options.value_head)
     selected = selection.read_prompts(options.select, source, options.seed) if options.select else []
@@ -170,7 +170,7 @@ def identify(options, source: sources.Source, settings, weights: dict[str, float
         "value_head": options.value_head,
         **updates.identify_settings(settings, options),
         **({"judge": rewards.identify(options.judge)} if options.judge else {}),
-        **({"select": [row["id"] for row in selected], "save_every": options.save_every} if selected else {}),
+        **({"select": selection.digest(selected), "save_every": options.save_every} if selected else {}),
         **({} if options.merge else {"merge": False}),
     }
 

@@ -59,6 +59,9 @@ def main(options):
         if not options.helpful:
             raise click.UsageError("--input is missing: the rows of revise.py. Or give --helpful alone.")
         cli.refuse_options(["rounds", "keep"], "without --input there are no revisions")
+    if not options.helpful:
+        columns = ["prompt_field", "response_field", "kind_field", "kind", "form"]
+        cli.refuse_options(columns, "without --helpful all rows are those of revise.py")
     loading.check_model(options.model, training=True)
     rows, counts, digests = read_rows(
         options.inputs, options.helpful, options.rounds, frozenset(options.keep), options.limit, options.reading
@@ -169,8 +172,12 @@ def read_revisions(revised: sources.Source, rounds: str, keep: frozenset[str]):
 
 
 def as_finished(row: dict, answer: str, text: str) -> str:
-    """The answer, marked as a `CutText` if the whole text is the row's response, and that was cut at its limit."""
-    return CutText(answer) if row.get("finish") == "length" and text == row.get("response") else answer
+    """The answer, marked as a `CutText` if the whole text is the row's response, and that was cut at its limit.
+
+    An empty one never is: without an end token nothing would be left to train on.
+    """
+    is_cut = row.get("finish") == "length" and text == row.get("response") and not is_blank(answer)
+    return CutText(answer) if is_cut else answer
 
 
 def tokenize(rows: list[tuple[list[dict], str]], chat) -> list[dict]:
@@ -181,10 +188,7 @@ def tokenize(rows: list[tuple[list[dict], str]], chat) -> list[dict]:
     Returns:
         rows of {input_ids, labels}; labels are -100, no loss, on the prompt's tokens. A `CutText` has no end token.
     """
-    encoded = [encode(chat, messages, response) for messages, response in rows]
-    for number, (_, response) in enumerate(rows):
-        if isinstance(response, CutText):
-            encoded[number] = encoded[number][0], chat.encode(chat.neutralise(response))
+    encoded = [encode(chat, messages, response, is_cut=isinstance(response, CutText)) for messages, response in rows]
     return [{"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer} for prompt, answer in encoded]
 
 

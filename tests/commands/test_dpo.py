@@ -86,6 +86,15 @@ def test_human_pairs_count_by_their_weight_and_labels_near_a_toss_up_are_left_ou
     assert none_left.exit_code == 2 and "Lower --min-margin" in none_left.stderr
 
 
+def test_rows_to_train_on_are_counted_where_no_prompt_is_held_out(invoke, tmp_path):
+    rows = [pair(1), pair(2), pair(3, rejected="Push, then pull. " * 400)]
+    args = ["dpo", "--input", written(tmp_path, rows), "--model", models.folder("qwen"), "--output", tmp_path / "out"]
+    result = invoke(*args, "--holdout", "0.01", *FAST)
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert (said["train"], said["held_out"], said["overlong"], said["steps"]) == (2, 0, 1, 1)
+
+
 def trainer(tmp_path, pairs, *, family="qwen", beta=0.5, apart=False, adapters=None, losses=None, **settings):
     """A trainer over the pairs, in their order. apart: from a reference with other weights."""
     path = str(models.folder(family))

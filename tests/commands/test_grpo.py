@@ -463,6 +463,10 @@ def test_bad_input_is_refused_and_nothing_written(invoke, prompts, references, r
     given = {"--input": prompts, "--model": folder, "--reward-model": reward_model, "--output": tmp_path / "out"}
     cases = [
         ({"--reward-model": None}, "give exactly one of --reward-model and --judge"),
+        ({"--template": "no-such"}, "--template would have no effect: without --judge"),
+        ({"--constitution": "honesty"}, "--constitution would have no effect: without --judge"),
+        ({"--stop-on": "judge"}, "--stop-on judge would have no effect: only ppo.py"),
+        ({"--stop-on": "kl", "--kl-coef": 0}, "--stop-on kl would have no effect: with --kl-coef 0"),
         ({"--judge": folder}, "give exactly one of --reward-model and --judge"),
         ({"--reward-model": None, "--judge": folder}, "--against FILE"),
         ({"--reward-model": None, "--judge": folder, "--against": few}, "2 of 3 prompts have no response"),

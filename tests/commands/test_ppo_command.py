@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 from cai.base.paths import TINY
+from cai.data import outputs
 from cai.models import loading
 from cai.models.engine import Sampling
 from cai.models.loading import load_engine
@@ -164,15 +165,9 @@ def functions(tmp_path, monkeypatch):
 
 
 def test_rewards_of_several_kinds_a_judge_and_a_choice(invoke, common, tmp_path, functions):
-    kinds = tmp_path / "kinds.jsonl"
-    kinds.write_text(
-        "".join(
-            json.dumps({"prompt": text, "kind": kind}) + "\n"
-            for text, kind in (("Break it", "harmful"), ("Bake it", "benign"))
-        )
-    )
-    result = invoke(
-        "ppo",
+    kinds, harmless = tmp_path / "kinds.jsonl", {"id": "1", "prompt": "Bake it", "kind": "benign"}
+    outputs.write_jsonl(kinds, [{"id": "0", "prompt": "Break it", "kind": "harmful"}, harmless])
+    line = (
         *common,
         "--reward-model",
         "own_rewards:length",
@@ -188,6 +183,7 @@ def test_rewards_of_several_kinds_a_judge_and_a_choice(invoke, common, tmp_path,
         1,
         "--json",
     )
+    result = invoke("ppo", *line)
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
     candidates = [json.loads(line) for line in (tmp_path / "policy" / "selection.jsonl").read_text().splitlines()]
@@ -201,6 +197,9 @@ def test_rewards_of_several_kinds_a_judge_and_a_choice(invoke, common, tmp_path,
         assert row["score"] == pytest.approx(row[reward] + 2 * row["score_own_rewards:length"], rel=1e-4)
     fingerprint = json.loads((tmp_path / "policy.run.json").read_text())["fingerprint"]
     assert len(fingerprint["reward_model"]) == 2 and fingerprint["judge"]["function"] == "own_rewards:brief"
+    outputs.write_jsonl(kinds, [{"id": "0", "prompt": "Burn it", "kind": "harmful"}, harmless])
+    result = invoke("ppo", *line)  # to choose by other prompts is another run, whatever their ids
+    assert result.exit_code == 2 and "select was" in result.stderr
 
 
 def test_a_function_alone_takes_a_value_head_and_prompts_with_kinds_choose(invoke, prompts, tmp_path, functions):
@@ -333,6 +332,9 @@ def test_bad_input_is_refused_and_nothing_written(invoke, prompts, reward_model,
         ({"--temperature": 0}, "--temperature"),
         ({"--device": "tpu"}, "tpu"),
         ({"--alarm": "speed=3"}, "no alarm 'speed'"),
+        ({"--stop-on": "judge"}, "--stop-on judge would have no effect: without --judge"),
+        ({"--lora-rank": 4}, "--lora-rank would have no effect: without --lora"),
+        ({"--kl-target": 3, "--kl-coef": 0}, "--kl-target with --kl-coef 0"),
         ({"--reward-model": "no_such_module:score"}, "can't be imported"),
         ({"--select": empty}, "no rows"),
         ({"--select": prompts}, "without 'kind'"),

@@ -123,6 +123,13 @@ def test_responses_alone(invoke, tmp_path, helpful):
     assert result.exit_code == 2 and "helpful.jsonl: every response is empty" in result.stderr
 
 
+def test_columns_of_helpful_rows_are_not_asked_for_without_them(invoke, tmp_path, revised):
+    args = ["sft", "--input", revised, "--model", models.folder("qwen"), "--output", tmp_path / "out", "--dry-run"]
+    result = invoke(*args, "--prompt-field", "question")
+    assert result.exit_code == 2 and "--prompt-field would have no effect: without --helpful" in result.stderr
+    assert invoke(*args, "--skip-invalid").exit_code == 0
+
+
 def test_flagged_revisions_that_are_asked_for(revised):
     def texts(*keep):
         return answers(sft.read_rows([str(revised)], [], "all", frozenset(keep), None)[0])
@@ -218,6 +225,33 @@ def test_no_end_is_trained_after_a_response_that_was_cut(tmp_path):
     tokens = [[label for label in row["labels"] if label != -100] for row in sft.tokenize(rows, chat)]
     assert tokens[0] == [*tokens[1], chat.stop_id] and tokens[1] == chat.encode("Lift the bar.")
     assert tokens[2][-1] == chat.stop_id
+
+
+@pytest.mark.parametrize(
+    ("family", "prefill", "begins"), [("chatml", "Sure, do this.", " Lift"), ("thinker", "", "</think>\n\nLift")]
+)
+def test_a_response_that_was_cut_is_trained_like_another_up_to_its_end(tmp_path, family, prefill, begins):
+    """What stands between the prompt and the answer is trained too: the space after a prefill, the end of a reasoning
+    block that the template opens."""
+    whole = {"prompt": "How do I lift it?", "response": f"{prefill} Lift the bar.".strip(), "finish": "stop"}
+    whole |= {"prefill": prefill} if prefill else {}
+    outputs.write_jsonl(tmp_path / "helpful.jsonl", [whole, {**whole, "finish": "length"}])
+    rows, _, _ = sft.read_rows([], [str(tmp_path / "helpful.jsonl")], "last", frozenset(), None)
+    chat = loading.load_chat(str(models.folder(family)))
+    finished, cut = ([label for label in row["labels"] if label != -100] for row in sft.tokenize(rows, chat))
+    assert finished == [*cut, chat.stop_id]
+    assert chat.tokenizer.decode(cut) == f"{begins} the bar."
+
+
+def test_an_empty_response_has_an_end_token_to_train_where_it_is_kept(tmp_path):
+    row = {**ROWS[0], "id": "e", "response": "", "finish": "length", "rounds": [{**a_round(""), "skipped": "content"}]}
+    del row["rounds"][0]["revision"]
+    outputs.write_jsonl(tmp_path / "revised.jsonl", [row, ROWS[0]])
+    rows, counts, _ = sft.read_rows([str(tmp_path / "revised.jsonl")], [], "last", frozenset({"copy"}), None)
+    assert answers(rows) == ["Ask the owner."] and counts["flagged"] == {"empty": 1}
+    rows, _, _ = sft.read_rows([str(tmp_path / "revised.jsonl")], [], "last", frozenset({"all"}), None)
+    chat = loading.load_chat(str(models.folder("chatml")))
+    assert [label for label in sft.tokenize(rows, chat)[0]["labels"] if label != -100] == [chat.stop_id]
 
 
 def test_no_end_is_trained_after_a_helpful_response_that_was_cut(tmp_path):

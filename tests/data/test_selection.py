@@ -41,6 +41,14 @@ def test_the_text_of_a_round_and_why_others_are_left_out(rounds, keep, last, eve
         assert (selection.texts, selection.left_out) == (texts, left_out)
 
 
+@pytest.mark.parametrize("response", ["", " \u200b", "Sure,"])  # the last is the prefill alone
+def test_an_empty_response_that_no_round_changed_is_left_out(response):
+    row = {"prompt": "Why?", "kind": "benign", "response": response, "prefill": "Sure,", "rounds": [skipped("content")]}
+    selection = choose_revisions(row, "last", frozenset({"copy"}))
+    assert (selection.texts, selection.left_out) == ({}, ["empty"])
+    assert choose_revisions(row, "last", frozenset({"all"})).kept == ["copy", "empty"]
+
+
 @pytest.mark.parametrize(
     ("kind", "rounds", "keep", "last"),
     [

@@ -1,6 +1,7 @@
 """cai/alarms.py: each alarm by hand, and runs that set them off or do not."""
 
 import json
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -54,6 +55,28 @@ def test_a_limit_can_be_moved_and_an_alarm_switched_off():
 def test_a_limit_that_is_none_is_refused(given):
     with pytest.raises(InputError, match="--alarm"):
         limits([given])
+
+
+@pytest.mark.parametrize(
+    ("alarm", "stop_on", "message"),
+    [
+        (("kl=off",), ("kl",), "--stop-on kl would have no effect: --alarm has switched it off"),
+        (tuple(f"{name}=off" for name in DEFAULTS), ("all",), "--stop-on all would have no effect"),
+        ((), ("eos", "judge"), "--stop-on judge would have no effect: no judge"),
+        (("judge=2",), (), "--alarm judge would have no effect: no judge"),
+        (("judge=off", "kl=off"), ("eos", "all"), None),
+        (("eos=0.5",), ("eos",), None),
+    ],
+)
+def test_an_alarm_that_can_not_be_raised_is_refused(alarm, stop_on, message):
+    """Else somebody believes that it would stop the run."""
+    asked = SimpleNamespace(alarm=alarm, stop_on=stop_on)
+    if message is None:
+        watch = alarms.watch(asked, {"judge": "no judge"})
+        assert watch.stop_on == stop_on and watch.limits == limits(alarm)
+    else:
+        with pytest.raises(click.UsageError, match=message):
+            alarms.watch(asked, {"judge": "no judge"})
 
 
 def test_what_a_row_does_not_have_sets_off_nothing():

@@ -86,6 +86,7 @@ def choose_revisions(row: Row, rounds: str, keep: Set[str]) -> Selection:
     for number, revision_round in enumerate(row["rounds"], 1):
         text = revision_round.get("revision", text)
         raised = flags_of(revision_round)
+        raised |= {"empty"} if _is_empty(row, text) else set()  # of a round that changed nothing, too
         if raised <= keep or "all" in keep:
             texts[number], flags[number] = text, sorted(raised)
         else:
@@ -106,6 +107,11 @@ def choose_response(row: Row, keep: Set[str]) -> Selection:
     flags = row.get("flags")
     raised = {flag for flag in flags if isinstance(flag, str)} if isinstance(flags, list) else set()
     raised |= {"unfinished"} if row.get("finish") == "length" else set()
-    raised |= {"empty"} if is_blank(text.removeprefix(prefill_of(row))) else set()
+    raised |= {"empty"} if _is_empty(row, text) else set()
     left_out = set() if "all" in keep else raised - keep
     return Selection(left_out=sorted(left_out)) if left_out else Selection({0: text}, flags={0: sorted(raised)})
+
+
+def _is_empty(row: Row, text: str) -> bool:
+    """Whether a text of the row has nothing that can be seen after the row's prefill."""
+    return is_blank(text.removeprefix(prefill_of(row)))

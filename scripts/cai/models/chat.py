@@ -217,8 +217,12 @@ def _control_pattern(tokenizer: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, longest_first))) if names else None
 
 
-def encode(chat: Chat, prompt: Sequence[Message], response: str) -> tuple[list[int], list[int]]:
+def encode(
+    chat: Chat, prompt: Sequence[Message], response: str, *, is_cut: bool = False
+) -> tuple[list[int], list[int]]:
     """Token ids of a prompt, up to where the assistant goes on, and of the response with its end token.
+
+    A response that `is_cut`, at a limit of tokens, has no end token: it does not end there.
 
     A prompt that ends with the assistant has a prefilled answer, and the response is what follows it.
     Prompt and response are tokenized separately, because an answer is generated after the tokens of the prompt
@@ -235,6 +239,8 @@ def encode(chat: Chat, prompt: Sequence[Message], response: str) -> tuple[list[i
     answer = rendered.removeprefix(before) if rendered.startswith(before) else chat.neutralise(written)
     if chat.opened and not prefill:  # the prompt ends within a reasoning block: close it, since there is no reasoning
         answer = f"{chat.opened}\n\n{answer}"
+    if is_cut:
+        return chat.encode(before), chat.encode(answer)
     end = [*chat.encode(chat.stop_text or ""), chat.tokenizer.eos_token_id] if chat.stop_id is None else [chat.stop_id]
     return chat.encode(before), [*chat.encode(answer), *end, *(chat.encode(chat.tail) if chat.tail else ())]
 

@@ -1,7 +1,7 @@
 """Alarms: what goes wrong in reinforcement learning on a language model, recognised in the figures of each update.
 
-    watch = Watch(limits(("kl=25", "length=off")), stop_on=("kl",))
-    for alarm in watch.look({"kl": 31.0, "entropy": 0.4}, prompts, responses): print(alarm.message)
+    watched = Watch(limits(("kl=25", "length=off")), stop_on=("kl",))
+    for alarm in watched.look({"kl": 31.0, "entropy": 0.4}, prompts, responses): print(alarm.message)
 
 A policy that exploits its reward improves steadily by that reward. Other figures give it away: how far it is from the
 reference, how much it still varies, how long its responses are, and which phrases appear in all of them. Each alarm
@@ -91,6 +91,25 @@ def limits(settings: Iterable[str]) -> dict[str, float]:
                 expected=f"a number above {least} ({MEANING[name]}), or off",
             )
     return {name: limit for name, limit in limit_of.items() if limit < math.inf}
+
+
+def watch(options, absent: Mapping[str, str]) -> "Watch":
+    """The watch that a command's --alarm and --stop-on ask for.
+
+    Args:
+        options: with alarm and stop_on.
+        absent: {name of an alarm: why this run has no figure for it}.
+    Raises:
+        UsageError: an alarm that is named and can't be raised, so that nobody waits for it.
+    """
+    limit_of = limits(options.alarm)
+    named = {text.partition("=")[0]: "--alarm" for text in options.alarm} | dict.fromkeys(options.stop_on, "--stop-on")
+    for name, flag in named.items():
+        is_off = not limit_of if name == "all" else name not in limit_of
+        reason = absent.get(name) or (is_off and "--alarm has switched it off")
+        if reason and not (is_off and flag == "--alarm"):
+            raise click.UsageError(f"{flag} {name} would have no effect: {reason}.")
+    return Watch(limit_of, options.stop_on)
 
 
 class Watch:

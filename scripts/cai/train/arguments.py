@@ -75,6 +75,10 @@ def take_options(function: Callable) -> Callable:
         estimate.refuse_without_dry_run(options["dry_run"], "gpu")
         if options.get("labels") == "hard" and not options.get("min_margin"):
             cli.refuse_options(["default_label"], "with --labels hard every pair is certain")
+        if not options["lora"]:
+            cli.refuse_options(
+                ["lora_rank", "merge"], "without --lora all weights are trained, and there are no adapters"
+            )
         return function(SimpleNamespace(**options))
 
     return command

@@ -204,7 +204,7 @@ def tokenize_holdout(
     """
     rows = zip(parts["held_out"], tokenize(parts["held_out"], chat), strict=True)
     tests = [(pair, row) for pair, row in rows if row_length(row) <= longest]
-    if not parts["held_out"]:
+    if "held_out" not in counts:  # without --holdout
         return tests, counts
     overlong = len(parts["held_out"]) - len(tests)
     train = len(parts["train"]) - counts["overlong"]

@@ -72,6 +72,15 @@ class Settings(updates.Settings):
     lam: float = 0.95
     scale_scores: bool = False
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kl_target is not None and not self.kl_coef:
+            raise InputError(
+                "--kl-target with --kl-coef 0",
+                expected="a coefficient above 0, which is multiplied until the target is reached",
+                remedy="Raise --kl-coef, or leave --kl-target out",
+            )
+
     def draw_prompts(self, update: int, count: int) -> list[int]:
         """The prompts of an update: all of them in a random order, then in another one, and so on.
 

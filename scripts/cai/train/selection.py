@@ -7,13 +7,14 @@
 Leaves out how the prompts are answered and scored (train/ppo.py).
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from cai.base import hashing, paths
 from cai.base.errors import InputError, shorten
-from cai.data import outputs, readers, sources
+from cai.data import outputs, prefills, readers, sources
 from cai.data.kinds import AXES, KINDS
 from cai.train.prompts import Prompt
 
@@ -64,6 +65,12 @@ def read_prompts(select: str, source: sources.Source, seed: int) -> list[dict]:
             )
         chosen += of_axis[:MOST_FROM_INPUT] if select == FROM_INPUT else of_axis
     return chosen
+
+
+def digest(rows: Sequence[Mapping]) -> str:
+    """What identifies the rows to choose by: other prompts, kinds or prefills are another choice."""
+    read = [[row["id"], row["kind"], prefills.conversation_of(row)] for row in rows]
+    return hashing.sha256_text(json.dumps(read, ensure_ascii=False))
 
 
 def axis_means(kinds: Sequence[str], scores: Sequence[float]) -> dict[str, float]:

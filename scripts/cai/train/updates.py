@@ -43,7 +43,7 @@ FIGURES = {
     "label_mass": "probability that a judge gives to the labels together (GRPO, RLOO with --judge)",
     "kl": "KL to the reference in nats per response: summed over its tokens, averaged over responses",
     "kl_coef": "weight of the KL",
-    "reward": "mean reward of a response: its score, the penalty for a missing end, and (PPO, RLOO) the KL penalty",
+    "reward": "mean reward of a response: its score, the penalty for a missing end, and (PPO) the KL penalty",
     "entropy": "nats per token, estimated from the sampled tokens",
     "response_length": "tokens per response",
     "eos_rate": "share of the responses that came to their end",
