@@ -124,6 +124,9 @@ def main(output, against, watch, gated, margin, no_worse_than, unqualified, as_j
       python scripts/evaluate.py --input scripts/cai/tiny/prompts/heldout.jsonl \\
           --model tiny --by oracle --output evaluation.jsonl
     """
+    if not values["faults"]:
+        reason = "without --faults no principle is read. By rules of your own judge.py --against compares two models"
+        cli.refuse_options(["constitution"], reason)
     if not values["frames"]:
         cli.refuse_options(["frame_split", "frame_prompts"], "without --frames no prompt is asked in a frame")
     chosen = gather(values)

@@ -212,7 +212,7 @@ def prefer(inputs, output: str, against: str | None, most: int | None, settings)
     if against is None:
         raise click.UsageError("--prefer-input needs --against, the responses that are not preferred.")
     comparisons, digests = pairs.read_comparisons(
-        inputs, against, most, settings.seed, settings.limit, settings.reading
+        inputs, against, most, settings.seed, settings.limit, settings.reading, unflagged=True
     )
     if not processes.Team().first:
         return

@@ -186,7 +186,7 @@ def test_one_file_is_preferred_to_the_other(invoke, tmp_path):
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
-    counts = {"pairs": 2, "identical": 1, "empty": 1, "unpaired": 0}
+    counts = {"pairs": 2, "identical": 1, "empty": 1, "flagged": 0, "unpaired": 0}
     assert plan.items() >= counts.items() <= summary.items()
     assert summary["next"] == f"python scripts/dpo.py --input {output} --model MODEL --output POLICY"
     first, last = rows_of(output)

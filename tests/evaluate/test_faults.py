@@ -138,6 +138,8 @@ def test_the_command(invoke, tmp_path):
         tmp_path / "g.jsonl",
     )
     assert refused.exit_code == 2 and "--faults without --responses" in refused.stderr
+    unread = invoke("evaluate", *asked[:2], "--by", "phrases", "--constitution", "honesty", *asked[3:])
+    assert unread.exit_code == 2 and "--constitution would have no effect: without --faults" in unread.stderr
 
 
 @pytest.mark.parametrize("has_manifest", [True, False], ids=["manifest", "rows"])

@@ -57,12 +57,12 @@ def is_changed(round_: Mapping[str, Any]) -> bool:
     return round_.get("revision") is not None and not {UNCHANGED, REFUSED}.intersection(round_.get("flags", ()))
 
 
-def check_rounds(row: Mapping[str, Any], where: object, line: int, *, critiqued: bool) -> None:
+def check_rounds(row: Mapping[str, Any], where: object, line: int, *, critiqued: bool | None = None) -> None:
     """Raise InputError unless the row's rounds are in order and the last of them awaits what comes next.
 
     Args:
         critiqued: whether the last round must have a critique and no revision yet (what revise.py reads);
-            else every round must be complete (what critique.py reads).
+            False: every round must be complete (what critique.py reads). None: either.
     """
 
     def error(problem: str, expected: str, remedy: str = "Fix or delete this row") -> InputError:
@@ -83,7 +83,7 @@ def check_rounds(row: Mapping[str, Any], where: object, line: int, *, critiqued:
         is_round = isinstance(round_, dict) and all(isinstance(round_.get(k), str) for k in ("principle", "critique"))
         if not is_round or not isinstance(round_.get("revision"), str | None):
             raise error(f"round {number} is {shorten(round_)!r}", "{principle, critique, revision}, all text")
-        if round_.get("revision") is None and not (critiqued and number == len(rounds)):
+        if round_.get("revision") is None and not (critiqued is not False and number == len(rounds)):
             raise error(
                 f"round {number} has a critique and no revision",
                 "rows whose rounds are complete",

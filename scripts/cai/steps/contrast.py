@@ -22,11 +22,12 @@ def is_contrast(comparison: dict) -> bool:
 
 
 def count_pairs(comparisons: Pairs) -> dict[str, int]:
-    """pairs; those that are left out: identical ones, and those whose preferred response is empty; and unpaired rows.
+    """pairs; those that are left out: identical ones, those whose preferred response is empty, and rows whose revision
+    is flagged; and unpaired rows.
 
     Raises InputError if no pair remains.
     """
-    counts = Counter(pairs=0, identical=0, empty=0)
+    counts = Counter(pairs=0, identical=0, empty=0, flagged=comparisons.flagged)
     for comparison in comparisons:
         counts["pairs" if is_contrast(comparison) else "identical" if is_tie(comparison) else "empty"] += 1
     if not counts["pairs"]:

@@ -6,7 +6,8 @@ for comparison in comparisons: ...
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
+from functools import partial
 from itertools import combinations, product
 
 from cai.base.errors import InputError, shorten
@@ -14,6 +15,7 @@ from cai.base.hashing import hashed_seed, sha256_text
 from cai.data import preferences, rounds, sources
 from cai.data.preferences import OF_A_PAIR, GivenPairs, is_pair
 from cai.data.reading import AS_THEY_ARE, Reading
+from cai.data.selection import flags_of
 from cai.data.shards import Shard
 from cai.data.sources import Source, first_row
 
@@ -29,11 +31,13 @@ def read_comparisons(
     limit: int | None,
     reading: Reading = AS_THEY_ARE,
     shard: Shard | None = None,
+    *,
+    unflagged: bool = False,
 ) -> tuple["Pairs | GivenPairs", dict[str, str | None]]:
     """(comparisons, digests of the input files) from rows of pairs, or from rows of one response each.
 
     Args:
-        against, most: for rows of one response, as `Pairs` takes them.
+        against, most, unflagged: for rows of one response, as `Pairs` takes them.
         shard: the comparisons of this shard alone.
     Raises InputError if the rows are neither, or of both kinds.
     """
@@ -46,10 +50,10 @@ def read_comparisons(
             )
         pairs = GivenPairs(inputs, limit, reading, shard)
         return pairs, {"input": pairs.digest}
-    source = Source(inputs, require=("prompt", "response"), limit=limit, reading=reading)
-    others = Source([against], require=("prompt", "response"), reading=reading) if against else None
+    responses = partial(Source, require=("prompt", "response"), check=rounds.check_rounds, reading=reading)
+    source, others = responses(inputs, limit=limit), responses([against]) if against else None
     digests = {"input": source.digest, "against": others and others.digest}
-    return Pairs(source, others, most, seed, shard), digests
+    return Pairs(source, others, most, seed, shard, unflagged=unflagged), digests
 
 
 def choose_pairs(ours: Sequence, theirs: Sequence | None, most: int | None, *draw) -> list[tuple]:
@@ -69,16 +73,20 @@ def choose_pairs(ours: Sequence, theirs: Sequence | None, most: int | None, *dra
 class Pairs:
     """Comparisons of the responses to the same prompt, from rows of one response; iterable again and again.
 
-    Holds the ids of all rows, and only those rows whose partner has not come yet.
+    A revised row whose id is in `against` too is compared with that row alone: with the response that it revises, and
+    not with other responses to the same prompt. Holds the ids of all rows, and only those rows whose partner has not
+    come yet.
 
     Args:
         source: rows with `prompt` and `response`; a revised row counts with its last revision.
         against: rows to compare them with; without it they are compared among themselves.
         most: pairs per prompt at most.
         shard: only the comparisons whose ids belong to it, which may be none.
+        unflagged: leave out revised rows of `source` whose last round has flags, other than that of a copy.
     Attributes:
         ids: of the comparisons, `<row id> vs <row id>`, in the order of the prompts.
         unpaired: number of rows without another response to their prompt.
+        flagged: number of rows that `unflagged` leaves out.
     Raises InputError if two rows of one prompt_id have different prompts, or nothing can be paired.
     """
 
@@ -89,10 +97,14 @@ class Pairs:
         most: int | None,
         seed: int,
         shard: Shard | None = None,
+        *,
+        unflagged: bool = False,
     ):
         self.sources = [source] if against is None else [source, against]
         self.plan: dict[str, list[tuple]] = {}
-        self.unpaired = 0
+        self.unpaired = self.flagged = 0
+        self._unflagged = unflagged
+        self._own: Set[tuple[str, str]] = frozenset()  # (prompt key, id) of revisions whose response is in `against`
         for key, sides in self._group_ids().items():
             ours, *theirs = map(sorted, sides)  # the order of the rows decides nothing
             if pairs := choose_pairs(ours, theirs[0] if theirs else None, most, seed, key):
@@ -106,15 +118,15 @@ class Pairs:
         self.ids = [f"{a} vs {b}" for pairs in self.plan.values() for a, b in pairs]
         if not has_pairs:
             raise InputError(
-                "no two responses to the same prompt",
+                "no two responses to the same prompt"
+                + (f"; {self.flagged} rows with a flagged revision are left out" if self.flagged else ""),
                 where=", ".join(name for source in self.sources for name in source.inputs),
                 remedy="Sample more with generate.py --samples 2, or name a second file of responses",
             )
 
     def _group_ids(self) -> dict[str, list[list[str]]]:
-        """{prompt key: row ids of each source}."""
-        ids: dict[str, list[list[str]]] = defaultdict(lambda: [[] for _ in self.sources])
-        prompts: dict[str, str] = {}
+        """{key of a group: row ids of each source}."""
+        found, prompts, revised = [], {}, set()
         for side, source in enumerate(self.sources):
             for row in source:
                 key = preferences.prompt_key(row)
@@ -127,15 +139,28 @@ class Pairs:
                         expected="one prompt per prompt_id",
                         remedy="Fix the prompt_id, or remove it: rows are then joined by their prompt",
                     )
-                ids[key][side].append(row["id"])
+                if side == 0 and row.get("rounds"):
+                    if self._unflagged and flags_of(row["rounds"][-1]) - {rounds.UNCHANGED}:
+                        self.flagged += 1
+                        continue
+                    revised.add((key, row["id"]))
+                found.append((side, key, row["id"]))
+        self._own = revised.intersection((key, row_id) for side, key, row_id in found if side)
+        ids: dict[str, list[list[str]]] = defaultdict(lambda: [[] for _ in self.sources])
+        for side, key, row_id in found:
+            ids[self._key_of_group(key, row_id)][side].append(row_id)
         return ids
+
+    def _key_of_group(self, prompt_key: str, row_id: str) -> str:
+        """What rows share that are compared: the prompt; a revision and its response share the id, too."""
+        return f"{prompt_key}\n{row_id}" if (prompt_key, row_id) in self._own else prompt_key
 
     def __iter__(self) -> Iterator[dict]:
         last = len(self.sources) - 1
         waiting: dict[str, dict] = defaultdict(dict)
         for side, source in enumerate(self.sources):
             for row in source:
-                key = preferences.prompt_key(row)
+                key = self._key_of_group(preferences.prompt_key(row), row["id"])
                 pairs = self.plan.get(key, ())
                 wanted = {(0, a) for a, _ in pairs} | {(last, b) for _, b in pairs}
                 if (side, row["id"]) not in wanted:
