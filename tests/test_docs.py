@@ -188,6 +188,8 @@ def test_what_a_command_reads_is_there_or_was_written_by_one_before(path):
             assert known, f"{path.name}: {name}.py reads {file}, which nothing before it writes"
         if params.get("output"):
             written.add(output_of(params))
+            if name == "evaluate":  # the answers, beside the figures
+                written.add(f"{output_of(params).removesuffix('.jsonl')}.responses.jsonl")
 
 
 # --- README -------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_a_revision_is_compared_with_the_response_that_it_revises(tmp_path):
 
 
 def test_flagged_revisions_are_left_out_where_no_judge_looks(tmp_path):
-    rows = [revised(0, 0, "Better."), revised(1, 0, "Better bu", "unfinished"), revised(2, 0, "Answer 0 to 2.", "copy")]
+    rows = [revised(0, 0, "Better."), revised(1, 0, "Better, but", "unfinished"), revised(2, 0, "Answer 0 to 2.", "copy")]
     before = [sample(number, 0) for number in range(3)]
     ours, theirs = (Source([write(tmp_path / name, part)]) for name, part in (("a.jsonl", rows), ("b.jsonl", before)))
     assert len(Pairs(ours, theirs, None, 0).ids) == 3

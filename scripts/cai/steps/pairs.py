@@ -137,7 +137,8 @@ class Pairs:
                         f"{shorten(key)!r}",
                         where=", ".join(source.inputs),
                         expected="one prompt per prompt_id",
-                        remedy="Fix the prompt_id, or remove it: rows are then joined by their prompt",
+                        remedy="Fix the prompt_id, or remove it: rows are then joined by their prompt. Leave out the "
+                        "responses of evaluate.py in frames: grep -v '\"frame\":'",
                     )
                 if side == 0 and row.get("rounds"):
                     if self._unflagged and flags_of(row["rounds"][-1]) - {rounds.UNCHANGED}:
