@@ -121,7 +121,8 @@ class Pairs:
                 "no two responses to the same prompt"
                 + (f"; {self.flagged} rows with a flagged revision are left out" if self.flagged else ""),
                 where=", ".join(name for source in self.sources for name in source.inputs),
-                remedy="Sample more with generate.py --samples 2, or name a second file of responses",
+                remedy="Sample more with generate.py --samples 2, or name other responses to the prompts by --against: "
+                "for revisions, the file that was revised",
             )
 
     def _group_ids(self) -> dict[str, list[list[str]]]:
