@@ -165,6 +165,7 @@ class Critic:
     def tally(self, answered, model):
         """Counts over the finished rows; those that were passed on are in `content` alone."""
         counts = Counter(empty=0, **({"unmatched": 0} if self.chooser.matches else {}))
+        violated = dict.fromkeys((principle.id for principle in self.chooser.constitution.principles), 0)
         for row in filterfalse(rounds.is_content, answered):
             last = row["rounds"][-1]
             counts["empty"] += "skipped" not in last and not last["critique"]
@@ -172,10 +173,12 @@ class Critic:
                 counts["unmatched"] += 1
             if self.names_violated and last["violated"] is None:
                 counts["violations_unread"] += 1
+            for name in (self.names_violated and last["violated"]) or ():
+                violated[name] += 1
             if has_reasoning_tag(last["critique"]):
                 counts["leaked_tag"] += 1
         saved = content.tally_passed_on(answered, model, self.render) if self.stops else {}
-        return {**counts, **saved}
+        return {**counts, **({"violated": violated} if self.names_violated else {}), **saved}
 
 
 def begin_round(row, new_round):

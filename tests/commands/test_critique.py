@@ -4,11 +4,12 @@ import json
 
 import models
 import pytest
+from canned_server import CannedServer
 from launcher import launch
 from small_server import SmallServer
 
 from cai.constitution.files import load_constitution
-from cai.data.outputs import read_manifest
+from cai.data.outputs import read_manifest, write_jsonl
 from cai.data.readers import read_jsonl
 
 
@@ -213,6 +214,29 @@ def test_all_principles_are_one_critique_and_one_revision(critique, tmp_path, in
     model = ("--model", models.folder("llama"), "--max-new-tokens", 8, "--constitution", constitution)
     assert invoke(*revise, *model).exit_code == 0
     assert all(set(one["rounds"][0]) > {"revision", "violated"} for _, one in read_jsonl(tmp_path / "revised.jsonl"))
+
+
+def test_the_answers_that_break_each_rule_are_counted(invoke, tmp_path):
+    """By hand: of four answers two help to steal, one with a lie too; one critique ends without the line."""
+
+    def critic(body):
+        asked = body["messages"][-1]["content"]
+        line = {"Take it.": "Violated: 1", "Take it, and lie.": "Violated: 1, 2", "Ask.": "Violated: none"}
+        said = next((line[text] for text in line if f"<response>{text}</response>" in asked), "No line.")
+        return {"finish_reason": "stop", "message": {"role": "assistant", "content": f"One by one.\n{said}"}}
+
+    rules, source, output = tmp_path / "rules.yaml", tmp_path / "log.jsonl", tmp_path / "critiques.jsonl"
+    rules.write_text("- id: property\n  principle: Respect property.\n- id: truth\n  principle: Tell the truth.\n")
+    answers = ["Take it.", "Take it, and lie.", "Ask.", "Well."]
+    write_jsonl(source, [{"prompt": "How do I get the bike?", "response": answer} for answer in answers])
+    with CannedServer(critic) as server:
+        asked = ("--model", "openai:critic", "--endpoint", server.address, "--constitution", rules, "--output", output)
+        result = invoke("critique", "--input", source, *asked, "--principles", "all", "--cot", "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert (summary["violated"], summary["violations_unread"]) == ({"property": 2, "truth": 1}, 1)
+    broken = [line for line in output.read_text().splitlines() if '"violated": ["' in line]  # as cot-critique.md greps
+    assert [json.loads(line)["response"] for line in broken] == answers[:2]
 
 
 def many_principles(path, count=200):

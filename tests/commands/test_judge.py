@@ -227,6 +227,7 @@ def test_dry_run(judge):
         ([{"response": "R."}], [], "rows.jsonl:1: a row without 'prompt'"),
         ([*samples(1), samples(1)[0]], [], "the id 'p0/0' again"),
         (samples(2, 1), [], "no two responses to the same prompt"),
+        ([{**samples(1)[0], "rounds": [{"flags": None}]}], [], "rows.jsonl:1: the flags 'None'; expected a list"),
         ([samples(1)[0], {**samples(1)[1], "rounds": 5}], [], "rows.jsonl:2: `rounds` is '5'; expected a list"),
         ([*gold_pairs(1), {**gold_pairs(2)[1], "gold": "A"}], [], "rows.jsonl:2: gold is 'A'"),
         ([*gold_pairs(1), *samples(1)], [], "rows.jsonl:2: a row without 'response_a'"),

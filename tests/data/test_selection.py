@@ -31,6 +31,11 @@ REFUSED = revised("Second.", "gate", refused="Third.", gate={"p": [0.2, 0.4]})
         ([revised("Second."), REFUSED], ("gate",), {2: "Second."}, {1: "Second.", 2: "Second."}, []),
         ([revised("", "empty", "copy")], ("copy",), {}, {}, ["empty"]),
         ([revised("", "empty", "copy")], ("all",), {1: ""}, {1: ""}, []),
+        # A round that leaves a cut text as it was does not make it whole.
+        ([revised("Sec", "unfinished"), skipped("content")], ("copy",), {}, {}, ["unfinished", "unfinished"]),
+        ([revised("Sec", "unfinished"), revised("Sec", "copy")], ("copy",), {}, {}, ["unfinished", "unfinished"]),
+        ([revised("Sec", "unfinished"), revised("Sec", "gate", refused="x")], ("gate",), {}, {}, ["unfinished"] * 2),
+        ([revised("Sec", "unfinished"), revised("Third.")], (), {2: "Third."}, {2: "Third."}, ["unfinished"]),
     ],
 )
 def test_the_text_of_a_round_and_why_others_are_left_out(rounds, keep, last, every, left_out):

@@ -117,24 +117,36 @@ def revised(prompt, number, text, *flags):
 def test_a_revision_is_compared_with_the_response_that_it_revises(tmp_path):
     """Logs repeat prompts: the response to another row's "Hi" is not what this row's revision improves."""
     rows = [revised(0, 0, "Better 0."), revised(0, 1, "Better 1."), revised(1, 0, "Better 2."), sample(2, 0)]
-    before = [sample(0, 0), sample(0, 1), sample(1, 1), sample(2, 0, response="Another.")]
+    rows += [{**revised(3, 0, "Better 3."), "response": "Mine."}, sample(0, 5)]
+    before = [sample(0, 0), sample(0, 1), sample(1, 1), sample(2, 0, response="Another."), sample(3, 0)]
     ours, theirs = (Source([write(tmp_path / name, part)]) for name, part in (("a.jsonl", rows), ("b.jsonl", before)))
     found = [(pair["response_a"], pair["response_b"]) for pair in Pairs(ours, theirs, None, 0)]
     assert sorted(found) == [
         ("Answer 0 to 2.", "Another."),
+        ("Answer 5 to 0.", "Answer 0 to 0."),  # not revised: with every response to the prompt
+        ("Answer 5 to 0.", "Answer 1 to 0."),
         ("Better 0.", "Answer 0 to 0."),
         ("Better 1.", "Answer 1 to 0."),
         ("Better 2.", "Answer 1 to 1."),  # its own response is not there: any to the prompt will do
+        ("Better 3.", "Answer 0 to 3."),  # the same id, but another model's response
     ]
+    assert len(Pairs(ours, theirs, 1, 0).ids) == 4  # of each prompt one, these pairs included
 
 
 def test_flagged_revisions_are_left_out_where_no_judge_looks(tmp_path):
-    rows = [revised(0, 0, "Better."), revised(1, 0, "Better, but", "unfinished"), revised(2, 0, "Answer 0 to 2.", "copy")]
-    before = [sample(number, 0) for number in range(3)]
+    rows = [
+        revised(0, 0, "Better."),
+        revised(1, 0, "Better, but", "unfinished"),
+        revised(2, 0, "Answer 0 to 2.", "copy"),
+    ]
+    later = revised(3, 0, "Better, but", "unfinished")  # a second round found no fault in the cut text
+    later["rounds"].append({"principle": "care", "critique": "No fault.", "skipped": "content"})
+    rows.append(later)
+    before = [sample(number, 0) for number in range(4)]
     ours, theirs = (Source([write(tmp_path / name, part)]) for name, part in (("a.jsonl", rows), ("b.jsonl", before)))
-    assert len(Pairs(ours, theirs, None, 0).ids) == 3
+    assert len(Pairs(ours, theirs, None, 0).ids) == 4
     chosen = Pairs(ours, theirs, None, 0, unflagged=True)
-    assert chosen.ids == ["p0/0 vs p0/0", "p2/0 vs p2/0"] and (chosen.flagged, chosen.unpaired) == (1, 1)
+    assert chosen.ids == ["p0/0 vs p0/0", "p2/0 vs p2/0"] and (chosen.flagged, chosen.unpaired) == (2, 2)
     cut = Source([write(tmp_path / "cut.jsonl", rows[1:2])])
     with pytest.raises(InputError, match="1 rows with a flagged revision are left out"):
         Pairs(cut, theirs, None, 0, unflagged=True)

@@ -72,6 +72,9 @@ def check_rounds(row: Mapping[str, Any], where: object, line: int, *, critiqued:
     if not isinstance(rounds, list):
         raise error(f"`rounds` is {shorten(rounds)!r}", "a list")
     for number, round_ in enumerate(rounds, 1):
+        flags = round_.get("flags", []) if isinstance(round_, dict) else []
+        if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
+            raise error(f"the flags {shorten(flags)!r}", "a list of words")
         if isinstance(round_, dict) and "skipped" in round_:
             is_skipped = isinstance(round_.get("critique"), str) and isinstance(round_.get("principle", 0), str | None)
             if not is_skipped or round_["skipped"] not in SKIPPED or "revision" in round_:

@@ -7,15 +7,15 @@ Leaves out pairs (preferences.py), the formats of the texts (exports.py), and ho
 (steps/flags.py).
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from cai.base.errors import InputError, shorten
+from cai.base.errors import InputError
 from cai.data.dialogue import cut_at_end_token, is_blank
 from cai.data.prefills import prefill_of
 from cai.data.readers import Row
-from cai.data.rounds import UNCHANGED, check_rounds
+from cai.data.rounds import UNCHANGED, check_rounds, is_changed
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Selection:
 
 
 def check_revised(row: Row, where: str, line: int) -> None:
-    """Raise InputError unless the row is one of revise.py: rounds that are complete, and flags that are words."""
+    """Raise InputError unless the row is one of revise.py: rounds, one or more, that are complete."""
     check_rounds(row, where, line, critiqued=False)
     if not row["rounds"]:
         raise InputError(
@@ -48,10 +48,6 @@ def check_revised(row: Row, where: str, line: int) -> None:
             expected="rows of revise.py",
             remedy="Run critique.py and revise.py on them first",
         )
-    for revision_round in row["rounds"]:
-        flags = revision_round.get("flags", [])
-        if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
-            raise InputError(f"the flags {shorten(flags)!r}", where=where, line=line, expected="a list of words")
     if "skipped" in row["rounds"][0] and not isinstance(row.get("response"), str):
         raise InputError(
             "round 1 has changed nothing, and there is no `response`",
@@ -65,6 +61,18 @@ def check_revised(row: Row, where: str, line: int) -> None:
 def flags_of(revision_round: Mapping[str, Any]) -> set[str]:
     """The flags of a round; one that was skipped counts as a copy of the text before it."""
     return {UNCHANGED} if "skipped" in revision_round else set(revision_round.get("flags", ()))
+
+
+def flags_of_texts(rounds: Sequence[Mapping[str, Any]]) -> list[set[str]]:
+    """For each round the flags of the text after it: its own, and where it left the text as it was, also those of the
+    round that wrote the text."""
+    found: list[set[str]] = []
+    of_text: set[str] = set()
+    for revision_round in rounds:
+        own = flags_of(revision_round)
+        of_text = own if is_changed(revision_round) else of_text
+        found.append(own | of_text)
+    return found
 
 
 def choose_revisions(row: Row, rounds: str, keep: Set[str]) -> Selection:
@@ -83,10 +91,11 @@ def choose_revisions(row: Row, rounds: str, keep: Set[str]) -> Selection:
     flags: dict[int, list[str]] = {}
     left_out: list[str] = []
     text = row.get("response", "")
-    for number, revision_round in enumerate(row["rounds"], 1):
+    for number, (revision_round, of_text) in enumerate(
+        zip(row["rounds"], flags_of_texts(row["rounds"]), strict=True), 1
+    ):
         text = revision_round.get("revision", text)
-        raised = flags_of(revision_round)
-        raised |= {"empty"} if _is_empty(row, text) else set()  # of a round that changed nothing, too
+        raised = of_text | ({"empty"} if _is_empty(row, text) else set())  # of a round that changed nothing, too
         if raised <= keep or "all" in keep:
             texts[number], flags[number] = text, sorted(raised)
         else:

@@ -15,7 +15,7 @@ from cai.base.hashing import hashed_seed, sha256_text
 from cai.data import preferences, rounds, sources
 from cai.data.preferences import OF_A_PAIR, GivenPairs, is_pair
 from cai.data.reading import AS_THEY_ARE, Reading
-from cai.data.selection import flags_of
+from cai.data.selection import flags_of_texts
 from cai.data.shards import Shard
 from cai.data.sources import Source, first_row
 
@@ -56,14 +56,18 @@ def read_comparisons(
     return Pairs(source, others, most, seed, shard, unflagged=unflagged), digests
 
 
-def choose_pairs(ours: Sequence, theirs: Sequence | None, most: int | None, *draw) -> list[tuple]:
+def choose_pairs(
+    ours: Sequence, theirs: Sequence | None, most: int | None, *draw, own: Set = frozenset()
+) -> list[tuple]:
     """Pairs of responses to one prompt: all within `ours`, or each of `ours` with each of `theirs`.
 
     Args:
+        own: those of `ours` that are paired with the same one of `theirs` alone.
         most: keep so many, picked by hashing the pair with `draw` (seed and the like), so that neither the
             order of the rows nor a resume changes which.
     """
-    pairs = list(combinations(ours, 2)) if theirs is None else list(product(ours, theirs))
+    crossed = combinations(ours, 2) if theirs is None else product(ours, theirs)
+    pairs = [(a, b) for a, b in crossed if a == b or a not in own]
     if most is None or len(pairs) <= most:
         return pairs
     kept = set(sorted(pairs, key=lambda pair: hashed_seed("pair", *draw, *pair))[:most])
@@ -73,16 +77,16 @@ def choose_pairs(ours: Sequence, theirs: Sequence | None, most: int | None, *dra
 class Pairs:
     """Comparisons of the responses to the same prompt, from rows of one response; iterable again and again.
 
-    A revised row whose id is in `against` too is compared with that row alone: with the response that it revises, and
-    not with other responses to the same prompt. Holds the ids of all rows, and only those rows whose partner has not
-    come yet.
+    A revised row that is in `against` too, by its id and first response, is compared with that row alone: with the
+    response that it revises, and not with others to the same prompt. Holds the ids of all rows, and only those rows
+    whose partner has not come yet.
 
     Args:
         source: rows with `prompt` and `response`; a revised row counts with its last revision.
         against: rows to compare them with; without it they are compared among themselves.
         most: pairs per prompt at most.
         shard: only the comparisons whose ids belong to it, which may be none.
-        unflagged: leave out revised rows of `source` whose last round has flags, other than that of a copy.
+        unflagged: leave out revised rows of `source` whose text has flags, other than that of a copy.
     Attributes:
         ids: of the comparisons, `<row id> vs <row id>`, in the order of the prompts.
         unpaired: number of rows without another response to their prompt.
@@ -104,10 +108,10 @@ class Pairs:
         self.plan: dict[str, list[tuple]] = {}
         self.unpaired = self.flagged = 0
         self._unflagged = unflagged
-        self._own: Set[tuple[str, str]] = frozenset()  # (prompt key, id) of revisions whose response is in `against`
-        for key, sides in self._group_ids().items():
+        groups, own = self._group_ids()
+        for key, sides in groups.items():
             ours, *theirs = map(sorted, sides)  # the order of the rows decides nothing
-            if pairs := choose_pairs(ours, theirs[0] if theirs else None, most, seed, key):
+            if pairs := choose_pairs(ours, theirs[0] if theirs else None, most, seed, key, own=own):
                 self.plan[key] = pairs
             else:
                 self.unpaired += sum(map(len, sides))
@@ -125,9 +129,11 @@ class Pairs:
                 "for revisions, the file that was revised",
             )
 
-    def _group_ids(self) -> dict[str, list[list[str]]]:
-        """{key of a group: row ids of each source}."""
-        found, prompts, revised = [], {}, set()
+    def _group_ids(self) -> tuple[dict[str, list[list[str]]], set[str]]:
+        """({prompt key: row ids of each source}, ids of revised rows whose own response is in `against`)."""
+        ids: dict[str, list[list[str]]] = defaultdict(lambda: [[] for _ in self.sources])
+        prompts: dict[str, str] = {}
+        revised, responses = set(), set()
         for side, source in enumerate(self.sources):
             for row in source:
                 key = preferences.prompt_key(row)
@@ -141,28 +147,23 @@ class Pairs:
                         remedy="Fix the prompt_id, or remove it: rows are then joined by their prompt. Leave out the "
                         "responses of evaluate.py in frames: grep -v '\"frame\":'",
                     )
-                if side == 0 and row.get("rounds"):
-                    if self._unflagged and flags_of(row["rounds"][-1]) - {rounds.UNCHANGED}:
+                identity = row["id"], key, sha256_text(row["response"])
+                if side:
+                    responses.add(identity)
+                elif row.get("rounds"):
+                    if self._unflagged and flags_of_texts(row["rounds"])[-1] - {rounds.UNCHANGED}:
                         self.flagged += 1
                         continue
-                    revised.add((key, row["id"]))
-                found.append((side, key, row["id"]))
-        self._own = revised.intersection((key, row_id) for side, key, row_id in found if side)
-        ids: dict[str, list[list[str]]] = defaultdict(lambda: [[] for _ in self.sources])
-        for side, key, row_id in found:
-            ids[self._key_of_group(key, row_id)][side].append(row_id)
-        return ids
-
-    def _key_of_group(self, prompt_key: str, row_id: str) -> str:
-        """What rows share that are compared: the prompt; a revision and its response share the id, too."""
-        return f"{prompt_key}\n{row_id}" if (prompt_key, row_id) in self._own else prompt_key
+                    revised.add(identity)
+                ids[key][side].append(row["id"])
+        return ids, {row_id for row_id, *_ in revised & responses}
 
     def __iter__(self) -> Iterator[dict]:
         last = len(self.sources) - 1
         waiting: dict[str, dict] = defaultdict(dict)
         for side, source in enumerate(self.sources):
             for row in source:
-                key = self._key_of_group(preferences.prompt_key(row), row["id"])
+                key = preferences.prompt_key(row)
                 pairs = self.plan.get(key, ())
                 wanted = {(0, a) for a, _ in pairs} | {(last, b) for _, b in pairs}
                 if (side, row["id"]) not in wanted:
